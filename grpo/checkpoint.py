@@ -1,0 +1,122 @@
+"""Checkpoints that are either whole or not there, and going on from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo.errors import ConfigError
+from grpo.models.load import LanguageModel
+from grpo.optim import Optimizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, besides weights and optimizer. Everything random follows from the step."""
+
+    step: int  # updates done
+    run_id: str  # the trackers' name for this run
+    seconds: float  # spent so far, over all its parts
+
+
+class Checkpoints:
+    """A run's `checkpoints/` folder: step_N written aside and renamed, the newest few kept."""
+
+    def __init__(self, folder: Path, keep: int, config: Mapping[str, Any]) -> None:
+        self.folder, self.keep, self.config = folder, keep, config
+
+    def save(self, policy: LanguageModel, optimizer: Optimizer, progress: Progress) -> Path:
+        """Writes step_N; until it is whole on disk, `latest` stays what it was."""
+        target = self.folder / f"step_{progress.step}"
+        aside = self.folder / f".step_{progress.step}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        policy.model.save_pretrained(aside / "model")
+        policy.tokenizer.save_pretrained(aside / "model")
+        torch.save({"optimizer": optimizer.state(), **vars(progress)}, aside / "trainer.pt")
+        (aside / "config.json").write_text(json.dumps(self.config, indent=1))
+        (aside / "manifest.json").write_text(json.dumps(digests(aside), indent=1))
+        flush_to_disk(aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        link = self.folder / ".latest.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.replace(self.folder / "latest")
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(old)
+        return target
+
+    def steps(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        found = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
+
+    def load(self, policy: LanguageModel, optimizer: Optimizer) -> Progress:
+        """Puts the newest whole checkpoint's state into policy and optimizer.
+
+        Raises:
+            ConfigError: none is whole.
+        """
+        for path in reversed(self.steps()):
+            if reason := broken(path):
+                log.warning("%s is broken (%s); trying the one before.", path, reason)
+                continue
+            state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+            saved = AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32)
+            policy.model.load_state_dict(saved.state_dict())
+            optimizer.load_state(state.pop("optimizer"))
+            log.info("going on from %s", path)
+            return Progress(**state)
+        raise ConfigError(f"resume: no whole checkpoint in {self.folder}, so nothing to go on from.")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file, by its path in the folder."""
+    return {
+        str(file.relative_to(folder)): digest(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "manifest.json"
+    }
+
+
+def digest(file: Path) -> str:
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            total.update(block)
+    return total.hexdigest()
+
+
+def broken(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        expected = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "no readable manifest.json"
+    found = digests(folder)
+    wrong = [name for name, sha256 in expected.items() if found.get(name) != sha256]
+    return f"{', '.join(wrong)} missing or changed" if wrong else None
+
+
+def flush_to_disk(folder: Path) -> None:
+    """So that a rename never outlives the bytes it names."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

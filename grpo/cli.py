@@ -1,0 +1,171 @@
+"""The command `grpo`: picks the job, lets Hydra compose its config, and speaks plainly of errors.
+
+Nothing heavy is imported until a job really starts, so help and refusals answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and are told here
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from grpo import config, past
+from grpo.errors import ConfigError, RunError
+
+JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
+Argv = Sequence[str]
+
+
+def main() -> None:
+    """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
+    config.register()
+    try:
+        job, overrides = split_job(sys.argv[1:])
+        overrides = past.with_past_overrides(job, overrides)
+    except ConfigError as error:
+        refuse(error)
+    sys.argv = ["grpo", *overrides]
+    command = hydra.main(
+        version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]
+    )
+    try:
+        command(train_job if job == "train" else eval_job)()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except ConfigError as error:
+        refuse(error)
+    except RunError as error:
+        stop(str(error))
+    except (HydraException, MissingConfigException) as error:
+        refuse(ConfigError(explain(error, job, overrides)))
+
+
+def split_job(arguments: Argv) -> tuple[str, list[str]]:
+    """The job that a first bare word names, and the rest. A word is never a valid override."""
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        return "train", list(arguments)
+    job = arguments[0]
+    if job not in JOBS:
+        raise ConfigError(
+            f"{job}: no such job; there are {', '.join(JOBS)}{config.nearest(job, JOBS)} "
+            f"An override is written key=value."
+        )
+    return job, list(arguments[1:])
+
+
+def train_job(cfg: DictConfig) -> float | None:
+    """Trains, and returns the objective that a search maximises."""
+    from grpo.run import train_from_config
+
+    return told(train_from_config, cfg)
+
+
+def eval_job(cfg: DictConfig) -> float | None:
+    from grpo.run import evaluate_from_config
+
+    return told(evaluate_from_config, cfg)
+
+
+def told(work: object, cfg: DictConfig) -> float | None:
+    """Runs a job; alone, its error ends the process, in a sweep it is the sweep's to report."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    try:
+        config.check(cfg)
+        return work(cfg, folder)  # type: ignore[operator, no-any-return]
+    except (ConfigError, RunError) as error:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            raise
+        if isinstance(error, ConfigError):
+            past.forget_unstarted(folder)
+            refuse(error)
+        stop(str(error))
+
+
+def refuse(error: ConfigError) -> NoReturn:
+    print(f"grpo: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def stop(message: str) -> NoReturn:
+    print(f"grpo: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def explain(error: Exception, job: str, overrides: Argv) -> str:
+    """Hydra's error as one line: what was given, and the nearest of what there is."""
+    text = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not an override; write key=value (quote spaces and brackets)."
+    if isinstance(error, MissingConfigException):
+        found = re.search(r"Could not find '([^']+)'", text)
+        wanted = found[1] if found else str(error.missing_cfg_file)
+        group, _, choice = wanted.rpartition("/")
+        options = list(error.options or known_choices(group))
+        return (
+            f"{group}={choice}: no such choice{config.nearest(choice, options)} "
+            f"There are {', '.join(options)}."
+        )
+    if isinstance(error, ConfigCompositionException):
+        unknown = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text)
+        if unknown and not wrong_value(error):
+            return f"{unknown[1]}: no such key{config.nearest(unknown[1], known_keys(job, overrides))}"
+        if reason := wrong_value(error):
+            return reason
+    return text.splitlines()[0]
+
+
+def wrong_value(error: BaseException) -> str | None:
+    """`key: why` where a value has the wrong type."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__name__ == "ValidationError":
+            key = getattr(cause, "full_key", None)
+            return f"{key}: {str(cause).splitlines()[0]}"
+        cause = cause.__cause__
+    return None
+
+
+def known_choices(group: str) -> list[str]:
+    folder = config.conf_folder() / group
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def known_keys(job: str, overrides: Argv) -> list[str]:
+    """Every key that can be set, given the groups chosen, and the groups themselves."""
+    folder = config.conf_folder()
+    groups = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    chosen = [o for o in overrides if o.partition("=")[0] in groups]
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        try:
+            composed = hydra.compose(JOBS[job], chosen)
+        except HydraException:
+            composed = hydra.compose(JOBS[job])
+    return [*groups, *flat_keys(composed, "")]
+
+
+def flat_keys(node: DictConfig, prefix: str) -> list[str]:
+    keys = []
+    for key in node:
+        keys.append(f"{prefix}{key}")
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            keys += flat_keys(child, f"{prefix}{key}.")
+    return keys

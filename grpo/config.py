@@ -1,0 +1,225 @@
+"""The typed schema of an experiment, and what can be known to be wrong before it starts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.experimental.callback import Callback
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from grpo import past
+from grpo.errors import ConfigError
+
+EVAL_METRICS = (
+    "eval/reward",
+    "eval/accuracy",
+    "eval/sampled_accuracy",
+    "eval/pass_at_k",
+    "eval/length_mean",
+)
+REWARD_METRICS = ("mean", "std", "solved_groups", "unsolved_groups", "zero_variance_groups")
+
+
+@dataclass
+class ModelConfig:
+    """Where a model is: exactly one of id, path and packaged."""
+
+    name: str = MISSING
+    id: str | None = None
+    path: str | None = None
+    packaged: str | None = None
+    wheel: dict[str, str] | None = None  # a GGUF on PyPI, for where the hub can't be reached
+    learning_rate: float = MISSING
+
+
+@dataclass
+class OptimConfig:
+    schedule: str = MISSING
+    warmup_steps: int = MISSING
+    weight_decay: float = MISSING
+    betas: list[float] = field(default_factory=list)
+    max_grad_norm: float = MISSING
+
+
+@dataclass
+class EvalConfig:
+    every: int = MISSING
+    samples: int = MISSING
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = MISSING
+    keep: int = MISSING
+
+
+@dataclass
+class DeviceConfig:
+    kind: str = MISSING
+    precision: str = MISSING
+    token_budget: int = MISSING
+
+
+@dataclass
+class Config:
+    """conf/config.yaml, typed. Parts built from a `_target_` have their own parameters as keys."""
+
+    name: str | None = None
+    seed: int = MISSING
+    num_epochs: int = MISSING
+    max_steps: int | None = None
+    batch_size: int = MISSING
+    num_generation: int = MISSING
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    kl_weight: float = MISSING
+    learning_rate: float = MISSING
+    log_prompts: int = MISSING
+    objective: str = MISSING
+    resume: str | None = None
+    sweep_dir: str = MISSING
+    checkpoint: Any = MISSING  # its keys in training, a folder in evaluation
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
+    kl: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] = field(default_factory=dict)
+    tracking: dict[str, Any] = field(default_factory=dict)
+    adapter: Any = None
+    parallel: Any = None
+
+
+def register() -> None:
+    """Makes the schema and the resolvers known to Hydra; done once, when the command starts."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("pid", lambda: os.getpid(), replace=True)
+
+
+def conf_folder() -> Path:
+    """The project's configs: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean X or Y?`, or nothing where nothing is near."""
+    choices = list(choices)
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.6)
+    tails = {choice.rpartition(".")[2]: choice for choice in choices}
+    tail = word.rpartition(".")[2]
+    near += [tails[t] for t in difflib.get_close_matches(tail, tails, n=2, cutoff=0.75)]
+    near = list(dict.fromkeys(near))[:3]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses what can be seen to be wrong from the config alone.
+
+    Raises:
+        ConfigError: naming the key, its value, and what would be right.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
+    for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens", "eval.samples"):
+        at_least(cfg, key, 1)
+    for key in ("max_steps", "device.token_budget", "rollout.token_budget", "checkpoint.keep"):
+        at_least(cfg, key, 1)
+    for key in ("eval.every", "checkpoint.every", "optim.warmup_steps", "log_prompts"):
+        at_least(cfg, key, 0)
+    for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm"):
+        at_least(cfg, key, 0.0)
+    at_least(cfg, "seed", 0)
+    for key in ("temperature", "learning_rate"):
+        value = OmegaConf.select(cfg, key)
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{key}={value}: must be more than 0.")
+    one_of(cfg, "objective", EVAL_METRICS)
+    one_of(cfg, "device.kind", ("auto", "cpu", "cuda", "mps"))
+    one_of(cfg, "device.precision", ("auto", "bf16", "fp32"))
+    one_of(cfg, "optim.schedule", ("constant", "linear", "cosine"))
+    check_model(cfg.model)
+    check_rewards(cfg.reward)
+    check_group(cfg)
+
+
+def at_least(cfg: DictConfig, key: str, least: float) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value is not None and not (value >= least and math.isfinite(value)):
+        raise ConfigError(f"{key}={value}: must be at least {least:g}.")
+
+
+def one_of(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value not in choices:
+        raise ConfigError(f"{key}={value}: use one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def check_model(model: DictConfig) -> None:
+    given = [key for key in ("id", "path", "packaged") if model[key] is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"model: give exactly one of model.id (on the hub) and model.path (a folder); "
+            f"{' and '.join(f'model.{key}={model[key]}' for key in given) or 'none'} given."
+        )
+
+
+def check_rewards(reward: DictConfig) -> None:
+    if not reward:
+        raise ConfigError("reward: there is none; choose reward=answer or name a callable.")
+    for name, part in reward.items():
+        if name in REWARD_METRICS:
+            raise ConfigError(f"reward.{name}: this name is taken by the metric reward/{name}.")
+        if not isinstance(part, DictConfig) or "_target_" not in part:
+            raise ConfigError(f"reward.{name}: needs _target_, the callable to use, and a weight.")
+        if "weight" not in part:
+            raise ConfigError(f"reward.{name}.weight is not set: add +reward.{name}.weight=1.0")
+
+
+def check_group(cfg: DictConfig) -> None:
+    relative = "group_" in str(OmegaConf.select(cfg, "algorithm.advantage._target_"))
+    if relative and cfg.num_generation < 2:
+        raise ConfigError(
+            f"num_generation={cfg.num_generation}: a group-relative advantage compares the "
+            f"completions of a prompt, so it needs at least 2."
+        )
+
+
+class CheckBeforeRun(Callback):
+    """Hydra's door: a refused config leaves no folder behind."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from grpo.cli import refuse
+
+        try:
+            check(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+            folder = Path(config.hydra.run.dir)
+            past.check_folder(folder, config.resume, config.model)
+            writable(folder)
+        except ConfigError as error:
+            refuse(error)
+
+
+def writable(folder: Path) -> None:
+    """Refuses a run folder that can't be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"hydra.run.dir={folder}: this run's folder can't be written ({error.strerror})."
+        ) from error

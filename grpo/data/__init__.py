@@ -1,0 +1,7 @@
+"""Data sets: a slice of rows becomes prompts with answers, in an endless, seekable order."""
+
+from grpo.data.arithmetic import Arithmetic
+from grpo.data.gym import ReasoningGym
+from grpo.data.table import GSM8K, Jsonl
+
+__all__ = ["GSM8K", "Arithmetic", "Jsonl", "ReasoningGym"]

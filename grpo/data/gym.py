@@ -1,0 +1,79 @@
+"""Tasks of reasoning-gym: generated without end, each scored by its own verifier."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from grpo.data.source import Source
+from grpo.data.verify import EXTRACTORS
+from grpo.errors import ConfigError
+from grpo.types import Example
+
+
+class ReasoningGym(Source):
+    """One task with its options; training and evaluation are drawn with seeds of their own.
+
+    The verifiers give partial credit for text around an answer, and some for none at all. So the
+    answer is extracted first, and `strict` counts only a full score.
+    """
+
+    def __init__(
+        self,
+        task: str | None,
+        size: int,
+        eval_size: int,
+        options: Mapping[str, Any],
+        extract: str = "tag",
+        strict: bool = True,
+        seed: int = 0,
+    ) -> None:
+        from reasoning_gym.factory import DATASETS
+
+        if task is None:
+            raise ConfigError("dataset.task is not set, for example dataset.task=basic_arithmetic.")
+        if task not in DATASETS:
+            near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(DATASETS)}."
+            raise ConfigError(f"dataset.task={task}: no such task of reasoning-gym; {hint}")
+        if extract not in EXTRACTORS:
+            raise ConfigError(f"dataset.extract={extract!r}: use one of {', '.join(EXTRACTORS)}.")
+        if min(size, eval_size) < 1:
+            raise ConfigError("dataset.size and dataset.eval_size need at least 1 problem.")
+        self.task, self.options, self.seed = task, dict(options), seed
+        self.size, self.eval_size = size, eval_size
+        self.extract, self.strict = EXTRACTORS[extract], strict
+
+    def train(self) -> list[Example]:
+        return self._draw(self.size, 2 * self.seed)
+
+    def evaluation(self) -> list[Example]:
+        return self._draw(self.eval_size, 2 * self.seed + 1)
+
+    def _draw(self, size: int, seed: int) -> list[Example]:
+        import reasoning_gym
+
+        try:
+            problems = reasoning_gym.create_dataset(self.task, size=size, seed=seed, **self.options)
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ConfigError(f"dataset.options of {self.task}: {error}") from error
+        return [
+            Example(
+                question=entry["question"],
+                answer=str(entry["answer"]),
+                verify=self._verifier(problems, entry),
+                columns=entry["metadata"],
+            )
+            for entry in problems
+        ]
+
+    def _verifier(self, problems: Any, entry: dict[str, Any]) -> Callable[[str], float]:
+        def verify(completion: str) -> float:
+            answer = self.extract(completion)
+            if answer is None:
+                return 0.0
+            credit = float(problems.score_answer(answer, entry))
+            return float(credit >= 1.0) if self.strict else credit
+
+        return verify

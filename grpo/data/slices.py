@@ -1,0 +1,48 @@
+"""Slices as the datasets library writes them: `:5%`, `100:200`, `-128:`, `10%:20%`."""
+
+from __future__ import annotations
+
+import re
+
+from grpo.errors import ConfigError
+
+BOUND = re.compile(r"(-?\d+)(%?)")
+
+
+def parse_slice(text: str, rows: int, key: str) -> range:
+    """The row numbers that `[text]` selects out of `rows`.
+
+    Percentages are rounded to the closest row; bounds past the ends are cut, a negative one counts
+    from the end.
+
+    Raises:
+        ConfigError: not a slice, or one without rows; `key` is named.
+    """
+    start, colon, stop = text.strip().removeprefix("[").removesuffix("]").partition(":")
+    if not colon:
+        raise ConfigError(wrong_slice(text, key))
+    first = bound(start, rows, 0, text, key)
+    last = bound(stop, rows, rows, text, key)
+    if first >= last:
+        raise ConfigError(f"{key}={text}: selects none of the {rows} rows.")
+    return range(first, last)
+
+
+def bound(text: str, rows: int, default: int, whole: str, key: str) -> int:
+    if not text.strip():
+        return default
+    match = BOUND.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(wrong_slice(whole, key))
+    number = int(match[1])
+    if match[2]:
+        if abs(number) > 100:
+            raise ConfigError(f"{key}={whole}: {number}% is more than there is.")
+        number = round(number * rows / 100)
+    if number < 0:
+        number += rows
+    return min(max(number, 0), rows)
+
+
+def wrong_slice(text: str, key: str) -> str:
+    return f"{key}={text}: not a slice; write it like :5%, 100:200, -128: or 10%:20%."

@@ -1,0 +1,66 @@
+"""The Hugging Face hub, asked with a time limit: a machine without it should know within seconds."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+SECONDS = 4.0
+
+
+class HubUnreachable(Exception):
+    """The hub doesn't answer, or doesn't have it; says which."""
+
+
+def hub_model_folder(id: str) -> Path:
+    """The folder with a hub model's files: from the local cache where it is whole, else downloaded.
+
+    Raises:
+        HubUnreachable: it is not in the cache, and the hub can't give it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        cached = Path(snapshot_download(id, allow_patterns=wanted, local_files_only=True))
+        if any(cached.glob("*.safetensors")) and (cached / "config.json").is_file():
+            return cached
+    except LocalEntryNotFoundError:
+        pass  # not downloaded yet
+    require_hub()
+    try:
+        return Path(snapshot_download(id, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise HubUnreachable(f"the hub answers: {str(error).splitlines()[0]}") from error
+
+
+def require_hub() -> None:
+    """Returns where the hub answers within seconds.
+
+    Raises:
+        HubUnreachable: it doesn't.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubUnreachable("HF_HUB_OFFLINE is set")
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=SECONDS)
+            answered.set()
+        except Exception as error:  # noqa: BLE001 - whatever a client library raises, it is no answer
+            reason.append(type(error).__name__)
+        finally:
+            done.set()
+
+    reason: list[str] = []
+    done = threading.Event()
+    # A name look-up has no time limit of its own, so it runs where it can be left behind.
+    threading.Thread(target=ask, daemon=True).start()
+    done.wait(SECONDS)
+    if not answered.is_set():
+        raise HubUnreachable(f"the hub can't be reached ({reason[0] if reason else 'no answer'})")

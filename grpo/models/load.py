@@ -1,0 +1,142 @@
+"""A causal language model from the hub, a folder, this package, or a GGUF inside a wheel."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from grpo.device import Device
+from grpo.errors import ConfigError
+from grpo.hub import HubUnreachable, hub_model_folder
+from grpo.models.forward import (
+    Completions,
+    Forward,
+    agrees_with_plain,
+    plain,
+    shared_prefix,
+)
+from grpo.models.gguf import converted_gguf
+from grpo.models.head import Head, TokenScores
+
+log = logging.getLogger(__name__)
+PACKAGED = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with what GRPO asks of it. Always in eval mode: dropout would break the ratios."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    head: Head
+    forward: Forward
+    end_ids: tuple[int, ...]  # every token that ends a completion
+    context: int  # the most tokens that prompt and completion may have together
+    device: Device
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else self.end_ids[0]
+
+    def score(self, batch: Completions, temperature: float) -> TokenScores:
+        """Log-probabilities and entropies [N, C] of completion tokens; zeros on padding."""
+        with self.device.autocast():
+            return self.forward(self.model, self.head, batch, temperature)
+
+
+def model_folder(
+    name: str, id: str | None, path: str | None, packaged: str | None, wheel: dict[str, str] | None
+) -> Path:
+    """Where the model's files are, downloaded or converted if need be.
+
+    Raises:
+        ConfigError: there is no model there, or the hub can't be reached.
+    """
+    if packaged is not None:
+        return PACKAGED / packaged
+    if path is not None:
+        folder = Path(path).expanduser()
+        if not (folder / "config.json").is_file() or not has_weights(folder):
+            raise ConfigError(
+                f"model.path={path}: no model there. It should be a folder with config.json, "
+                f"*.safetensors and a tokenizer, as `save_pretrained` writes it."
+            )
+        return folder
+    assert id is not None  # config.check saw to it that one of the three is given
+    try:
+        return hub_model_folder(id)
+    except HubUnreachable as error:
+        if wheel is not None:
+            log.info("%s can't be had from the hub (%s); taking the GGUF in %s", id, error, wheel["name"])
+            return converted_gguf(**wheel)
+        raise ConfigError(
+            f"model={name}: {id} is not in the local cache and {error}. Without the hub there are "
+            f"model=tiny, model=smollm2_135m (from PyPI) and model=local model.path=FOLDER."
+        ) from error
+
+
+def has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def load_language_model(folder: Path, device: Device) -> LanguageModel:
+    """Loads a model in fp32, checks it against itself, and puts it on the device.
+
+    Raises:
+        ConfigError: the folder doesn't hold a causal language model that can be loaded.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{folder}: transformers can't load this as a causal model: {error}") from error
+    model.eval().to(device.torch_device)
+    head = Head(model)
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        head=head,
+        forward=choose_forward(model, head),
+        end_ids=end_ids(model, tokenizer),
+        context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20,
+        device=device,
+    )
+
+
+def frozen_copy(policy: LanguageModel) -> LanguageModel:
+    """The reference: the policy as it is now, never trained."""
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return replace(policy, model=model, head=Head(model))
+
+
+def choose_forward(model: PreTrainedModel, head: Head) -> Forward:
+    if agrees_with_plain(model, head):
+        return shared_prefix
+    log.warning(
+        "%s: its log-probabilities can't be had from a shared prompt; using the plain forward, "
+        "which is slower and needs more memory.",
+        type(model).__name__,
+    )
+    return plain
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every end-of-sequence id that the generation config names, else the tokenizer's."""
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+    raise ConfigError(f"{type(model).__name__} names no end-of-sequence token.")

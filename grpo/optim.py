@@ -1,0 +1,80 @@
+"""AdamW on fp32 weights, with a schedule, gradient clipping, and no step on a broken gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Schedule = Callable[[float], float]  # share of the steps after warm-up done, 0..1 -> factor
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+class Optimizer:
+    """The optimizer and what belongs to a step of it. The learning rate follows from the step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        total_steps: int,
+        schedule: Schedule,
+        warmup_steps: int,
+        weight_decay: float,
+        betas: tuple[float, float],
+        max_grad_norm: float,
+    ) -> None:
+        """max_grad_norm: gradients longer than this are scaled down to it; 0 leaves them be."""
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Norms and biases pull no weight toward zero.
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        self.learning_rate, self.total_steps = learning_rate, total_steps
+        self.schedule, self.warmup_steps = schedule, warmup_steps
+        self.max_grad_norm = max_grad_norm or math.inf
+        self.steps_done = 0
+
+    def rate(self) -> float:
+        """The learning rate of the step that comes next."""
+        if self.steps_done < self.warmup_steps:
+            return self.learning_rate * (self.steps_done + 1) / self.warmup_steps
+        after = max(1, self.total_steps - self.warmup_steps)
+        return self.learning_rate * self.schedule(min(1.0, (self.steps_done - self.warmup_steps) / after))
+
+    def step(self) -> dict[str, float]:
+        """Applies the gradients that have gathered and frees them.
+
+        A gradient that is not finite is thrown away, and counted: the weights stay as they were.
+        """
+        rate = self.rate()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            for group in self.adamw.param_groups:
+                group["lr"] = rate
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        return {
+            "optim/learning_rate": rate,
+            "optim/grad_norm": norm,
+            "optim/skipped": float(skipped),
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"adamw": self.adamw.state_dict(), "steps_done": self.steps_done}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        self.steps_done = state["steps_done"]

@@ -1,0 +1,37 @@
+"""Rewards for one right answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from grpo.data.verify import AnswerVerifier
+from grpo.types import Sample
+
+TAGS = re.compile(r"</?answer>")
+
+
+class Answer:
+    """The note's reward: 1 where the text in `<answer>…</answer>` equals the gold answer, else 0."""
+
+    def __init__(self) -> None:
+        self.verifier = AnswerVerifier("tag")
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [self.verifier.score(sample.answer, sample.completion) for sample in samples]
+
+
+class AnswerFormat:
+    """1 where a completion has exactly one `<answer>…</answer>`, else 0."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [
+            float(TAGS.findall(sample.completion) == ["<answer>", "</answer>"]) for sample in samples
+        ]
+
+
+class Task:
+    """The data set's own verifier, which reads the answer as `dataset.extract` says."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [sample.example.verify(sample.completion) for sample in samples]

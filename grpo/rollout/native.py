@@ -1,0 +1,147 @@
+"""The project's own sampler: each prompt is read once, its cache repeated over the group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.models.forward import left_mask, positions
+from grpo.models.load import LanguageModel
+from grpo.models.pad import pad_left, pad_right
+from grpo.types import Prompt, Rollout
+
+COMPACT_AT = 0.7  # drop finished rows once no more than this share is still being written
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion, as long as it is."""
+
+    tokens: Tensor  # [length] int64
+    logprobs: Tensor  # [length] float32
+    ended: bool
+
+
+class NativeEngine:
+    """Samples from the policy itself, with the weights it has at that moment."""
+
+    def __init__(self, policy: LanguageModel, max_new_tokens: int, token_budget: int) -> None:
+        """token_budget: cache positions held at once, rows times prompt and completion tokens."""
+        self.policy, self.max_new_tokens, self.token_budget = policy, max_new_tokens, token_budget
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], num_generation: int, temperature: float, seed: int
+    ) -> Rollout:
+        """`num_generation` completions for each prompt, on-policy.
+
+        Args:
+            temperature: divides the logits; 0 is greedy, where log-probabilities are at 1.
+            seed: the same seed, weights and arguments give the same completions.
+        """
+        generator = torch.Generator(device=self.policy.device.torch_device).manual_seed(seed)
+        rows: dict[int, Row] = {}
+        for share in self._shares(prompts, num_generation):
+            sampled = self._sample([prompts[i] for i in share], num_generation, temperature, generator)
+            for k, row in enumerate(sampled):
+                rows[share[k // num_generation] * num_generation + k % num_generation] = row
+        return self._rollout(prompts, [rows[n] for n in range(len(rows))])
+
+    def _shares(self, prompts: Sequence[Prompt], num_generation: int) -> Iterator[list[int]]:
+        """Prompts in length order, as many at once as the budget holds; at least one."""
+        share: list[int] = []
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids)):
+            width = len(prompts[i].token_ids) + self.max_new_tokens
+            if share and (len(share) + 1) * num_generation * width > self.token_budget:
+                yield share
+                share = []
+            share.append(i)
+        yield share
+
+    def _sample(
+        self, prompts: Sequence[Prompt], group: int, temperature: float, generator: torch.Generator
+    ) -> list[Row]:
+        """The completions of prompts that fit in memory together, in order b*G+g."""
+        policy, device = self.policy, self.policy.device.torch_device
+        prompts_BP, lengths_B = pad_left([p.token_ids for p in prompts], policy.pad_id, device)
+        prompt_mask_BP = left_mask(prompts_BP, lengths_B)
+        ends = torch.tensor(policy.end_ids, device=device)
+
+        with policy.device.autocast():
+            read = policy.model.base_model(
+                input_ids=prompts_BP,
+                attention_mask=prompt_mask_BP,
+                position_ids=positions(prompt_mask_BP),
+                use_cache=True,
+            )
+            cache = read.past_key_values
+            cache.batch_repeat_interleave(group)
+            mask = prompt_mask_BP.repeat_interleave(group, dim=0)
+            logits_NV = policy.head(read.last_hidden_state[:, -1]).repeat_interleave(group, dim=0)
+            position_N1 = lengths_B.repeat_interleave(group)[:, None]
+
+            count = len(prompts) * group
+            tokens_NC = torch.full((count, self.max_new_tokens), policy.pad_id, device=device)
+            logprobs_NC = torch.zeros(count, self.max_new_tokens, device=device)
+            lengths_N = torch.full((count,), self.max_new_tokens, device=device)
+            ended_N = torch.zeros(count, dtype=torch.bool, device=device)
+            alive = torch.arange(count, device=device)  # the rows still in the batch
+            for c in range(self.max_new_tokens):
+                token_N, logprob_N = draw(logits_NV, temperature, generator)
+                writing = ~ended_N[alive]
+                tokens_NC[alive[writing], c] = token_N[writing]
+                logprobs_NC[alive[writing], c] = logprob_N[writing]
+                stops = writing & torch.isin(token_N, ends)
+                lengths_N[alive[stops]] = c + 1
+                ended_N[alive[stops]] = True
+                left = int((~ended_N[alive]).sum())
+                if left == 0 or c + 1 == self.max_new_tokens:
+                    break
+                if left <= COMPACT_AT * len(alive):
+                    keep = (~ended_N[alive]).nonzero()[:, 0]
+                    alive, token_N, position_N1 = alive[keep], token_N[keep], position_N1[keep]
+                    mask = mask[keep]
+                    cache.batch_select_indices(keep)
+                mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+                step = policy.model.base_model(
+                    input_ids=token_N[:, None],
+                    attention_mask=mask,
+                    position_ids=position_N1,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                logits_NV = policy.head(step.last_hidden_state[:, -1])
+                position_N1 = position_N1 + 1
+        return [
+            Row(tokens_NC[n, :length], logprobs_NC[n, :length], bool(ended_N[n]))
+            for n, length in enumerate(lengths_N.tolist())
+        ]
+
+    def _rollout(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> Rollout:
+        device = self.policy.device.torch_device
+        tokens_NC, lengths_N = pad_right([row.tokens for row in rows], self.policy.pad_id)
+        logprobs_NC, _ = pad_right([row.logprobs for row in rows], 0.0)
+        texts = self.policy.tokenizer.batch_decode(
+            [row.tokens.tolist() for row in rows], skip_special_tokens=True
+        )
+        return Rollout(
+            prompts=tuple(prompts),
+            tokens_NC=tokens_NC,
+            logprobs_NC=logprobs_NC,
+            lengths_N=lengths_N,
+            truncated_N=torch.tensor([not row.ended for row in rows], device=device),
+            texts=tuple(texts),
+        )
+
+
+def draw(logits_NV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability, from softmax(logits / temperature); 0 is greedy."""
+    logprobs_NV = torch.log_softmax(logits_NV / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        token_N1 = logprobs_NV.argmax(dim=-1, keepdim=True)
+    else:
+        token_N1 = torch.multinomial(logprobs_NV.exp(), 1, generator=generator)
+    return token_N1[:, 0], logprobs_NV.gather(1, token_N1)[:, 0]

@@ -1,0 +1,272 @@
+"""The composition root: from a config to parts, alone in knowing how they are put together."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.checkpoint import Checkpoints, Progress
+from grpo.config import nearest
+from grpo.data.order import total_steps
+from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample, build_prompts
+from grpo.data.source import Source
+from grpo.device import Device, open_device
+from grpo.errors import ConfigError, RunError
+from grpo.evaluate import Evaluation
+from grpo.interrupt import Interrupt
+from grpo.models.load import LanguageModel, frozen_copy, load_language_model, model_folder
+from grpo.optim import SCHEDULES, Optimizer
+from grpo.past import model_of_checkpoint
+from grpo.rewards import WeightedReward
+from grpo.summary import Summary
+from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
+from grpo.tracking.console import evaluation_line
+from grpo.train import Training, train
+from grpo.update import Objective
+
+log = logging.getLogger(__name__)
+PROMPT_KEYS = ("system_prompt", "worked_examples", "max_prompt_tokens", "allow_overlap")
+
+
+def train_from_config(cfg: DictConfig, folder: Path) -> float | None:
+    """Runs one experiment in its folder and returns its objective.
+
+    Raises:
+        ConfigError: it can't be run as asked.
+        RunError: it had to stop; what was done is saved.
+        SystemExit: 130, it was interrupted and is saved.
+    """
+    run, start = build_training(cfg, folder)
+    summary = Summary(folder, cfg.objective, run.device)
+    summary.write("running", start)
+    status, progress, error = "failed", start, "ended by an error, see train.log"
+    try:
+        with Interrupt() as interrupt:
+            progress = train(run, start, interrupt)
+        status, error = ("finished" if progress.step >= run.total_steps else "interrupted"), ""
+    except RunError as stopped:
+        error = str(stopped)
+        raise
+    except KeyboardInterrupt:
+        status, error = "interrupted", ""
+        raise
+    finally:
+        content = summary.write(status, progress, error)
+        run.tracker.close(status, content)
+    print(summary.closing(content), flush=True)
+    if status == "interrupted":
+        raise SystemExit(130)
+    return summary.objective(content)
+
+
+def evaluate_from_config(cfg: DictConfig, folder: Path) -> float | None:
+    """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
+    device = open_device(cfg.device.kind, cfg.device.precision)
+    source, rewards = build_source(cfg), build_rewards(cfg)
+    model = load_language_model(model_of_checkpoint(cfg.checkpoint), device)
+    prompts = build_prompts(source, prompt_format(cfg), model.tokenizer)
+    check_fits(cfg, model, prompts)
+    engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
+    evaluation = Evaluation(
+        engine, prompts.evaluation, rewards, cfg.eval.samples, cfg.temperature
+    ).run()
+    content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts.evaluation), **evaluation}
+    (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{len(prompts.evaluation)} prompts: {evaluation_line(evaluation)}")
+    print(f"written to {folder / 'evaluation.json'}", flush=True)
+    return evaluation[cfg.objective]
+
+
+def build_training(cfg: DictConfig, folder: Path) -> tuple[Training, Progress]:
+    """All parts of a run and where it starts; what is cheap to find wrong is built first."""
+    device = open_device(cfg.device.kind, cfg.device.precision)
+    source, rewards = build_source(cfg), build_rewards(cfg)
+    objective, advantage = build_objective(cfg), bind(cfg.algorithm.advantage, "algorithm.advantage")
+    make_engine = bind(cfg.rollout, "rollout")
+    make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
+    policy = load_policy(cfg, device)
+    prompts = build_prompts(source, prompt_format(cfg), policy.tokenizer)
+    check_fits(cfg, policy, prompts)
+
+    # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
+    reference = frozen_copy(policy) if cfg.kl_weight > 0 and cfg.kl._target_ is not None else None
+    steps = total_steps(len(prompts.train), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
+    optimizer = build_optimizer(cfg, policy, steps)
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, plain(cfg))
+    start = starting_point(cfg, checkpoints, policy, optimizer, steps)
+    info = run_info(cfg, folder, start, steps)
+    engine = make_engine(policy=policy, max_new_tokens=cfg.max_new_tokens)
+    log.info(
+        "%s: %d steps of %d x %d completions from %d prompts, on %s",
+        info.name, steps, cfg.batch_size, cfg.num_generation, len(prompts.train), device.describe(),
+    )  # fmt: skip
+    run = Training(
+        policy=policy,
+        reference=reference,
+        engine=engine,
+        optimizer=optimizer,
+        objective=objective,
+        advantage=advantage,
+        rewards=rewards,
+        prompts=prompts.train,
+        evaluation=Evaluation(engine, prompts.evaluation, rewards, cfg.eval.samples, cfg.temperature),
+        tracker=Tracker([JsonlFiles(info), *(make(info=info) for make in make_sinks), Console(info)]),
+        checkpoints=checkpoints,
+        device=device,
+        batch_size=cfg.batch_size,
+        num_generation=cfg.num_generation,
+        temperature=cfg.temperature,
+        token_budget=cfg.device.token_budget,
+        seed=cfg.seed,
+        total_steps=steps,
+        eval_every=cfg.eval.every,
+        checkpoint_every=cfg.checkpoint.every,
+        log_prompts=cfg.log_prompts,
+    )
+    return run, start
+
+
+def build_source(cfg: DictConfig) -> Source:
+    node = OmegaConf.masked_copy(cfg.dataset, [k for k in cfg.dataset if k not in PROMPT_KEYS])
+    source = bind(node, "dataset")()
+    assert isinstance(source, Source)
+    return source
+
+
+def prompt_format(cfg: DictConfig) -> PromptFormat:
+    keys = {key: cfg.dataset[key] for key in PROMPT_KEYS}
+    try:
+        worked = tuple(WorkedExample(**example) for example in keys.pop("worked_examples"))
+    except TypeError as error:
+        raise ConfigError("dataset.worked_examples: each needs a question and an answer.") from error
+    return PromptFormat(worked_examples=worked, **keys)
+
+
+def build_rewards(cfg: DictConfig) -> dict[str, WeightedReward]:
+    """Each named callable: a class is made with its options, a function gets them with each call."""
+    rewards = {}
+    for name, node in cfg.reward.items():
+        options = OmegaConf.masked_copy(node, [key for key in node if key != "weight"])
+        bound = bind(options, f"reward.{name}")
+        function = bound() if inspect.isclass(bound.func) else bound
+        if not callable(function):
+            raise ConfigError(f"reward.{name}._target_={node._target_}: can't be called.")
+        rewards[str(name)] = WeightedReward(function, float(node.weight))
+    return rewards
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    kl = bind(cfg.kl, "kl") if cfg.kl._target_ is not None else None
+    return Objective(
+        policy_loss=bind(cfg.algorithm.policy_loss, "algorithm.policy_loss"),
+        weights=bind(cfg.algorithm.averaging, "algorithm.averaging"),
+        kl=kl,
+        kl_weight=cfg.kl_weight,
+        temperature=cfg.temperature,
+    )
+
+
+def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optimizer:
+    return Optimizer(
+        policy.model,
+        learning_rate=cfg.learning_rate,
+        total_steps=steps,
+        schedule=SCHEDULES[cfg.optim.schedule],
+        warmup_steps=cfg.optim.warmup_steps,
+        weight_decay=cfg.optim.weight_decay,
+        betas=(cfg.optim.betas[0], cfg.optim.betas[1]),
+        max_grad_norm=cfg.optim.max_grad_norm,
+    )
+
+
+def load_policy(cfg: DictConfig, device: Device) -> LanguageModel:
+    model = plain(cfg.model)
+    folder = model_folder(**{k: model[k] for k in ("name", "id", "path", "packaged", "wheel")})
+    return load_language_model(folder, device)
+
+
+def check_fits(cfg: DictConfig, policy: LanguageModel, prompts: PromptSets) -> None:
+    longest = max(len(p.token_ids) for p in [*prompts.train, *prompts.evaluation])
+    if longest + cfg.max_new_tokens > policy.context:
+        raise ConfigError(
+            f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
+            f"than the model's context of {policy.context}; lower it or dataset.max_prompt_tokens."
+        )
+
+
+def starting_point(
+    cfg: DictConfig, checkpoints: Checkpoints, policy: LanguageModel, optimizer: Optimizer, steps: int
+) -> Progress:
+    """Step 0 of a new run, or the newest whole checkpoint of this one."""
+    if cfg.resume is None or (cfg.resume == "auto" and not checkpoints.steps()):
+        if cfg.resume == "auto":
+            log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
+        return Progress(step=0, run_id=uuid.uuid4().hex[:8], seconds=0.0)
+    start = checkpoints.load(policy, optimizer)
+    if start.step >= steps:
+        raise ConfigError(
+            f"resume={cfg.resume}: this run has done its {steps} steps already; raise max_steps or "
+            f"num_epochs to go on."
+        )
+    return start
+
+
+def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:
+    hydra = HydraConfig.get()
+    name = cfg.name or f"{cfg.model.name}-{hydra.runtime.choices['dataset']}"
+    in_sweep = hydra.mode == RunMode.MULTIRUN
+    return RunInfo(
+        id=start.run_id,
+        name=f"{name}-{hydra.job.num}" if in_sweep else name,
+        folder=folder,
+        config=plain(cfg),
+        group=Path(hydra.sweep.dir).name if in_sweep else None,
+        first_step=start.step,
+        total_steps=steps,
+    )
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def bind(node: Mapping[str, Any], key: str) -> functools.partial[Any]:
+    """The callable that a node's `_target_` names, with the node's other keys bound.
+
+    Raises:
+        ConfigError: it can't be imported, or doesn't take one of the keys.
+    """
+    options = plain(node) if isinstance(node, DictConfig) else dict(node)
+    path = str(options.pop("_target_", ""))
+    try:
+        target: Callable[..., Any] = get_object(path)
+    except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
+        raise ConfigError(f"{key}._target_={path}: can't be imported ({root_cause(error)}).") from error
+    try:
+        known = inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}._target_={path}: can't be called.") from error
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    for option in options:
+        if option not in known and not takes_any:
+            raise ConfigError(f"{key}.{option}: {path} takes no such key{nearest(option, known)}")
+    return functools.partial(target, **options)
+
+
+def root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,93 @@
+"""summary.json: what became of a run, in one small file."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from grpo.checkpoint import Progress
+from grpo.device import Device
+from grpo.tracking.files import read_lines
+
+PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb")
+
+
+class Summary:
+    """Written when a run starts and anew when it ends, so a killed run still says `running`."""
+
+    def __init__(self, folder: Path, objective: str, device: Device) -> None:
+        self.folder, self.metric, self.device = folder, objective, device
+        self.started = time.time()
+
+    def write(self, status: str, progress: Progress, error: str = "") -> dict[str, Any]:
+        """status: running, finished, interrupted or failed. Returns what was written."""
+        evaluations = [
+            {key: value for key, value in line.items() if key == "step" or key.startswith("eval/")}
+            for line in read_lines(self.folder / "metrics.jsonl")
+            if "eval/accuracy" in line
+        ]
+        last = evaluations[-1] if evaluations else {}
+        content = {
+            "status": status,
+            "objective": {
+                "name": self.metric,
+                "value": last.get(self.metric) if status == "finished" else None,
+            },
+            "first_evaluation": evaluations[0] if evaluations else None,
+            "last_evaluation": last or None,
+            "steps": progress.step,
+            "wall_seconds": round(progress.seconds, 3),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+            "git_commit": git_commit(),
+            "device": self.device.describe(),
+            "error": error or None,
+        }
+        aside = self.folder / "summary.tmp"
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        aside.replace(self.folder / "summary.json")
+        return content
+
+    def objective(self, content: dict[str, Any]) -> float | None:
+        value = content["objective"]["value"]
+        return None if value is None else float(value)
+
+    def closing(self, content: dict[str, Any]) -> str:
+        """The last lines in the terminal: what came of it, where it is, what to do next."""
+        steps, seconds = content["steps"], content["wall_seconds"]
+        lines = [f"{content['status']}: {steps} steps in {seconds / 60:.1f} minutes"]
+        first, last = content["first_evaluation"], content["last_evaluation"]
+        if first and last:
+            for label, key in (("greedy", "eval/accuracy"), ("sampled", "eval/sampled_accuracy")):
+                lines.append(f"  {label} accuracy {first[key]:.1%} -> {last[key]:.1%}")
+        folder = relative(self.folder)
+        lines.append(f"  in {folder}: metrics.jsonl, completions.jsonl, summary.json")
+        if content["status"] == "interrupted":
+            lines.append(f"  go on:    grpo resume={folder}")
+        else:
+            lines.append(f"  model:    {folder}/checkpoints/latest/model")
+            lines.append(f"  evaluate: grpo eval checkpoint={folder} eval.samples=16")
+        return "\n".join(lines)
+
+
+def relative(folder: Path) -> Path:
+    """The folder as one would type it here."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def git_commit() -> str | None:
+    """The commit that the package was run from, where it is a checkout; with + if it was changed."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

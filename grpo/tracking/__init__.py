@@ -1,0 +1,8 @@
+"""One `log(step, metrics)`, and behind it whatever sinks the run was built with."""
+
+from grpo.tracking.console import Console
+from grpo.tracking.files import JsonlFiles
+from grpo.tracking.tracker import CompletionRow, RunInfo, Sink, Tracker
+from grpo.tracking.wandb_sink import WandB
+
+__all__ = ["CompletionRow", "Console", "JsonlFiles", "RunInfo", "Sink", "Tracker", "WandB"]

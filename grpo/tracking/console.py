@@ -1,0 +1,77 @@
+"""The terminal: a live line while it trains, plain lines where the output is a pipe or a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+from grpo.tracking.tracker import Metrics, RunInfo, Sink
+
+SECONDS_BETWEEN_LINES = 1.0  # in a pipe
+
+
+class Console(Sink):
+    """Shows step, reward, KL, length, tokens a second and the time left."""
+
+    def __init__(self, info: RunInfo) -> None:
+        self.total_steps = info.total_steps
+        self.console = RichConsole()
+        self.live: Live | None = None
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, auto_refresh=False, transient=True)
+            self.live.start()
+        self.last_line = 0.0
+        self.seconds_a_step: float | None = None
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if "eval/accuracy" in metrics:
+            self._print(f"evaluation at step {step}: {evaluation_line(metrics)}")
+        if "time/step" not in metrics:
+            return
+        seconds = metrics["time/step"]
+        previous = self.seconds_a_step or seconds
+        self.seconds_a_step = 0.8 * previous + 0.2 * seconds
+        line = step_line(step, self.total_steps, metrics, self.seconds_a_step)
+        if self.live is not None:
+            self.live.update(Text(line, no_wrap=True), refresh=True)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total_steps:
+            self.last_line = time.monotonic()
+            self._print(line)
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.file.flush()
+
+
+def step_line(step: int, total: int, metrics: Metrics, seconds_a_step: float) -> str:
+    parts = [f"step {step}/{total}", f"reward {metrics['reward/mean']:.3f}"]
+    if "kl/mean" in metrics:
+        parts.append(f"kl {metrics['kl/mean']:.4f}")
+    parts += [
+        f"length {metrics['completion/length_mean']:.0f}",
+        f"{metrics['perf/completion_tokens_per_second']:.0f} tokens/s",
+        f"{duration((total - step) * seconds_a_step)} left",
+    ]
+    return "  ".join(parts)
+
+
+def evaluation_line(metrics: Metrics) -> str:
+    return (
+        f"accuracy {metrics['eval/accuracy']:.1%} greedy, "
+        f"{metrics['eval/sampled_accuracy']:.1%} sampled, {metrics['eval/pass_at_k']:.1%} pass@k"
+    )
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

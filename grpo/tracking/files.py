@@ -1,0 +1,57 @@
+"""metrics.jsonl and completions.jsonl: the record that every other view can be made from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
+
+
+class JsonlFiles(Sink):
+    """Appends a line a step and flushes it; a resumed run first forgets the steps it will redo."""
+
+    def __init__(self, info: RunInfo) -> None:
+        self.last_step = info.first_step if info.first_step > 0 else -1
+        self.metrics_file = self._open(info.folder / "metrics.jsonl")
+        self.completions_file = self._open(info.folder / "completions.jsonl")
+
+    def _open(self, path: Path) -> Any:
+        kept = [line for line in read_lines(path) if line["step"] <= self.last_step]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(encode(line) for line in kept), encoding="utf-8")
+        aside.replace(path)
+        return path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.metrics_file.write(encode({"step": step, **metrics}))
+        self.metrics_file.flush()
+
+    def completions(self, rows: Sequence[CompletionRow]) -> None:
+        self.completions_file.writelines(encode(row.flat()) for row in rows)
+        self.completions_file.flush()
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        self.metrics_file.close()
+        self.completions_file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; a last one cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline
+    return [json.loads(line) for line in lines]
+
+
+def encode(line: Mapping[str, Any]) -> str:
+    """One JSON line; what JSON has no number for (inf, nan) is null."""
+    finite = {k: None if is_broken(v) else v for k, v in line.items()}
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def is_broken(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

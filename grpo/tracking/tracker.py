@@ -1,0 +1,101 @@
+"""What a sink is, and the tracker that hands everything to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.types import Rollout, Scores
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a sink may want to know of the run it records."""
+
+    id: str  # kept over resumes
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    group: str | None  # the sweep this run is a job of
+    first_step: int  # 0, or the step a resumed run goes on from
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    """A line of completions.jsonl."""
+
+    step: int
+    prompt: str
+    completion: str
+    answer: str
+    rewards: Mapping[str, float]  # each part before its weight
+    reward: float  # the weighted sum
+    advantage: float
+    tokens: int
+    truncated: bool
+
+    def flat(self) -> dict[str, Any]:
+        row = asdict(self)
+        parts = row.pop("rewards")
+        return {**row, **{f"reward/{name}": value for name, value in parts.items()}}
+
+
+class Sink:
+    """Somewhere that metrics go. A sink takes what it can show and leaves the rest."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """One step's metrics; step 0 is before training."""
+
+    def completions(self, rows: Sequence[CompletionRow]) -> None:
+        """Some of a step's completions."""
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """The end: finished, interrupted or failed."""
+
+
+class Tracker:
+    """All sinks of a run."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = sinks
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def completions(self, rows: Sequence[CompletionRow]) -> None:
+        for sink in self.sinks:
+            sink.completions(rows)
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.close(status, summary)
+
+
+def completion_rows(
+    step: int, rollout: Rollout, scores: Scores, advantages_BG: Any, prompts: int
+) -> list[CompletionRow]:
+    """The completions of a step's first prompts, whole groups."""
+    count = min(prompts, len(rollout.prompts)) * rollout.num_generation
+    totals, advantages = scores.total_BG.flatten().tolist(), advantages_BG.flatten().tolist()
+    parts = {name: part_N.tolist() for name, part_N in scores.parts.items()}
+    lengths, truncated = rollout.lengths_N.tolist(), rollout.truncated_N.tolist()
+    return [
+        CompletionRow(
+            step=step,
+            prompt=rollout.prompts[n // rollout.num_generation].text,
+            completion=rollout.texts[n],
+            answer=rollout.prompts[n // rollout.num_generation].example.answer,
+            rewards={name: values[n] for name, values in parts.items()},
+            reward=totals[n],
+            advantage=advantages[n],
+            tokens=lengths[n],
+            truncated=truncated[n],
+        )
+        for n in range(count)
+    ]

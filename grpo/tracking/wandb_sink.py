@@ -1,0 +1,86 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo.errors import ConfigError
+from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
+
+log = logging.getLogger(__name__)
+MODES = ("auto", "online", "offline")
+
+
+class WandB(Sink):
+    """One W&B run for one run here, the same one after a resume, always finished."""
+
+    def __init__(
+        self,
+        info: RunInfo,
+        project: str,
+        entity: str | None,
+        mode: str,
+        group: str | None,
+        tags: Sequence[str],
+        table_every: int,
+    ) -> None:
+        """mode: auto is online where a key is known, else offline. table_every: steps, 0 for none."""
+        if mode not in MODES:
+            raise ConfigError(f"tracking.wandb.mode={mode}: use one of {', '.join(MODES)}.")
+        import wandb
+
+        self.info, self.table_every = info, table_every
+        asked = mode
+        if asked == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        self.mode = os.environ.get("WANDB_MODE", mode) if asked == "auto" else mode
+        arguments: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "id": info.id,
+            "name": info.name,
+            "group": group or info.group,
+            "tags": list(tags),
+            "config": dict(info.config),
+            "dir": str(info.folder),
+            "resume": "allow" if self.mode == "online" else None,
+            "reinit": "finish_previous",
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
+        }
+        try:
+            self.run = wandb.init(mode=self.mode, **arguments)
+        except wandb.errors.Error as error:
+            if asked == "online":
+                raise ConfigError(f"tracking.wandb.mode=online: {error}") from error
+            log.warning("W&B can't be reached (%s); this run is recorded offline.", error)
+            self.mode = "offline"
+            self.run = wandb.init(mode="offline", **{**arguments, "resume": None})
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+        self.run.define_metric("eval/*", step_metric="step", summary="last,max")
+        self.table: Any = None
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.run.log({"step": step, **metrics}, step=step)
+
+    def completions(self, rows: Sequence[CompletionRow]) -> None:
+        import wandb
+
+        if not rows or not self.table_every or rows[0].step % self.table_every:
+            return
+        flat = [row.flat() for row in rows]
+        if self.table is None:
+            self.table = wandb.Table(columns=list(flat[0]), log_mode="INCREMENTAL")
+        for row in flat:
+            self.table.add_data(*row.values())
+        self.run.log({"completions": self.table}, step=rows[0].step)
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        folder = self.run.dir
+        self.run.summary.update({"status": status, "objective": summary["objective"]["value"]})
+        self.run.finish(exit_code=0 if status == "finished" else 1)
+        if self.mode == "offline":
+            log.info("W&B ran offline; to upload: wandb sync %s", folder.removesuffix("/files"))

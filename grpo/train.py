@@ -1,0 +1,135 @@
+"""The loop: prompts, rollout, score, advantage, loss, update, log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from grpo.checkpoint import Checkpoints, Progress
+from grpo.data.order import batch_indices
+from grpo.device import Device
+from grpo.errors import RunError
+from grpo.evaluate import Evaluation
+from grpo.interrupt import Interrupt
+from grpo.models.load import LanguageModel
+from grpo.optim import Optimizer
+from grpo.rewards import WeightedReward, score
+from grpo.rollout import NativeEngine
+from grpo.tracking.tracker import Tracker, completion_rows
+from grpo.types import Prompt
+from grpo.update import Objective, update
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything the loop works with, built and checked."""
+
+    policy: LanguageModel
+    reference: LanguageModel | None
+    engine: NativeEngine
+    optimizer: Optimizer
+    objective: Objective
+    advantage: Callable[[Tensor], Tensor]  # rewards [B, G] -> advantages [B, G]
+    rewards: Mapping[str, WeightedReward]
+    prompts: Sequence[Prompt]
+    evaluation: Evaluation
+    tracker: Tracker
+    checkpoints: Checkpoints
+    device: Device
+    batch_size: int
+    num_generation: int
+    temperature: float
+    token_budget: int
+    seed: int
+    total_steps: int
+    eval_every: int
+    checkpoint_every: int
+    log_prompts: int
+
+
+def train(run: Training, start: Progress, interrupt: Interrupt) -> Progress:
+    """Trains from `start` to the last step, or to where it is interrupted; then saves.
+
+    Raises:
+        RunError: a reward failed; the checkpoint of the step before it is on disk.
+    """
+    progress, clock = start, Clock(start.seconds)
+    if start.step == 0:
+        run.tracker.log(0, run.evaluation.run())
+    for step in range(start.step + 1, run.total_steps + 1):
+        try:
+            metrics = train_step(run, step)
+        except RunError:
+            run.checkpoints.save(run.policy, run.optimizer, progress)
+            raise
+        progress = Progress(step, start.run_id, clock.seconds())
+        last = step == run.total_steps or interrupt.requested
+        if step == run.total_steps or due(step, run.eval_every):
+            metrics |= run.evaluation.run()
+        run.tracker.log(step, metrics)
+        if last or due(step, run.checkpoint_every):
+            run.checkpoints.save(run.policy, run.optimizer, progress)
+        if last:
+            break
+    return progress
+
+
+def train_step(run: Training, step: int) -> dict[str, float]:
+    """One step of GRPO, and what there is to say about it. The step number seeds what is random."""
+    clock = Clock()
+    indices = batch_indices(step, run.batch_size, len(run.prompts), run.seed)
+    prompts = [run.prompts[i] for i in indices]
+
+    rollout = run.engine.generate(
+        prompts, run.num_generation, run.temperature, seed=run.seed * 1_000_003 + step
+    )
+    run.device.synchronize()
+    rollout_seconds = clock.lap()
+
+    scores = score(rollout, run.rewards)
+    advantages_BG = run.advantage(scores.total_BG)
+    reward_seconds = clock.lap()
+
+    stats = update(
+        run.policy, run.reference, run.optimizer, run.objective, rollout, advantages_BG, run.token_budget
+    )
+    run.device.synchronize()
+    update_seconds = clock.lap()
+
+    run.tracker.completions(completion_rows(step, rollout, scores, advantages_BG, run.log_prompts))
+    seconds = clock.seconds()
+    return {
+        **stats,
+        **scores.metrics(),
+        **rollout.metrics(),
+        "time/rollout": rollout_seconds,
+        "time/reward": reward_seconds,
+        "time/update": update_seconds,
+        "time/step": seconds,
+        "perf/completion_tokens_per_second": int(rollout.lengths_N.sum()) / seconds,
+        "perf/samples_per_second": len(rollout.texts) / seconds,
+        "memory/peak_gb": run.device.peak_gb(),
+    }
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class Clock:
+    """Seconds since it was made, plus those before; and since the last lap."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self.started = self.lapped = time.perf_counter()
+        self.before = before
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self.lapped = now - self.lapped, now
+        return seconds
