@@ -80,7 +80,9 @@ class Checkpoints:
             optimizer.load_state(state.pop("optimizer"))
             log.info("going on from %s", path)
             return Progress(**state)
-        raise ConfigError(f"resume: no whole checkpoint in {self.folder}, so nothing to go on from.")
+        raise ConfigError(
+            f"resume: no whole checkpoint in {self.folder}, so nothing to go on from."
+        )
 
 
 def digests(folder: Path) -> dict[str, str]:

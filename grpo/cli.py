@@ -15,6 +15,7 @@ from typing import NoReturn
 os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and are told here
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
@@ -123,9 +124,13 @@ def explain(error: Exception, job: str, overrides: Argv) -> str:
             f"There are {', '.join(options)}."
         )
     if isinstance(error, ConfigCompositionException):
-        unknown = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text)
+        unknown = re.search(
+            r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
+        )
         if unknown and not wrong_value(error):
-            return f"{unknown[1]}: no such key{config.nearest(unknown[1], known_keys(job, overrides))}"
+            return (
+                f"{unknown[1]}: no such key{config.nearest(unknown[1], known_keys(job, overrides))}"
+            )
         if reason := wrong_value(error):
             return reason
     return text.splitlines()[0]
@@ -152,7 +157,7 @@ def known_keys(job: str, overrides: Argv) -> list[str]:
     folder = config.conf_folder()
     groups = sorted(path.name for path in folder.iterdir() if path.is_dir())
     chosen = [o for o in overrides if o.partition("=")[0] in groups]
-    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         try:
             composed = hydra.compose(JOBS[job], chosen)
@@ -163,7 +168,7 @@ def known_keys(job: str, overrides: Argv) -> list[str]:
 
 def flat_keys(node: DictConfig, prefix: str) -> list[str]:
     keys = []
-    for key in node:
+    for key in map(str, node):
         keys.append(f"{prefix}{key}")
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():

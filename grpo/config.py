@@ -164,7 +164,9 @@ def at_least(cfg: DictConfig, key: str, least: float) -> None:
 def one_of(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
     value = OmegaConf.select(cfg, key)
     if value not in choices:
-        raise ConfigError(f"{key}={value}: use one of {', '.join(choices)}{nearest(value, choices)}")
+        raise ConfigError(
+            f"{key}={value}: use one of {', '.join(choices)}{nearest(value, choices)}"
+        )
 
 
 def check_model(model: DictConfig) -> None:
@@ -179,7 +181,7 @@ def check_model(model: DictConfig) -> None:
 def check_rewards(reward: DictConfig) -> None:
     if not reward:
         raise ConfigError("reward: there is none; choose reward=answer or name a callable.")
-    for name, part in reward.items():
+    for name, part in ((str(name), part) for name, part in reward.items()):
         if name in REWARD_METRICS:
             raise ConfigError(f"reward.{name}: this name is taken by the metric reward/{name}.")
         if not isinstance(part, DictConfig) or "_target_" not in part:
@@ -204,7 +206,7 @@ class CheckBeforeRun(Callback):
         from grpo.cli import refuse
 
         try:
-            check(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+            check(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
             folder = Path(config.hydra.run.dir)
             past.check_folder(folder, config.resume, config.model)
             writable(folder)

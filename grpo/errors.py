@@ -1,4 +1,4 @@
-"""The errors a user can do something about. Each message names the key, the value and what is right."""
+"""Errors that a user can do something about: each names the key, the value and what is right."""
 
 
 class ConfigError(Exception):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grpo.rewards import WeightedReward, score
-from grpo.rollout import NativeEngine
+from grpo.rollout import Engine
 from grpo.types import Prompt
 
 SEED = 0  # of the sampled completions: the same for every evaluation, so that they compare
@@ -16,7 +16,7 @@ SEED = 0  # of the sampled completions: the same for every evaluation, so that t
 class Evaluation:
     """A fixed set of prompts and how they are answered."""
 
-    engine: NativeEngine
+    engine: Engine
     prompts: Sequence[Prompt]
     rewards: Mapping[str, WeightedReward]
     samples: int  # completions a prompt for the sampled figures

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked with a time limit: a machine without it should know within seconds."""
+"""The Hugging Face hub, asked with a time limit: who has none should know within seconds."""
 
 from __future__ import annotations
 

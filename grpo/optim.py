@@ -50,7 +50,9 @@ class Optimizer:
         if self.steps_done < self.warmup_steps:
             return self.learning_rate * (self.steps_done + 1) / self.warmup_steps
         after = max(1, self.total_steps - self.warmup_steps)
-        return self.learning_rate * self.schedule(min(1.0, (self.steps_done - self.warmup_steps) / after))
+        return self.learning_rate * self.schedule(
+            min(1.0, (self.steps_done - self.warmup_steps) / after)
+        )
 
     def step(self) -> dict[str, float]:
         """Applies the gradients that have gathered and frees them.

@@ -78,7 +78,11 @@ def newest_unfinished(overrides: Sequence[str]) -> Path | None:
     """The newest run under outputs/ of these same overrides that has a checkpoint and no end."""
     wanted = experiment(overrides)
     for run in sorted(Path("outputs").glob("[0-9]*/*"), reverse=True):
-        if has_checkpoint(run) and not is_finished(run) and experiment(past_overrides(run)) == wanted:
+        if (
+            has_checkpoint(run)
+            and not is_finished(run)
+            and experiment(past_overrides(run)) == wanted
+        ):
             return run
     return None
 
@@ -89,7 +93,7 @@ def experiment(overrides: Sequence[str]) -> list[str]:
 
 def is_finished(run: Path) -> bool:
     try:
-        return json.loads((run / "summary.json").read_text())["status"] == "finished"
+        return bool(json.loads((run / "summary.json").read_text())["status"] == "finished")
     except (OSError, ValueError, KeyError):
         return False
 

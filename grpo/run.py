@@ -92,7 +92,10 @@ def build_training(cfg: DictConfig, folder: Path) -> tuple[Training, Progress]:
     """All parts of a run and where it starts; what is cheap to find wrong is built first."""
     device = open_device(cfg.device.kind, cfg.device.precision)
     source, rewards = build_source(cfg), build_rewards(cfg)
-    objective, advantage = build_objective(cfg), bind(cfg.algorithm.advantage, "algorithm.advantage")
+    objective, advantage = (
+        build_objective(cfg),
+        bind(cfg.algorithm.advantage, "algorithm.advantage"),
+    )
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
     policy = load_policy(cfg, device)
@@ -120,8 +123,12 @@ def build_training(cfg: DictConfig, folder: Path) -> tuple[Training, Progress]:
         advantage=advantage,
         rewards=rewards,
         prompts=prompts.train,
-        evaluation=Evaluation(engine, prompts.evaluation, rewards, cfg.eval.samples, cfg.temperature),
-        tracker=Tracker([JsonlFiles(info), *(make(info=info) for make in make_sinks), Console(info)]),
+        evaluation=Evaluation(
+            engine, prompts.evaluation, rewards, cfg.eval.samples, cfg.temperature
+        ),
+        tracker=Tracker(
+            [JsonlFiles(info), *(make(info=info) for make in make_sinks), Console(info)]
+        ),
         checkpoints=checkpoints,
         device=device,
         batch_size=cfg.batch_size,
@@ -149,12 +156,14 @@ def prompt_format(cfg: DictConfig) -> PromptFormat:
     try:
         worked = tuple(WorkedExample(**example) for example in keys.pop("worked_examples"))
     except TypeError as error:
-        raise ConfigError("dataset.worked_examples: each needs a question and an answer.") from error
+        raise ConfigError(
+            "dataset.worked_examples: each needs a question and an answer."
+        ) from error
     return PromptFormat(worked_examples=worked, **keys)
 
 
 def build_rewards(cfg: DictConfig) -> dict[str, WeightedReward]:
-    """Each named callable: a class is made with its options, a function gets them with each call."""
+    """Each named callable: a class is made with its options, a function is called with them."""
     rewards = {}
     for name, node in cfg.reward.items():
         options = OmegaConf.masked_copy(node, [key for key in node if key != "weight"])
@@ -206,7 +215,11 @@ def check_fits(cfg: DictConfig, policy: LanguageModel, prompts: PromptSets) -> N
 
 
 def starting_point(
-    cfg: DictConfig, checkpoints: Checkpoints, policy: LanguageModel, optimizer: Optimizer, steps: int
+    cfg: DictConfig,
+    checkpoints: Checkpoints,
+    policy: LanguageModel,
+    optimizer: Optimizer,
+    steps: int,
 ) -> Progress:
     """Step 0 of a new run, or the newest whole checkpoint of this one."""
     if cfg.resume is None or (cfg.resume == "auto" and not checkpoints.steps()):
@@ -254,7 +267,9 @@ def bind(node: Mapping[str, Any], key: str) -> functools.partial[Any]:
     try:
         target: Callable[..., Any] = get_object(path)
     except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
-        raise ConfigError(f"{key}._target_={path}: can't be imported ({root_cause(error)}).") from error
+        raise ConfigError(
+            f"{key}._target_={path}: can't be imported ({root_cause(error)})."
+        ) from error
     try:
         known = inspect.signature(target).parameters
     except (TypeError, ValueError) as error:

@@ -81,7 +81,7 @@ def relative(folder: Path) -> Path:
 
 
 def git_commit() -> str | None:
-    """The commit that the package was run from, where it is a checkout; with + if it was changed."""
+    """The commit the package was run from, where it is a checkout; with + if it was changed."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]
     if not (here.parent / ".git").exists():

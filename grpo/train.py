@@ -17,7 +17,7 @@ from grpo.interrupt import Interrupt
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.rewards import WeightedReward, score
-from grpo.rollout import NativeEngine
+from grpo.rollout import Engine
 from grpo.tracking.tracker import Tracker, completion_rows
 from grpo.types import Prompt
 from grpo.update import Objective, update
@@ -29,7 +29,7 @@ class Training:
 
     policy: LanguageModel
     reference: LanguageModel | None
-    engine: NativeEngine
+    engine: Engine
     optimizer: Optimizer
     objective: Objective
     advantage: Callable[[Tensor], Tensor]  # rewards [B, G] -> advantages [B, G]
@@ -94,7 +94,13 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     reward_seconds = clock.lap()
 
     stats = update(
-        run.policy, run.reference, run.optimizer, run.objective, rollout, advantages_BG, run.token_budget
+        run.policy,
+        run.reference,
+        run.optimizer,
+        run.objective,
+        rollout,
+        advantages_BG,
+        run.token_budget,
     )
     run.device.synchronize()
     update_seconds = clock.lap()

@@ -24,7 +24,9 @@ KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}  # all logged, whichever is train
 class Objective:
     """What is minimised: sum over tokens of weight · (policy loss + kl_weight · KL)."""
 
-    policy_loss: Callable[[Tensor, Tensor, Tensor], PolicyLoss]  # logprobs, old logprobs, advantages
+    policy_loss: Callable[
+        [Tensor, Tensor, Tensor], PolicyLoss
+    ]  # logprobs, old logprobs, advantages
     weights: Callable[[Tensor], Tensor]  # mask [N, C] -> weights [N, C]
     kl: Callable[[Tensor, Tensor], Tensor] | None  # logprobs, reference logprobs
     kl_weight: float
@@ -55,7 +57,7 @@ def micro_batches(rollout: Rollout, token_budget: int) -> Iterator[MicroBatch]:
 
     share: list[int] = []
     for b in order:
-        width = max((prompt_lengths[i] for i in [*share, b]))
+        width = max(prompt_lengths[i] for i in [*share, b])
         if share and (len(share) + 1) * (width + group * longest_B[b]) > token_budget:
             yield whole(share)
             share = []
@@ -131,9 +133,7 @@ class TokenTotals:
         self.ratio_max = 0.0
 
     @torch.no_grad()
-    def add(
-        self, mask_NC: Tensor, scored: TokenScores, old_NC: Tensor, clipped_NC: Tensor
-    ) -> None:
+    def add(self, mask_NC: Tensor, scored: TokenScores, old_NC: Tensor, clipped_NC: Tensor) -> None:
         ratio_T = torch.exp(scored.logprobs[mask_NC] - old_NC[mask_NC])
         self.ratio_max = max(self.ratio_max, float(ratio_T.max()))
         self.sums["policy/entropy"] += float(scored.entropy[mask_NC].double().sum())

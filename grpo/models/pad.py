@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Token ids as int64 [B, P], each row's end at the right edge, and their lengths [B]."""
     tokens = [torch.tensor(row, dtype=torch.int64) for row in rows]
     padded_BP = pad_sequence(tokens, batch_first=True, padding_value=pad_id, padding_side="left")

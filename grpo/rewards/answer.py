@@ -12,7 +12,7 @@ TAGS = re.compile(r"</?answer>")
 
 
 class Answer:
-    """The note's reward: 1 where the text in `<answer>…</answer>` equals the gold answer, else 0."""
+    """The note's reward: 1 where what is in `<answer>…</answer>` equals the gold answer, else 0."""
 
     def __init__(self) -> None:
         self.verifier = AnswerVerifier("tag")
@@ -26,7 +26,8 @@ class AnswerFormat:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         return [
-            float(TAGS.findall(sample.completion) == ["<answer>", "</answer>"]) for sample in samples
+            float(TAGS.findall(sample.completion) == ["<answer>", "</answer>"])
+            for sample in samples
         ]
 
 

@@ -74,7 +74,9 @@ def reward_part(name: str, function: Reward, samples: Sequence[Sample]) -> Tenso
         values = list(function(samples))
     except Exception as error:
         culprit = first_to_raise(function, samples)
-        raise RewardError(explain(name, f"it raised {type(error).__name__}: {error}", culprit)) from error
+        raise RewardError(
+            explain(name, f"it raised {type(error).__name__}: {error}", culprit)
+        ) from error
     if len(values) != len(samples):
         what = f"it gave {len(values)} values for {len(samples)} completions"
         raise RewardError(explain(name, what, samples[0]))

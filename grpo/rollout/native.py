@@ -2,64 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from grpo.models.forward import left_mask, positions
+from grpo.errors import ConfigError
+from grpo.models.forward import left_mask, positions, shared_prefix
 from grpo.models.load import LanguageModel
-from grpo.models.pad import pad_left, pad_right
+from grpo.models.pad import pad_left
+from grpo.rollout.engine import Row, in_shares
 from grpo.types import Prompt, Rollout
 
 COMPACT_AT = 0.7  # drop finished rows once no more than this share is still being written
-
-
-@dataclass(frozen=True)
-class Row:
-    """One completion, as long as it is."""
-
-    tokens: Tensor  # [length] int64
-    logprobs: Tensor  # [length] float32
-    ended: bool
 
 
 class NativeEngine:
     """Samples from the policy itself, with the weights it has at that moment."""
 
     def __init__(self, policy: LanguageModel, max_new_tokens: int, token_budget: int) -> None:
-        """token_budget: cache positions held at once, rows times prompt and completion tokens."""
+        """token_budget: cache positions held at once, rows times prompt and completion tokens.
+
+        Raises:
+            ConfigError: the model's distribution can't be had from a shared prompt's cache.
+        """
+        if policy.forward is not shared_prefix:
+            raise ConfigError(
+                f"rollout=native: {type(policy.model).__name__} can't continue a shared prompt, or "
+                f"changes its logits after the head; use rollout=hf."
+            )
         self.policy, self.max_new_tokens, self.token_budget = policy, max_new_tokens, token_budget
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], num_generation: int, temperature: float, seed: int
     ) -> Rollout:
-        """`num_generation` completions for each prompt, on-policy.
-
-        Args:
-            temperature: divides the logits; 0 is greedy, where log-probabilities are at 1.
-            seed: the same seed, weights and arguments give the same completions.
-        """
+        """As `Engine.generate` says."""
         generator = torch.Generator(device=self.policy.device.torch_device).manual_seed(seed)
-        rows: dict[int, Row] = {}
-        for share in self._shares(prompts, num_generation):
-            sampled = self._sample([prompts[i] for i in share], num_generation, temperature, generator)
-            for k, row in enumerate(sampled):
-                rows[share[k // num_generation] * num_generation + k % num_generation] = row
-        return self._rollout(prompts, [rows[n] for n in range(len(rows))])
 
-    def _shares(self, prompts: Sequence[Prompt], num_generation: int) -> Iterator[list[int]]:
-        """Prompts in length order, as many at once as the budget holds; at least one."""
-        share: list[int] = []
-        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids)):
-            width = len(prompts[i].token_ids) + self.max_new_tokens
-            if share and (len(share) + 1) * num_generation * width > self.token_budget:
-                yield share
-                share = []
-            share.append(i)
-        yield share
+        def sample(share: Sequence[Prompt]) -> list[Row]:
+            return self._sample(share, num_generation, temperature, generator)
+
+        width = self.max_new_tokens
+        return in_shares(self.policy, prompts, num_generation, width, self.token_budget, sample)
 
     def _sample(
         self, prompts: Sequence[Prompt], group: int, temperature: float, generator: torch.Generator
@@ -120,24 +105,10 @@ class NativeEngine:
             for n, length in enumerate(lengths_N.tolist())
         ]
 
-    def _rollout(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> Rollout:
-        device = self.policy.device.torch_device
-        tokens_NC, lengths_N = pad_right([row.tokens for row in rows], self.policy.pad_id)
-        logprobs_NC, _ = pad_right([row.logprobs for row in rows], 0.0)
-        texts = self.policy.tokenizer.batch_decode(
-            [row.tokens.tolist() for row in rows], skip_special_tokens=True
-        )
-        return Rollout(
-            prompts=tuple(prompts),
-            tokens_NC=tokens_NC,
-            logprobs_NC=logprobs_NC,
-            lengths_N=lengths_N,
-            truncated_N=torch.tensor([not row.ended for row in rows], device=device),
-            texts=tuple(texts),
-        )
 
-
-def draw(logits_NV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_NV: Tensor, temperature: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability, from softmax(logits / temperature); 0 is greedy."""
     logprobs_NV = torch.log_softmax(logits_NV / (temperature or 1.0), dim=-1)
     if temperature == 0:

@@ -27,7 +27,7 @@ class WandB(Sink):
         tags: Sequence[str],
         table_every: int,
     ) -> None:
-        """mode: auto is online where a key is known, else offline. table_every: steps, 0 for none."""
+        """mode: auto is online where a key is known, else offline. table_every: steps, 0: never."""
         if mode not in MODES:
             raise ConfigError(f"tracking.wandb.mode={mode}: use one of {', '.join(MODES)}.")
         import wandb
@@ -38,6 +38,7 @@ class WandB(Sink):
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         self.mode = os.environ.get("WANDB_MODE", mode) if asked == "auto" else mode
         arguments: dict[str, Any] = {
+            "mode": self.mode,
             "project": project,
             "entity": entity,
             "id": info.id,
@@ -51,13 +52,13 @@ class WandB(Sink):
             "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
         }
         try:
-            self.run = wandb.init(mode=self.mode, **arguments)
+            self.run = wandb.init(**arguments)
         except wandb.errors.Error as error:
             if asked == "online":
                 raise ConfigError(f"tracking.wandb.mode=online: {error}") from error
             log.warning("W&B can't be reached (%s); this run is recorded offline.", error)
             self.mode = "offline"
-            self.run = wandb.init(mode="offline", **{**arguments, "resume": None})
+            self.run = wandb.init(**{**arguments, "mode": "offline", "resume": None})
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
         self.run.define_metric("eval/*", step_metric="step", summary="last,max")

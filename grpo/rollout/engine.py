@@ -1,0 +1,89 @@
+"""What a rollout engine is, and what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from grpo.models.load import LanguageModel
+from grpo.models.pad import pad_right
+from grpo.types import Prompt, Rollout
+
+
+class Engine(Protocol):
+    """Samples completions from the policy with the weights it has at that moment."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_generation: int, temperature: float, seed: int
+    ) -> Rollout:
+        """`num_generation` completions for each prompt, on-policy.
+
+        Args:
+            temperature: divides the logits; 0 is greedy, where log-probabilities are at 1.
+            seed: the same seed, weights and arguments give the same completions.
+        """
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion, as long as it is."""
+
+    tokens: Tensor  # [length] int64
+    logprobs: Tensor  # [length] float32
+    ended: bool
+
+
+def in_shares(
+    policy: LanguageModel,
+    prompts: Sequence[Prompt],
+    num_generation: int,
+    max_new_tokens: int,
+    token_budget: int,
+    sample: Callable[[Sequence[Prompt]], list[Row]],
+) -> Rollout:
+    """A rollout made of as many prompts at once as the budget holds, put back in order."""
+    rows: dict[int, Row] = {}
+    for share in shares(prompts, num_generation, max_new_tokens, token_budget):
+        sampled = iter(sample([prompts[b] for b in share]))
+        for b in share:
+            for g in range(num_generation):
+                rows[b * num_generation + g] = next(sampled)
+    return assemble(policy, prompts, [rows[n] for n in range(len(rows))])
+
+
+def shares(
+    prompts: Sequence[Prompt], num_generation: int, max_new_tokens: int, token_budget: int
+) -> Iterator[list[int]]:
+    """Prompts in length order, at least one at a time.
+
+    token_budget: rows times prompt and completion tokens.
+    """
+    share: list[int] = []
+    for b in sorted(range(len(prompts)), key=lambda b: len(prompts[b].token_ids)):
+        width = len(prompts[b].token_ids) + max_new_tokens
+        if share and (len(share) + 1) * num_generation * width > token_budget:
+            yield share
+            share = []
+        share.append(b)
+    yield share
+
+
+def assemble(policy: LanguageModel, prompts: Sequence[Prompt], rows: Sequence[Row]) -> Rollout:
+    """Rows b*G+g as one padded rollout, with their texts."""
+    tokens_NC, lengths_N = pad_right([row.tokens for row in rows], policy.pad_id)
+    logprobs_NC, _ = pad_right([row.logprobs for row in rows], 0.0)
+    texts = policy.tokenizer.batch_decode(
+        [row.tokens.tolist() for row in rows], skip_special_tokens=True
+    )
+    return Rollout(
+        prompts=tuple(prompts),
+        tokens_NC=tokens_NC,
+        logprobs_NC=logprobs_NC,
+        lengths_N=lengths_N,
+        truncated_N=torch.tensor([not row.ended for row in rows], device=tokens_NC.device),
+        texts=tuple(texts),
+    )

@@ -1,0 +1,120 @@
+"""What several tests need: small real models, and the command run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from grpo.device import Device, open_device
+from grpo.models.load import PACKAGED, LanguageModel, load_language_model
+
+VOCABULARY = 97
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    # A soft cap low enough to bite, and a window shorter than the prompts.
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SHAPE, head_dim=8, sliding_window=6, final_logit_softcapping=2.0)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )  # fmt: skip
+    ),
+}
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def small_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A model of each architecture with random weights, large enough that its logits differ."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[request.param]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def device() -> Device:
+    return open_device("cpu", "auto")
+
+
+@pytest.fixture
+def tiny(device: Device) -> LanguageModel:
+    return load_language_model(PACKAGED / "tiny", device)
+
+
+@pytest.fixture
+def grpo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs `grpo …` in this process and an empty folder: exit code, and all it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        from grpo import cli
+
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["grpo", *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def grpo_process(
+    *arguments: str, cwd: Path, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m grpo …` as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "grpo", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "WANDB_MODE": "offline"},
+    )

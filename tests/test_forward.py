@@ -1,0 +1,123 @@
+"""The shared-prefix, chunked forward gives the plain padded forward's numbers and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
+
+from grpo.models import head as head_module
+from grpo.models.forward import Completions, agrees_with_plain, plain, shared_prefix
+from grpo.models.head import Head
+from grpo.models.load import choose_forward
+
+TEMPERATURE = 0.7
+
+
+def random_batch() -> Completions:
+    """Three prompts of lengths 9, 4 and 1, four completions each of 1 to 11 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    lengths_N = torch.tensor([11, 1, 5, 2, 7, 7, 3, 11, 1, 1, 4, 9])
+    return Completions(
+        prompts_BP=torch.randint(0, 97, (3, 9), generator=generator),
+        prompt_lengths_B=torch.tensor([9, 4, 1]),
+        tokens_NC=torch.randint(0, 97, (12, 11), generator=generator),
+        mask_NC=torch.arange(11) < lengths_N[:, None],
+    )
+
+
+def unpadded_logprobs(model: PreTrainedModel, batch: Completions, n: int) -> Tensor:
+    """Row n alone: no padding, no cache, no chunk, the model's own logits and torch's softmax."""
+    b = n // batch.rows_a_prompt
+    prompt = batch.prompts_BP[b, -int(batch.prompt_lengths_B[b]) :]
+    completion = batch.tokens_NC[n][batch.mask_NC[n]]
+    tokens = torch.cat([prompt, completion])[None]
+    logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    return torch.log_softmax(logits, dim=-1).gather(1, completion[:, None])[:, 0]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("chunk_logits", [97 * 7, 2**24], ids=["small chunks", "one chunk"])
+def test_scores_and_gradients_equal_the_plain_forwards(
+    small_model: PreTrainedModel, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk_logits)
+    batch, head = random_batch(), Head(small_model)
+    weights_NC = torch.randn(12, 11, generator=torch.Generator().manual_seed(2)) * batch.mask_NC
+    results = []
+    for forward in (shared_prefix, plain):
+        small_model.zero_grad()
+        scores = forward(small_model, head, batch, TEMPERATURE)
+        (weights_NC * scores.logprobs).sum().backward()
+        gradients = [p.grad.clone() for p in small_model.parameters() if p.grad is not None]
+        results.append((scores, gradients))
+    (ours, our_gradients), (theirs, their_gradients) = results
+    assert relative(ours.logprobs, theirs.logprobs) <= 1e-5
+    assert relative(ours.entropy, theirs.entropy) <= 1e-5
+    assert len(our_gradients) == len(their_gradients) > 10
+    for a, b in zip(our_gradients, their_gradients, strict=True):
+        assert relative(a, b) <= 1e-5
+
+
+def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
+    """Each row scored in the batch equals that row scored alone, without any padding."""
+    batch = random_batch()
+    scores = shared_prefix(small_model, Head(small_model), batch, TEMPERATURE)
+    for n in range(12):
+        assert_close(
+            scores.logprobs[n][batch.mask_NC[n]],
+            unpadded_logprobs(small_model, batch, n),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    assert (scores.logprobs[~batch.mask_NC] == 0).all()
+
+
+def test_entropy_is_that_of_the_distribution(small_model: PreTrainedModel) -> None:
+    batch = random_batch()
+    scores = shared_prefix(small_model, Head(small_model), batch, TEMPERATURE)
+    prompt = batch.prompts_BP[:1]
+    logits = small_model(input_ids=prompt).logits[0, -1] / TEMPERATURE
+    assert_close(
+        scores.entropy[0, 0],
+        torch.distributions.Categorical(logits=logits).entropy(),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+def test_completions_of_one_token_need_no_second_pass(small_model: PreTrainedModel) -> None:
+    batch = random_batch()
+    first = Completions(
+        batch.prompts_BP, batch.prompt_lengths_B, batch.tokens_NC[:, :1], batch.mask_NC[:, :1]
+    )
+    head = Head(small_model)
+    whole = shared_prefix(small_model, head, batch, TEMPERATURE).logprobs[:, :1]
+    assert_close(shared_prefix(small_model, head, first, TEMPERATURE).logprobs, whole)
+
+
+def test_a_model_whose_logits_are_changed_after_the_head_is_noticed(
+    small_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = Head(small_model)
+    assert agrees_with_plain(small_model, head)
+    original = type(small_model).forward
+
+    def doubled(self: PreTrainedModel, **inputs: object) -> object:
+        output = original(self, **inputs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(type(small_model), "forward", doubled)
+    assert choose_forward(small_model, head) is plain
+
+
+def test_a_model_without_a_cache_to_share_takes_the_plain_forward() -> None:
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = MambaForCausalLM(config).eval()
+    assert choose_forward(model, Head(model)) is plain
