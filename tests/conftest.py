@@ -56,7 +56,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
-        )  # fmt: skip
+        )
     ),
 }
 

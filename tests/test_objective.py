@@ -67,7 +67,7 @@ def test_kl_estimators_by_hand() -> None:
 
 @pytest.mark.parametrize("estimator", [k1, k3])
 def test_k1_and_k3_are_unbiased(estimator: object) -> None:
-    """Their mean over the policy is the divergence itself, summed over all outcomes, not sampled."""
+    """Their mean over the policy, summed over all outcomes, is the divergence itself."""
     torch.manual_seed(0)
     policy = torch.randn(50, dtype=torch.float64).log_softmax(0)
     reference = torch.randn(50, dtype=torch.float64).log_softmax(0)

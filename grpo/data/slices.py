@@ -19,7 +19,9 @@ def parse_slice(text: str, rows: int, key: str) -> range:
         ConfigError: not a slice, or one without rows; `key` is named.
     """
     start, colon, stop = text.strip().removeprefix("[").removesuffix("]").partition(":")
-    if not colon:
+    # Rows and percent in one slice mean different things to different readers.
+    mixed = start.strip() and stop.strip() and ("%" in start) != ("%" in stop)
+    if not colon or mixed:
         raise ConfigError(wrong_slice(text, key))
     first = bound(start, rows, 0, text, key)
     last = bound(stop, rows, rows, text, key)

@@ -1,0 +1,243 @@
+"""Rows, slices, prompts and their order."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
+from grpo.data.arithmetic import is_held_out
+from grpo.data.order import batch_indices, total_steps
+from grpo.data.prompts import PromptFormat, WorkedExample, build_prompts
+from grpo.data.slices import parse_slice
+from grpo.data.source import Source
+from grpo.data.verify import AnswerVerifier, last_number, same_answer, tagged_answer
+from grpo.errors import ConfigError
+from grpo.models.load import LanguageModel
+from grpo.types import Example
+
+GSM8K_FILE = Path(__file__).parents[2] / "shared/data/gsm8k/train.jsonl"
+ROW = st.one_of(st.just(""), st.integers(-120, 120).map(str))
+PERCENT = st.one_of(st.just(""), st.integers(-100, 100).map("{}%".format))
+BOUNDS = st.one_of(st.tuples(ROW, ROW), st.tuples(PERCENT, PERCENT))
+
+
+@given(st.integers(1, 100), BOUNDS)
+def test_slices_are_those_of_the_datasets_library(rows: int, bounds: tuple[str, str]) -> None:
+    start, stop = bounds
+    table = datasets.Dataset.from_dict({"n": list(range(rows))})
+    read = datasets.ReadInstruction.from_spec(f"train[{start}:{stop}]")
+    (theirs,) = read.to_absolute({"train": table.num_rows})
+    expected = list(range(rows))[theirs.from_ : theirs.to]
+    if not expected:
+        with pytest.raises(ConfigError, match="selects none"):
+            parse_slice(f"{start}:{stop}", rows, "dataset.slice")
+    else:
+        assert list(parse_slice(f"{start}:{stop}", rows, "dataset.slice")) == expected
+
+
+@pytest.mark.parametrize("text", ["5", "a:b", "1:2:3", ":5.5%", ":200%", "1:15%", "train[:5%]", ""])
+def test_what_is_no_slice_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.slice="):
+        parse_slice(text, 100, "dataset.slice")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer>72</answer>", "72"),
+        ("<think>1</think> <answer>\n 72 \n</answer>", "72"),
+        ("<answer>1</answer> no: <answer>2</answer>", "2"),
+        ("<answer><answer>3</answer></answer>", "3"),
+        ("the tag <answer> is <answer>4</answer>", "4"),
+        ("<answer>5", None),
+        ("72", None),
+        ("<answer></answer>", ""),
+    ],
+)
+def test_the_tagged_answer(text: str, answer: str | None) -> None:
+    assert tagged_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("3 and 4.", "4"), ("$1,234.50 a day", "1,234.50"), ("-7", "-7"), ("none", None), ("1. x", "1")],
+)
+def test_the_last_number(text: str, number: str | None) -> None:
+    found = last_number(text)
+    assert (None if found is None else found.lstrip("$")) == number
+
+
+@pytest.mark.parametrize(
+    ("given_answer", "gold", "same"),
+    [
+        ("72", "72", True),
+        ("72.0", "72", True),
+        ("1,234", "1234", True),
+        ("12,34", "1234", False),
+        ("$5", "5", True),
+        ("5%", "5", True),
+        ("5.", "5", True),
+        ("72 apples", "72", False),
+        ("-3", "3", False),
+        ("Paris", " paris ", True),
+        ("", "0", False),
+        ("nan", "nan", True),
+        ("1e2", "100", True),
+    ],
+)
+def test_answers_compare_as_numbers_where_they_are(given_answer: str, gold: str, same: bool) -> None:
+    assert same_answer(given_answer, gold) is same
+
+
+def test_arithmetic_is_right_and_held_out_for_good() -> None:
+    train = Arithmetic(size=500, eval_size=1, seed=1).train()
+    held_out = Arithmetic(size=1, eval_size=200, seed=2).evaluation()
+    for example in (*train, *held_out):
+        a, b = example.columns["a"], example.columns["b"]
+        result = a + b if example.columns["operation"] == "+" else a - b
+        assert example.answer == str(result)
+        assert example.verify(f"<answer>{result}</answer>") == 1.0
+        assert example.verify(f"<answer>{result + 1}</answer>") == 0.0
+    assert not any(is_held_out(e.question) for e in train)
+    assert all(is_held_out(e.question) for e in held_out)
+    assert len({e.question for e in train}) == 500
+
+
+def test_more_problems_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.size=500"):
+        Arithmetic(size=500, eval_size=1, digits=1).train()
+
+
+@pytest.mark.skipif(not GSM8K_FILE.is_file(), reason="needs GSM8K's train.jsonl beside the project")
+def test_gsm8k_gold_answers_are_the_numbers_behind_the_marks() -> None:
+    source = GSM8K(str(GSM8K_FILE), "train", ":5%", "test", "-128:")
+    train, evaluation = source.train(), source.evaluation()
+    assert (len(train), len(evaluation)) == (374, 128)
+    assert train[0].answer == "72"  # Natalia's clips
+    for example in (*train, *evaluation):
+        assert str(float(example.answer))  # a plain number: no comma, no $
+        assert example.verify(f"so <answer>{example.answer}</answer>") == 1.0
+
+
+def test_gold_answers_lose_commas_and_dollars(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"question": "q", "answer": "work #### $1,234"}\n')
+    assert GSM8K(str(file), "train", ":", "test", ":").train()[0].answer == "1234"
+
+
+def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
+    for split, answer in (("train", 1), ("test", 2)):
+        row = {"question": split, "answer": f"#### {answer}"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    source = GSM8K(str(tmp_path), "train", ":", "test", ":")
+    assert [source.train()[0].answer, source.evaluation()[0].answer] == ["1", "2"]
+
+
+def test_a_jsonl_file_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    rows = [{"ask": f"q\u2028{i}", "gold": i, "source": "mine"} for i in range(10)]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    source = Jsonl(str(file), ":90%", "90%:", question_column="ask", answer_column="gold")
+    assert [e.answer for e in source.train()] == [str(i) for i in range(9)]
+    assert source.evaluation()[0].question == "q\u20289"
+    assert source.evaluation()[0].columns["source"] == "mine"
+
+
+def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(4)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "own.parquet")
+    examples = Jsonl(str(tmp_path / "own.parquet"), ":2", "2:").train()
+    assert [(e.question, e.answer) for e in examples] == [("q0", "0"), ("q1", "1")]
+
+
+def test_reasoning_gym_scores_by_its_own_verifier_and_leaks_no_credit() -> None:
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    source = ReasoningGym("chain_sum", 20, 5, options, extract="number")
+    for example in source.train():
+        assert example.verify(f"The answer is {example.answer}.") == 1.0
+        assert example.verify("The answer is 999.") == 0.0
+        assert example.verify("I don't know") == 0.0
+    lenient = ReasoningGym("chain_sum", 1, 5, options, extract="text", strict=False).train()[0]
+    strict = ReasoningGym("chain_sum", 1, 5, options, extract="text").train()[0]
+    wordy = f"The answer is {strict.answer}"
+    assert 0 < lenient.verify(wordy) < 1  # partial credit for text around it, if asked for
+    assert strict.verify(wordy) == 0.0
+
+
+class Rows(Source):
+    def __init__(self, train: list[str], evaluation: list[str]) -> None:
+        self.rows = train, evaluation
+
+    def train(self) -> list[Example]:
+        return [Example(q, "1", AnswerVerifier("tag").bind("1")) for q in self.rows[0]]
+
+    def evaluation(self) -> list[Example]:
+        return [Example(q, "1", AnswerVerifier("tag").bind("1")) for q in self.rows[1]]
+
+
+def questions(prompts: list[object]) -> list[str]:
+    return [prompt.example.question for prompt in prompts]  # type: ignore[attr-defined]
+
+
+def test_training_never_sees_an_evaluation_row_unless_asked(
+    tiny: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Rows(["a", "b", "c"], ["c", "d"])
+    format = PromptFormat(None, (), 100, allow_overlap=False)
+    assert questions(build_prompts(source, format, tiny.tokenizer).train) == ["a", "b"]
+    assert "1 training rows are evaluation rows too" in caplog.text
+    allowed = PromptFormat(None, (), 100, allow_overlap=True)
+    assert questions(build_prompts(source, allowed, tiny.tokenizer).train) == ["a", "b", "c"]
+    with pytest.raises(ConfigError, match="every training row"):
+        build_prompts(Rows(["c"], ["c"]), format, tiny.tokenizer)
+
+
+def test_overlong_prompts_are_dropped_and_counted(
+    tiny: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    source = Rows(["short", "long " * 50], ["even"])
+    prompts = build_prompts(source, PromptFormat(None, (), 40, False), tiny.tokenizer)
+    assert questions(prompts.train) == ["short"]
+    assert "1 of 2 training prompts are longer than dataset.max_prompt_tokens=40" in caplog.text
+    with pytest.raises(ConfigError, match="so none is left"):
+        build_prompts(source, PromptFormat(None, (), 3, False), tiny.tokenizer)
+
+
+def test_a_prompt_is_the_chat_with_its_worked_examples(tiny: LanguageModel) -> None:
+    format = PromptFormat("Be brief.", (WorkedExample("1+1?", "2"),), 100, False)
+    text, tokens = format.render("2+2?", tiny.tokenizer)
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
+        "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert tiny.tokenizer.decode(tokens) == text
+
+
+def test_without_a_chat_template_a_prompt_is_plain_text(tiny: LanguageModel) -> None:
+    tiny.tokenizer.chat_template = None
+    text, _ = PromptFormat("Be brief.", (), 100, False).render("2+2?", tiny.tokenizer)
+    assert text == "Be brief.\n\n2+2?\n\n"
+
+
+@given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 5))
+def test_every_epoch_sees_every_row_once(batch_size: int, rows: int, seed: int) -> None:
+    steps = total_steps(rows, batch_size, num_epochs=3, max_steps=None)
+    seen = [i for step in range(1, steps + 1) for i in batch_indices(step, batch_size, rows, seed)]
+    assert 3 * rows <= len(seen) < 3 * rows + batch_size
+    for epoch in range(3):
+        assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+def test_the_order_follows_the_seed_and_nothing_else() -> None:
+    first = [batch_indices(step, 3, 50, 0) for step in (9, 1, 9)]
+    assert first[0] == first[2] != first[1]
+    assert batch_indices(1, 50, 50, 0) != batch_indices(1, 50, 50, 1)

@@ -1,0 +1,222 @@
+"""One update: the paper's gradient, whatever the micro-batches."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from grpo.models.load import LanguageModel, frozen_copy
+from grpo.objective import clipped_surrogate, group_advantages, k3, sequence_mean
+from grpo.optim import SCHEDULES, Optimizer
+from grpo.rollout import NativeEngine
+from grpo.types import Example, Prompt, Rollout
+from grpo.update import Objective, micro_batches, update
+
+OBJECTIVE = Objective(clipped_surrogate, sequence_mean, k3, kl_weight=0.1, temperature=1.3)
+
+
+def optimizer(
+    policy: LanguageModel, max_grad_norm: float = 0.0, learning_rate: float = 1e-3
+) -> Optimizer:
+    schedule = SCHEDULES["constant"]
+    return Optimizer(policy.model, learning_rate, 10, schedule, 0, 0.0, (0.9, 0.99), max_grad_norm)
+
+
+def rollout_of(policy: LanguageModel, prompts: int, group: int) -> Rollout:
+    questions = ["What is 47 + 38?", "What is 5 - 3?", "Hello, you", "1", "What is 90 - 81?"]
+    return NativeEngine(policy, 16, 10**6).generate(
+        [
+            Prompt(q, tuple(policy.tokenizer.encode(q)), Example(q, "0", float))
+            for q in questions[:prompts]
+        ],
+        group,
+        1.3,
+        seed=4,
+    )
+
+
+def shaken(policy: LanguageModel) -> LanguageModel:
+    """The policy a little moved, so that it differs from its reference and from its samples."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return policy
+
+
+def paper_loss(
+    policy: LanguageModel, reference: LanguageModel, rollout: Rollout, advantages_BG: Tensor
+) -> Tensor:
+    """DeepSeekMath's eq. 3 and 4 as they stand: a loop over completions, one forward each."""
+    total = torch.zeros(())
+    for n, prompt in enumerate(p for p in rollout.prompts for _ in range(rollout.num_generation)):
+        own = rollout.tokens_NC[n, : rollout.lengths_N[n]]
+        tokens = torch.cat([torch.tensor(prompt.token_ids), own])[None]
+
+        def logprobs(model: LanguageModel, tokens: Tensor = tokens, own: Tensor = own) -> Tensor:
+            logits = model.model(input_ids=tokens).logits[0, -len(own) - 1 : -1] / 1.3
+            return torch.log_softmax(logits, -1).gather(1, own[:, None])[:, 0]
+
+        new, old = logprobs(policy), rollout.logprobs_NC[n, : len(own)]
+        with torch.no_grad():
+            base = logprobs(reference)
+        advantage, ratio = advantages_BG.flatten()[n], torch.exp(new - old)
+        surrogate = torch.min(ratio * advantage, ratio.clip(0.8, 1.2) * advantage)
+        kl = torch.exp(base - new) - (base - new) - 1
+        total = total + (surrogate - 0.1 * kl).mean() / len(rollout.texts)
+    return -total
+
+
+def gradients(policy: LanguageModel) -> list[Tensor]:
+    return [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
+
+
+class Kept(Optimizer):
+    """An optimizer that keeps the gradients it would have applied."""
+
+    def step(self) -> dict[str, float]:
+        self.seen = [p.grad.clone() for p in self.parameters if p.grad is not None]
+        return super().step()
+
+
+@pytest.mark.parametrize("budget", [10**6, 150, 40, 1])
+def test_loss_and_gradient_are_the_papers_whatever_the_budget(
+    tiny: LanguageModel, budget: int
+) -> None:
+    reference, rollout = frozen_copy(tiny), rollout_of(tiny, 5, 3)
+    policy = shaken(tiny)
+    advantages_BG = group_advantages(torch.rand(5, 3, generator=torch.Generator().manual_seed(0)))
+
+    expected = paper_loss(policy, reference, rollout, advantages_BG)
+    expected.backward()
+    expected_gradients = gradients(policy)
+    policy.model.zero_grad()
+
+    kept = Kept(policy.model, 1e-3, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0)
+    stats = update(policy, reference, kept, OBJECTIVE, rollout, advantages_BG, budget)
+    assert stats["loss/total"] == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert stats["policy/clip_fraction"] > 0  # else the clip was not tried
+    for ours, theirs in zip(kept.seen, expected_gradients, strict=True):
+        scale = theirs.abs().max()
+        assert float((ours - theirs).abs().max() / scale) <= 2e-5
+
+
+def test_on_policy_the_loss_is_zero_by_construction_and_its_gradient_is_not(
+    tiny: LanguageModel,
+) -> None:
+    rollout = rollout_of(tiny, 4, 4)
+    advantages_BG = group_advantages(torch.rand(4, 4, generator=torch.Generator().manual_seed(0)))
+    stats = update(tiny, None, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
+    assert stats["loss/policy"] == pytest.approx(0.0, abs=1e-5)
+    assert stats["optim/grad_norm"] > 0.01
+    assert stats["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert stats["policy/clip_fraction"] == 0.0
+    assert not [name for name in stats if name.startswith("kl/")]
+
+
+def test_a_step_makes_good_completions_likelier_and_bad_ones_less(tiny: LanguageModel) -> None:
+    rollout = rollout_of(tiny, 4, 4)
+    advantages_BG = group_advantages(torch.rand(4, 4, generator=torch.Generator().manual_seed(0)))
+    careful = optimizer(tiny, learning_rate=1e-4)
+    update(tiny, None, careful, OBJECTIVE, rollout, advantages_BG, 10**6)
+    after = update(tiny, None, careful, OBJECTIVE, rollout, advantages_BG, 10**6)
+    assert after["loss/policy"] < -0.01  # the surrogate has risen on the same data
+
+
+def test_kl_to_the_reference_is_zero_at_first_and_grows(tiny: LanguageModel) -> None:
+    reference, rollout = frozen_copy(tiny), rollout_of(tiny, 3, 4)
+    advantages_BG = group_advantages(torch.rand(3, 4, generator=torch.Generator().manual_seed(0)))
+    first = update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
+    second = update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
+    assert first["kl/k3"] == pytest.approx(0.0, abs=1e-6)
+    assert second["kl/k3"] > 1e-4
+    assert second["kl/mean"] == second["kl/k3"]
+    assert second["loss/total"] == pytest.approx(second["loss/policy"] + second["loss/kl"])
+
+
+def test_the_reference_is_never_trained(tiny: LanguageModel) -> None:
+    reference, rollout = frozen_copy(tiny), rollout_of(tiny, 2, 4)
+    before = copy.deepcopy(reference.model.state_dict())
+    advantages_BG = group_advantages(torch.rand(2, 4))
+    update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
+    for name, weight in reference.model.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def fake_rollout(prompt_lengths: list[int], lengths: list[list[int]]) -> Rollout:
+    rows = torch.tensor(lengths).flatten()
+    example = Example("q", "a", float)
+    return Rollout(
+        prompts=tuple(Prompt("q", (1,) * length, example) for length in prompt_lengths),
+        tokens_NC=torch.zeros(len(rows), int(rows.max()), dtype=torch.int64),
+        logprobs_NC=torch.zeros(len(rows), int(rows.max())),
+        lengths_N=rows,
+        truncated_N=torch.zeros(len(rows), dtype=torch.bool),
+        texts=("",) * len(rows),
+    )
+
+
+@settings(max_examples=200)
+@given(st.data(), st.integers(1, 6), st.integers(1, 5), st.integers(1, 400))
+def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(
+    data: st.DataObject, prompts: int, group: int, budget: int
+) -> None:
+    length = st.integers(1, 30)
+    prompt_lengths = data.draw(st.lists(length, min_size=prompts, max_size=prompts))
+    group_lengths = st.lists(length, min_size=group, max_size=group)
+    lengths = data.draw(st.lists(group_lengths, min_size=prompts, max_size=prompts))
+    rollout = fake_rollout(prompt_lengths, lengths)
+    batches = list(micro_batches(rollout, budget))
+    rows = torch.cat([batch.rows for batch in batches])
+    assert sorted(rows.tolist()) == list(range(prompts * group))
+    for batch in batches:
+        widest = int(rollout.lengths_N[batch.rows].max())
+        longest_prompt = max(prompt_lengths[b] for b in batch.prompts)
+        cost = len(batch.prompts) * longest_prompt + len(batch.rows) * widest
+        assert cost <= budget or len(batch.rows) == 1
+        assert (batch.rows // group).unique().tolist() == sorted(batch.prompts)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tiny: LanguageModel) -> None:
+    before = copy.deepcopy(tiny.model.state_dict())
+    steps = optimizer(tiny)
+    for parameter in steps.parameters:
+        parameter.grad = torch.full_like(parameter, math.nan)
+    assert steps.step()["optim/skipped"] == 1.0
+    for name, weight in tiny.model.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_long_gradients_are_scaled_down(tiny: LanguageModel) -> None:
+    steps = optimizer(tiny, max_grad_norm=1.0)
+    for parameter in steps.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    count = sum(p.numel() for p in steps.parameters)
+    assert steps.step()["optim/grad_norm"] == pytest.approx(math.sqrt(count), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_the_learning_rate_by_hand(schedule: str, rates: list[float]) -> None:
+    """Four steps of warm-up to 1, then four of the schedule."""
+    steps = Optimizer(
+        torch.nn.Linear(1, 1), 1.0, 8, SCHEDULES[schedule], 4, 0.0, (0.9, 0.99), 1.0
+    )  # fmt: skip
+    seen = []
+    for _ in range(8):
+        seen.append(steps.rate())
+        steps.steps_done += 1
+    assert_close(torch.tensor(seen), torch.tensor(rates), atol=1e-6, rtol=0)
