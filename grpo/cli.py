@@ -36,6 +36,7 @@ Argv = Sequence[str]
 def main() -> None:
     """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
     config.register()
+    sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
     try:
         job, overrides = split_job(sys.argv[1:])
         overrides = past.with_past_overrides(job, overrides)

@@ -150,6 +150,8 @@ def check(cfg: DictConfig) -> None:
     one_of(cfg, "device.kind", ("auto", "cpu", "cuda", "mps"))
     one_of(cfg, "device.precision", ("auto", "bf16", "fp32"))
     one_of(cfg, "optim.schedule", ("constant", "linear", "cosine"))
+    if "wandb" in cfg.tracking:
+        one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
     check_model(cfg.model)
     check_rewards(cfg.reward)
     check_group(cfg)
@@ -170,11 +172,11 @@ def one_of(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
 
 
 def check_model(model: DictConfig) -> None:
-    given = [key for key in ("id", "path", "packaged") if model[key] is not None]
+    given = [f"model.{k}={model[k]}" for k in ("id", "path", "packaged") if model[k] is not None]
     if len(given) != 1:
         raise ConfigError(
-            f"model: give exactly one of model.id (on the hub) and model.path (a folder); "
-            f"{' and '.join(f'model.{key}={model[key]}' for key in given) or 'none'} given."
+            f"model={model.name}: give exactly one of model.id=ORG/NAME (on the hub) and "
+            f"model.path=FOLDER, not {' and '.join(given) or 'none'}."
         )
 
 

@@ -26,6 +26,10 @@ def with_past_overrides(job: str, overrides: Sequence[str]) -> list[str]:
         return list(overrides)
     if job == "eval":
         folder = value_of("checkpoint", given)
+        if folder is None and given == list(overrides):
+            raise ConfigError(
+                "checkpoint is not set: grpo eval checkpoint=DIR, a run's folder or a model's."
+            )
         run = run_of(Path(folder)) if folder else None
         return list(overrides) if run is None else [*flags, *merged(past_overrides(run), given)]
     resume = value_of("resume", given)

@@ -54,26 +54,28 @@ def train(run: Training, start: Progress, interrupt: Interrupt) -> Progress:
     """Trains from `start` to the last step, or to where it is interrupted; then saves.
 
     Raises:
-        RunError: a reward failed; the checkpoint of the step before it is on disk.
+        RunError: a reward failed; all steps done before are in a checkpoint.
     """
     progress, clock = start, Clock(start.seconds)
-    if start.step == 0:
-        run.tracker.log(0, run.evaluation.run())
-    for step in range(start.step + 1, run.total_steps + 1):
-        try:
+    try:
+        if start.step == 0:
+            run.tracker.log(0, run.evaluation.run())
+        for step in range(start.step + 1, run.total_steps + 1):
             metrics = train_step(run, step)
-        except RunError:
-            run.checkpoints.save(run.policy, run.optimizer, progress)
-            raise
-        progress = Progress(step, start.run_id, clock.seconds())
-        last = step == run.total_steps or interrupt.requested
-        if step == run.total_steps or due(step, run.eval_every):
-            metrics |= run.evaluation.run()
-        run.tracker.log(step, metrics)
-        if last or due(step, run.checkpoint_every):
-            run.checkpoints.save(run.policy, run.optimizer, progress)
-        if last:
-            break
+            progress = Progress(step, start.run_id, clock.seconds())
+            try:
+                if step == run.total_steps or due(step, run.eval_every):
+                    metrics |= run.evaluation.run()
+            finally:
+                run.tracker.log(step, metrics)
+            last = step == run.total_steps or interrupt.requested
+            if last or due(step, run.checkpoint_every):
+                run.checkpoints.save(run.policy, run.optimizer, progress)
+            if last:
+                break
+    except RunError:
+        run.checkpoints.save(run.policy, run.optimizer, progress)
+        raise
     return progress
 
 

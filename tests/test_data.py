@@ -67,7 +67,13 @@ def test_the_tagged_answer(text: str, answer: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("3 and 4.", "4"), ("$1,234.50 a day", "1,234.50"), ("-7", "-7"), ("none", None), ("1. x", "1")],
+    [
+        ("3 and 4.", "4"),
+        ("$1,234.50 a day", "1,234.50"),
+        ("-7", "-7"),
+        ("none", None),
+        ("1. x", "1"),
+    ],
 )
 def test_the_last_number(text: str, number: str | None) -> None:
     found = last_number(text)
@@ -92,7 +98,9 @@ def test_the_last_number(text: str, number: str | None) -> None:
         ("1e2", "100", True),
     ],
 )
-def test_answers_compare_as_numbers_where_they_are(given_answer: str, gold: str, same: bool) -> None:
+def test_answers_compare_as_numbers_where_they_are(
+    given_answer: str, gold: str, same: bool
+) -> None:
     assert same_answer(given_answer, gold) is same
 
 

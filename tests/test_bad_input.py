@@ -1,0 +1,266 @@
+"""Bad input: one short message that names key, value and what is right; exit 2; nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Config
+
+from tests.conftest import grpo_process
+
+Grpo = Callable[..., tuple[int, str]]
+RUN = "hydra.run.dir=run"
+WHOLE = ("dataset.slice=:", "dataset.eval_slice=:")
+QUICK = ("experiment=smoke", "tracking=none", RUN)
+
+
+def files(folder: Path) -> None:
+    """The files that the cases name."""
+    good = {"question": "q", "answer": "#### 1"}
+    lines = [json.dumps(good)] * 20
+    (folder / "good.jsonl").write_text("\n".join(lines))
+    (folder / "line17.jsonl").write_text("\n".join([*lines[:16], "{broken", *lines[17:]]))
+    (folder / "list.jsonl").write_text("[1, 2]\n")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "unanswered.jsonl").write_text(json.dumps({"question": "q"}))
+    (folder / "blank.jsonl").write_text(json.dumps({"question": "q", "answer": " "}))
+    (folder / "unmarked.jsonl").write_text(json.dumps({"question": "q", "answer": "1"}))
+    (folder / "not.parquet").write_text("no parquet")
+    (folder / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
+    (folder / "data.xls").write_text("")
+    (folder / "a_file").write_text("")
+    Qwen2Config().save_pretrained(folder / "no_weights")
+
+
+CASES = {
+    "unknown key": (["kl_wieght=0.1"], "kl_wieght: no such key", "kl_weight"),
+    "unknown nested key": (["optim.warmup=3"], "optim.warmup: no such key", "optim.warmup_steps"),
+    "unknown key of a group": (["dataset.digit=3"], "dataset.digit: no such key", "dataset.digits"),
+    "unknown choice": (["model=tinny"], "model=tinny: no such choice", "tiny"),
+    "unknown group": (["modle=tiny"], "modle: no such key", "model"),
+    "unknown experiment": (["experiment=smok"], "experiment=smok: no such choice", "smoke"),
+    "unknown job": (["trian"], "trian: no such job", "train"),
+    "not an override": (["kl_weight=[1,"], "kl_weight=[1,", "key=value"),
+    "a word for a number": (["batch_size=many"], "batch_size", "Integer"),
+    "a fraction of a prompt": (["batch_size=1.5"], "batch_size", "Integer"),
+    "no prompts": (["batch_size=0"], "batch_size=0", "at least 1"),
+    "negative count": (["num_generation=-4"], "num_generation=-4", "at least 1"),
+    "negative epochs": (["num_epochs=-1"], "num_epochs=-1", "at least 1"),
+    "no steps": (["max_steps=0"], "max_steps=0", "at least 1"),
+    "negative weight": (["kl_weight=-0.1"], "kl_weight=-0.1", "at least 0"),
+    "weight that is no number": (["kl_weight=nan"], "kl_weight=nan", "at least 0"),
+    "zero temperature": (["temperature=0"], "temperature=0", "more than 0"),
+    "zero learning rate": (["learning_rate=0"], "learning_rate=0", "more than 0"),
+    "group of one": (["num_generation=1"], "num_generation=1", "at least 2"),
+    "unknown objective": (["objective=eval/acuracy"], "objective=eval/acuracy", "eval/accuracy"),
+    "unknown schedule": (["optim.schedule=cosin"], "optim.schedule=cosin", "cosine"),
+    "two models": (["model.id=a/b"], "model", "exactly one"),
+    "model unnamed": (["model=local"], "model=local", "model.path=FOLDER"),
+    "checkpoint unnamed": (["eval"], "checkpoint is not set", "checkpoint="),
+    "slice": (["dataset=gsm8k", "dataset.path=good.jsonl", "dataset.slice=:x%"], ":x%", ":5%"),
+    "empty slice": (
+        ["dataset=gsm8k", "dataset.path=good.jsonl", "dataset.slice=30:40"],
+        "dataset.slice=30:40",
+        "20 rows",
+    ),
+    "unknown task": (
+        ["dataset=reasoning_gym", "dataset.task=chain_sums"],
+        "dataset.task=chain_sums",
+        "chain_sum",
+    ),
+    "no task": (["dataset=reasoning_gym"], "dataset.task is not set", "dataset.task="),
+    "task option": (
+        ["dataset=reasoning_gym", "dataset.task=chain_sum", "+dataset.options.min_trems=2"],
+        "dataset.options",
+        "min_trems",
+    ),
+    "unknown column": (
+        ["dataset=jsonl", "dataset.path=good.jsonl", "dataset.answer_column=anwser"],
+        "dataset.answer_column=anwser",
+        "question, answer",
+    ),
+    "no such file": (["dataset=jsonl", "dataset.path=nope.jsonl"], "nope.jsonl", "no such file"),
+    "no file named": (["dataset=jsonl"], "dataset.path is not set", ".jsonl"),
+    "empty file": (["dataset=jsonl", "dataset.path=empty.jsonl"], "empty.jsonl", "no rows"),
+    "not JSON": (["dataset=jsonl", "dataset.path=line17.jsonl"], "line17.jsonl", "line 17 is not"),
+    "JSON, not rows": (["dataset=jsonl", "dataset.path=list.jsonl"], "list.jsonl", "line 1 is not"),
+    "not UTF-8": (["dataset=jsonl", "dataset.path=latin.jsonl"], "latin.jsonl", "not UTF-8"),
+    "not parquet": (["dataset=jsonl", "dataset.path=not.parquet"], "not.parquet", "not a parquet"),
+    "another format": (["dataset=jsonl", "dataset.path=data.xls"], "data.xls", "use a .jsonl"),
+    "without answers": (
+        ["dataset=jsonl", "dataset.path=unanswered.jsonl", *WHOLE],
+        "answer",
+        "no such column",
+    ),
+    "blank answer": (
+        ["dataset=jsonl", "dataset.path=blank.jsonl", *WHOLE],
+        "row 1",
+        "'answer'",
+    ),
+    "gsm8k without marks": (
+        ["dataset=gsm8k", "dataset.path=unmarked.jsonl", *WHOLE],
+        "row 1",
+        "####",
+    ),
+    "too many problems": (["dataset.size=50000"], "dataset.size=50000", "digits"),
+    "unknown extraction": (["dataset.extract=tags"], "dataset.extract='tags'", "tag, number, text"),
+    "no folder": (["model=local", "model.path=nowhere"], "model.path=nowhere", "no model there"),
+    "no weights": (
+        ["model=local", "model.path=no_weights"],
+        "model.path=no_weights",
+        "safetensors",
+    ),
+    "reward that is not there": (
+        ["+reward.mine._target_=my_rewards.fun", "+reward.mine.weight=1"],
+        "reward.mine._target_=my_rewards.fun",
+        "my_rewards",
+    ),
+    "reward without a weight": (
+        ["+reward.mine._target_=math.sqrt"],
+        "reward.mine.weight is not set",
+        "+reward.mine.weight=1.0",
+    ),
+    "reward with an unknown option": (
+        ["+reward.answer.tag=x"],
+        "reward.answer.tag",
+        "takes no such key",
+    ),
+    "reward named as a metric": (
+        ["+reward.mean._target_=math.sqrt", "+reward.mean.weight=1"],
+        "reward.mean",
+        "taken",
+    ),
+    "too long for the model": (["max_new_tokens=5000"], "max_new_tokens=5000", "1024"),
+    "prompts that don't fit": (
+        ["dataset.max_prompt_tokens=3"],
+        "dataset.max_prompt_tokens=3",
+        "shortest",
+    ),
+    "no such device": (["device=cuda"], "device=cuda", "device=cpu"),
+    "W&B mode": (["tracking=wandb", "tracking.wandb.mode=on"], "tracking.wandb.mode=on", "offline"),
+    "folder that is a file": (["hydra.run.dir=a_file/run"], "hydra.run.dir=a_file/run", "written"),
+    "resume from nowhere": (["resume=nowhere"], "resume=nowhere", "no such folder"),
+    "resume from nothing": (["resume=no_weights"], "resume=no_weights", "no checkpoint"),
+    "evaluate nothing": (["eval", "checkpoint=no_weights"], "checkpoint=no_weights", "no model"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_is_refused_before_anything_starts(case: str, grpo: Grpo, tmp_path: Path) -> None:
+    arguments, names, tells = CASES[case]
+    files(tmp_path)
+    job = [a for a in arguments if "=" not in a]
+    base = [] if job else QUICK
+    code, output = grpo(*job, *base, *[a for a in arguments if "=" in a])
+    assert code == 2, output
+    message = output.strip().splitlines()[-1]
+    assert message.startswith("grpo: "), output
+    assert names in message
+    assert tells in message
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+    assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").glob("*/*/*"))
+
+
+def test_a_real_process_says_it_in_one_line_and_exits_2(tmp_path: Path) -> None:
+    result = grpo_process("num_generations=4", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == "grpo: num_generations: no such key; did you mean num_generation?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_config_and_refusals_import_nothing_heavy(tmp_path: Path) -> None:
+    """What makes them quick: torch, transformers, datasets and wandb are never imported."""
+    program = (
+        "import sys; from grpo.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'wandb', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    for arguments in (
+        ["--help"],
+        ["--cfg", "job"],
+        ["--info", "defaults-tree"],
+        ["-sc", "install=bash"],
+        ["kl_wieght=1"],
+        ["batch_size=0"],
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_told_within_seconds(tmp_path: Path) -> None:
+    """A closed port on this machine stands for the hub."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "cache"),
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "grpo", "model=qwen2_0_5b", "tracking=none", RUN],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    message = result.stderr.strip().splitlines()[-1]
+    assert "model=qwen2_0_5b: Qwen/Qwen2-0.5B-Instruct is not in the local cache" in message
+    assert "the hub can't be reached" in message
+    assert "model=tiny" in message
+    assert time.monotonic() - started < 60  # the look-up's own limit is 4 s; the rest is imports
+    assert not (tmp_path / "run").exists()
+
+
+REWARDS = """
+def raises(samples):
+    if any("5" in sample.completion for sample in samples):
+        raise ValueError("no fives, please")
+    return [0.0] * len(samples)
+
+def nan(samples):
+    return [float("nan")] * len(samples)
+
+def short(samples):
+    return [0.0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("raises", "no fives, please"), ("nan", "nan"), ("short", "1 values for 128 completions")],
+)
+def test_a_reward_that_fails_stops_the_run_after_saving(
+    name: str, says: str, grpo: Grpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = [f"+reward.own._target_=own_rewards.{name}", "+reward.own.weight=1.0"]
+    code, output = grpo(*QUICK, *own)
+    assert code == 1, output
+    assert "Traceback" not in output
+    assert "reward.own" in output
+    assert says in output
+    assert "prompt:" in output
+    assert "completion:" in output
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert says in summary["error"]
+    assert (tmp_path / "run/checkpoints/latest/model/model.safetensors").is_file()

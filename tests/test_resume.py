@@ -1,0 +1,205 @@
+"""Kill it, resume it, get the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Grpo = Callable[..., tuple[int, str]]
+JOB = ("experiment=smoke", "max_steps=9", "eval.every=4", "checkpoint.every=2", "tracking=none")
+CLOCKS = ("time/", "perf/", "memory/")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Every step's metrics, less what a clock or the machine's memory says."""
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(CLOCKS)}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints/latest/model/model.safetensors")
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)  # bit for bit: no tolerance
+    assert (a / "completions.jsonl").read_bytes() == (b / "completions.jsonl").read_bytes()
+    for name, weight in weights(a).items():
+        assert torch.equal(weight, weights(b)[name])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbs."""
+    cwd = tmp_path_factory.mktemp("whole")
+    process = start(cwd, *JOB, "hydra.run.dir=run")
+    assert process.wait(300) == 0
+    return cwd / "run"
+
+
+def start(cwd: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    log = (cwd / f"process{time.monotonic_ns()}.log").open("wb")
+    return subprocess.Popen(
+        [sys.executable, "-m", "grpo", *arguments], cwd=cwd, stdout=log, stderr=log, env=os.environ
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Returns once a step's line is written."""
+    for _ in range(6000):
+        file = run / "metrics.jsonl"
+        if file.is_file() and f'{{"step": {step},' in file.read_text():
+            return
+        assert process.poll() is None, "the run ended before it could be disturbed"
+        time.sleep(0.005)
+    raise AssertionError("the step never came")
+
+
+def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path) -> None:
+    """kill -9 twice, the second time in the resumed run."""
+    run = tmp_path / "run"
+    process = start(tmp_path, *JOB, "hydra.run.dir=run")
+    wait_for_step(run, 3, process)
+    process.kill()
+    process.wait()
+    before = [path.name for path in sorted((run / "checkpoints").glob("step_*"))]
+    assert before
+    assert json.loads((run / "summary.json").read_text())["status"] == "running"
+
+    process = start(tmp_path, "resume=run")  # how it was started need not be said again
+    wait_for_step(run, 7, process)
+    process.kill()
+    process.wait()
+
+    assert start(tmp_path, "resume=run").wait(300) == 0
+    same_run(whole, run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_finishes_the_step_saves_and_goes_on(
+    whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    process = start(tmp_path, *JOB, "hydra.run.dir=run")
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    assert process.wait(60) == 130
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    last = metrics(run)[-1]["step"]
+    assert summary["steps"] == last < 9
+    assert (run / "checkpoints/latest").resolve().name == f"step_{last}"  # nothing lost
+    assert start(tmp_path, "resume=run").wait(300) == 0
+    same_run(whole, run)
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the whole run, to be damaged."""
+    shutil.copytree(whole, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+def newest(run: Path) -> Path:
+    return (run / "checkpoints/latest").resolve()
+
+
+def truncate(checkpoint: Path) -> None:
+    file = checkpoint / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def flip(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / "trainer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / "trainer.pt").write_bytes(content)
+
+
+def unlist(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, unlist])
+def test_a_broken_checkpoint_is_said_and_the_one_before_taken(
+    damage: Callable[[Path], None], whole: Path, copy: Path, grpo: Grpo
+) -> None:
+    assert newest(copy).name == "step_9"
+    damage(newest(copy))
+    code, printed = grpo(f"resume={copy}")
+    assert code == 0, printed
+    assert "step_9 is broken" in printed
+    assert f"going on from {copy / 'checkpoints/step_8'}" in printed
+    same_run(whole, copy)
+
+
+def test_with_every_checkpoint_broken_nothing_is_lost(copy: Path, grpo: Grpo) -> None:
+    before = (copy / "metrics.jsonl").read_bytes()
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        truncate(checkpoint)
+    code, printed = grpo(f"resume={copy}")
+    assert code == 2
+    assert "no whole checkpoint" in printed
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_model_is_refused_and_the_run_left_as_it_was(copy: Path, grpo: Grpo) -> None:
+    before = (copy / ".hydra/overrides.yaml").read_text()
+    code, printed = grpo(f"resume={copy}", "model=smollm2_135m")
+    assert code == 2
+    assert "this run trains model=tiny" in printed
+    assert (copy / ".hydra/overrides.yaml").read_text() == before
+
+
+def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -> None:
+    code, printed = grpo(f"resume={copy}")
+    assert code == 2
+    assert "has done its 9 steps already" in printed
+    code, printed = grpo(f"resume={copy}", "max_steps=10")
+    assert code == 0, printed
+    assert [line["step"] for line in metrics(copy)] == list(range(11))
+
+
+def test_resume_auto_finds_the_unfinished_run_of_these_overrides(
+    whole: Path, grpo: Grpo, tmp_path: Path
+) -> None:
+    """Not a finished one, and not another experiment's."""
+    for name, overrides, status in (
+        ("00-00-01-1", JOB, "running"),
+        ("00-00-02-1", JOB, "finished"),
+        ("00-00-03-1", (*JOB, "seed=5"), "running"),
+    ):
+        run = tmp_path / "outputs/2026-01-01" / name
+        shutil.copytree(whole, run, symlinks=True)
+        (run / ".hydra/overrides.yaml").write_text(json.dumps(list(overrides)))
+        (run / "summary.json").write_text(json.dumps({"status": status}))
+        shutil.rmtree(run / "checkpoints/step_9")
+    code, printed = grpo(*JOB, "resume=auto")
+    assert code == 0, printed
+    assert "outputs/2026-01-01/00-00-01-1/checkpoints/step_8" in printed
+    same_run(whole, tmp_path / "outputs/2026-01-01/00-00-01-1")
+
+
+def test_resume_auto_with_nothing_to_resume_starts_anew(grpo: Grpo, tmp_path: Path) -> None:
+    code, printed = grpo("experiment=smoke", "max_steps=1", "tracking=none", "resume=auto")
+    assert code == 0, printed
+    assert "so a new one starts" in printed
+
+
+def test_only_the_newest_are_kept(whole: Path) -> None:
+    kept = {path.name for path in (whole / "checkpoints").iterdir()}
+    assert kept == {"step_8", "step_9", "latest"}
