@@ -20,7 +20,7 @@ from grpo.checkpoint import Checkpoints, Progress
 from grpo.config import nearest
 from grpo.data.order import total_steps
 from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample, build_prompts
-from grpo.data.source import Source
+from grpo.data.source import Slices, Source
 from grpo.device import Device, open_device
 from grpo.errors import ConfigError, RunError
 from grpo.evaluate import Evaluation
@@ -36,6 +36,7 @@ from grpo.train import Training, train
 from grpo.update import Objective
 
 log = logging.getLogger(__name__)
+SLICE_KEYS = ("split", "slice", "eval_split", "eval_slice")
 PROMPT_KEYS = ("system_prompt", "worked_examples", "max_prompt_tokens", "allow_overlap")
 
 
@@ -75,7 +76,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path) -> float | None:
     device = open_device(cfg.device.kind, cfg.device.precision)
     source, rewards = build_source(cfg), build_rewards(cfg)
     model = load_language_model(model_of_checkpoint(cfg.checkpoint), device)
-    prompts = build_prompts(source, prompt_format(cfg), model.tokenizer)
+    prompts = build_prompts(source, slices(cfg), prompt_format(cfg), model.tokenizer)
     check_fits(cfg, model, prompts)
     engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
     evaluation = Evaluation(
@@ -99,7 +100,7 @@ def build_training(cfg: DictConfig, folder: Path) -> tuple[Training, Progress]:
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
     policy = load_policy(cfg, device)
-    prompts = build_prompts(source, prompt_format(cfg), policy.tokenizer)
+    prompts = build_prompts(source, slices(cfg), prompt_format(cfg), policy.tokenizer)
     check_fits(cfg, policy, prompts)
 
     # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
@@ -145,10 +146,15 @@ def build_training(cfg: DictConfig, folder: Path) -> tuple[Training, Progress]:
 
 
 def build_source(cfg: DictConfig) -> Source:
-    node = OmegaConf.masked_copy(cfg.dataset, [k for k in cfg.dataset if k not in PROMPT_KEYS])
+    own = [key for key in cfg.dataset if key not in (*SLICE_KEYS, *PROMPT_KEYS)]
+    node = OmegaConf.masked_copy(cfg.dataset, own)
     source = bind(node, "dataset")()
     assert isinstance(source, Source)
     return source
+
+
+def slices(cfg: DictConfig) -> Slices:
+    return Slices(**{key: str(cfg.dataset[key]) for key in SLICE_KEYS})
 
 
 def prompt_format(cfg: DictConfig) -> PromptFormat:

@@ -191,7 +191,7 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tup
     """Held-out accuracy, greedy and at temperature 1, on 200 problems."""
     from grpo.data.arithmetic import Arithmetic
 
-    examples = Arithmetic(size=1, eval_size=200).evaluation()
+    examples = Arithmetic(size=1, eval_size=200).rows("test")
     tokenizer.padding_side = "left"
     prompts = [
         tokenizer.apply_chat_template(

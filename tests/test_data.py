@@ -16,7 +16,7 @@ from grpo.data.arithmetic import is_held_out
 from grpo.data.order import batch_indices, total_steps
 from grpo.data.prompts import PromptFormat, WorkedExample, build_prompts
 from grpo.data.slices import parse_slice
-from grpo.data.source import Source
+from grpo.data.source import Slices, Source
 from grpo.data.verify import AnswerVerifier, last_number, same_answer, tagged_answer
 from grpo.errors import ConfigError
 from grpo.models.load import LanguageModel
@@ -105,8 +105,8 @@ def test_answers_compare_as_numbers_where_they_are(
 
 
 def test_arithmetic_is_right_and_held_out_for_good() -> None:
-    train = Arithmetic(size=500, eval_size=1, seed=1).train()
-    held_out = Arithmetic(size=1, eval_size=200, seed=2).evaluation()
+    train = Arithmetic(size=500, eval_size=1, seed=1).rows("train")
+    held_out = Arithmetic(size=1, eval_size=200, seed=2).rows("test")
     for example in (*train, *held_out):
         a, b = example.columns["a"], example.columns["b"]
         result = a + b if example.columns["operation"] == "+" else a - b
@@ -120,13 +120,14 @@ def test_arithmetic_is_right_and_held_out_for_good() -> None:
 
 def test_more_problems_than_there_are_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dataset\.size=500"):
-        Arithmetic(size=500, eval_size=1, digits=1).train()
+        Arithmetic(size=500, eval_size=1, digits=1).rows("train")
 
 
 @pytest.mark.skipif(not GSM8K_FILE.is_file(), reason="needs GSM8K's train.jsonl beside the project")
 def test_gsm8k_gold_answers_are_the_numbers_behind_the_marks() -> None:
-    source = GSM8K(str(GSM8K_FILE), "train", ":5%", "test", "-128:")
-    train, evaluation = source.train(), source.evaluation()
+    slices = Slices("train", ":5%", "test", "-128:")
+    source = GSM8K(str(GSM8K_FILE))
+    train, evaluation = slices.train(source), slices.evaluation(source)
     assert (len(train), len(evaluation)) == (374, 128)
     assert train[0].answer == "72"  # Natalia's clips
     for example in (*train, *evaluation):
@@ -137,57 +138,67 @@ def test_gsm8k_gold_answers_are_the_numbers_behind_the_marks() -> None:
 def test_gold_answers_lose_commas_and_dollars(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "q", "answer": "work #### $1,234"}\n')
-    assert GSM8K(str(file), "train", ":", "test", ":").train()[0].answer == "1234"
+    assert EVERYTHING.train(GSM8K(str(file)))[0].answer == "1234"
 
 
 def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     for split, answer in (("train", 1), ("test", 2)):
         row = {"question": split, "answer": f"#### {answer}"}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    source = GSM8K(str(tmp_path), "train", ":", "test", ":")
-    assert [source.train()[0].answer, source.evaluation()[0].answer] == ["1", "2"]
+    source = GSM8K(str(tmp_path))
+    assert EVERYTHING.train(source)[0].answer == "1"
+    assert EVERYTHING.evaluation(source)[0].answer == "2"
+    with pytest.raises(ConfigError, match=r"holds no dev\.jsonl or dev\.parquet"):
+        source.rows("dev")
 
 
 def test_a_jsonl_file_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     rows = [{"ask": f"q\u2028{i}", "gold": i, "source": "mine"} for i in range(10)]
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    source = Jsonl(str(file), ":90%", "90%:", question_column="ask", answer_column="gold")
-    assert [e.answer for e in source.train()] == [str(i) for i in range(9)]
-    assert source.evaluation()[0].question == "q\u20289"
-    assert source.evaluation()[0].columns["source"] == "mine"
+    source = Jsonl(str(file), question_column="ask", answer_column="gold")
+    slices = Slices("train", ":90%", "test", "90%:")
+    assert [e.answer for e in slices.train(source)] == [str(i) for i in range(9)]
+    (last,) = slices.evaluation(source)
+    assert last.question == "q\u20289"
+    assert last.columns["source"] == "mine"
 
 
 def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}", "answer": str(i)} for i in range(4)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "own.parquet")
-    examples = Jsonl(str(tmp_path / "own.parquet"), ":2", "2:").train()
+    examples = Slices("train", ":2", "test", "2:").train(Jsonl(str(tmp_path / "own.parquet")))
     assert [(e.question, e.answer) for e in examples] == [("q0", "0"), ("q1", "1")]
 
 
 def test_reasoning_gym_scores_by_its_own_verifier_and_leaks_no_credit() -> None:
     options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     source = ReasoningGym("chain_sum", 20, 5, options, extract="number")
-    for example in source.train():
+    for example in source.rows("train"):
         assert example.verify(f"The answer is {example.answer}.") == 1.0
         assert example.verify("The answer is 999.") == 0.0
         assert example.verify("I don't know") == 0.0
-    lenient = ReasoningGym("chain_sum", 1, 5, options, extract="text", strict=False).train()[0]
-    strict = ReasoningGym("chain_sum", 1, 5, options, extract="text").train()[0]
+    lenient = ReasoningGym("chain_sum", 1, 5, options, extract="text", strict=False).rows("train")[
+        0
+    ]
+    strict = ReasoningGym("chain_sum", 1, 5, options, extract="text").rows("train")[0]
     wordy = f"The answer is {strict.answer}"
     assert 0 < lenient.verify(wordy) < 1  # partial credit for text around it, if asked for
     assert strict.verify(wordy) == 0.0
 
 
+EVERYTHING = Slices("train", ":", "test", ":")
+
+
 class Rows(Source):
-    def __init__(self, train: list[str], evaluation: list[str]) -> None:
-        self.rows = train, evaluation
+    def __init__(self, train: list[str], test: list[str]) -> None:
+        self.splits = {"train": train, "test": test}
 
-    def train(self) -> list[Example]:
-        return [Example(q, "1", AnswerVerifier("tag").bind("1")) for q in self.rows[0]]
+    def rows(self, split: str) -> list[str]:
+        return self.splits[split]
 
-    def evaluation(self) -> list[Example]:
-        return [Example(q, "1", AnswerVerifier("tag").bind("1")) for q in self.rows[1]]
+    def example(self, row: str, number: int) -> Example:
+        return Example(row, "1", AnswerVerifier("tag").bind("1"))
 
 
 def questions(prompts: list[object]) -> list[str]:
@@ -199,12 +210,16 @@ def test_training_never_sees_an_evaluation_row_unless_asked(
 ) -> None:
     source = Rows(["a", "b", "c"], ["c", "d"])
     format = PromptFormat(None, (), 100, allow_overlap=False)
-    assert questions(build_prompts(source, format, tiny.tokenizer).train) == ["a", "b"]
+    assert questions(build_prompts(source, EVERYTHING, format, tiny.tokenizer).train) == ["a", "b"]
     assert "1 training rows are evaluation rows too" in caplog.text
-    allowed = PromptFormat(None, (), 100, allow_overlap=True)
-    assert questions(build_prompts(source, allowed, tiny.tokenizer).train) == ["a", "b", "c"]
+    asked = PromptFormat(None, (), 100, allow_overlap=True)
+    assert questions(build_prompts(source, EVERYTHING, asked, tiny.tokenizer).train) == [
+        "a",
+        "b",
+        "c",
+    ]
     with pytest.raises(ConfigError, match="every training row"):
-        build_prompts(Rows(["c"], ["c"]), format, tiny.tokenizer)
+        build_prompts(Rows(["c"], ["c"]), EVERYTHING, format, tiny.tokenizer)
 
 
 def test_overlong_prompts_are_dropped_and_counted(
@@ -212,11 +227,11 @@ def test_overlong_prompts_are_dropped_and_counted(
 ) -> None:
     caplog.set_level(logging.WARNING)
     source = Rows(["short", "long " * 50], ["even"])
-    prompts = build_prompts(source, PromptFormat(None, (), 40, False), tiny.tokenizer)
+    prompts = build_prompts(source, EVERYTHING, PromptFormat(None, (), 40, False), tiny.tokenizer)
     assert questions(prompts.train) == ["short"]
     assert "1 of 2 training prompts are longer than dataset.max_prompt_tokens=40" in caplog.text
     with pytest.raises(ConfigError, match="so none is left"):
-        build_prompts(source, PromptFormat(None, (), 3, False), tiny.tokenizer)
+        build_prompts(source, EVERYTHING, PromptFormat(None, (), 3, False), tiny.tokenizer)
 
 
 def test_a_prompt_is_the_chat_with_its_worked_examples(tiny: LanguageModel) -> None:

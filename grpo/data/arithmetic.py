@@ -36,17 +36,12 @@ class Arithmetic(Source):
             raise ConfigError(f"dataset.operations={operations!r}: use some of + and -.")
         self.digits, self.operations, self.seed = digits, sorted(set(operations)), seed
         self.verifier = AnswerVerifier(extract)
-        self.size, self.eval_size = size, eval_size
+        self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
 
-    def train(self) -> list[Example]:
-        return self._draw(self.size, "size", held_out=False)
-
-    def evaluation(self) -> list[Example]:
-        return self._draw(self.eval_size, "eval_size", held_out=True)
-
-    def _draw(self, size: int, key: str, *, held_out: bool) -> list[Example]:
-        if size < 1:
-            raise ConfigError(f"dataset.{key}={size}: needs at least 1 problem.")
+    def rows(self, split: str) -> list[Example]:
+        key = size_key(split)
+        size: int = getattr(self, key)
+        held_out = split == "test"
         rng = random.Random(f"{self.seed} {held_out}")
         drawn: dict[str, Example] = {}
         for _ in range(100 * size):
@@ -60,6 +55,9 @@ class Arithmetic(Source):
             f"{self.digits} digits; lower it, or raise dataset.digits."
         )
 
+    def example(self, row: Example, number: int) -> Example:
+        return row
+
     def _problem(self, rng: random.Random) -> Example:
         a, b = rng.randrange(10**self.digits), rng.randrange(10**self.digits)
         operation = rng.choice(self.operations)
@@ -72,6 +70,20 @@ class Arithmetic(Source):
             verify=self.verifier.bind(answer),
             columns={"a": a, "b": b, "operation": operation},
         )
+
+
+def at_least_one(count: int, key: str) -> int:
+    if count < 1:
+        raise ConfigError(f"dataset.{key}={count}: needs at least 1 problem.")
+    return count
+
+
+def size_key(split: str) -> str:
+    """The key that says how many rows of a split are generated."""
+    keys = {"train": "size", "test": "eval_size"}
+    if split not in keys:
+        raise ConfigError(f"dataset: split={split}: a generated data set has train and test.")
+    return keys[split]
 
 
 def is_held_out(question: str) -> bool:

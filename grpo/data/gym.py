@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from grpo.data.arithmetic import at_least_one, size_key
 from grpo.data.source import Source
 from grpo.data.verify import EXTRACTORS
 from grpo.errors import ConfigError
@@ -39,19 +40,13 @@ class ReasoningGym(Source):
             raise ConfigError(f"dataset.task={task}: no such task of reasoning-gym; {hint}")
         if extract not in EXTRACTORS:
             raise ConfigError(f"dataset.extract={extract!r}: use one of {', '.join(EXTRACTORS)}.")
-        if min(size, eval_size) < 1:
-            raise ConfigError("dataset.size and dataset.eval_size need at least 1 problem.")
         self.task, self.options, self.seed = task, dict(options), seed
-        self.size, self.eval_size = size, eval_size
+        self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
         self.extract, self.strict = EXTRACTORS[extract], strict
 
-    def train(self) -> list[Example]:
-        return self._draw(self.size, 2 * self.seed)
-
-    def evaluation(self) -> list[Example]:
-        return self._draw(self.eval_size, 2 * self.seed + 1)
-
-    def _draw(self, size: int, seed: int) -> list[Example]:
+    def rows(self, split: str) -> list[Example]:
+        size: int = getattr(self, size_key(split))
+        seed = 2 * self.seed + (split == "test")
         import reasoning_gym
 
         try:
@@ -67,6 +62,9 @@ class ReasoningGym(Source):
             )
             for entry in problems
         ]
+
+    def example(self, row: Example, number: int) -> Example:
+        return row
 
     def _verifier(self, problems: Any, entry: dict[str, Any]) -> Callable[[str], float]:
         def verify(completion: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.data.source import Source
+from grpo.data.source import Slices, Source
 from grpo.errors import ConfigError
 from grpo.types import Example, Prompt
 
@@ -55,15 +55,15 @@ class PromptSets:
 
 
 def build_prompts(
-    source: Source, format: PromptFormat, tokenizer: PreTrainedTokenizerBase
+    source: Source, slices: Slices, format: PromptFormat, tokenizer: PreTrainedTokenizerBase
 ) -> PromptSets:
     """The prompts to train and to evaluate on, without overlap unless asked for.
 
     Raises:
         ConfigError: nothing is left of one of them.
     """
-    evaluation = without_overlong(source.evaluation(), format, tokenizer, "evaluation")
-    examples = source.train()
+    evaluation = without_overlong(slices.evaluation(source), format, tokenizer, "evaluation")
+    examples = slices.train(source)
     if not format.allow_overlap:
         held_out = {prompt.example.question for prompt in evaluation}
         apart = [example for example in examples if example.question not in held_out]
