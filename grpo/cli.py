@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and are told here
 
 import hydra
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
@@ -56,6 +58,10 @@ def main() -> None:
         stop(str(error))
     except (HydraException, MissingConfigException) as error:
         refuse(ConfigError(explain(error, job, overrides)))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
+        refuse(ConfigError(f"{where}: not YAML ({error.problem})."))
 
 
 def split_job(arguments: Argv) -> tuple[str, list[str]]:
@@ -73,24 +79,38 @@ def split_job(arguments: Argv) -> tuple[str, list[str]]:
 
 def train_job(cfg: DictConfig) -> float | None:
     """Trains, and returns the objective that a search maximises."""
-    from grpo.run import train_from_config
+    with told() as folder:
+        from grpo.find import find_for_training
 
-    return told(train_from_config, cfg)
+        config.check(cfg)
+        past.check_folder(folder, cfg.resume, cfg.model)
+        found = find_for_training(cfg)
+
+        from grpo.run import train_from_config
+
+        return train_from_config(cfg, folder, found)
 
 
 def eval_job(cfg: DictConfig) -> float | None:
-    from grpo.run import evaluate_from_config
+    """Evaluates a checkpoint."""
+    with told() as folder:
+        from grpo.find import find_for_evaluation
 
-    return told(evaluate_from_config, cfg)
+        config.check(cfg)
+        found = find_for_evaluation(cfg)
+
+        from grpo.run import evaluate_from_config
+
+        return evaluate_from_config(cfg, folder, found)
 
 
-def told(work: object, cfg: DictConfig) -> float | None:
-    """Runs a job; alone, its error ends the process, in a sweep it is the sweep's to report."""
+@contextmanager
+def told() -> Iterator[Path]:
+    """A job's folder; alone, its error ends the process, in a sweep it is the sweep's to report."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     try:
-        config.check(cfg)
-        return work(cfg, folder)  # type: ignore[operator, no-any-return]
+        yield folder
     except (ConfigError, RunError) as error:
         if hydra_config.mode == RunMode.MULTIRUN:
             raise

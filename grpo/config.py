@@ -64,7 +64,7 @@ class CheckpointConfig:
 class DeviceConfig:
     kind: str = MISSING
     precision: str = MISSING
-    token_budget: int = MISSING
+    token_budget: int | None = None
 
 
 @dataclass

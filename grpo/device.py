@@ -18,6 +18,7 @@ class Device:
 
     torch_device: torch.device
     autocast_dtype: torch.dtype | None
+    token_budget: int  # prompt and completion tokens in one forward and backward
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of every forward pass: rollout, reference and update alike."""
@@ -50,12 +51,13 @@ class Device:
         return f"{name}, {torch.get_num_threads()} threads, {precision}"
 
 
-def open_device(kind: str, precision: str) -> Device:
+def open_device(kind: str, precision: str, token_budget: int | None = None) -> Device:
     """The device asked for, or `auto`: the best there is.
 
     Args:
         kind: auto, cpu, cuda or mps.
         precision: auto (bf16 where the hardware computes it fast), bf16 or fp32.
+        token_budget: None for what such a device usually holds.
 
     Raises:
         ConfigError: the device is not there.
@@ -72,4 +74,8 @@ def open_device(kind: str, precision: str) -> Device:
         raise ConfigError(f"device={kind}: this machine has none; use device={choices} or auto.")
     if precision == "auto":
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return Device(torch.device(kind), torch.bfloat16 if precision == "bf16" else None)
+    return Device(
+        torch_device=torch.device(kind),
+        autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
+        token_budget=token_budget or (2048 if kind == "cpu" else 16384),
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from grpo.errors import ConfigError
+from grpo.models.find import holds_model, local_folder
 
 NOT_THE_EXPERIMENT = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, not what it is
 
@@ -26,10 +27,6 @@ def with_past_overrides(job: str, overrides: Sequence[str]) -> list[str]:
         return list(overrides)
     if job == "eval":
         folder = value_of("checkpoint", given)
-        if folder is None and given == list(overrides):
-            raise ConfigError(
-                "checkpoint is not set: grpo eval checkpoint=DIR, a run's folder or a model's."
-            )
         run = run_of(Path(folder)) if folder else None
         return list(overrides) if run is None else [*flags, *merged(past_overrides(run), given)]
     resume = value_of("resume", given)
@@ -116,13 +113,10 @@ def model_of_checkpoint(folder: str) -> Path:
     """
     path = Path(folder).expanduser()
     newest = newest_step(path)
-    for candidate in (path, path / "model", *([newest / "model"] if newest else [])):
-        if (candidate / "config.json").is_file() and any(candidate.glob("*.safetensors")):
+    for candidate in (path / "model", *([newest / "model"] if newest else [])):
+        if holds_model(candidate):
             return candidate
-    raise ConfigError(
-        f"checkpoint={folder}: no model there; give a run's folder, one of its checkpoints, or a "
-        f"folder that save_pretrained wrote."
-    )
+    return local_folder("checkpoint", folder)
 
 
 def check_folder(run: Path, resume: str | None, model: Mapping[str, Any]) -> None:

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.checkpoint import Checkpoints, Progress
-from grpo.config import nearest
 from grpo.data.order import total_steps
-from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample, build_prompts
-from grpo.data.source import Slices, Source
-from grpo.device import Device, open_device
+from grpo.data.prompts import PromptFormat, WorkedExample, build_prompts, tokenized
+from grpo.device import open_device
 from grpo.errors import ConfigError, RunError
 from grpo.evaluate import Evaluation
+from grpo.find import PROMPT_KEYS, Found, bind, check_options, plain
 from grpo.interrupt import Interrupt
-from grpo.models.load import LanguageModel, frozen_copy, load_language_model, model_folder
+from grpo.models.load import LanguageModel, frozen_copy, load_language_model
 from grpo.optim import SCHEDULES, Optimizer
-from grpo.past import model_of_checkpoint
 from grpo.rewards import WeightedReward
 from grpo.summary import Summary
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import evaluation_line
 from grpo.train import Training, train
+from grpo.types import Prompt
 from grpo.update import Objective
 
 log = logging.getLogger(__name__)
-SLICE_KEYS = ("split", "slice", "eval_split", "eval_slice")
-PROMPT_KEYS = ("system_prompt", "worked_examples", "max_prompt_tokens", "allow_overlap")
 
 
-def train_from_config(cfg: DictConfig, folder: Path) -> float | None:
+def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:
     """Runs one experiment in its folder and returns its objective.
 
     Raises:
@@ -48,7 +42,7 @@ def train_from_config(cfg: DictConfig, folder: Path) -> float | None:
         RunError: it had to stop; what was done is saved.
         SystemExit: 130, it was interrupted and is saved.
     """
-    run, start = build_training(cfg, folder)
+    run, start = build_training(cfg, folder, found)
     summary = Summary(folder, cfg.objective, run.device)
     summary.write("running", start)
     status, progress, error = "failed", start, "ended by an error, see train.log"
@@ -71,37 +65,36 @@ def train_from_config(cfg: DictConfig, folder: Path) -> float | None:
     return summary.objective(content)
 
 
-def evaluate_from_config(cfg: DictConfig, folder: Path) -> float | None:
+def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:
     """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
-    device = open_device(cfg.device.kind, cfg.device.precision)
-    source, rewards = build_source(cfg), build_rewards(cfg)
-    model = load_language_model(model_of_checkpoint(cfg.checkpoint), device)
-    prompts = build_prompts(source, slices(cfg), prompt_format(cfg), model.tokenizer)
+    device = open_device(**plain(cfg.device))
+    rewards = build_rewards(cfg)
+    model = load_language_model(found.model, device)
+    prompts = tokenized(found.evaluation, prompt_format(cfg), model.tokenizer, "evaluation")
     check_fits(cfg, model, prompts)
     engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
-    evaluation = Evaluation(
-        engine, prompts.evaluation, rewards, cfg.eval.samples, cfg.temperature
-    ).run()
-    content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts.evaluation), **evaluation}
+    evaluation = Evaluation(engine, prompts, rewards, cfg.eval.samples, cfg.temperature).run()
+    content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts), **evaluation}
     (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
-    print(f"{len(prompts.evaluation)} prompts: {evaluation_line(evaluation)}")
+    print(f"{len(prompts)} prompts: {evaluation_line(evaluation)}")
     print(f"written to {folder / 'evaluation.json'}", flush=True)
     return evaluation[cfg.objective]
 
 
-def build_training(cfg: DictConfig, folder: Path) -> tuple[Training, Progress]:
+def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Training, Progress]:
     """All parts of a run and where it starts; what is cheap to find wrong is built first."""
-    device = open_device(cfg.device.kind, cfg.device.precision)
-    source, rewards = build_source(cfg), build_rewards(cfg)
+    device = open_device(**plain(cfg.device))
+    rewards = build_rewards(cfg)
     objective, advantage = (
         build_objective(cfg),
         bind(cfg.algorithm.advantage, "algorithm.advantage"),
     )
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
-    policy = load_policy(cfg, device)
-    prompts = build_prompts(source, slices(cfg), prompt_format(cfg), policy.tokenizer)
-    check_fits(cfg, policy, prompts)
+    format = prompt_format(cfg)
+    policy = load_language_model(found.model, device)
+    prompts = build_prompts(found.train, found.evaluation, format, policy.tokenizer)
+    check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
 
     # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
     reference = frozen_copy(policy) if cfg.kl_weight > 0 and cfg.kl._target_ is not None else None
@@ -135,7 +128,7 @@ def build_training(cfg: DictConfig, folder: Path) -> tuple[Training, Progress]:
         batch_size=cfg.batch_size,
         num_generation=cfg.num_generation,
         temperature=cfg.temperature,
-        token_budget=cfg.device.token_budget,
+        token_budget=device.token_budget,
         seed=cfg.seed,
         total_steps=steps,
         eval_every=cfg.eval.every,
@@ -145,20 +138,9 @@ def build_training(cfg: DictConfig, folder: Path) -> tuple[Training, Progress]:
     return run, start
 
 
-def build_source(cfg: DictConfig) -> Source:
-    own = [key for key in cfg.dataset if key not in (*SLICE_KEYS, *PROMPT_KEYS)]
-    node = OmegaConf.masked_copy(cfg.dataset, own)
-    source = bind(node, "dataset")()
-    assert isinstance(source, Source)
-    return source
-
-
-def slices(cfg: DictConfig) -> Slices:
-    return Slices(**{key: str(cfg.dataset[key]) for key in SLICE_KEYS})
-
-
 def prompt_format(cfg: DictConfig) -> PromptFormat:
-    keys = {key: cfg.dataset[key] for key in PROMPT_KEYS}
+    keys = {key: plain(cfg.dataset)[key] for key in PROMPT_KEYS}
+    check_options(PromptFormat, keys, "dataset")
     try:
         worked = tuple(WorkedExample(**example) for example in keys.pop("worked_examples"))
     except TypeError as error:
@@ -205,14 +187,8 @@ def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optim
     )
 
 
-def load_policy(cfg: DictConfig, device: Device) -> LanguageModel:
-    model = plain(cfg.model)
-    folder = model_folder(**{k: model[k] for k in ("name", "id", "path", "packaged", "wheel")})
-    return load_language_model(folder, device)
-
-
-def check_fits(cfg: DictConfig, policy: LanguageModel, prompts: PromptSets) -> None:
-    longest = max(len(p.token_ids) for p in [*prompts.train, *prompts.evaluation])
+def check_fits(cfg: DictConfig, policy: LanguageModel, prompts: Sequence[Prompt]) -> None:
+    longest = max(len(prompt.token_ids) for prompt in prompts)
     if longest + cfg.max_new_tokens > policy.context:
         raise ConfigError(
             f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
@@ -254,40 +230,3 @@ def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunI
         first_step=start.step,
         total_steps=steps,
     )
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    container = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def bind(node: Mapping[str, Any], key: str) -> functools.partial[Any]:
-    """The callable that a node's `_target_` names, with the node's other keys bound.
-
-    Raises:
-        ConfigError: it can't be imported, or doesn't take one of the keys.
-    """
-    options = plain(node) if isinstance(node, DictConfig) else dict(node)
-    path = str(options.pop("_target_", ""))
-    try:
-        target: Callable[..., Any] = get_object(path)
-    except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
-        raise ConfigError(
-            f"{key}._target_={path}: can't be imported ({root_cause(error)})."
-        ) from error
-    try:
-        known = inspect.signature(target).parameters
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}._target_={path}: can't be called.") from error
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-    for option in options:
-        if option not in known and not takes_any:
-            raise ConfigError(f"{key}.{option}: {path} takes no such key{nearest(option, known)}")
-    return functools.partial(target, **options)
-
-
-def root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws the reward and held-out accuracy of runs: scripts/plot_run.py OUT.svg TITLE RUN [RUN ...]"""
+"""Draws reward and held-out accuracy of runs: scripts/plot_run.py OUT.svg TITLE RUN [RUN ...]"""
 
 from __future__ import annotations
 

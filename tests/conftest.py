@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from grpo.device import Device, open_device
-from grpo.models.load import PACKAGED, LanguageModel, load_language_model
+from grpo.models.find import PACKAGED
+from grpo.models.load import LanguageModel, load_language_model
 
 VOCABULARY = 97
 SHAPE = {

@@ -110,6 +110,10 @@ CASES = {
         "####",
     ),
     "too many problems": (["dataset.size=50000"], "dataset.size=50000", "digits"),
+    "a word for a size": (["dataset.size=many"], "dataset.size=many", "should be int"),
+    "a word for a flag": (["dataset.allow_overlap=maybe"], "allow_overlap=maybe", "bool"),
+    "a bad worked example": (["dataset.worked_examples=[{q: 1}]"], "worked_examples", "answer"),
+    "unknown split": (["dataset.split=dev"], "split=dev", "train and test"),
     "unknown extraction": (["dataset.extract=tags"], "dataset.extract='tags'", "tag, number, text"),
     "no folder": (["model=local", "model.path=nowhere"], "model.path=nowhere", "no model there"),
     "no weights": (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
 from grpo.data.arithmetic import is_held_out
 from grpo.data.order import batch_indices, total_steps
-from grpo.data.prompts import PromptFormat, WorkedExample, build_prompts
+from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample, build_prompts
 from grpo.data.slices import parse_slice
 from grpo.data.source import Slices, Source
 from grpo.data.verify import AnswerVerifier, last_number, same_answer, tagged_answer
@@ -201,6 +201,11 @@ class Rows(Source):
         return Example(row, "1", AnswerVerifier("tag").bind("1"))
 
 
+def prompts_of(source: Source, format: PromptFormat, tokenizer: object) -> PromptSets:
+    train, evaluation = EVERYTHING.train(source), EVERYTHING.evaluation(source)
+    return build_prompts(train, evaluation, format, tokenizer)  # type: ignore[arg-type]
+
+
 def questions(prompts: list[object]) -> list[str]:
     return [prompt.example.question for prompt in prompts]  # type: ignore[attr-defined]
 
@@ -210,16 +215,16 @@ def test_training_never_sees_an_evaluation_row_unless_asked(
 ) -> None:
     source = Rows(["a", "b", "c"], ["c", "d"])
     format = PromptFormat(None, (), 100, allow_overlap=False)
-    assert questions(build_prompts(source, EVERYTHING, format, tiny.tokenizer).train) == ["a", "b"]
+    assert questions(prompts_of(source, format, tiny.tokenizer).train) == ["a", "b"]
     assert "1 training rows are evaluation rows too" in caplog.text
     asked = PromptFormat(None, (), 100, allow_overlap=True)
-    assert questions(build_prompts(source, EVERYTHING, asked, tiny.tokenizer).train) == [
+    assert questions(prompts_of(source, asked, tiny.tokenizer).train) == [
         "a",
         "b",
         "c",
     ]
     with pytest.raises(ConfigError, match="every training row"):
-        build_prompts(Rows(["c"], ["c"]), EVERYTHING, format, tiny.tokenizer)
+        prompts_of(Rows(["c"], ["c"]), format, tiny.tokenizer)
 
 
 def test_overlong_prompts_are_dropped_and_counted(
@@ -227,11 +232,11 @@ def test_overlong_prompts_are_dropped_and_counted(
 ) -> None:
     caplog.set_level(logging.WARNING)
     source = Rows(["short", "long " * 50], ["even"])
-    prompts = build_prompts(source, EVERYTHING, PromptFormat(None, (), 40, False), tiny.tokenizer)
+    prompts = prompts_of(source, PromptFormat(None, (), 40, False), tiny.tokenizer)
     assert questions(prompts.train) == ["short"]
     assert "1 of 2 training prompts are longer than dataset.max_prompt_tokens=40" in caplog.text
     with pytest.raises(ConfigError, match="so none is left"):
-        build_prompts(source, EVERYTHING, PromptFormat(None, (), 3, False), tiny.tokenizer)
+        prompts_of(source, PromptFormat(None, (), 3, False), tiny.tokenizer)
 
 
 def test_a_prompt_is_the_chat_with_its_worked_examples(tiny: LanguageModel) -> None:

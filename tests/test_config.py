@@ -1,0 +1,137 @@
+"""The configs themselves: each choice composes, and each key is one that the code reads."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from grpo import config, past
+from grpo.cli import flat_keys
+
+Grpo = Callable[..., tuple[int, str]]
+CONF = config.conf_folder()
+PACKAGE = Path(config.__file__).parent
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+CHOICES = [f"{file.parent.name}={file.stem}" for g in GROUPS for file in (CONF / g).glob("*.yaml")]
+BOUND = ("dataset", "reward", "algorithm", "kl", "rollout", "tracking")
+NAMED = {"model=hub": ["model.id=a/b"], "model=local": ["model.path=x"]}
+
+
+def compose(*overrides: str) -> DictConfig:
+    config.register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+def test_the_groups_are_those_of_the_contract() -> None:
+    assert set(GROUPS) == {
+        "model", "dataset", "reward", "algorithm", "kl", "adapter", "rollout", "device",
+        "parallel", "tracking", "experiment", "sweep",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_passes_the_checks(choice: str) -> None:
+    config.check(compose(choice, *NAMED.get(choice, [])))
+
+
+def test_the_notes_experiment_is_the_notes() -> None:
+    cfg = compose("experiment=note_gsm8k")
+    assert cfg.model.id == "Qwen/Qwen2-0.5B-Instruct"
+    assert (cfg.dataset.id, cfg.dataset.split, cfg.dataset.slice) == (
+        "openai/gsm8k", "train", ":5%"
+    )  # fmt: skip
+    assert (cfg.num_epochs, cfg.batch_size, cfg.num_generation) == (3, 4, 4)
+    assert (cfg.kl_weight, cfg.learning_rate, cfg.max_new_tokens) == (0.1, 1e-5, 50)
+
+
+def test_the_command_line_wins_over_an_experiment() -> None:
+    cfg = compose("experiment=note_gsm8k", "kl_weight=0.5", "model=tiny")
+    assert (cfg.kl_weight, cfg.model.name, cfg.batch_size) == (0.5, "tiny", 4)
+
+
+def test_the_model_recommends_the_learning_rate() -> None:
+    assert compose("model=qwen2_5_1_5b").learning_rate == 5e-6
+    assert compose("model=qwen2_5_1_5b", "learning_rate=1e-4").learning_rate == 1e-4
+
+
+def test_slices_need_no_quoting() -> None:
+    cfg = compose("dataset=gsm8k", "dataset.slice=:5%", "dataset.eval_slice=-128:")
+    assert (cfg.dataset.slice, cfg.dataset.eval_slice) == (":5%", "-128:")
+
+
+def test_every_key_of_the_schema_is_read() -> None:
+    """A key that does nothing is the worst kind. Those passed whole are parameters."""
+    code = "\n".join(file.read_text() for file in PACKAGE.glob("*.py"))
+    for key in flat_keys(compose(), ""):
+        group, _, name = key.partition(".")
+        if group in (*BOUND, "device") and name:
+            continue
+        name = key.rpartition(".")[2]
+        if key in ("sweep_dir", "adapter", "parallel"):  # read by Hydra; none is their only choice
+            continue
+        assert re.search(rf'cfg\.{key}\b|"{name}"|model\.{name}\b', code), key
+
+
+def test_unknown_keys_name_the_nearest() -> None:
+    keys = ["kl_weight", "optim.warmup_steps", "dataset.slice"]
+    assert config.nearest("kl_wight", keys) == "; did you mean kl_weight?"
+    assert config.nearest("warmup_step", keys) == "; did you mean optim.warmup_steps?"
+    assert config.nearest("zzz", keys) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--help"], ["kl_weight: 0.02", "model: hub, local", "grpo eval checkpoint=DIR"]),
+        (["--cfg", "job"], ["num_generation: 8", "_target_: grpo.data.Arithmetic"]),
+        (["--info", "defaults-tree"], ["model: tiny", "kl: k3"]),
+        (["eval", "--cfg", "job"], ["checkpoint: null"]),
+    ],
+)
+def test_what_can_be_asked_without_running(
+    arguments: list[str], says: list[str], tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "grpo", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for text in says:
+        assert text in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shell_completes_choices_and_keys(tmp_path: Path) -> None:
+    for typed, expected in (("grpo model=smol", "model=smollm2_135m"), ("grpo kl_w", "kl_weight=")):
+        result = subprocess.run(
+            [sys.executable, "-m", "grpo", "-sc", "query=bash"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COMP_LINE": typed, "COMP_POINT": str(len(typed))},
+        )
+        assert expected in result.stdout, result.stderr
+
+
+def test_a_config_file_that_is_not_yaml_is_named_with_its_line(grpo: Grpo, tmp_path: Path) -> None:
+    (tmp_path / "own/experiment").mkdir(parents=True)
+    (tmp_path / "own/experiment/bad.yaml").write_text("# @package _global_\nseed: [1,\nname: x\n")
+    code, printed = grpo("--config-dir", str(tmp_path / "own"), "experiment=bad")
+    assert code == 2
+    assert "bad.yaml, line 4: not YAML" in printed
+    assert "Traceback" not in printed
+
+
+def test_past_overrides_are_kept_unless_given_anew() -> None:
+    merged = past.merged(["model=tiny", "seed=1", "+reward.x.weight=1", "resume=a"], ["seed=2"])
+    assert merged == ["model=tiny", "+reward.x.weight=1", "seed=2"]
