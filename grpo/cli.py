@@ -30,6 +30,7 @@ from omegaconf import DictConfig
 
 from grpo import config, past
 from grpo.errors import ConfigError, RunError
+from grpo.help import help_text
 
 JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
 Argv = Sequence[str]
@@ -37,6 +38,9 @@ Argv = Sequence[str]
 
 def main() -> None:
     """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
+    if {"--help", "-h"} & set(sys.argv):
+        print(help_text(sys.argv))
+        return
     config.register()
     sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
     try:

@@ -93,7 +93,7 @@ def test_unknown_keys_name_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--help"], ["kl_weight: 0.02", "model: hub, local", "grpo eval checkpoint=DIR"]),
+        (["--help"], ["kl_weight: 0.02", "  model: hub, local", "grpo eval checkpoint=DIR"]),
         (["--cfg", "job"], ["num_generation: 8", "_target_: grpo.data.Arithmetic"]),
         (["--info", "defaults-tree"], ["model: tiny", "kl: k3"]),
         (["eval", "--cfg", "job"], ["checkpoint: null"]),

@@ -1,0 +1,48 @@
+"""`grpo --help`: the jobs, the choices, and the page of config that they change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.config import conf_folder
+
+USAGE = """\
+grpo: train a language model by group-relative policy optimization (GRPO)
+
+  grpo [overrides]                        train
+  grpo -m kl_weight=0,0.02 seed=0,1,2     train once for each combination
+  grpo eval checkpoint=DIR [overrides]    evaluate a run or a model
+  grpo resume=DIR                         go on with a run
+
+  --cfg job               the config with these overrides, as YAML
+  --info defaults-tree    the files it comes from
+  --config-dir DIR        choices of your own, in folders named as below
+  --hydra-help            Hydra's own flags; shell completion: eval "$(grpo -sc install=bash)"
+"""
+
+
+def help_text(arguments: Sequence[str]) -> str:
+    """What --help prints, with the choices in a --config-dir that is given beside it."""
+    folders = [conf_folder(), *map(Path, own_folders(arguments))]
+    groups = {path.name for folder in folders for path in folder.glob("*") if path.is_dir()}
+    lines = [USAGE, "Choices: group=choice", ""]
+    for group in sorted(groups - {"hydra"}):
+        choices = sorted(
+            {file.stem for folder in folders for file in folder.glob(f"{group}/*.yaml")}
+        )
+        lines.append(f"  {group}: {', '.join(choices)}")
+    page = (conf_folder() / "config.yaml").read_text().rstrip()
+    lines += ["", "Config: key=value, and section.key=value", "", page]
+    return "\n".join(lines)
+
+
+def own_folders(arguments: Sequence[str]) -> list[str]:
+    """The values of --config-dir, however it is written."""
+    folders = []
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(following)
+        elif flag.startswith("--config-dir="):
+            folders.append(flag.partition("=")[2])
+    return folders
