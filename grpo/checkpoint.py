@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from grpo.errors import ConfigError
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
+from grpo.past import checkpoint_steps
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,9 @@ class Progress:
 
     step: int  # updates done
     run_id: str  # the trackers' name for this run
-    seconds: float  # spent so far, over all its parts
+    base: str  # fingerprint of the model that training began with: the reference
+    seconds: float = 0.0  # spent so far, over all its parts
+    unlogged: dict[str, float] | None = None  # a step's metrics that still lack their evaluation
 
 
 class Checkpoints:
@@ -38,10 +41,13 @@ class Checkpoints:
         self.folder, self.keep, self.config = folder, keep, config
 
     def save(self, policy: LanguageModel, optimizer: Optimizer, progress: Progress) -> Path:
-        """Writes step_N; until it is whole on disk, `latest` stays what it was."""
+        """Writes step_N aside and renames it; a whole one that is there already is left alone."""
         target = self.folder / f"step_{progress.step}"
+        if target.exists() and broken(target) is None:
+            return target
+        for leftover in self.folder.glob(".*"):
+            shutil.rmtree(leftover)
         aside = self.folder / f".step_{progress.step}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         policy.model.save_pretrained(aside / "model")
         policy.tokenizer.save_pretrained(aside / "model")
@@ -49,20 +55,17 @@ class Checkpoints:
         (aside / "config.json").write_text(json.dumps(self.config, indent=1))
         (aside / "manifest.json").write_text(json.dumps(digests(aside), indent=1))
         flush_to_disk(aside)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(self.folder / f".step_{progress.step}.broken")
         aside.rename(target)
-        link = self.folder / ".latest.partial"
+        link = self.folder.parent / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(self.folder / "latest")
-        for old in self.steps()[: -self.keep]:
+        sync(self.folder)
+        for old in checkpoint_steps(self.folder.parent)[: -self.keep]:
             shutil.rmtree(old)
         return target
-
-    def steps(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
-        found = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]))
 
     def load(self, policy: LanguageModel, optimizer: Optimizer) -> Progress:
         """Puts the newest whole checkpoint's state into policy and optimizer.
@@ -70,7 +73,7 @@ class Checkpoints:
         Raises:
             ConfigError: none is whole.
         """
-        for path in reversed(self.steps()):
+        for path in reversed(checkpoint_steps(self.folder.parent)):
             if reason := broken(path):
                 log.warning("%s is broken (%s); trying the one before.", path, reason)
                 continue
@@ -115,10 +118,13 @@ def broken(folder: Path) -> str | None:
 
 def flush_to_disk(folder: Path) -> None:
     """So that a rename never outlives the bytes it names."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

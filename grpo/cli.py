@@ -27,6 +27,7 @@ from hydra.errors import (
 )
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from grpo import config, past
 from grpo.errors import ConfigError, RunError
@@ -53,14 +54,15 @@ def main() -> None:
         version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]
     )
     try:
-        command(train_job if job == "train" else eval_job)()
+        with past.unchanged_if_refused(overrides):
+            command(train_job if job == "train" else eval_job)()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except ConfigError as error:
         refuse(error)
     except RunError as error:
         stop(str(error))
-    except (HydraException, MissingConfigException) as error:
+    except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
         refuse(ConfigError(explain(error, job, overrides)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -83,10 +85,11 @@ def split_job(arguments: Argv) -> tuple[str, list[str]]:
 
 def train_job(cfg: DictConfig) -> float | None:
     """Trains, and returns the objective that a search maximises."""
-    with told() as folder:
+    with told() as folder, past.locked(folder):
         from grpo.find import find_for_training
 
         config.check(cfg)
+        config.check_training(cfg)
         past.check_folder(folder, cfg.resume, cfg.model)
         found = find_for_training(cfg)
 
@@ -117,7 +120,8 @@ def told() -> Iterator[Path]:
         yield folder
     except (ConfigError, RunError) as error:
         if hydra_config.mode == RunMode.MULTIRUN:
-            raise
+            # Hydra keeps the error to the sweep's end; its frames would keep the job's models.
+            raise error.with_traceback(None) from None
         if isinstance(error, ConfigError):
             past.forget_unstarted(folder)
             refuse(error)
@@ -148,6 +152,8 @@ def explain(error: Exception, job: str, overrides: Argv) -> str:
             f"{group}={choice}: no such choice{config.nearest(choice, options)} "
             f"There are {', '.join(options)}."
         )
+    if there := re.search(r"An item is already at '([^']+)'", text):
+        return f"+{there[1]}: this key is there already; leave out the +."
     if isinstance(error, ConfigCompositionException):
         unknown = re.search(
             r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text

@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from grpo import past
 from grpo.errors import ConfigError
@@ -52,12 +53,6 @@ class OptimConfig:
 class EvalConfig:
     every: int = MISSING
     samples: int = MISSING
-
-
-@dataclass
-class CheckpointConfig:
-    every: int = MISSING
-    keep: int = MISSING
 
 
 @dataclass
@@ -135,9 +130,9 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
     for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens", "eval.samples"):
         at_least(cfg, key, 1)
-    for key in ("max_steps", "device.token_budget", "rollout.token_budget", "checkpoint.keep"):
+    for key in ("max_steps", "device.token_budget", "rollout.token_budget"):
         at_least(cfg, key, 1)
-    for key in ("eval.every", "checkpoint.every", "optim.warmup_steps", "log_prompts"):
+    for key in ("eval.every", "optim.warmup_steps", "log_prompts"):
         at_least(cfg, key, 0)
     for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm"):
         at_least(cfg, key, 0.0)
@@ -157,9 +152,24 @@ def check(cfg: DictConfig) -> None:
     check_group(cfg)
 
 
-def at_least(cfg: DictConfig, key: str, least: float) -> None:
+def check_training(cfg: DictConfig) -> None:
+    """What is particular to training: in evaluation, `checkpoint` is a folder."""
+    if not isinstance(cfg.checkpoint, DictConfig):
+        raise ConfigError(f"checkpoint={cfg.checkpoint}: that is for grpo eval checkpoint=DIR.")
+    at_least(cfg, "checkpoint.every", 0, whole=True)
+    at_least(cfg, "checkpoint.keep", 1, whole=True)
+    betas = list(cfg.optim.betas)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"optim.betas={betas}: needs two numbers from 0 up to, not with, 1.")
+
+
+def at_least(cfg: DictConfig, key: str, least: float, *, whole: bool = False) -> None:
     value = OmegaConf.select(cfg, key)
-    if value is not None and not (value >= least and math.isfinite(value)):
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ConfigError(f"{key}={value}: should be a {'whole ' if whole else ''}number.")
+    if not (value >= least and math.isfinite(value)):
         raise ConfigError(f"{key}={value}: must be at least {least:g}.")
 
 
@@ -190,6 +200,9 @@ def check_rewards(reward: DictConfig) -> None:
             raise ConfigError(f"reward.{name}: needs _target_, the callable to use, and a weight.")
         if "weight" not in part:
             raise ConfigError(f"reward.{name}.weight is not set: add +reward.{name}.weight=1.0")
+        weight = part.weight
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"reward.{name}.weight={weight}: should be a number.")
 
 
 def check_group(cfg: DictConfig) -> None:
@@ -208,12 +221,15 @@ class CheckBeforeRun(Callback):
         from grpo.cli import refuse
 
         try:
-            check(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+            cfg = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            check(cfg)
             folder = Path(config.hydra.run.dir)
             past.check_folder(folder, config.resume, config.model)
             writable(folder)
         except ConfigError as error:
             refuse(error)
+        except OmegaConfBaseException as error:  # an interpolation to what is not there
+            refuse(ConfigError(str(error).splitlines()[0]))
 
 
 def writable(folder: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from grpo.errors import ConfigError
+
+PROC = Path("/proc/self")  # Linux
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,9 @@ class Device:
             return torch.cuda.max_memory_allocated(self.torch_device) / 1e9
         if self.torch_device.type == "mps":
             return torch.mps.driver_allocated_memory() / 1e9
+        if PROC.is_dir():
+            peak = re.search(r"VmHWM:\s+(\d+) kB", (PROC / "status").read_text())
+            return int(peak[1]) * 1024 / 1e9 if peak else 0.0
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -49,6 +57,14 @@ class Device:
         name = torch.cuda.get_device_name(self.torch_device) if kind == "cuda" else kind
         precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
         return f"{name}, {torch.get_num_threads()} threads, {precision}"
+
+
+def forget_peak(kind: str) -> None:
+    """Starts the peak of memory anew, so that a sweep's second job doesn't report the first's."""
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access(PROC / "clear_refs", os.W_OK):
+        (PROC / "clear_refs").write_text("5")
 
 
 def open_device(kind: str, precision: str, token_budget: int | None = None) -> Device:
@@ -74,6 +90,7 @@ def open_device(kind: str, precision: str, token_budget: int | None = None) -> D
         raise ConfigError(f"device={kind}: this machine has none; use device={choices} or auto.")
     if precision == "auto":
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    forget_peak(kind)
     return Device(
         torch_device=torch.device(kind),
         autocast_dtype=torch.bfloat16 if precision == "bf16" else None,

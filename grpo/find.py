@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from grpo.config import nearest
 from grpo.data.source import Slices, Source
 from grpo.errors import ConfigError
-from grpo.models.find import model_folder
+from grpo.models.find import check_reachable, model_folder
 from grpo.past import model_of_checkpoint
 from grpo.types import Example
 
@@ -30,11 +30,11 @@ PROMPT_KEYS = ("system_prompt", "worked_examples", "max_prompt_tokens", "allow_o
 
 @dataclass(frozen=True)
 class Found:
-    """The rows and the folder that a run starts from."""
+    """The rows and the model that a run starts from."""
 
     train: list[Example]
     evaluation: list[Example]
-    model: Path
+    model: Callable[[], Path]  # its folder; the call downloads it where need be
 
 
 def find_for_training(cfg: DictConfig) -> Found:
@@ -42,8 +42,9 @@ def find_for_training(cfg: DictConfig) -> Found:
     source, slices = build_source(cfg), build_slices(cfg)
     train, evaluation = slices.train(source), slices.evaluation(source)
     model = plain(cfg.model)
-    keys = ("name", "id", "path", "packaged", "wheel")
-    return Found(train, evaluation, model_folder(**{key: model[key] for key in keys}))
+    where = {key: model[key] for key in ("name", "id", "path", "packaged", "wheel")}
+    check_reachable(**where)
+    return Found(train, evaluation, functools.partial(model_folder, **where))
 
 
 def find_for_evaluation(cfg: DictConfig) -> Found:
@@ -51,7 +52,8 @@ def find_for_evaluation(cfg: DictConfig) -> Found:
     if cfg.checkpoint is None:
         raise ConfigError("checkpoint is not set: grpo eval checkpoint=DIR, a run's or a model's.")
     source, slices = build_source(cfg), build_slices(cfg)
-    return Found([], slices.evaluation(source), model_of_checkpoint(cfg.checkpoint))
+    folder = model_of_checkpoint(str(cfg.checkpoint))
+    return Found([], slices.evaluation(source), lambda: folder)
 
 
 def build_source(cfg: DictConfig) -> Source:

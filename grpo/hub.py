@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from grpo.errors import ConfigError
+
 SECONDS = 4.0
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 class HubUnreachable(Exception):
@@ -21,18 +24,35 @@ def hub_model_folder(id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        cached = Path(snapshot_download(id, allow_patterns=wanted, local_files_only=True))
-        if any(cached.glob("*.safetensors")) and (cached / "config.json").is_file():
-            return cached
-    except LocalEntryNotFoundError:
-        pass  # not downloaded yet
+    if cached := cached_model(id):
+        return cached
     require_hub()
     try:
-        return Path(snapshot_download(id, allow_patterns=wanted))
+        folder = Path(snapshot_download(id, allow_patterns=FILES))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(id, allow_patterns=["pytorch_model*.bin*"]))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise HubUnreachable(f"the hub answers: {str(error).splitlines()[0]}") from error
+
+
+def cached_model(id: str) -> Path | None:
+    """The folder of a hub model that is in the local cache with its weights.
+
+    Raises:
+        ConfigError: the id is none that a hub could have.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(id, allow_patterns=FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise ConfigError(f"model.id={id}: write it as ORG/NAME.") from error
+    weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return folder if weights and (folder / "config.json").is_file() else None
 
 
 def require_hub() -> None:

@@ -78,5 +78,9 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "steps_done": self.steps_done}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        now = [(group["betas"], group["weight_decay"]) for group in self.adamw.param_groups]
         self.adamw.load_state_dict(state["adamw"])
+        # torch puts back the saved options too; what the config says now wins.
+        for group, (betas, weight_decay) in zip(self.adamw.param_groups, now, strict=True):
+            group["betas"], group["weight_decay"] = betas, weight_decay
         self.steps_done = state["steps_done"]

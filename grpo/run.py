@@ -6,8 +6,9 @@ import inspect
 import json
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -21,13 +22,14 @@ from grpo.errors import ConfigError, RunError
 from grpo.evaluate import Evaluation
 from grpo.find import PROMPT_KEYS, Found, bind, check_options, plain
 from grpo.interrupt import Interrupt
-from grpo.models.load import LanguageModel, frozen_copy, load_language_model
+from grpo.models.load import LanguageModel, fingerprint, frozen_copy, load_language_model
 from grpo.optim import SCHEDULES, Optimizer
+from grpo.past import is_finished, newest_step
 from grpo.rewards import WeightedReward
 from grpo.summary import Summary
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import evaluation_line
-from grpo.train import Training, train
+from grpo.train import Standing, Training, train
 from grpo.types import Prompt
 from grpo.update import Objective
 
@@ -42,22 +44,26 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
         RunError: it had to stop; what was done is saved.
         SystemExit: 130, it was interrupted and is saved.
     """
-    run, start = build_training(cfg, folder, found)
+    run, standing = build_training(cfg, folder, found)
     summary = Summary(folder, cfg.objective, run.device)
-    summary.write("running", start)
-    status, progress, error = "failed", start, "ended by an error, see train.log"
+    summary.write("running", standing.progress)
+    status, error = "failed", "ended from outside"
     try:
         with Interrupt() as interrupt:
-            progress = train(run, start, interrupt)
-        status, error = ("finished" if progress.step >= run.total_steps else "interrupted"), ""
-    except RunError as stopped:
-        error = str(stopped)
-        raise
+            train(run, standing, interrupt)
+        done = standing.progress.step >= run.total_steps
+        status, error = ("finished" if done else "interrupted"), ""
     except KeyboardInterrupt:
         status, error = "interrupted", ""
         raise
+    except RunError as failure:
+        error = str(failure)
+        raise
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+        raise
     finally:
-        content = summary.write(status, progress, error)
+        content = summary.write(status, standing.progress, error)
         run.tracker.close(status, content)
     print(summary.closing(content), flush=True)
     if status == "interrupted":
@@ -69,7 +75,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
     device = open_device(**plain(cfg.device))
     rewards = build_rewards(cfg)
-    model = load_language_model(found.model, device)
+    model = load_language_model(found.model(), device)
     prompts = tokenized(found.evaluation, prompt_format(cfg), model.tokenizer, "evaluation")
     check_fits(cfg, model, prompts)
     engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
@@ -81,7 +87,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     return evaluation[cfg.objective]
 
 
-def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Training, Progress]:
+def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Training, Standing]:
     """All parts of a run and where it starts; what is cheap to find wrong is built first."""
     device = open_device(**plain(cfg.device))
     rewards = build_rewards(cfg)
@@ -92,7 +98,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
     format = prompt_format(cfg)
-    policy = load_language_model(found.model, device)
+    policy = load_language_model(found.model(), device)
     prompts = build_prompts(found.train, found.evaluation, format, policy.tokenizer)
     check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
 
@@ -103,6 +109,8 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, plain(cfg))
     start = starting_point(cfg, checkpoints, policy, optimizer, steps)
     info = run_info(cfg, folder, start, steps)
+    # Those that may refuse come first: until then nothing of the run is on disk.
+    sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
     engine = make_engine(policy=policy, max_new_tokens=cfg.max_new_tokens)
     log.info(
         "%s: %d steps of %d x %d completions from %d prompts, on %s",
@@ -120,9 +128,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         evaluation=Evaluation(
             engine, prompts.evaluation, rewards, cfg.eval.samples, cfg.temperature
         ),
-        tracker=Tracker(
-            [JsonlFiles(info), *(make(info=info) for make in make_sinks), Console(info)]
-        ),
+        tracker=Tracker(sinks),
         checkpoints=checkpoints,
         device=device,
         batch_size=cfg.batch_size,
@@ -135,7 +141,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         checkpoint_every=cfg.checkpoint.every,
         log_prompts=cfg.log_prompts,
     )
-    return run, start
+    return run, Standing(start)
 
 
 def prompt_format(cfg: DictConfig) -> PromptFormat:
@@ -156,11 +162,32 @@ def build_rewards(cfg: DictConfig) -> dict[str, WeightedReward]:
     for name, node in cfg.reward.items():
         options = OmegaConf.masked_copy(node, [key for key in node if key != "weight"])
         bound = bind(options, f"reward.{name}")
-        function = bound() if inspect.isclass(bound.func) else bound
-        if not callable(function):
-            raise ConfigError(f"reward.{name}._target_={node._target_}: can't be called.")
+        function = made(bound, f"reward.{name}") if inspect.isclass(bound.func) else bound
+        if not takes_samples(function):
+            raise ConfigError(
+                f"reward.{name}._target_={node._target_}: should be called with a list of samples "
+                f"and no more than the options given."
+            )
         rewards[str(name)] = WeightedReward(function, float(node.weight))
     return rewards
+
+
+def made(bound: Callable[[], Any], key: str) -> Any:
+    """An instance of a user's class; what its constructor raises is refused under its key."""
+    try:
+        return bound()
+    except Exception as error:
+        raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
+
+
+def takes_samples(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind([])
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return callable(function)
+    return True
 
 
 def build_objective(cfg: DictConfig) -> Objective:
@@ -204,12 +231,18 @@ def starting_point(
     steps: int,
 ) -> Progress:
     """Step 0 of a new run, or the newest whole checkpoint of this one."""
-    if cfg.resume is None or (cfg.resume == "auto" and not checkpoints.steps()):
+    run, base = checkpoints.folder.parent, fingerprint(policy.model)
+    if cfg.resume is None or (cfg.resume == "auto" and newest_step(run) is None):
         if cfg.resume == "auto":
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
-        return Progress(step=0, run_id=uuid.uuid4().hex[:8], seconds=0.0)
+        return Progress(step=0, run_id=uuid.uuid4().hex[:8], base=base, unlogged={})
     start = checkpoints.load(policy, optimizer)
-    if start.step >= steps:
+    if start.base != base:
+        raise ConfigError(
+            f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "
+            f"began, so its reference would be another one."
+        )
+    if start.step >= steps and is_finished(run):
         raise ConfigError(
             f"resume={cfg.resume}: this run has done its {steps} steps already; raise max_steps or "
             f"num_epochs to go on."
@@ -228,5 +261,6 @@ def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunI
         config=plain(cfg),
         group=Path(hydra.sweep.dir).name if in_sweep else None,
         first_step=start.step,
+        logged_step=start.step if start.unlogged is None else start.step - 1,
         total_steps=steps,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -50,33 +50,49 @@ class Training:
     log_prompts: int
 
 
-def train(run: Training, start: Progress, interrupt: Interrupt) -> Progress:
-    """Trains from `start` to the last step, or to where it is interrupted; then saves.
+@dataclass
+class Standing:
+    """How far a run has come, known however it ends."""
+
+    progress: Progress
+
+
+def train(run: Training, standing: Standing, interrupt: Interrupt) -> None:
+    """Trains from where it stands to the last step, or to where it is interrupted; then saves.
 
     Raises:
         RunError: a reward failed; all steps done before are in a checkpoint.
     """
-    progress, clock = start, Clock(start.seconds)
+    clock = Clock(standing.progress.seconds)
+
+    def reached(step: int, unlogged: dict[str, float] | None) -> None:
+        standing.progress = replace(
+            standing.progress, step=step, unlogged=unlogged, seconds=clock.seconds()
+        )
+
+    def save() -> None:
+        run.checkpoints.save(run.policy, run.optimizer, standing.progress)
+
+    start, owed = standing.progress.step, standing.progress.unlogged
     try:
-        if start.step == 0:
-            run.tracker.log(0, run.evaluation.run())
-        for step in range(start.step + 1, run.total_steps + 1):
+        if owed is not None:  # the evaluation before training, or one that a failure cut short
+            run.tracker.log(start, owed | run.evaluation.run())
+            reached(start, None)
+        for step in range(start + 1, run.total_steps + 1):
             metrics = train_step(run, step)
-            progress = Progress(step, start.run_id, clock.seconds())
-            try:
-                if step == run.total_steps or due(step, run.eval_every):
-                    metrics |= run.evaluation.run()
-            finally:
-                run.tracker.log(step, metrics)
+            reached(step, metrics)
+            if step == run.total_steps or due(step, run.eval_every):
+                metrics = metrics | run.evaluation.run()
+            run.tracker.log(step, metrics)
+            reached(step, None)
             last = step == run.total_steps or interrupt.requested
             if last or due(step, run.checkpoint_every):
-                run.checkpoints.save(run.policy, run.optimizer, progress)
+                save()
             if last:
                 break
     except RunError:
-        run.checkpoints.save(run.policy, run.optimizer, progress)
+        save()
         raise
-    return progress
 
 
 def train_step(run: Training, step: int) -> dict[str, float]:

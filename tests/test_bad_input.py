@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Config
 
+from grpo.models.find import PACKAGED
 from tests.conftest import grpo_process
 
 Grpo = Callable[..., tuple[int, str]]
@@ -37,6 +39,8 @@ def files(folder: Path) -> None:
     (folder / "data.xls").write_text("")
     (folder / "a_file").write_text("")
     Qwen2Config().save_pretrained(folder / "no_weights")
+    shutil.copytree(PACKAGED / "tiny", folder / "broken")
+    (folder / "broken/model.safetensors").write_bytes(b"short")
 
 
 CASES = {
@@ -114,6 +118,27 @@ CASES = {
     "a word for a flag": (["dataset.allow_overlap=maybe"], "allow_overlap=maybe", "bool"),
     "a bad worked example": (["dataset.worked_examples=[{q: 1}]"], "worked_examples", "answer"),
     "unknown split": (["dataset.split=dev"], "split=dev", "train and test"),
+    "a word for a step": (["checkpoint.every=often"], "checkpoint.every=often", "number"),
+    "a flag for a count": (["checkpoint.keep=true"], "checkpoint.keep=True", "whole number"),
+    "a word for a budget": (["rollout.token_budget=big"], "rollout.token_budget=big", "number"),
+    "eval forgotten": (["checkpoint=some_run"], "checkpoint=some_run", "grpo eval"),
+    "one beta": (["optim.betas=[0.9]"], "optim.betas=[0.9]", "two numbers"),
+    "a word for a weight": (["reward.answer.weight=high"], "reward.answer.weight=high", "number"),
+    "a weight that is nan": (["reward.answer.weight=nan"], "reward.answer.weight=nan", "number"),
+    "a key added twice": (["+kl_weight=0.1"], "kl_weight", "leave out the +"),
+    "a wrong interpolation": (["learning_rate=${model.lr}"], "model.lr", "not found"),
+    "an id that is an address": (
+        ["model=hub", "model.id=https://x.y/a/b"],
+        "model.id=",
+        "ORG/NAME",
+    ),
+    "broken weights": (["model=local", "model.path=broken"], "broken", "can't load"),
+    "reward that needs more": (
+        ["+reward.own._target_=collections.Counter", "+reward.own.weight=1", "+reward.own.x=y"],
+        "reward.own",
+        "called with a list of samples",
+    ),
+    "W&B without login": (["tracking=wandb", "tracking.wandb.mode=online"], "mode=online", "key"),
     "unknown extraction": (["dataset.extract=tags"], "dataset.extract='tags'", "tag, number, text"),
     "no folder": (["model=local", "model.path=nowhere"], "model.path=nowhere", "no model there"),
     "no weights": (
@@ -229,7 +254,8 @@ def test_a_hub_that_cannot_be_reached_is_told_within_seconds(tmp_path: Path) -> 
     assert "model=qwen2_0_5b: Qwen/Qwen2-0.5B-Instruct is not in the local cache" in message
     assert "the hub can't be reached" in message
     assert "model=tiny" in message
-    assert time.monotonic() - started < 60  # the look-up's own limit is 4 s; the rest is imports
+    assert "torch" not in result.stderr  # told before it is even imported
+    assert time.monotonic() - started < 30  # a hang would be minutes; docs say how fast it is
     assert not (tmp_path / "run").exists()
 
 

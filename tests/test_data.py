@@ -69,8 +69,15 @@ def test_the_tagged_answer(text: str, answer: str | None) -> None:
     ("text", "number"),
     [
         ("3 and 4.", "4"),
+        ("The answer is 3, as you see", "3"),
         ("$1,234.50 a day", "1,234.50"),
         ("-7", "-7"),
+        ("it is -7", "-7"),
+        ("12-5", "5"),
+        ("from 3 - 4", "4"),
+        ("1,2,3", "3"),
+        ("1,2345", "2345"),
+        ("2.5.", "2.5"),
         ("none", None),
         ("1. x", "1"),
     ],
@@ -139,6 +146,14 @@ def test_gold_answers_lose_commas_and_dollars(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "q", "answer": "work #### $1,234"}\n')
     assert EVERYTHING.train(GSM8K(str(file)))[0].answer == "1234"
+
+
+def test_a_row_with_nothing_behind_its_marks_is_refused(tmp_path: Path) -> None:
+    """An empty gold answer would make every empty answer right."""
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"question": "q", "answer": "work ####"}\n')
+    with pytest.raises(ConfigError, match="row 1 has nothing behind"):
+        EVERYTHING.train(GSM8K(str(file)))
 
 
 def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:

@@ -173,14 +173,31 @@ def test_a_run_is_not_written_over(smoke: tuple[Path, str], grpo: Grpo) -> None:
 
 
 def test_jobs_of_a_sweep_share_nothing(grpo: Grpo, tmp_path: Path) -> None:
-    code, printed = grpo(
-        "-m", "experiment=smoke", "max_steps=1", "seed=0,1", "tracking=none", "sweep_dir=sweep"
-    )
+    """The second job of a process gives what it gives alone; each is a W&B run of its own."""
+    job = ("experiment=smoke", "max_steps=2", "eval.samples=1")
+    code, printed = grpo("-m", *job, "seed=0,1", "sweep_dir=sweep")
     assert code == 0, printed
-    runs = [lines(tmp_path / "sweep" / job / "metrics.jsonl") for job in "01"]
-    assert runs[0][0] == runs[1][0]  # the same base model, evaluated alike
-    assert runs[0][1]["loss/total"] != runs[1][1]["loss/total"]
+    assert grpo(*job, "seed=1", "hydra.run.dir=alone")[0] == 0
+    clocks = ("time/", "perf/", "memory/")
+    second, alone = (
+        [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in lines(file)]
+        for file in (tmp_path / "sweep/1/metrics.jsonl", tmp_path / "alone/metrics.jsonl")
+    )
+    assert second == alone
+    assert lines(tmp_path / "sweep/0/metrics.jsonl")[1]["loss/total"] != alone[1]["loss/total"]
+    for number in "01":
+        assert len(list((tmp_path / "sweep" / number / "wandb").glob("offline-run-*"))) == 1
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_bad_job_of_a_sweep_stops_no_other(grpo: Grpo, tmp_path: Path) -> None:
+    code, printed = grpo(
+        "-m", "experiment=smoke", "max_steps=1", "num_generation=1,2", "tracking=none",
+        "sweep_dir=sweep",
+    )  # fmt: skip
+    assert code == 2
+    assert "num_generation=1" in printed
+    assert json.loads((tmp_path / "sweep/1/summary.json").read_text())["status"] == "finished"
 
 
 OWN_REWARD = '''
@@ -221,6 +238,25 @@ def test_it_learns(grpo: Grpo, tmp_path: Path) -> None:
     metrics = lines(tmp_path / "run/metrics.jsonl")
     assert metrics[0]["eval/sampled_accuracy"] <= 0.5
     assert metrics[-1]["eval/sampled_accuracy"] >= metrics[0]["eval/sampled_accuracy"] + 0.2
+
+
+def test_a_run_with_config_folder_and_checkpoint_keys_is_evaluated(
+    grpo: Grpo, tmp_path: Path
+) -> None:
+    """Flags that take a value, and keys that mean something else in evaluation."""
+    (tmp_path / "own/experiment").mkdir(parents=True)
+    (tmp_path / "own/experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults: [smoke]\nmax_steps: 1\ndataset: {digits: 1, eval_size: 9}\n"
+    )
+    code, printed = grpo(
+        "--config-dir", "own", "experiment=mine", "checkpoint.every=1", "tracking=none",
+        "dataset.size=50", "hydra.run.dir=run",
+    )  # fmt: skip
+    assert code == 0, printed
+    code, printed = grpo("eval", "checkpoint=run")
+    assert code == 0, printed
+    assert "9 prompts: accuracy" in printed
+    assert grpo("eval", "-m", "checkpoint=run,run")[0] == 2
 
 
 @pytest.mark.slow

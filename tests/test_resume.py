@@ -17,6 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo import past
+from grpo.checkpoint import digests
+
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=9", "eval.every=4", "checkpoint.every=2", "tracking=none")
 CLOCKS = ("time/", "perf/", "memory/")
@@ -172,6 +175,98 @@ def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -
     code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 0, printed
     assert [line["step"] for line in metrics(copy)] == list(range(11))
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(copy: Path, grpo: Grpo) -> None:
+    before = (copy / ".hydra/overrides.yaml").read_text()
+    for wrong in ("dataset.size=many", "device=cuda", "max_steps=9"):
+        assert grpo(f"resume={copy}", wrong)[0] == 2
+        assert (copy / ".hydra/overrides.yaml").read_text() == before
+
+
+def test_a_checkpoint_is_no_run_to_resume(copy: Path, grpo: Grpo) -> None:
+    code, printed = grpo(f"resume={copy}/checkpoints/step_8")
+    assert code == 2
+    assert f"give the run, {copy}" in printed
+
+
+def test_other_weights_under_the_same_name_are_refused(copy: Path, grpo: Grpo) -> None:
+    """The reference would be another model, and every KL after it against that one."""
+    shutil.rmtree(copy / "checkpoints/step_8")
+    state = torch.load(copy / "checkpoints/step_9/trainer.pt", weights_only=True)
+    torch.save({**state, "base": "another"}, copy / "checkpoints/step_9/trainer.pt")
+    folder = copy / "checkpoints/step_9"
+    (folder / "manifest.json").write_text(json.dumps(digests(folder)))
+    code, printed = grpo(f"resume={copy}", "max_steps=10")
+    assert code == 2
+    assert "has other weights now" in printed
+
+
+def test_killed_after_its_last_checkpoint_a_run_is_finished_by_resume(
+    copy: Path, grpo: Grpo
+) -> None:
+    before = (copy / "metrics.jsonl").read_bytes()
+    (copy / "summary.json").write_text(json.dumps({"status": "running"}))
+    code, printed = grpo(f"resume={copy}")
+    assert code == 0, printed
+    assert json.loads((copy / "summary.json").read_text())["status"] == "finished"
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_torn_last_line_is_forgotten(whole: Path, copy: Path, grpo: Grpo) -> None:
+    shutil.rmtree(copy / "checkpoints/step_9")
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-20])
+    (copy / "summary.json").write_text(json.dumps({"status": "running"}))
+    code, printed = grpo(f"resume={copy}")
+    assert code == 0, printed
+    same_run(whole, copy)
+
+
+def test_two_processes_are_kept_out_of_one_run(copy: Path, grpo: Grpo) -> None:
+    with past.locked(copy):
+        code, printed = grpo(f"resume={copy}", "max_steps=10")
+    assert code == 2
+    assert "another process is running in this folder" in printed
+
+
+FAILS_ONCE = """
+import pathlib
+calls = 0
+
+def reward(samples):
+    global calls
+    calls += 1
+    # Before training an evaluation asks twice, then each step once: this is step 4's evaluation.
+    if calls == 7 and not pathlib.Path("mended").exists():
+        raise ValueError("down")
+    return [float("5" in sample.completion) for sample in samples]
+"""
+
+
+def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
+    """Its step's line is written once, with the evaluation, as if nothing had been."""
+    job = (*JOB, "max_steps=6", "+reward.own._target_=fails_once.reward", "+reward.own.weight=0.1")
+    (tmp_path / "fails_once.py").write_text(FAILS_ONCE)
+    assert start(tmp_path, *job, "hydra.run.dir=run").wait(300) == 1
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("failed", 4)
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
+    (tmp_path / "mended").touch()
+    assert start(tmp_path, "resume=run").wait(300) == 0
+    assert start(tmp_path, *job, "hydra.run.dir=undisturbed").wait(300) == 0
+    same_run(tmp_path / "undisturbed", tmp_path / "run")
+
+
+def test_wandb_goes_on_with_the_same_run(grpo: Grpo, tmp_path: Path) -> None:
+    job = ("experiment=smoke", "max_steps=2", "checkpoint.every=1", "tracking=wandb")
+    assert grpo(*job, "hydra.run.dir=run")[0] == 0
+    code, printed = grpo("resume=run", "max_steps=3")
+    assert code == 0, printed
+    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "run/wandb").glob("offline-run-*")}
+    assert len(ids) == 1
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 2
 
 
 def test_resume_auto_finds_the_unfinished_run_of_these_overrides(

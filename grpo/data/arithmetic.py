@@ -82,7 +82,7 @@ def size_key(split: str) -> str:
     """The key that says how many rows of a split are generated."""
     keys = {"train": "size", "test": "eval_size"}
     if split not in keys:
-        raise ConfigError(f"dataset: split={split}: a generated data set has train and test.")
+        raise ConfigError(f"dataset.split={split}: a generated data set has train and test.")
     return keys[split]
 
 

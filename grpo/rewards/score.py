@@ -41,6 +41,9 @@ def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
         (rewards[name].weight * part_N for name, part_N in parts.items()),
         start=torch.zeros(len(samples)),
     )
+    for sample, total in zip(samples, total_N.tolist(), strict=True):
+        if not math.isfinite(total):
+            raise RewardError(explain("*", f"the weighted sum is {total}", sample))
     verdicts_N = reward_part("verifier (the data set's own)", VERIFIER, samples)
     return Scores(
         parts=parts,

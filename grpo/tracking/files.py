@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
 
@@ -15,16 +15,8 @@ class JsonlFiles(Sink):
     """Appends a line a step and flushes it; a resumed run first forgets the steps it will redo."""
 
     def __init__(self, info: RunInfo) -> None:
-        self.last_step = info.first_step if info.first_step > 0 else -1
-        self.metrics_file = self._open(info.folder / "metrics.jsonl")
-        self.completions_file = self._open(info.folder / "completions.jsonl")
-
-    def _open(self, path: Path) -> Any:
-        kept = [line for line in read_lines(path) if line["step"] <= self.last_step]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(encode(line) for line in kept), encoding="utf-8")
-        aside.replace(path)
-        return path.open("a", encoding="utf-8")
+        self.metrics_file = reopen(info.folder / "metrics.jsonl", info.logged_step)
+        self.completions_file = reopen(info.folder / "completions.jsonl", info.first_step)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.metrics_file.write(encode({"step": step, **metrics}))
@@ -37,6 +29,15 @@ class JsonlFiles(Sink):
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         self.metrics_file.close()
         self.completions_file.close()
+
+
+def reopen(path: Path, last_step: int) -> TextIO:
+    """A .jsonl file to append to, with its lines up to a step and no others."""
+    kept = [line for line in read_lines(path) if line["step"] <= last_step]
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(encode(line) for line in kept), encoding="utf-8")
+    aside.replace(path)
+    return path.open("a", encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

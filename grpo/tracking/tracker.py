@@ -22,6 +22,7 @@ class RunInfo:
     config: Mapping[str, Any]
     group: str | None  # the sweep this run is a job of
     first_step: int  # 0, or the step a resumed run goes on from
+    logged_step: int  # the last step whose metrics stand; -1 for a new run
     total_steps: int
 
 
