@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo import config, past
+from grpo import again, config, past
 from grpo.errors import ConfigError, RunError
 from grpo.help import help_text
 
@@ -46,7 +46,7 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
     try:
         job, overrides = split_job(sys.argv[1:])
-        overrides = past.with_past_overrides(job, overrides)
+        overrides = again.with_past_overrides(job, overrides)
     except ConfigError as error:
         refuse(error)
     sys.argv = ["grpo", *overrides]
@@ -54,7 +54,7 @@ def main() -> None:
         version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]
     )
     try:
-        with past.unchanged_if_refused(overrides):
+        with again.unchanged_if_refused(overrides):
             command(train_job if job == "train" else eval_job)()
     except KeyboardInterrupt:
         raise SystemExit(130) from None

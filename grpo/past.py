@@ -1,4 +1,4 @@
-"""Runs that are already there: their folders, checkpoints, and how they were started."""
+"""Runs that are already there: their folders and checkpoints, and who is in them."""
 
 from __future__ import annotations
 
@@ -6,94 +6,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra._internal.utils import get_args_parser
-
 from grpo.errors import ConfigError
 from grpo.models.find import holds_model, local_folder
-
-NOT_THE_EXPERIMENT = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, not what it is
-
-
-def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments with those of the run that is resumed or evaluated put before them.
-
-    So `grpo resume=DIR` needs no repetition of how DIR was started, and what is given now wins.
-
-    Raises:
-        ConfigError: that run can't be resumed or evaluated.
-    """
-    given, flags = overrides_and_flags(arguments)
-    several = bool({"-m", "--multirun"} & set(flags))
-    if job == "eval" and several:
-        raise ConfigError("grpo eval takes one checkpoint at a time: leave out -m.")
-    if job == "eval":
-        checkpoint = value_of("checkpoint", given)
-        run = run_of(Path(checkpoint).expanduser()) if checkpoint else None
-        if run is None:
-            return list(arguments)
-        past = [o for o in past_overrides(run) if not key_of(o).startswith("checkpoint.")]
-        return [*flags, *past_flags(run, flags), *merged(past, given)]
-    resume = value_of("resume", given)
-    if resume in (None, "null", "") or several:
-        return list(arguments)
-    if resume == "auto":
-        if value_of("hydra.run.dir", given):
-            return list(arguments)
-        unfinished = newest_unfinished(given)
-        return [*arguments, *([f"hydra.run.dir={unfinished}"] if unfinished else [])]
-    run = resumable(resume)
-    return [
-        *flags, *past_flags(run, flags), *merged(past_overrides(run), given), f"hydra.run.dir={run}"
-    ]  # fmt: skip
-
-
-def resumable(resume: str) -> Path:
-    """The run's folder that `resume` names.
-
-    Raises:
-        ConfigError: it isn't one, has no checkpoint, or is being run just now.
-    """
-    run = Path(resume).expanduser()
-    if not run.is_dir():
-        raise ConfigError(f"resume={resume}: there is no such folder.")
-    whole = run_of(run)
-    if whole is not None and whole.resolve() != run.resolve():
-        raise ConfigError(
-            f"resume={resume}: give the run, {whole}; it goes on from its newest checkpoint."
-        )
-    if newest_step(run) is None:
-        raise ConfigError(f"resume={resume}: no checkpoint in it, so nothing to go on from.")
-    with locked(run):
-        return run
-
-
-def overrides_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's own parser tells `key=value` from flags and the values that belong to flags."""
-    known, unknown = get_args_parser().parse_known_args(list(arguments))
-    overrides = [*known.overrides, *(word for word in unknown if not word.startswith("-"))]
-    return overrides, [word for word in arguments if word not in overrides]
-
-
-def key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def value_of(key: str, overrides: Sequence[str]) -> str | None:
-    """The last value given to a key."""
-    values = [o.partition("=")[2] for o in overrides if key_of(o) == key]
-    return values[-1].strip("'\"") if values else None
-
-
-def merged(past: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Past overrides that are not given anew, then the new ones."""
-    renewed = {key_of(override) for override in given} | set(NOT_THE_EXPERIMENT)
-    return [o for o in past if key_of(o) not in renewed] + list(given)
 
 
 def run_of(folder: Path) -> Path | None:
@@ -102,32 +21,6 @@ def run_of(folder: Path) -> Path | None:
         if (candidate / ".hydra" / "overrides.yaml").is_file():
             return candidate
     return None
-
-
-def past_overrides(run: Path) -> list[str]:
-    return [str(override) for override in read_yaml(run / ".hydra" / "overrides.yaml") or []]
-
-
-def past_flags(run: Path, given: Sequence[str]) -> list[str]:
-    """The --config-dir that a run was started with, unless one is given now."""
-    if any(flag.startswith(("--config-dir", "-cd")) for flag in given):
-        return []
-    written = read_yaml(run / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
-    sources = written["hydra"]["runtime"].get("config_sources", [])
-    own = [source["path"] for source in sources if source["provider"] == "command-line"]
-    return ["--config-dir", own[0]] if own else []
-
-
-def read_yaml(file: Path) -> Any:
-    """A file's content, None where there is none.
-
-    Raises:
-        ConfigError: it is not YAML, as after a crash in the middle of its writing.
-    """
-    try:
-        return yaml.safe_load(file.read_text()) if file.is_file() else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not YAML, so how this run was started is lost.") from error
 
 
 def checkpoint_steps(run: Path) -> list[Path]:
@@ -139,24 +32,6 @@ def checkpoint_steps(run: Path) -> list[Path]:
 def newest_step(run: Path) -> Path | None:
     steps = checkpoint_steps(run)
     return steps[-1] if steps else None
-
-
-def newest_unfinished(overrides: Sequence[str]) -> Path | None:
-    """The newest run under outputs/ of these same overrides that has a checkpoint and no end.
-
-    One that another process is running just now is passed over.
-    """
-    wanted = experiment(overrides)
-    for run in sorted(Path("outputs").glob("[0-9]*/*"), reverse=True):
-        if newest_step(run) is None or is_finished(run) or is_locked(run):
-            continue
-        if experiment(past_overrides(run)) == wanted:
-            return run
-    return None
-
-
-def experiment(overrides: Sequence[str]) -> list[str]:
-    return sorted(o for o in overrides if key_of(o) not in NOT_THE_EXPERIMENT)
 
 
 def is_finished(run: Path) -> bool:
@@ -230,21 +105,6 @@ def check_folder(run: Path, resume: str | None, model: Mapping[str, Any]) -> Non
                 f"resume={resume}: this run trains model={saved['name']} "
                 f"(model.{key}={saved[key]}), not model={model['name']} ({model[key]})."
             )
-
-
-@contextmanager
-def unchanged_if_refused(overrides: Sequence[str]) -> Iterator[None]:
-    """Puts a resumed run's `.hydra` back where what was asked of it is refused."""
-    run = value_of("hydra.run.dir", overrides)
-    files = list(Path(run, ".hydra").glob("*.yaml")) if run else []
-    before = {file: file.read_bytes() for file in files}
-    try:
-        yield
-    except SystemExit as end:
-        if end.code == 2:
-            for file, content in before.items():
-                file.write_bytes(content)
-        raise
 
 
 def forget_unstarted(run: Path) -> None:

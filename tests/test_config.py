@@ -14,7 +14,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from grpo import config, past
+from grpo import again, config
 from grpo.cli import flat_keys
 
 Grpo = Callable[..., tuple[int, str]]
@@ -134,5 +134,5 @@ def test_a_config_file_that_is_not_yaml_is_named_with_its_line(grpo: Grpo, tmp_p
 
 
 def test_past_overrides_are_kept_unless_given_anew() -> None:
-    merged = past.merged(["model=tiny", "seed=1", "+reward.x.weight=1", "resume=a"], ["seed=2"])
+    merged = again.merged(["model=tiny", "seed=1", "+reward.x.weight=1", "resume=a"], ["seed=2"])
     assert merged == ["model=tiny", "+reward.x.weight=1", "seed=2"]

@@ -224,6 +224,19 @@ def test_a_torn_last_line_is_forgotten(whole: Path, copy: Path, grpo: Grpo) -> N
     same_run(whole, copy)
 
 
+def test_what_a_kill_left_of_a_checkpoint_is_no_checkpoint(
+    whole: Path, copy: Path, grpo: Grpo
+) -> None:
+    """Killed while step 9 was written: nothing but its partial folder is there, and is cleared."""
+    (copy / "checkpoints/step_9").rename(copy / "checkpoints/.step_9.partial")
+    (copy / "checkpoints/.step_9.partial/manifest.json").unlink()
+    (copy / "summary.json").write_text(json.dumps({"status": "running"}))
+    code, printed = grpo(f"resume={copy}")
+    assert code == 0, printed
+    same_run(whole, copy)
+    assert not list((copy / "checkpoints").glob(".*"))
+
+
 def test_two_processes_are_kept_out_of_one_run(copy: Path, grpo: Grpo) -> None:
     with past.locked(copy):
         code, printed = grpo(f"resume={copy}", "max_steps=10")
