@@ -42,11 +42,20 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
         if value_of("hydra.run.dir", given):
             return list(arguments)
         unfinished = newest_unfinished(given)
-        return [*arguments, *([f"hydra.run.dir={unfinished}"] if unfinished else [])]
+        return [*arguments, *([run_dir(unfinished)] if unfinished else [])]
     run = resumable(resume)
     return [
-        *flags, *past_flags(run, flags), *merged(past_overrides(run), given), f"hydra.run.dir={run}"
-    ]  # fmt: skip
+        *flags,
+        *past_flags(run, flags),
+        *merged(past_overrides(run), given),
+        run_dir(run),
+    ]
+
+
+def run_dir(run: Path) -> str:
+    """The override that sends a run to a folder, whatever signs are in its name."""
+    quoted = str(run).replace("'", "\\'")
+    return f"hydra.run.dir='{quoted}'"
 
 
 def resumable(resume: str) -> Path:

@@ -114,8 +114,8 @@ def test_interrupted_it_finishes_the_step_saves_and_goes_on(
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
     """A copy of the whole run, to be damaged."""
-    shutil.copytree(whole, tmp_path / "copy", symlinks=True)
-    return tmp_path / "copy"
+    shutil.copytree(whole, tmp_path / "a copy", symlinks=True)
+    return tmp_path / "a copy"
 
 
 def newest(run: Path) -> Path:
