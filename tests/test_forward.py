@@ -39,6 +39,7 @@ def unpadded_logprobs(model: PreTrainedModel, batch: Completions, n: int) -> Ten
 
 
 def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
 
 
