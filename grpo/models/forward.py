@@ -6,6 +6,7 @@ against when a model is loaded, and what is used for a model where the two diffe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.models.head import Head, TokenScores, score_tokens
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,10 @@ def agrees_with_plain(model: PreTrainedModel, head: Head) -> bool:
     batch = Completions(tokens[:, :8], lengths_B, tokens[:, 8:].reshape(4, 4), mask_NC)
     try:
         ours = shared_prefix(model, head, batch, 0.7).logprobs
-    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError):
-        return False  # e.g. a state-space model: no key-value cache to repeat
+    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        # E.g. a state-space model, which has no key-value cache to repeat.
+        log.warning("a shared prompt fails: %s: %s", type(error).__name__, error)
+        return False
     theirs = plain(model, head, batch, 0.7).logprobs
     tolerance = 1e-3 if ours.dtype == torch.float32 and not torch.is_autocast_enabled() else 5e-2
     return bool(torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance))
