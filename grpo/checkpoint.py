@@ -37,8 +37,9 @@ class Progress:
 class Checkpoints:
     """A run's `checkpoints/` folder: step_N written aside and renamed, the newest few kept."""
 
-    def __init__(self, folder: Path, keep: int, config: Mapping[str, Any]) -> None:
-        self.folder, self.keep, self.config = folder, keep, config
+    def __init__(self, run: Path, keep: int, config: Mapping[str, Any]) -> None:
+        self.run, self.folder = run, run / "checkpoints"
+        self.keep, self.config = keep, config
 
     def save(self, policy: LanguageModel, optimizer: Optimizer, progress: Progress) -> Path:
         """Writes step_N aside and renames it; a whole one that is there already is left alone."""
@@ -58,12 +59,12 @@ class Checkpoints:
         if target.exists():
             target.rename(self.folder / f".step_{progress.step}.broken")
         aside.rename(target)
-        link = self.folder.parent / ".latest"
+        link = self.run / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(self.folder / "latest")
         sync(self.folder)
-        for old in checkpoint_steps(self.folder.parent)[: -self.keep]:
+        for old in checkpoint_steps(self.run)[: -self.keep]:
             shutil.rmtree(old)
         return target
 
@@ -73,7 +74,7 @@ class Checkpoints:
         Raises:
             ConfigError: none is whole.
         """
-        for path in reversed(checkpoint_steps(self.folder.parent)):
+        for path in reversed(checkpoint_steps(self.run)):
             if reason := broken(path):
                 log.warning("%s is broken (%s); trying the one before.", path, reason)
                 continue

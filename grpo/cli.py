@@ -155,15 +155,14 @@ def explain(error: Exception, job: str, overrides: Argv) -> str:
     if there := re.search(r"An item is already at '([^']+)'", text):
         return f"+{there[1]}: this key is there already; leave out the +."
     if isinstance(error, ConfigCompositionException):
+        if reason := wrong_value(error):
+            return reason
         unknown = re.search(
             r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
         )
-        if unknown and not wrong_value(error):
-            return (
-                f"{unknown[1]}: no such key{config.nearest(unknown[1], known_keys(job, overrides))}"
-            )
-        if reason := wrong_value(error):
-            return reason
+        if unknown:
+            key = unknown[1]
+            return f"{key}: no such key{config.nearest(key, known_keys(job, overrides))}"
     return text.splitlines()[0]
 
 

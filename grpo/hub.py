@@ -51,8 +51,13 @@ def cached_model(id: str) -> Path | None:
         return None
     except HFValidationError as error:
         raise ConfigError(f"model.id={id}: write it as ORG/NAME.") from error
+    return folder if holds_model(folder) else None
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has a config and weights, as the hub and `save_pretrained` lay them out."""
     weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    return folder if weights and (folder / "config.json").is_file() else None
+    return weights and (folder / "config.json").is_file()
 
 
 def require_hub() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError
-from grpo.models.find import holds_model, local_folder
+from grpo.hub import holds_model
+from grpo.models.find import local_folder
 
 
 def run_of(folder: Path) -> Path | None:

@@ -106,7 +106,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     reference = frozen_copy(policy) if cfg.kl_weight > 0 and cfg.kl._target_ is not None else None
     steps = total_steps(len(prompts.train), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, plain(cfg))
+    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, plain(cfg))
     start = starting_point(cfg, checkpoints, policy, optimizer, steps)
     info = run_info(cfg, folder, start, steps)
     # Those that may refuse come first: until then nothing of the run is on disk.
@@ -231,7 +231,7 @@ def starting_point(
     steps: int,
 ) -> Progress:
     """Step 0 of a new run, or the newest whole checkpoint of this one."""
-    run, base = checkpoints.folder.parent, fingerprint(policy.model)
+    run, base = checkpoints.run, fingerprint(policy.model)
     if cfg.resume is None or (cfg.resume == "auto" and newest_step(run) is None):
         if cfg.resume == "auto":
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.hub import HubUnreachable, cached_model, hub_model_folder, require_hub
+from grpo.hub import HubUnreachable, cached_model, holds_model, hub_model_folder, require_hub
 from grpo.models.gguf import converted_gguf
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,3 @@ def local_folder(key: str, path: str) -> Path:
             f"*.safetensors and a tokenizer, as `save_pretrained` writes it."
         )
     return folder
-
-
-def holds_model(folder: Path) -> bool:
-    weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    return weights and (folder / "config.json").is_file()
