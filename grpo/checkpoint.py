@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo.errors import ConfigError
+from grpo.kl import Pull
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.past import checkpoint_steps
@@ -41,7 +42,9 @@ class Checkpoints:
         self.run, self.folder = run, run / "checkpoints"
         self.keep, self.config = keep, config
 
-    def save(self, policy: LanguageModel, optimizer: Optimizer, progress: Progress) -> Path:
+    def save(
+        self, policy: LanguageModel, optimizer: Optimizer, pull: Pull, progress: Progress
+    ) -> Path:
         """Writes step_N aside and renames it; a whole one that is there already is left alone."""
         target = self.folder / f"step_{progress.step}"
         if target.exists() and broken(target) is None:
@@ -52,7 +55,8 @@ class Checkpoints:
         aside.mkdir(parents=True)
         policy.model.save_pretrained(aside / "model")
         policy.tokenizer.save_pretrained(aside / "model")
-        torch.save({"optimizer": optimizer.state(), **vars(progress)}, aside / "trainer.pt")
+        state = {"optimizer": optimizer.state(), "pull": pull.state(), **vars(progress)}
+        torch.save(state, aside / "trainer.pt")
         (aside / "config.json").write_text(json.dumps(self.config, indent=1))
         (aside / "manifest.json").write_text(json.dumps(digests(aside), indent=1))
         flush_to_disk(aside)
@@ -68,8 +72,8 @@ class Checkpoints:
             shutil.rmtree(old)
         return target
 
-    def load(self, policy: LanguageModel, optimizer: Optimizer) -> Progress:
-        """Puts the newest whole checkpoint's state into policy and optimizer.
+    def load(self, policy: LanguageModel, optimizer: Optimizer, pull: Pull) -> Progress:
+        """Puts the newest whole checkpoint's state into policy, optimizer and pull.
 
         Raises:
             ConfigError: none is whole.
@@ -82,6 +86,7 @@ class Checkpoints:
             saved = AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32)
             policy.model.load_state_dict(saved.state_dict())
             optimizer.load_state(state.pop("optimizer"))
+            pull.load_state(state.pop("pull"))
             log.info("going on from %s", path)
             return Progress(**state)
         raise ConfigError(

@@ -25,7 +25,15 @@ EVAL_METRICS = (
     "eval/pass_at_k",
     "eval/length_mean",
 )
-REWARD_METRICS = ("mean", "std", "solved_groups", "unsolved_groups", "zero_variance_groups")
+REWARD_METRICS = (
+    "mean",
+    "std",
+    "failed",
+    "solved_groups",
+    "unsolved_groups",
+    "zero_variance_groups",
+    "resampled_groups",
+)
 
 
 @dataclass
@@ -56,6 +64,45 @@ class EvalConfig:
 
 
 @dataclass
+class SamplingConfig:
+    repetition_penalty: float = MISSING
+    top_k: int = MISSING
+    top_p: float = MISSING
+    min_p: float = MISSING
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AlgorithmConfig:
+    """Names are of grpo.objective, or of functions of your own by their whole path."""
+
+    policy_loss: dict[str, Any] = field(default_factory=dict)
+    baseline: str = MISSING
+    scale: str = MISSING
+    aggregate: str = MISSING
+    ratio: str = MISSING
+    averaging: str = MISSING
+    mask_truncated: bool = MISSING
+    top_entropy: float = MISSING
+    entropy_weight: float = MISSING
+    num_iterations: int = MISSING
+    minibatches: int = MISSING
+    resample: int = MISSING
+
+
+@dataclass
+class KLConfig:
+    estimator: str | None = MISSING
+    direction: str = MISSING
+    within: str = MISSING
+    unbiased_gradient: bool = MISSING
+    target: float | None = MISSING
+    horizon: int = MISSING
+    sync_every: int = MISSING
+    sync_share: float = MISSING
+
+
+@dataclass
 class DeviceConfig:
     kind: str = MISSING
     precision: str = MISSING
@@ -81,14 +128,15 @@ class Config:
     resume: str | None = None
     sweep_dir: str = MISSING
     checkpoint: Any = MISSING  # its keys in training, a folder in evaluation
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     dataset: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
-    algorithm: dict[str, Any] = field(default_factory=dict)
-    kl: dict[str, Any] = field(default_factory=dict)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
     rollout: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
     adapter: Any = None
@@ -134,13 +182,13 @@ def check(cfg: DictConfig) -> None:
         at_least(cfg, key, 1)
     for key in ("eval.every", "optim.warmup_steps", "log_prompts"):
         at_least(cfg, key, 0)
-    for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm"):
+    for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm", "seed"):
         at_least(cfg, key, 0.0)
-    at_least(cfg, "seed", 0)
     for key in ("temperature", "learning_rate"):
-        value = OmegaConf.select(cfg, key)
-        if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{key}={value}: must be more than 0.")
+        more_than_nothing(cfg, key)
+    check_sampling(cfg)
+    check_algorithm(cfg)
+    check_kl(cfg)
     one_of(cfg, "objective", EVAL_METRICS)
     one_of(cfg, "device.kind", ("auto", "cpu", "cuda", "mps"))
     one_of(cfg, "device.precision", ("auto", "bf16", "fp32"))
@@ -149,7 +197,6 @@ def check(cfg: DictConfig) -> None:
         one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
     check_model(cfg.model)
     check_rewards(cfg.reward)
-    check_group(cfg)
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -205,13 +252,64 @@ def check_rewards(reward: DictConfig) -> None:
             raise ConfigError(f"reward.{name}.weight={weight}: should be a number.")
 
 
-def check_group(cfg: DictConfig) -> None:
-    relative = "group_" in str(OmegaConf.select(cfg, "algorithm.advantage._target_"))
-    if relative and cfg.num_generation < 2:
+def check_sampling(cfg: DictConfig) -> None:
+    more_than_nothing(cfg, "sampling.repetition_penalty")
+    more_than_nothing(cfg, "sampling.top_p", most=1.0)
+    for key in ("sampling.top_k", "sampling.min_p"):
+        at_least(cfg, key, 0)
+    if cfg.sampling.min_p > 1:
+        raise ConfigError(f"sampling.min_p={cfg.sampling.min_p}: must be at most 1.")
+    if "" in cfg.sampling.stop:
+        raise ConfigError("sampling.stop: an empty text would end every completion at once.")
+
+
+def check_algorithm(cfg: DictConfig) -> None:
+    for key in ("algorithm.num_iterations", "algorithm.minibatches"):
+        at_least(cfg, key, 1)
+    for key in ("algorithm.resample", "algorithm.entropy_weight"):
+        at_least(cfg, key, 0)
+    more_than_nothing(cfg, "algorithm.top_entropy", most=1.0)
+    algorithm = cfg.algorithm
+    if algorithm.minibatches > cfg.batch_size:
         raise ConfigError(
-            f"num_generation={cfg.num_generation}: a group-relative advantage compares the "
-            f"completions of a prompt, so it needs at least 2."
+            f"algorithm.minibatches={algorithm.minibatches}: a minibatch holds whole groups, and "
+            f"batch_size={cfg.batch_size} is all there are."
         )
+    for key, needs in (("baseline", ("group_mean", "leave_one_out")), ("scale", ("group_std",))):
+        if algorithm[key] in needs and cfg.num_generation < 2:
+            raise ConfigError(
+                f"num_generation={cfg.num_generation}: algorithm.{key}={algorithm[key]} compares "
+                f"the completions of a prompt, so it needs at least 2."
+            )
+
+
+def check_kl(cfg: DictConfig) -> None:
+    one_of(cfg, "kl.direction", ("reverse", "forward"))
+    one_of(cfg, "kl.within", ("loss", "reward"))
+    at_least(cfg, "kl.horizon", 1)
+    at_least(cfg, "kl.sync_every", 0)
+    more_than_nothing(cfg, "kl.sync_share", most=1.0)
+    kl = cfg.kl
+    if kl.target is not None:
+        more_than_nothing(cfg, "kl.target")
+        if cfg.kl_weight == 0 and kl.estimator is not None:
+            raise ConfigError(
+                f"kl.target={kl.target}: a weight is moved by factors, so it can't start from "
+                f"kl_weight=0."
+            )
+    if kl.unbiased_gradient and kl.within == "reward":
+        raise ConfigError(
+            "kl.unbiased_gradient=true: a KL in the reward has no gradient of its own; use "
+            "kl.within=loss."
+        )
+
+
+def more_than_nothing(cfg: DictConfig, key: str, most: float = math.inf) -> None:
+    value = OmegaConf.select(cfg, key)
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{key}={value}: must be more than 0.")
+    if value > most:
+        raise ConfigError(f"{key}={value}: must be at most {most:g}.")
 
 
 class CheckBeforeRun(Callback):

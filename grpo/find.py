@@ -84,15 +84,38 @@ def bind(node: Mapping[str, Any], key: str) -> functools.partial[Any]:
         ConfigError: it can't be imported, or doesn't take one of the keys.
     """
     options = plain(node) if isinstance(node, DictConfig) else dict(node)
-    path = str(options.pop("_target_", ""))
-    try:
-        target: Callable[..., Any] = get_object(path)
-    except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
-        raise ConfigError(
-            f"{key}._target_={path}: can't be imported ({root_cause(error)})."
-        ) from error
+    target = imported(str(options.pop("_target_", "")), f"{key}._target_")
     check_options(target, options, key)
     return functools.partial(target, **options)
+
+
+def imported(path: str, key: str) -> Callable[..., Any]:
+    """The callable of this path.
+
+    Raises:
+        ConfigError: it can't be imported.
+    """
+    try:
+        found: Callable[..., Any] = get_object(path)
+    except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
+        raise ConfigError(f"{key}={path}: can't be imported ({root_cause(error)}).") from error
+    return found
+
+
+def named(name: str, table: Mapping[str, Any], key: str) -> Any:
+    """What a bare name stands for in a table, or the function that a whole path names.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if name in table:
+        return table[name]
+    if "." not in name:
+        raise ConfigError(
+            f"{key}={name}: use one of {', '.join(table)}, or a function of your own as "
+            f"module.function{nearest(name, table)}"
+        )
+    return imported(name, key)
 
 
 def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -13,16 +14,31 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from grpo.checkpoint import Checkpoints, Progress
-from grpo.data.order import total_steps
+from grpo.collect import Collector
+from grpo.data.order import one_set, total_steps
 from grpo.data.prompts import PromptFormat, WorkedExample, build_prompts, tokenized
 from grpo.device import open_device
 from grpo.errors import ConfigError, RunError
 from grpo.evaluate import Evaluation
-from grpo.find import PROMPT_KEYS, Found, bind, check_options, plain
+from grpo.find import PROMPT_KEYS, Found, bind, check_options, named, plain
 from grpo.interrupt import Interrupt
-from grpo.models.load import LanguageModel, fingerprint, frozen_copy, load_language_model
+from grpo.kl import KLPull, Pull
+from grpo.models.load import LanguageModel, fingerprint, load_language_model
+from grpo.models.reference import frozen_reference
+from grpo.objective import (
+    AGGREGATES,
+    AVERAGINGS,
+    BASELINES,
+    DIVERGENCES,
+    ESTIMATORS,
+    RATIOS,
+    SCALES,
+    AdaptiveWeight,
+    Normalize,
+)
 from grpo.optim import SCHEDULES, Optimizer
 from grpo.past import is_finished, newest_step
 from grpo.rewards import WeightedReward
@@ -30,8 +46,8 @@ from grpo.summary import Summary
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import evaluation_line
 from grpo.train import Standing, Training, train
-from grpo.types import Prompt
-from grpo.update import Objective
+from grpo.types import Prompt, Sampling
+from grpo.update import KLTerm, Objective
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +95,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     prompts = tokenized(found.evaluation, prompt_format(cfg), model.tokenizer, "evaluation")
     check_fits(cfg, model, prompts)
     engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
-    evaluation = Evaluation(engine, prompts, rewards, cfg.eval.samples, cfg.temperature).run()
+    evaluation = Evaluation(engine, prompts, rewards, cfg.eval.samples, build_sampling(cfg)).run()
     content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts), **evaluation}
     (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"{len(prompts)} prompts: {evaluation_line(evaluation)}")
@@ -91,10 +107,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     """All parts of a run and where it starts; what is cheap to find wrong is built first."""
     device = open_device(**plain(cfg.device))
     rewards = build_rewards(cfg)
-    objective, advantage = (
-        build_objective(cfg),
-        bind(cfg.algorithm.advantage, "algorithm.advantage"),
-    )
+    objective, advantage = build_objective(cfg), build_advantage(cfg)
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
     format = prompt_format(cfg)
@@ -103,11 +116,11 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
 
     # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
-    reference = frozen_copy(policy) if cfg.kl_weight > 0 and cfg.kl._target_ is not None else None
+    pull = build_pull(cfg, policy, objective)
     steps = total_steps(len(prompts.train), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
     checkpoints = Checkpoints(folder, cfg.checkpoint.keep, plain(cfg))
-    start = starting_point(cfg, checkpoints, policy, optimizer, steps)
+    start = starting_point(cfg, checkpoints, policy, optimizer, pull, steps)
     info = run_info(cfg, folder, start, steps)
     # Those that may refuse come first: until then nothing of the run is on disk.
     sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
@@ -116,24 +129,30 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         "%s: %d steps of %d x %d completions from %d prompts, on %s",
         info.name, steps, cfg.batch_size, cfg.num_generation, len(prompts.train), device.describe(),
     )  # fmt: skip
+    collector = Collector(
+        engine=engine,
+        rewards=rewards,
+        prompts=prompts.train,
+        order=one_set(len(prompts.train), cfg.seed),
+        sampling=objective.sampling,
+        batch_size=cfg.batch_size,
+        num_generation=cfg.num_generation,
+        resample=cfg.algorithm.resample,
+        seed=cfg.seed,
+    )
     run = Training(
         policy=policy,
-        reference=reference,
-        engine=engine,
+        collector=collector,
+        pull=pull,
         optimizer=optimizer,
         objective=objective,
         advantage=advantage,
-        rewards=rewards,
-        prompts=prompts.train,
         evaluation=Evaluation(
-            engine, prompts.evaluation, rewards, cfg.eval.samples, cfg.temperature
+            engine, prompts.evaluation, rewards, cfg.eval.samples, objective.sampling
         ),
         tracker=Tracker(sinks),
         checkpoints=checkpoints,
         device=device,
-        batch_size=cfg.batch_size,
-        num_generation=cfg.num_generation,
-        temperature=cfg.temperature,
         token_budget=device.token_budget,
         seed=cfg.seed,
         total_steps=steps,
@@ -190,14 +209,65 @@ def takes_samples(function: Any) -> bool:
     return True
 
 
+def build_sampling(cfg: DictConfig) -> Sampling:
+    options = plain(cfg.sampling)
+    return Sampling(temperature=cfg.temperature, **options | {"stop": tuple(options["stop"])})
+
+
 def build_objective(cfg: DictConfig) -> Objective:
-    kl = bind(cfg.kl, "kl") if cfg.kl._target_ is not None else None
+    algorithm = cfg.algorithm
     return Objective(
-        policy_loss=bind(cfg.algorithm.policy_loss, "algorithm.policy_loss"),
-        weights=bind(cfg.algorithm.averaging, "algorithm.averaging"),
-        kl=kl,
-        kl_weight=cfg.kl_weight,
-        temperature=cfg.temperature,
+        ratio=named(algorithm.ratio, RATIOS, "algorithm.ratio"),
+        policy_loss=bind(algorithm.policy_loss, "algorithm.policy_loss"),
+        averaging=named(algorithm.averaging, AVERAGINGS, "algorithm.averaging"),
+        kl=build_kl_term(cfg),
+        sampling=build_sampling(cfg),
+        max_tokens=cfg.max_new_tokens,
+        entropy_weight=algorithm.entropy_weight,
+        mask_truncated=algorithm.mask_truncated,
+        top_entropy=algorithm.top_entropy,
+        num_iterations=algorithm.num_iterations,
+        minibatches=algorithm.minibatches,
+    )
+
+
+def build_advantage(cfg: DictConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    algorithm = cfg.algorithm
+    normalize = Normalize(
+        named(algorithm.baseline, BASELINES, "algorithm.baseline"),
+        named(algorithm.scale, SCALES, "algorithm.scale"),
+    )
+    aggregate = named(algorithm.aggregate, AGGREGATES, "algorithm.aggregate")
+    return functools.partial(aggregate, normalize=normalize)
+
+
+def build_kl_term(cfg: DictConfig) -> KLTerm | None:
+    """None without a reference: kl=none, or a weight of 0."""
+    kl = cfg.kl
+    if kl.estimator is None or cfg.kl_weight == 0:
+        return None
+    exact = kl.estimator == "full"
+    table = {**ESTIMATORS[kl.direction], "full": None}
+    return KLTerm(
+        estimator=named(kl.estimator, table, "kl.estimator"),
+        divergence=DIVERGENCES[kl.direction] if exact else None,
+        in_reward=kl.within == "reward",
+        unbiased_gradient=kl.unbiased_gradient,
+    )
+
+
+def build_pull(cfg: DictConfig, policy: LanguageModel, objective: Objective) -> Pull:
+    if objective.kl is None:
+        return Pull()
+    return KLPull(
+        policy,
+        frozen_reference(policy),
+        objective.kl,
+        AdaptiveWeight(cfg.kl_weight, cfg.kl.target, cfg.kl.horizon),
+        objective.sampling,
+        policy.device.token_budget,
+        cfg.kl.sync_every,
+        cfg.kl.sync_share,
     )
 
 
@@ -205,7 +275,8 @@ def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optim
     return Optimizer(
         policy.model,
         learning_rate=cfg.learning_rate,
-        total_steps=steps,
+        # The schedule counts updates.
+        total_steps=steps * cfg.algorithm.num_iterations * cfg.algorithm.minibatches,
         schedule=SCHEDULES[cfg.optim.schedule],
         warmup_steps=cfg.optim.warmup_steps,
         weight_decay=cfg.optim.weight_decay,
@@ -228,6 +299,7 @@ def starting_point(
     checkpoints: Checkpoints,
     policy: LanguageModel,
     optimizer: Optimizer,
+    pull: Pull,
     steps: int,
 ) -> Progress:
     """Step 0 of a new run, or the newest whole checkpoint of this one."""
@@ -236,7 +308,7 @@ def starting_point(
         if cfg.resume == "auto":
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
         return Progress(step=0, run_id=uuid.uuid4().hex[:8], base=base, unlogged={})
-    start = checkpoints.load(policy, optimizer)
+    start = checkpoints.load(policy, optimizer, pull)
     if start.base != base:
         raise ConfigError(
             f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from grpo.checkpoint import Checkpoints, Progress
-from grpo.data.order import batch_indices
+from grpo.clock import Clock
+from grpo.collect import Collector
 from grpo.device import Device
 from grpo.errors import RunError
 from grpo.evaluate import Evaluation
 from grpo.interrupt import Interrupt
+from grpo.kl import Pull
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
-from grpo.rewards import WeightedReward, score
-from grpo.rollout import Engine
 from grpo.tracking.tracker import Tracker, completion_rows
-from grpo.types import Prompt
-from grpo.update import Objective, update
+from grpo.update import Learned, Objective, update
 
 
 @dataclass(frozen=True)
@@ -28,20 +26,15 @@ class Training:
     """Everything the loop works with, built and checked."""
 
     policy: LanguageModel
-    reference: LanguageModel | None
-    engine: Engine
+    collector: Collector
+    pull: Pull
     optimizer: Optimizer
     objective: Objective
-    advantage: Callable[[Tensor], Tensor]  # rewards [B, G] -> advantages [B, G]
-    rewards: Mapping[str, WeightedReward]
-    prompts: Sequence[Prompt]
+    advantage: Callable[[Tensor, Tensor], Tensor]  # rewards [R, B, G], weights [R] -> [B, G]
     evaluation: Evaluation
     tracker: Tracker
     checkpoints: Checkpoints
     device: Device
-    batch_size: int
-    num_generation: int
-    temperature: float
     token_budget: int
     seed: int
     total_steps: int
@@ -71,7 +64,7 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> None:
         )
 
     def save() -> None:
-        run.checkpoints.save(run.policy, run.optimizer, standing.progress)
+        run.checkpoints.save(run.policy, run.optimizer, run.pull, standing.progress)
 
     start, owed = standing.progress.step, standing.progress.unlogged
     try:
@@ -98,62 +91,41 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> None:
 def train_step(run: Training, step: int) -> dict[str, float]:
     """One step of GRPO, and what there is to say about it. The step number seeds what is random."""
     clock = Clock()
-    indices = batch_indices(step, run.batch_size, len(run.prompts), run.seed)
-    prompts = [run.prompts[i] for i in indices]
-
-    rollout = run.engine.generate(
-        prompts, run.num_generation, run.temperature, seed=run.seed * 1_000_003 + step
-    )
-    run.device.synchronize()
-    rollout_seconds = clock.lap()
-
-    scores = score(rollout, run.rewards)
-    advantages_BG = run.advantage(scores.total_BG)
-    reward_seconds = clock.lap()
-
+    batch = run.collector.collect(step)
+    clock.lap()
+    pulled = run.pull.read(batch.rollout)
+    advantages_BG = run.advantage(*batch.scores.stacked(pulled.penalty_BG))
     stats = update(
         run.policy,
-        run.reference,
+        run.pull.reference,
         run.optimizer,
         run.objective,
-        rollout,
-        advantages_BG,
+        batch.rollout,
+        Learned(
+            advantages_BG.flatten().to(run.device.torch_device),
+            pulled.reference_NC,
+            pulled.loss_weight,
+        ),
         run.token_budget,
+        seed=run.seed * 1_000_003 + step,
     )
+    stats |= run.pull.follow(step, stats, len(batch.rollout.texts))
     run.device.synchronize()
     update_seconds = clock.lap()
 
-    run.tracker.completions(completion_rows(step, rollout, scores, advantages_BG, run.log_prompts))
+    rows = completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
+    run.tracker.completions(rows)
     seconds = clock.seconds()
     return {
         **stats,
-        **scores.metrics(),
-        **rollout.metrics(),
-        "time/rollout": rollout_seconds,
-        "time/reward": reward_seconds,
+        **batch.metrics,
         "time/update": update_seconds,
         "time/step": seconds,
-        "perf/completion_tokens_per_second": int(rollout.lengths_N.sum()) / seconds,
-        "perf/samples_per_second": len(rollout.texts) / seconds,
+        "perf/completion_tokens_per_second": batch.tokens / seconds,
+        "perf/samples_per_second": batch.completions / seconds,
         "memory/peak_gb": run.device.peak_gb(),
     }
 
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class Clock:
-    """Seconds since it was made, plus those before; and since the last lap."""
-
-    def __init__(self, before: float = 0.0) -> None:
-        self.started = self.lapped = time.perf_counter()
-        self.before = before
-
-    def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.started
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self.lapped = now - self.lapped, now
-        return seconds

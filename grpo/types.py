@@ -7,7 +7,8 @@ N = B*G completions in order b*G+g, P prompt tokens, C completion tokens, V voca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Example:
     answer: str
     verify: Callable[[str], float]  # a completion's text -> score in [0, 1], 1 is right
     columns: Mapping[str, Any] = field(default_factory=dict)  # everything else the row holds
+    source: str = ""  # which of the sets of a mix it is from
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,26 @@ class Prompt:
     text: str
     token_ids: tuple[int, ...]
     example: Example
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, in the order of the fields; what is left out changes nothing."""
+
+    temperature: float  # divides the logits; 0 is greedy, where log-probabilities are at 1
+    repetition_penalty: float = 1.0  # divides a positive logit of a token seen before; CTRL's
+    top_k: int = 0  # only the likeliest so many; 0: all
+    top_p: float = 1.0  # only the likeliest that make up this much of the probability
+    min_p: float = 0.0  # only those at least this likely, next to the likeliest
+    stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of these
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the distribution differs from softmax(logits / temperature)."""
+        return (self.repetition_penalty, self.top_k, self.top_p, self.min_p) != (1.0, 0, 1.0, 0.0)
+
+    def greedy(self) -> Sampling:
+        return replace(self, temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -80,23 +102,63 @@ class Sample:
     def answer(self) -> str:
         return self.example.answer
 
+    @cached_property
+    def verdict(self) -> float:
+        """What the data set's own verifier says, in [0, 1]; 1 is right. Asked once."""
+        return self.example.verify(self.completion)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """In place of a reward: it could not be worked out, which says nothing of the completion.
+
+    The row counts as one that the reward doesn't apply to; failures are counted and logged.
+    """
+
+    reason: str
+
 
 @dataclass(frozen=True)
 class Scores:
-    """The rewards of a rollout, part by part and in sum."""
+    """The rewards of a rollout, part by part and in sum. NaN: none applies to this completion."""
 
     parts: Mapping[str, Tensor]  # name -> [N] float32, before its weight
+    weights: Mapping[str, float]
     total_BG: Tensor  # float32: the weighted sum of the parts
     right_BG: Tensor  # bool: what the data set's own verifier says
+    failures: Mapping[str, Mapping[int, str]]  # name -> row -> why it could not be worked out
+    sources: tuple[str, ...]  # B
 
     def metrics(self) -> dict[str, float]:
+        from grpo.objective.advantages import agrees
+
         right_B = self.right_BG.float().mean(dim=1)
-        agree_B = (self.total_BG == self.total_BG[:, :1]).all(dim=1)
+        applies_BG = self.total_BG[self.total_BG.isfinite()]
         return {
-            "reward/mean": float(self.total_BG.mean()),
-            "reward/std": float(self.total_BG.std()),  # over all completions of the step
-            **{f"reward/{name}": float(part_N.mean()) for name, part_N in self.parts.items()},
+            "reward/mean": float(applies_BG.mean()),
+            "reward/std": float(applies_BG.std()),  # over all completions of the step
+            **{f"reward/{name}": float(part_N.nanmean()) for name, part_N in self.parts.items()},
+            **self._by_source(),
+            "reward/failed": float(sum(len(rows) for rows in self.failures.values())),
             "reward/solved_groups": float((right_B == 1).float().mean()),
             "reward/unsolved_groups": float((right_B == 0).float().mean()),
-            "reward/zero_variance_groups": float(agree_B.float().mean()),
+            "reward/zero_variance_groups": float(agrees(self.total_BG).float().mean()),
         }
+
+    def stacked(self, penalty_BG: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The parts as [R, B, G] and their weights [R]; a penalty is one more, of weight -1."""
+        import torch
+
+        shape = self.total_BG.shape
+        parts = [part_N.view(shape) for part_N in self.parts.values()]
+        weights = list(self.weights.values())
+        if penalty_BG is not None:
+            penalty_BG = penalty_BG.cpu().masked_fill(self.total_BG.isnan(), torch.nan)
+            parts, weights = [*parts, penalty_BG], [*weights, -1.0]
+        return torch.stack(parts), torch.tensor(weights)
+
+    def _by_source(self) -> dict[str, float]:
+        """The mean reward of each set of a mix."""
+        names = sorted(set(self.sources) - {""})
+        rows = {name: [b for b, own in enumerate(self.sources) if own == name] for name in names}
+        return {f"reward/from_{n}": float(self.total_BG[own].nanmean()) for n, own in rows.items()}

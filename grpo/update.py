@@ -1,36 +1,75 @@
-"""One optimizer step from one rollout: loss and gradient in micro-batches that add up exactly."""
+"""Optimizer steps from one rollout: loss and gradient in micro-batches that add up exactly."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from grpo.models.forward import Completions
-from grpo.models.head import TokenScores
+from grpo.models.head import Readout, TokenScores
 from grpo.models.load import LanguageModel
 from grpo.models.pad import pad_left
-from grpo.objective import PolicyLoss, k1, k2, k3
+from grpo.models.reference import Reference
+from grpo.objective import ESTIMATORS, PolicyLoss, Tokens, most_uncertain
+from grpo.objective.kl import Divergence, Estimator
+from grpo.objective.ratios import Ratio
+from grpo.objective.weights import Averaging
 from grpo.optim import Optimizer
-from grpo.types import Rollout
+from grpo.types import Rollout, Sampling
 
-KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}  # all logged, whichever is trained on
+CHEAP_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on
+
+
+@dataclass(frozen=True)
+class KLTerm:
+    """How the divergence from the reference is worked out; exactly one of the two is there."""
+
+    estimator: Estimator | None  # from the log-probabilities of the sampled tokens
+    divergence: Divergence | None  # from whole distributions
+    in_reward: bool  # taken off the reward before the advantage, instead of added to the loss
+    unbiased_gradient: bool  # weighed by the ratio, with its gradient: DeepSeek-V3.2 (2512.02556)
+
+    def tokens(self, scored: TokenScores, reference_NC: Tensor) -> Tensor:
+        """[N, C] nats, by token."""
+        if self.estimator is None:
+            return scored.divergence
+        return self.estimator(scored.plain, reference_NC)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: sum over tokens of weight · (policy loss + kl_weight · KL)."""
+    """What is minimised: sum over tokens of weight · (policy loss + w · KL - v · entropy)."""
 
-    policy_loss: Callable[
-        [Tensor, Tensor, Tensor], PolicyLoss
-    ]  # logprobs, old logprobs, advantages
-    weights: Callable[[Tensor], Tensor]  # mask [N, C] -> weights [N, C]
-    kl: Callable[[Tensor, Tensor], Tensor] | None  # logprobs, reference logprobs
-    kl_weight: float
-    temperature: float
+    ratio: Ratio
+    policy_loss: Callable[[Tensor, Tensor, Tensor], PolicyLoss]  # ratio, logprobs, advantages
+    averaging: Averaging
+    kl: KLTerm | None
+    sampling: Sampling
+    max_tokens: int  # the longest that a completion may be
+    entropy_weight: float = 0.0
+    mask_truncated: bool = False  # completions that were cut off are not trained on
+    top_entropy: float = 1.0  # only this share of the tokens, the least certain, is trained on
+    num_iterations: int = 1  # passes over a rollout
+    minibatches: int = 1  # optimizer steps a pass
+
+    @property
+    def readout(self) -> Readout:
+        """What the loss asks of the policy's distributions."""
+        divergence = self.kl.divergence if self.kl else None
+        return Readout(self.sampling, self.entropy_weight > 0, divergence)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What an update learns from, [N] or [N, C]."""
+
+    advantages_N: Tensor
+    reference_NC: Tensor | None  # the reference's log-probabilities; none without a KL
+    kl_weight: float  # of the KL in the loss
 
 
 @dataclass(frozen=True)
@@ -41,15 +80,20 @@ class MicroBatch:
     rows: Tensor  # indices into N, in order
 
 
-def micro_batches(rollout: Rollout, token_budget: int) -> Iterator[MicroBatch]:
+def micro_batches(
+    rollout: Rollout, token_budget: int, prompts: Sequence[int] | None = None
+) -> Iterator[MicroBatch]:
     """Whole groups in length order up to the budget; a group over the budget is cut into rows.
 
-    token_budget: prompt and completion tokens computed at once, padding counted.
+    Args:
+        token_budget: prompt and completion tokens computed at once, padding counted.
+        prompts: indices into B; None for all.
     """
     group = rollout.num_generation
     prompt_lengths = [len(prompt.token_ids) for prompt in rollout.prompts]
     longest_B = rollout.lengths_N.view(-1, group).amax(dim=1).tolist()
-    order = sorted(range(len(prompt_lengths)), key=lambda b: (longest_B[b], prompt_lengths[b]))
+    chosen = range(len(prompt_lengths)) if prompts is None else prompts
+    order = sorted(chosen, key=lambda b: (longest_B[b], prompt_lengths[b]))
 
     def whole(prompts: list[int]) -> MicroBatch:
         rows = [torch.arange(b * group, (b + 1) * group) for b in prompts]
@@ -86,74 +130,203 @@ def completions(rollout: Rollout, batch: MicroBatch, policy: LanguageModel) -> C
     )
 
 
+@torch.no_grad()
+def score_rollout(
+    model: LanguageModel,
+    rollout: Rollout,
+    readout: Readout,
+    token_budget: int,
+    reference: Reference | None = None,
+) -> TokenScores:
+    """A model's scores [N, C] of a whole rollout, without gradient.
+
+    reference: what a divergence is measured from, where the readout asks for one.
+    """
+    scores = TokenScores(*(torch.zeros_like(rollout.logprobs_NC) for _ in TokenScores._fields))
+    for batch in micro_batches(rollout, token_budget):
+        inputs = completions(rollout, batch, model)
+        against = None
+        if readout.divergence is not None and reference is not None:
+            against = reference.features(inputs)
+        rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
+        part = model.score(inputs, readout, against)
+        for whole_NC, part_NC in zip(scores, part, strict=True):
+            whole_NC[rows, :width] = part_NC
+    return scores
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The groups of one optimizer step, and what each token of the rollout counts in its loss."""
+
+    prompts: list[int]  # indices into B
+    weights_NC: Tensor  # those of all minibatches sum to their number
+    chosen_NC: Tensor  # bool: the tokens that the policy loss is taken on
+
+
+def minibatches(
+    policy: LanguageModel, objective: Objective, rollout: Rollout, token_budget: int, seed: int
+) -> Iterator[Minibatch]:
+    """Each of the optimizer steps that a rollout is worth, its groups split at random."""
+    mask_NC = rollout.mask_NC
+    if objective.mask_truncated:
+        mask_NC = mask_NC & ~rollout.truncated_N[:, None]
+    chosen_NC = mask_NC
+    if objective.top_entropy < 1 and mask_NC.any():
+        readout = Readout(objective.sampling)
+        entropy_NC = score_rollout(policy, rollout, readout, token_budget).entropy
+        chosen_NC = most_uncertain(entropy_NC, mask_NC, objective.top_entropy)
+    for iteration in range(objective.num_iterations):
+        minibatch_B = minibatch_of(len(rollout.prompts), objective.minibatches, seed + iteration)
+        minibatch_N = minibatch_B.repeat_interleave(rollout.num_generation).to(mask_NC.device)
+        weights_NC = objective.averaging(Tokens(mask_NC, minibatch_N, objective.max_tokens))
+        for own in range(objective.minibatches):
+            prompts = (minibatch_B == own).nonzero()[:, 0].tolist()
+            yield Minibatch(prompts, weights_NC * objective.minibatches, chosen_NC)
+
+
+def minibatch_of(prompts: int, count: int, seed: int) -> Tensor:
+    """[B] which of `count` minibatches each prompt's group is in: a random split, even to one."""
+    generator = torch.Generator().manual_seed(seed)
+    share_B = torch.empty(prompts, dtype=torch.int64)
+    share_B[torch.randperm(prompts, generator=generator)] = torch.arange(prompts) % count
+    return share_B
+
+
 def update(
     policy: LanguageModel,
-    reference: LanguageModel | None,
+    reference: Reference | None,
     optimizer: Optimizer,
     objective: Objective,
     rollout: Rollout,
-    advantages_BG: Tensor,
+    learned: Learned,
     token_budget: int,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Takes one step on the policy and says what it was made of.
+    """Takes `num_iterations` x `minibatches` optimizer steps and says what they were made of.
 
-    The old log-probabilities are the sampler's, so `policy/ratio_max` shows any mismatch.
+    The old log-probabilities are the sampler's, so `policy/ratio_max` shows any mismatch. Groups
+    that nothing gives a gradient are read for the metrics, and cost no backward.
+
+    Args:
+        seed: of the split into minibatches.
     """
-    advantages_N = advantages_BG.reshape(-1).to(rollout.tokens_NC.device)
-    weights_NC = objective.weights(rollout.mask_NC)
-    totals = TokenTotals(rollout, objective)
-    for batch in micro_batches(rollout, token_budget):
-        inputs = completions(rollout, batch, policy)
-        rows, width = batch.rows.to(advantages_N.device), inputs.tokens_NC.shape[1]
-        old_NC = rollout.logprobs_NC[rows, :width]
-        scored = policy.score(inputs, objective.temperature)
-        policy_NC = objective.policy_loss(scored.logprobs, old_NC, advantages_N[rows])
-        policy_loss = (weights_NC[rows, :width] * policy_NC.loss_NC).sum()
-        kl_loss = torch.zeros_like(policy_loss)
-        if reference is not None and objective.kl is not None:
-            with torch.no_grad():
-                reference_NC = reference.score(inputs, objective.temperature).logprobs
-            kl_NC = objective.kl(scored.logprobs, reference_NC)
-            kl_loss = objective.kl_weight * (weights_NC[rows, :width] * kl_NC).sum()
-            totals.add_kl(inputs.mask_NC, scored.logprobs, reference_NC)
-        (policy_loss + kl_loss).backward()
-        totals.add(inputs.mask_NC, scored, old_NC, policy_NC.clipped_NC)
-        totals.add_losses(policy_loss, kl_loss)
-    return {**totals.metrics(), **optimizer.step()}
+    totals = Totals(objective)
+    for minibatch in minibatches(policy, objective, rollout, token_budget, seed):
+        for batch in micro_batches(rollout, token_budget, minibatch.prompts):
+            inputs = completions(rollout, batch, policy)
+            against = None
+            if reference is not None and objective.readout.divergence is not None:
+                against = reference.features(inputs)
+            learns = has_gradient(objective, learned, minibatch, batch.rows)
+            with torch.set_grad_enabled(learns):
+                scored = policy.score(inputs, objective.readout, against)
+                loss = losses(objective, rollout, learned, minibatch, batch.rows, inputs, scored)
+                if learns:
+                    loss.total.backward()
+            totals.add(loss, inputs.mask_NC, scored)
+        totals.updates.append(optimizer.step())
+    return totals.metrics()
 
 
-class TokenTotals:
-    """Sums over a step's completion tokens, made into means at the end."""
+def has_gradient(
+    objective: Objective, learned: Learned, minibatch: Minibatch, rows: Tensor
+) -> bool:
+    """Whether anything of the loss depends on the policy at these rows."""
+    everywhere = learned.kl_weight > 0 or objective.entropy_weight > 0
+    taught = bool(learned.advantages_N[rows].any())
+    return (everywhere or taught) and bool((minibatch.weights_NC[rows] > 0).any())
 
-    def __init__(self, rollout: Rollout, objective: Objective) -> None:
-        self.tokens = int(rollout.lengths_N.sum())
-        self.estimators = KL_ESTIMATORS | ({"mean": objective.kl} if objective.kl else {})
-        self.policy_loss = self.kl_loss = 0.0
+
+@dataclass(frozen=True)
+class MicroLoss:
+    """A micro-batch's share of the loss, and what it was made of."""
+
+    policy: Tensor
+    kl: Tensor  # weighed
+    entropy: Tensor  # weighed, negative
+    ratio_NC: Tensor
+    clipped_NC: Tensor
+    kl_NC: Tensor | None
+    reference_NC: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        return self.policy + self.kl + self.entropy
+
+
+def losses(
+    objective: Objective,
+    rollout: Rollout,
+    learned: Learned,
+    minibatch: Minibatch,
+    rows: Tensor,
+    inputs: Completions,
+    scored: TokenScores,
+) -> MicroLoss:
+    """The loss of some rows: DeepSeekMath (2402.03300), eq. 3, or what was chosen for its parts."""
+    width = inputs.tokens_NC.shape[1]
+    old_NC = rollout.logprobs_NC[rows, :width]
+    weights_NC = minibatch.weights_NC[rows, :width]
+    chosen_NC = weights_NC * minibatch.chosen_NC[rows, :width]
+    ratio = objective.ratio(scored.logprobs, old_NC, inputs.mask_NC)
+    token = objective.policy_loss(ratio, scored.logprobs, learned.advantages_N[rows, None])
+    token_ratio_NC = torch.exp(scored.logprobs - old_NC)
+    kl_loss = torch.zeros((), device=old_NC.device)
+    kl_NC = reference_NC = None
+    if objective.kl is not None and learned.reference_NC is not None:
+        reference_NC = learned.reference_NC[rows, :width]
+        kl_NC = objective.kl.tokens(scored, reference_NC)
+        weighed_NC = kl_NC * token_ratio_NC if objective.kl.unbiased_gradient else kl_NC
+        kl_loss = learned.kl_weight * (weights_NC * weighed_NC).sum()
+    return MicroLoss(
+        policy=(chosen_NC * token.loss).sum(),
+        kl=kl_loss,
+        entropy=-objective.entropy_weight * (chosen_NC * scored.entropy).sum(),
+        ratio_NC=token_ratio_NC.detach(),
+        clipped_NC=token.clipped.expand_as(inputs.mask_NC),
+        kl_NC=None if kl_NC is None else kl_NC.detach(),
+        reference_NC=reference_NC,
+    )
+
+
+class Totals:
+    """Sums over a step's completion tokens and updates, made into means at the end."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.tokens = 0
         self.sums: dict[str, float] = defaultdict(float)
+        self.losses: dict[str, float] = defaultdict(float)
         self.ratio_max = 0.0
+        self.updates: list[dict[str, float]] = []  # what the optimizer said of each
 
     @torch.no_grad()
-    def add(self, mask_NC: Tensor, scored: TokenScores, old_NC: Tensor, clipped_NC: Tensor) -> None:
-        ratio_T = torch.exp(scored.logprobs[mask_NC] - old_NC[mask_NC])
-        self.ratio_max = max(self.ratio_max, float(ratio_T.max()))
+    def add(self, loss: MicroLoss, mask_NC: Tensor, scored: TokenScores) -> None:
+        self.tokens += int(mask_NC.sum())
+        self.losses["loss/total"] += float(loss.total)
+        self.losses["loss/policy"] += float(loss.policy)
+        self.losses["loss/kl"] += float(loss.kl)
+        if self.objective.entropy_weight > 0:
+            self.losses["loss/entropy"] += float(loss.entropy)
+        self.ratio_max = max(self.ratio_max, float(loss.ratio_NC[mask_NC].max()))
         self.sums["policy/entropy"] += float(scored.entropy[mask_NC].double().sum())
-        self.sums["policy/clip_fraction"] += float(clipped_NC[mask_NC].sum())
-
-    @torch.no_grad()
-    def add_kl(self, mask_NC: Tensor, logprobs_NC: Tensor, reference_NC: Tensor) -> None:
-        logprobs_T, reference_T = logprobs_NC[mask_NC].double(), reference_NC[mask_NC].double()
-        for name, estimator in self.estimators.items():
-            self.sums[f"kl/{name}"] += float(estimator(logprobs_T, reference_T).sum())
-
-    def add_losses(self, policy_loss: Tensor, kl_loss: Tensor) -> None:
-        self.policy_loss += float(policy_loss.detach())
-        self.kl_loss += float(kl_loss.detach())
+        self.sums["policy/clip_fraction"] += float(loss.clipped_NC[mask_NC].sum())
+        if loss.kl_NC is None or loss.reference_NC is None:
+            return
+        self.sums["kl/mean"] += float(loss.kl_NC[mask_NC].double().sum())
+        plain_T, reference_T = scored.plain[mask_NC].double(), loss.reference_NC[mask_NC].double()
+        for name, estimator in CHEAP_ESTIMATORS.items():
+            self.sums[f"kl/{name}"] += float(estimator(plain_T, reference_T).sum())
+        if self.objective.readout.divergence is not None:
+            self.sums["kl/full"] += float(scored.divergence[mask_NC].double().sum())
 
     def metrics(self) -> dict[str, float]:
+        """Means over tokens, and over updates; the largest ratio of all."""
+        steps = len(self.updates)
         return {
-            "loss/total": self.policy_loss + self.kl_loss,
-            "loss/policy": self.policy_loss,
-            "loss/kl": self.kl_loss,
+            **{name: total / steps for name, total in self.losses.items()},
             **{name: total / self.tokens for name, total in self.sums.items()},
             "policy/ratio_max": self.ratio_max,
+            **{name: sum(u[name] for u in self.updates) / steps for name in self.updates[0]},
         }

@@ -63,6 +63,49 @@ CASES = {
     "zero temperature": (["temperature=0"], "temperature=0", "more than 0"),
     "zero learning rate": (["learning_rate=0"], "learning_rate=0", "more than 0"),
     "group of one": (["num_generation=1"], "num_generation=1", "at least 2"),
+    "group of one, another baseline": (
+        ["num_generation=1", "algorithm.baseline=leave_one_out"],
+        "algorithm.baseline=leave_one_out",
+        "at least 2",
+    ),
+    "unknown baseline": (["algorithm.baseline=mean"], "algorithm.baseline=mean", "group_mean"),
+    "unknown scale": (["algorithm.scale=std"], "algorithm.scale=std", "group_std"),
+    "unknown ratio": (["algorithm.ratio=sequnce"], "algorithm.ratio=sequnce", "sequence"),
+    "unknown averaging": (["algorithm.averaging=tokens"], "algorithm.averaging", "token_mean"),
+    "averaging of one's own that is not there": (
+        ["algorithm.averaging=my_module.mine"],
+        "algorithm.averaging=my_module.mine",
+        "my_module",
+    ),
+    "unknown loss": (["algorithm/policy_loss=clipp"], "algorithm/policy_loss=clipp", "clip"),
+    "loss option": (["+algorithm.policy_loss.clip=1"], "policy_loss.clip", "clip_low"),
+    "a word for a clip": (["algorithm.policy_loss.clip_low=x"], "clip_low=x", "float"),
+    "more minibatches than prompts": (
+        ["algorithm.minibatches=5"],
+        "algorithm.minibatches=5",
+        "batch_size=4",
+    ),
+    "no iterations": (["algorithm.num_iterations=0"], "num_iterations=0", "at least 1"),
+    "no tokens": (["algorithm.top_entropy=0"], "algorithm.top_entropy=0", "more than 0"),
+    "too many tokens": (["algorithm.top_entropy=2"], "algorithm.top_entropy=2", "at most 1"),
+    "negative bonus": (["algorithm.entropy_weight=-1"], "entropy_weight=-1", "at least 0"),
+    "unknown estimator": (["kl.estimator=k4"], "kl.estimator=k4", "k1, k2, k3, full"),
+    "unknown direction": (["kl.direction=backward"], "kl.direction=backward", "forward"),
+    "unknown place": (["kl.within=loss_term"], "kl.within=loss_term", "loss, reward"),
+    "a target from nothing": (["kl.target=0.1", "kl_weight=0"], "kl.target=0.1", "kl_weight=0"),
+    "no target": (["kl.target=0"], "kl.target=0", "more than 0"),
+    "a gradient in the reward": (
+        ["kl.within=reward", "kl.unbiased_gradient=true"],
+        "kl.unbiased_gradient=true",
+        "kl.within=loss",
+    ),
+    "past the policy": (["kl.sync_share=1.5"], "kl.sync_share=1.5", "at most 1"),
+    "nothing of the nucleus": (["sampling.top_p=0"], "sampling.top_p=0", "more than 0"),
+    "more than the nucleus": (["sampling.top_p=1.5"], "sampling.top_p=1.5", "at most 1"),
+    "negative top k": (["sampling.top_k=-1"], "sampling.top_k=-1", "at least 0"),
+    "min p": (["sampling.min_p=2"], "sampling.min_p=2", "at most 1"),
+    "no penalty": (["sampling.repetition_penalty=0"], "repetition_penalty=0", "more than 0"),
+    "empty stop": (["sampling.stop=['']"], "sampling.stop", "empty"),
     "unknown objective": (["objective=eval/acuracy"], "objective=eval/acuracy", "eval/accuracy"),
     "unknown schedule": (["optim.schedule=cosin"], "optim.schedule=cosin", "cosine"),
     "two models": (["model.id=a/b"], "model", "exactly one"),
@@ -202,7 +245,10 @@ def test_a_real_process_says_it_in_one_line_and_exits_2(tmp_path: Path) -> None:
     result = grpo_process("num_generations=4", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "grpo: num_generations: no such key; did you mean num_generation?\n"
+    assert result.stderr == (
+        "grpo: num_generations: no such key; did you mean num_generation or "
+        "algorithm.num_iterations?\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
 from grpo.data.arithmetic import is_held_out
-from grpo.data.order import batch_indices, total_steps
+from grpo.data.order import one_set, total_steps
 from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample, build_prompts
 from grpo.data.slices import parse_slice
 from grpo.data.source import Slices, Source
@@ -274,13 +274,14 @@ def test_without_a_chat_template_a_prompt_is_plain_text(tiny: LanguageModel) -> 
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 5))
 def test_every_epoch_sees_every_row_once(batch_size: int, rows: int, seed: int) -> None:
     steps = total_steps(rows, batch_size, num_epochs=3, max_steps=None)
-    seen = [i for step in range(1, steps + 1) for i in batch_indices(step, batch_size, rows, seed)]
+    order = one_set(rows, seed)
+    seen = [i for step in range(1, steps + 1) for i in order.batch(step, batch_size)]
     assert 3 * rows <= len(seen) < 3 * rows + batch_size
     for epoch in range(3):
         assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
 def test_the_order_follows_the_seed_and_nothing_else() -> None:
-    first = [batch_indices(step, 3, 50, 0) for step in (9, 1, 9)]
+    first = [one_set(50, 0).batch(step, 3) for step in (9, 1, 9)]
     assert first[0] == first[2] != first[1]
-    assert batch_indices(1, 50, 50, 0) != batch_indices(1, 50, 50, 1)
+    assert one_set(50, 0).batch(1, 50) != one_set(50, 1).batch(1, 50)

@@ -21,8 +21,8 @@ Grpo = Callable[..., tuple[int, str]]
 ROOT = Path(__file__).parents[1]
 STEP_METRICS = {
     "loss/total", "loss/policy", "loss/kl",
-    "kl/mean", "kl/k1", "kl/k2", "kl/k3",
-    "reward/mean", "reward/std", "reward/answer",
+    "kl/mean", "kl/k1", "kl/k2", "kl/k3", "kl/weight",
+    "reward/mean", "reward/std", "reward/answer", "reward/failed",
     "reward/solved_groups", "reward/unsolved_groups", "reward/zero_variance_groups",
     "policy/entropy", "policy/clip_fraction", "policy/ratio_max",
     "completion/length_mean", "completion/length_max", "completion/truncated",
@@ -79,7 +79,7 @@ def test_completions_are_kept_with_what_they_got(smoke: tuple[Path, str]) -> Non
     assert len(rows) == 3 * 2 * 4  # steps x log_prompts x num_generation
     assert set(rows[0]) == {
         "step", "prompt", "completion", "answer", "reward", "reward/answer", "advantage", "tokens",
-        "truncated",
+        "truncated", "failed",
     }  # fmt: skip
     for row in rows:
         right = f"<answer>{row['answer']}</answer>" in row["completion"]

@@ -9,11 +9,28 @@ from torch.testing import assert_close
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from grpo.models import head as head_module
-from grpo.models.forward import Completions, agrees_with_plain, plain, shared_prefix
-from grpo.models.head import Head
+from grpo.models.forward import (
+    Completions,
+    Forward,
+    agrees_with_plain,
+    plain,
+    score_completions,
+    shared_prefix,
+)
+from grpo.models.head import Head, Readout, TokenScores
 from grpo.models.load import choose_forward
+from grpo.types import Sampling
 
 TEMPERATURE = 0.7
+
+
+def scored(
+    forward: Forward,
+    model: PreTrainedModel,
+    batch: Completions,
+    readout: Readout = Readout(Sampling(TEMPERATURE)),  # noqa: B008
+) -> TokenScores:
+    return score_completions(forward(model, Head(model), batch), batch, readout)
 
 
 def random_batch() -> Completions:
@@ -48,12 +65,12 @@ def test_scores_and_gradients_equal_the_plain_forwards(
     small_model: PreTrainedModel, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk_logits)
-    batch, head = random_batch(), Head(small_model)
+    batch = random_batch()
     weights_NC = torch.randn(12, 11, generator=torch.Generator().manual_seed(2)) * batch.mask_NC
     results = []
     for forward in (shared_prefix, plain):
         small_model.zero_grad()
-        scores = forward(small_model, head, batch, TEMPERATURE)
+        scores = scored(forward, small_model, batch)
         (weights_NC * scores.logprobs).sum().backward()
         gradients = [p.grad.clone() for p in small_model.parameters() if p.grad is not None]
         results.append((scores, gradients))
@@ -68,7 +85,7 @@ def test_scores_and_gradients_equal_the_plain_forwards(
 def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
     """Each row scored in the batch equals that row scored alone, without any padding."""
     batch = random_batch()
-    scores = shared_prefix(small_model, Head(small_model), batch, TEMPERATURE)
+    scores = scored(shared_prefix, small_model, batch)
     for n in range(12):
         assert_close(
             scores.logprobs[n][batch.mask_NC[n]],
@@ -81,7 +98,7 @@ def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
 
 def test_entropy_is_that_of_the_distribution(small_model: PreTrainedModel) -> None:
     batch = random_batch()
-    scores = shared_prefix(small_model, Head(small_model), batch, TEMPERATURE)
+    scores = scored(shared_prefix, small_model, batch)
     prompt = batch.prompts_BP[:1]
     logits = small_model(input_ids=prompt).logits[0, -1] / TEMPERATURE
     assert_close(
@@ -97,9 +114,8 @@ def test_completions_of_one_token_need_no_second_pass(small_model: PreTrainedMod
     first = Completions(
         batch.prompts_BP, batch.prompt_lengths_B, batch.tokens_NC[:, :1], batch.mask_NC[:, :1]
     )
-    head = Head(small_model)
-    whole = shared_prefix(small_model, head, batch, TEMPERATURE).logprobs[:, :1]
-    assert_close(shared_prefix(small_model, head, first, TEMPERATURE).logprobs, whole)
+    whole = scored(shared_prefix, small_model, batch).logprobs[:, :1]
+    assert_close(scored(shared_prefix, small_model, first).logprobs, whole)
 
 
 def test_a_model_whose_logits_are_changed_after_the_head_is_noticed(

@@ -109,7 +109,6 @@ def raises_on_c(samples: Sequence[Sample]) -> list[float]:
         (raises_on_c, "it raised ZeroDivisionError"),
         (lambda samples: [float("nan") if s.completion == "c" else 0 for s in samples], "nan"),
         (lambda samples: [float("inf") if s.completion == "c" else 0 for s in samples], "inf"),
-        (lambda samples: [None if s.completion == "c" else 0 for s in samples], "None"),
         (lambda samples: ["1" if s.completion == "c" else 0 for s in samples], "'1'"),
     ],
 )

@@ -11,12 +11,12 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from grpo.device import Device
-from grpo.models.forward import Completions, left_mask, plain
-from grpo.models.head import Head
+from grpo.models.forward import Completions, left_mask, plain, score_completions
+from grpo.models.head import Head, Readout
 from grpo.models.load import LanguageModel, choose_forward
 from grpo.models.pad import pad_left
 from grpo.rollout import Engine, HFEngine, NativeEngine
-from grpo.types import Example, Prompt, Rollout
+from grpo.types import Example, Prompt, Rollout, Sampling
 from grpo.update import MicroBatch, completions
 
 ENGINES = {"native": NativeEngine, "hf": HFEngine}
@@ -48,12 +48,13 @@ def prompts_of(*lengths: int) -> list[Prompt]:
     ]
 
 
-def policy_logprobs(policy: LanguageModel, rollout: Rollout, temperature: float) -> Tensor:
+def policy_logprobs(policy: LanguageModel, rollout: Rollout, sampling: Sampling) -> Tensor:
     """The plain forward's log-probabilities of what was sampled, all rows at once."""
     everything = MicroBatch(list(range(len(rollout.prompts))), torch.arange(len(rollout.texts)))
     inputs = completions(rollout, everything, policy)
     with torch.no_grad():
-        return plain(policy.model, policy.head, inputs, temperature).logprobs
+        features = plain(policy.model, policy.head, inputs)
+        return score_completions(features, inputs, Readout(sampling)).logprobs
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -61,8 +62,12 @@ def test_logprobs_are_the_policys_at_the_temperature(
     small_model: PreTrainedModel, device: Device, engine: str
 ) -> None:
     policy = wrap(small_model, device, end_ids=(2, 5, 50, 80))
-    rollout = ENGINES[engine](policy, 9, 10**6).generate(prompts_of(7, 3, 5), 6, 0.7, seed=1)
-    assert_close(rollout.logprobs_NC, policy_logprobs(policy, rollout, 0.7), atol=2e-5, rtol=1e-4)
+    rollout = ENGINES[engine](policy, 9, 10**6).generate(
+        prompts_of(7, 3, 5), 6, Sampling(0.7), seed=1
+    )
+    assert_close(
+        rollout.logprobs_NC, policy_logprobs(policy, rollout, Sampling(0.7)), atol=2e-5, rtol=1e-4
+    )
     assert (rollout.logprobs_NC[~rollout.mask_NC] == 0).all()
 
 
@@ -72,7 +77,7 @@ def test_greedy_tokens_equal_transformers_generate(
 ) -> None:
     policy = wrap(small_model, device)
     prompts = prompts_of(7, 3, 5)
-    rollout = ENGINES[engine](policy, 12, 10**6).generate(prompts, 2, 0.0, seed=0)
+    rollout = ENGINES[engine](policy, 12, 10**6).generate(prompts, 2, Sampling(0.0), seed=0)
     for n, prompt in enumerate(p for p in prompts for _ in range(2)):
         alone = torch.tensor([prompt.token_ids])
         expected = small_model.generate(
@@ -91,7 +96,7 @@ def test_samples_follow_the_models_own_softmax(
     """
     small_model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=2.0)
     policy, prompt = wrap(small_model, device), prompts_of(6)
-    rollout = ENGINES[engine](policy, 1, 10**6).generate(prompt, 4000, 1.3, seed=5)
+    rollout = ENGINES[engine](policy, 1, 10**6).generate(prompt, 4000, Sampling(1.3), seed=5)
     logits = small_model(torch.tensor([prompt[0].token_ids])).logits[0, -1]
     expected = torch.softmax(logits / 1.3, dim=-1).detach() * 4000
     counts = torch.bincount(rollout.tokens_NC[:, 0], minlength=97)
@@ -109,7 +114,9 @@ def test_every_end_token_ends_and_is_kept(
     """Ends are common here, and one of them is the padding token as well."""
     ends = (0, *range(60, 76))
     policy = wrap(small_model, device, end_ids=ends)
-    rollout = ENGINES[engine](policy, 8, 10**6).generate(prompts_of(4, 6), 40, 1.0, seed=2)
+    rollout = ENGINES[engine](policy, 8, 10**6).generate(
+        prompts_of(4, 6), 40, Sampling(1.0), seed=2
+    )
     ended = ~rollout.truncated_N
     assert 5 < ended.sum() < 80
     for n in range(80):
@@ -124,7 +131,7 @@ def test_pad_that_is_also_the_end_is_trained_once(
 ) -> None:
     """pad = eos: the first one is an action and in the mask, the padding after it is not."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 2)))
-    rollout = NativeEngine(policy, 6, 10**6).generate(prompts_of(5), 50, 1.0, seed=0)
+    rollout = NativeEngine(policy, 6, 10**6).generate(prompts_of(5), 50, Sampling(1.0), seed=0)
     short = (rollout.lengths_N < rollout.tokens_NC.shape[1]).nonzero()[:, 0]
     assert len(short) > 10
     for n in short.tolist():
@@ -139,8 +146,8 @@ def test_budget_and_finished_rows_change_no_greedy_token(
     """One prompt at a time, all at once, and with rows leaving the batch: the same completions."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 3)))
     prompts = prompts_of(7, 3, 5, 9, 2)
-    at_once = NativeEngine(policy, 10, 10**6).generate(prompts, 2, 0.0, seed=0)
-    one_by_one = NativeEngine(policy, 10, 1).generate(prompts, 2, 0.0, seed=0)
+    at_once = NativeEngine(policy, 10, 10**6).generate(prompts, 2, Sampling(0.0), seed=0)
+    one_by_one = NativeEngine(policy, 10, 1).generate(prompts, 2, Sampling(0.0), seed=0)
     assert at_once.texts == one_by_one.texts
     assert len(set(at_once.lengths_N.tolist())) > 1
     assert_close(at_once.logprobs_NC, one_by_one.logprobs_NC, atol=2e-5, rtol=1e-4)
@@ -154,7 +161,9 @@ def test_a_seed_gives_the_same_completions_and_another_seed_others(
     prompts = [
         Prompt("q", tuple(tiny.tokenizer.encode("What is 3 + 4?")), Example("q", "7", float))
     ]
-    first, again, other = (make.generate(prompts, 8, 1.0, seed=s).texts for s in (1, 1, 2))
+    first, again, other = (
+        make.generate(prompts, 8, Sampling(1.0), seed=s).texts for s in (1, 1, 2)
+    )
     assert first == again
     assert first != other
 
@@ -167,7 +176,7 @@ def test_left_padding_marks_the_prompts_own_tokens() -> None:
 
 def test_completions_are_cut_from_a_rollout_by_whole_groups(tiny: LanguageModel) -> None:
     prompts = prompts_of(3, 5)
-    rollout = NativeEngine(tiny, 6, 10**6).generate(prompts, 2, 1.0, seed=0)
+    rollout = NativeEngine(tiny, 6, 10**6).generate(prompts, 2, Sampling(1.0), seed=0)
     part = completions(rollout, MicroBatch([1], torch.tensor([2, 3])), tiny)
     assert isinstance(part, Completions)
     assert part.prompts_BP.tolist() == [list(prompts[1].token_ids)]

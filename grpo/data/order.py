@@ -3,29 +3,95 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+BLOCK = 1024  # draws of a mix decided on at once
 
-def batch_indices(step: int, batch_size: int, rows: int, seed: int) -> list[int]:
-    """The rows of a step's batch, step 1 first.
 
-    Each epoch is a permutation of its own; a batch may end one epoch and begin the next, so no
-    size has to divide another. Nothing but the step has to be remembered to go on.
+@dataclass(frozen=True)
+class Order:
+    """Which row comes k-th. Nothing but k has to be remembered to go on.
+
+    Each epoch of a set is a permutation of its own; a batch may end one and begin the next, so no
+    size has to divide another. Several sets are mixed by drawing, for each k, which one is next.
     """
-    first = (step - 1) * batch_size
-    return [epoch_order(k // rows, rows, seed)[k % rows] for k in range(first, first + batch_size)]
+
+    sets: tuple[tuple[int, ...], ...]  # the rows of each
+    probabilities: tuple[float, ...]  # of each set
+    seed: int
+    shuffled: bool = True
+
+    def batch(self, step: int, batch_size: int) -> list[int]:
+        """The rows of a step's batch, step 1 first."""
+        return self.rows((step - 1) * batch_size, batch_size)
+
+    def extra(self, step: int, attempt: int, count: int) -> list[int]:
+        """Rows in the place of those of a step that taught nothing: any, drawn anew."""
+        seed = (self.seed * 1_000_003 + step) * 1_009 + attempt
+        return Order(self.sets, self.probabilities, seed).rows(0, count)
+
+    def rows(self, first: int, count: int) -> list[int]:
+        found = []
+        for k in range(first, first + count):
+            number, place = (0, k) if len(self.sets) == 1 else self._in_mix(k)
+            own = self.sets[number]
+            epoch, at = divmod(place, len(own))
+            seed = self.seed + 7_919 * number
+            at = epoch_order(epoch, len(own), seed)[at] if self.shuffled else at
+            found.append(own[at])
+        return found
+
+    def _in_mix(self, k: int) -> tuple[int, int]:
+        """The set of draw k, and how many draws before were of this set."""
+        block, at = divmod(k, BLOCK)
+        drawn = drawn_sets(block, self.probabilities, self.seed)
+        before = counts(block, self.probabilities, self.seed)
+        number = drawn[at]
+        return number, before[number] + drawn[:at].count(number)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def epoch_order(epoch: int, rows: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(rows, generator=generator).tolist()
 
 
+@lru_cache(maxsize=4)
+def drawn_sets(block: int, probabilities: tuple[float, ...], seed: int) -> list[int]:
+    """Which set each of a block of draws is from."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + block)
+    weights = torch.tensor(probabilities)
+    return torch.multinomial(weights, BLOCK, replacement=True, generator=generator).tolist()
+
+
+@lru_cache(maxsize=4)
+def counts(block: int, probabilities: tuple[float, ...], seed: int) -> list[int]:
+    """How often each set was drawn in all blocks before this one."""
+    total = [0] * len(probabilities)
+    for earlier in range(block):
+        drawn = drawn_sets(earlier, probabilities, seed)
+        total = [count + drawn.count(number) for number, count in enumerate(total)]
+    return total
+
+
+def one_set(rows: int, seed: int, shuffled: bool = True) -> Order:
+    return Order((tuple(range(rows)),), (1.0,), seed, shuffled)
+
+
+def mixed(sources: Sequence[str], probabilities: dict[str, float], seed: int) -> Order:
+    """An order over rows of several sets, each row's set named."""
+    sets = tuple(
+        tuple(row for row, own in enumerate(sources) if own == name) for name in probabilities
+    )
+    return Order(sets, tuple(probabilities.values()), seed)
+
+
 def total_steps(rows: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:
-    """Steps until every row was seen `num_epochs` times, or `max_steps` if given."""
+    """Steps until as many rows were seen as `num_epochs` hold, or `max_steps` if given."""
     if max_steps is not None:
         return max_steps
     return math.ceil(num_epochs * rows / batch_size)

@@ -1,6 +1,6 @@
 """The policy's forward pass over completions, with each group's prompt computed once.
 
-Two ways to the same numbers: `shared_prefix` is the one used, `plain` is what it is checked
+Several ways to the same numbers: `shared_prefix` is the one used, `plain` is what it is checked
 against when a model is loaded, and what is used for a model where the two differ.
 """
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.models.head import Head, TokenScores, score_tokens
+from grpo.models.head import Features, Head, Readout, TokenScores, score
+from grpo.types import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,20 @@ class Completions:
     def rows_a_prompt(self) -> int:
         return self.tokens_NC.shape[0] // self.prompts_BP.shape[0]
 
+    def seen(self, chunk: slice, vocabulary: int) -> Tensor:
+        """[T', V] bool: what stood before each of a chunk of the completion tokens, as masked."""
+        row_T, column_T = (index[chunk] for index in self.mask_NC.nonzero(as_tuple=True))
+        prompt_mask_BP = left_mask(self.prompts_BP, self.prompt_lengths_B).bool()
+        prompt_T = row_T // self.rows_a_prompt
+        tokens = torch.cat([self.prompts_BP[prompt_T], self.tokens_NC[row_T]], dim=1)
+        columns_C = torch.arange(self.tokens_NC.shape[1], device=tokens.device)
+        before_TC = columns_C < column_T[:, None]
+        before = torch.cat([prompt_mask_BP[prompt_T], before_TC], dim=1)
+        counts_TV = torch.zeros(len(row_T), vocabulary, device=tokens.device)
+        return counts_TV.scatter_add_(1, tokens, before.float()) > 0
 
-Forward = Callable[[PreTrainedModel, Head, Completions, float], TokenScores]
+
+Forward = Callable[[PreTrainedModel, Head, Completions], Features]
 
 
 def left_mask(prompts_BP: Tensor, lengths_B: Tensor) -> Tensor:
@@ -48,10 +61,8 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def shared_prefix(
-    model: PreTrainedModel, head: Head, batch: Completions, temperature: float
-) -> TokenScores:
-    """Scores [N, C] of a batch's completion tokens; zeros on padding.
+def shared_prefix(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
+    """The hidden state at each completion token of the batch, in order of rows.
 
     The prompt runs once and fills a key-value cache, the cache is repeated over the group, and the
     completions continue it; gradients flow through both. The head reads completion tokens alone.
@@ -82,14 +93,11 @@ def shared_prefix(
             use_cache=True,
         )
         hidden_NCD = torch.cat([hidden_NCD, continued.last_hidden_state], dim=1)
-    scores = head.score(hidden_NCD[batch.mask_NC], batch.tokens_NC[batch.mask_NC], temperature)
-    return TokenScores(*(scatter(part, batch.mask_NC) for part in scores))
+    return Features(hidden_NCD[batch.mask_NC], head, head.vocabulary)
 
 
-def plain(
-    model: PreTrainedModel, head: Head, batch: Completions, temperature: float
-) -> TokenScores:
-    """The same scores the usual way: each row's prompt again, the model's own full logits."""
+def plain(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
+    """The logits at each completion token the usual way: each row's prompt again, all logits."""
     rows, width = batch.rows_a_prompt, batch.tokens_NC.shape[1]
     prompt_mask_NP = left_mask(batch.prompts_BP, batch.prompt_lengths_B).repeat_interleave(rows, 0)
     tokens = torch.cat([batch.prompts_BP.repeat_interleave(rows, dim=0), batch.tokens_NC], dim=1)
@@ -97,9 +105,27 @@ def plain(
     logits = model(
         input_ids=tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False
     ).logits
-    logits_NCV = logits[:, -width - 1 : -1].float()
-    scores = score_tokens(logits_NCV, batch.tokens_NC, temperature)
-    return TokenScores(*(part.masked_fill(~batch.mask_NC, 0.0) for part in scores))
+    logits_TV = logits[:, -width - 1 : -1][batch.mask_NC]
+    return Features(logits_TV, Tensor.float, logits_TV.shape[-1])
+
+
+def score_completions(
+    features: Features, batch: Completions, readout: Readout, reference: Features | None = None
+) -> TokenScores:
+    """Scores [N, C] of a batch's completion tokens; zeros on padding."""
+
+    def seen(chunk: slice) -> Tensor:
+        return batch.seen(chunk, features.vocabulary)
+
+    penalised = readout.sampling.repetition_penalty != 1
+    scores = score(
+        features,
+        batch.tokens_NC[batch.mask_NC],
+        readout,
+        seen if penalised else None,
+        reference,
+    )
+    return TokenScores(*(scatter(part, batch.mask_NC) for part in scores))
 
 
 def scatter(values_T: Tensor, mask_NC: Tensor) -> Tensor:
@@ -122,12 +148,13 @@ def agrees_with_plain(model: PreTrainedModel, head: Head) -> bool:
     mask_NC = torch.ones(4, 4, dtype=torch.bool, device=model.device)
     mask_NC[1, 2:] = False
     batch = Completions(tokens[:, :8], lengths_B, tokens[:, 8:].reshape(4, 4), mask_NC)
+    readout = Readout(Sampling(temperature=0.7))
     try:
-        ours = shared_prefix(model, head, batch, 0.7).logprobs
+        ours = score_completions(shared_prefix(model, head, batch), batch, readout).logprobs
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         # E.g. a state-space model, which has no key-value cache to repeat.
         log.warning("a shared prompt fails: %s: %s", type(error).__name__, error)
         return False
-    theirs = plain(model, head, batch, 0.7).logprobs
+    theirs = score_completions(plain(model, head, batch), batch, readout).logprobs
     tolerance = 1e-3 if ours.dtype == torch.float32 and not torch.is_autocast_enabled() else 5e-2
     return bool(torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from grpo.models.warp import warp
+from grpo.types import Sampling
+
 CHUNK_LOGITS = 2**24  # logits held at once: 64 MB in fp32
-
-
-class TokenScores(NamedTuple):
-    """What the head says of given tokens; any one shape."""
-
-    logprobs: Tensor  # float32, of those tokens
-    entropy: Tensor  # float32, nats, of the distributions they were drawn from; no gradient
 
 
 class Head:
@@ -37,31 +35,103 @@ class Head:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def score(self, hidden_TD: Tensor, targets_T: Tensor, temperature: float) -> TokenScores:
-        """Log-probabilities of `targets_T` under softmax(logits / temperature).
 
-        The rows are read in chunks whose logits are made again in the backward pass, so memory
-        does not grow with T times V.
-        """
-        rows = max(1, CHUNK_LOGITS // self.vocabulary)
-        chunks = [
-            checkpoint(self._score_chunk, hidden, targets, temperature, use_reentrant=False)
-            if hidden_TD.requires_grad
-            else self._score_chunk(hidden, targets, temperature)
-            for hidden, targets in zip(hidden_TD.split(rows), targets_T.split(rows), strict=True)
-        ]
-        return TokenScores(*(torch.cat(part) for part in zip(*chunks, strict=True)))
+class Features(NamedTuple):
+    """What a forward pass knows of each of T tokens, and how to read logits [T', V] out of it."""
 
-    def _score_chunk(self, hidden_TD: Tensor, targets_T: Tensor, temperature: float) -> TokenScores:
-        return score_tokens(self(hidden_TD), targets_T, temperature)
+    values_TX: Tensor
+    logits: Callable[[Tensor], Tensor]
+    vocabulary: int
 
 
-def score_tokens(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> TokenScores:
-    """Log-probabilities and entropies from logits that are there in full."""
-    scaled_TV = logits_TV / temperature
+@dataclass(frozen=True)
+class Readout:
+    """What is asked of each token's distribution."""
+
+    sampling: Sampling
+    entropy_gradient: bool = False
+    divergence: Callable[[Tensor, Tensor], Tensor] | None = None  # of [T, V] log-probabilities
+
+
+class TokenScores(NamedTuple):
+    """What a model says of given tokens; any one shape, float32."""
+
+    logprobs: Tensor  # of those tokens, under the distribution that is sampled from
+    plain: Tensor  # and under softmax(logits / temperature): the same where sampling cuts nothing
+    entropy: Tensor  # nats, of the distribution that is sampled from
+    divergence: Tensor  # from the reference, over the whole vocabulary; 0 where none is asked for
+
+
+def score(
+    features: Features,
+    targets_T: Tensor,
+    readout: Readout,
+    seen: Callable[[slice], Tensor] | None = None,
+    reference: Features | None = None,
+) -> TokenScores:
+    """Scores [T] of the tokens that were sampled.
+
+    The rows are read in chunks whose logits are made again in the backward pass, so memory does not
+    grow with T times V.
+
+    Args:
+        seen: for a slice of T, which tokens stood before each: [T', V] bool; for a penalty.
+        reference: the same tokens as the reference sees them; for a divergence.
+    """
+    rows = max(1, CHUNK_LOGITS // features.vocabulary)
+
+    def read(values_TX: Tensor, chunk: slice) -> TokenScores:
+        against_TV = None
+        if reference is not None and readout.divergence is not None:
+            with torch.no_grad():
+                logits_TV = reference.logits(reference.values_TX[chunk])
+                against_TV = (logits_TV / (readout.sampling.temperature or 1.0)).log_softmax(-1)
+        seen_TV = None if seen is None else seen(chunk)
+        return score_tokens(
+            features.logits(values_TX), targets_T[chunk], readout, seen_TV, against_TV
+        )
+
+    chunks = []
+    for start in range(0, len(targets_T), rows):
+        chunk = slice(start, start + rows)
+        values_TX = features.values_TX[chunk]
+        if values_TX.requires_grad:
+            chunks.append(checkpoint(read, values_TX, chunk, use_reentrant=False))
+        else:
+            chunks.append(read(values_TX, chunk))
+    return TokenScores(*(torch.cat(part) for part in zip(*chunks, strict=True)))
+
+
+def score_tokens(
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    readout: Readout,
+    seen_TV: Tensor | None = None,
+    reference_TV: Tensor | None = None,
+) -> TokenScores:
+    """Scores [T] from logits that are there in full.
+
+    A token that was sampled always counts as one that can be: as the policy moves it may fall just
+    outside of what top-p leaves, and its log-probability must not be -inf.
+    """
+    targets_T1 = targets_T[:, None]
+    scaled_TV = logits_TV / (readout.sampling.temperature or 1.0)
     normalizer_T = scaled_TV.logsumexp(dim=-1)
-    logprobs_T = scaled_TV.gather(-1, targets_T[..., None])[..., 0] - normalizer_T
-    with torch.no_grad():
-        probabilities_TV = torch.exp(scaled_TV - normalizer_T[..., None])
+    plain_T = logprobs_T = scaled_TV.gather(-1, targets_T1)[:, 0] - normalizer_T
+    divergence_T = torch.zeros_like(plain_T)
+    if reference_TV is not None and readout.divergence is not None:
+        divergence_T = readout.divergence(scaled_TV - normalizer_T[:, None], reference_TV)
+    if readout.sampling.cuts:
+        kept_TV = warp(logits_TV, readout.sampling, seen_TV)
+        sampled_T1 = scaled_TV.gather(-1, targets_T1)
+        inside_T1 = kept_TV.gather(-1, targets_T1)
+        inside_T1 = torch.where(inside_T1.isfinite(), inside_T1, sampled_T1)
+        scaled_TV = kept_TV.scatter(-1, targets_T1, inside_T1)
+        normalizer_T = scaled_TV.logsumexp(dim=-1)
+        logprobs_T = inside_T1[:, 0] - normalizer_T
+    with torch.set_grad_enabled(readout.entropy_gradient and torch.is_grad_enabled()):
+        probabilities_TV = torch.exp(scaled_TV - normalizer_T[:, None])
+        if readout.sampling.cuts:  # 0 times -inf is no number
+            scaled_TV = scaled_TV.masked_fill(scaled_TV.isinf(), 0.0)
         entropy_T = normalizer_T - (probabilities_TV * scaled_TV).sum(dim=-1)
-    return TokenScores(logprobs_T, entropy_T)
+    return TokenScores(logprobs_T, plain_T, entropy_T, divergence_T)

@@ -25,9 +25,10 @@ from grpo.models.forward import (
     Forward,
     agrees_with_plain,
     plain,
+    score_completions,
     shared_prefix,
 )
-from grpo.models.head import Head, TokenScores
+from grpo.models.head import Features, Head, Readout, TokenScores
 
 log = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -50,10 +51,17 @@ class LanguageModel:
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else self.end_ids[0]
 
-    def score(self, batch: Completions, temperature: float) -> TokenScores:
-        """Log-probabilities and entropies [N, C] of completion tokens; zeros on padding."""
+    def features(self, batch: Completions) -> Features:
+        """What a forward pass knows of each completion token."""
         with self.device.autocast():
-            return self.forward(self.model, self.head, batch, temperature)
+            return self.forward(self.model, self.head, batch)
+
+    def score(
+        self, batch: Completions, readout: Readout, reference: Features | None = None
+    ) -> TokenScores:
+        """Scores [N, C] of completion tokens; zeros on padding."""
+        with self.device.autocast():
+            return score_completions(self.features(batch), batch, readout, reference)
 
 
 def load_language_model(folder: Path, device: Device) -> LanguageModel:

@@ -1,8 +1,34 @@
 """The math of GRPO: pure functions on tensors. A config names them, `run` binds their options."""
 
-from grpo.objective.advantages import group_advantages
-from grpo.objective.kl import k1, k2, k3
-from grpo.objective.losses import PolicyLoss, clipped_surrogate
-from grpo.objective.weights import sequence_mean
+from grpo.objective.advantages import AGGREGATES, BASELINES, SCALES, Normalize
+from grpo.objective.kl import DIVERGENCES, ESTIMATORS, AdaptiveWeight
+from grpo.objective.losses import (
+    PolicyLoss,
+    clipped_surrogate,
+    clipped_weight,
+    gamma_weight,
+    policy_gradient,
+    sigmoid_gated,
+)
+from grpo.objective.ratios import RATIOS
+from grpo.objective.weights import AVERAGINGS, Tokens, most_uncertain
 
-__all__ = ["PolicyLoss", "clipped_surrogate", "group_advantages", "k1", "k2", "k3", "sequence_mean"]
+__all__ = [
+    "AGGREGATES",
+    "AVERAGINGS",
+    "BASELINES",
+    "DIVERGENCES",
+    "ESTIMATORS",
+    "RATIOS",
+    "SCALES",
+    "AdaptiveWeight",
+    "Normalize",
+    "PolicyLoss",
+    "Tokens",
+    "clipped_surrogate",
+    "clipped_weight",
+    "gamma_weight",
+    "most_uncertain",
+    "policy_gradient",
+    "sigmoid_gated",
+]

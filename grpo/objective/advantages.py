@@ -1,24 +1,131 @@
-"""Advantages: what a completion's reward says about it, next to its group's."""
+"""Advantages: what a completion's reward says about it, next to the others'.
+
+A reward is compared with a baseline and divided by a scale: two choices, free to mix. NaN is a
+reward that doesn't apply: it takes no part in any mean or deviation, and its advantage is zero.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+EPSILON = 1e-4  # added to a deviation before dividing by it, as in TRL and verl
 
-def group_advantages(rewards_BG: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """How much better than its own group each completion did, in group standard deviations.
+Baseline = Callable[[Tensor], Tensor]  # rewards [B, G] -> what to subtract, [B, G] or to broadcast
+Scale = Callable[[Tensor], Tensor]  # rewards [B, G] -> what to divide by, likewise
 
-    A group that agrees teaches nothing: its row is zero. DeepSeekMath (2402.03300), section 4.1.2.
 
-    Args:
-        rewards_BG: [B, G] float, G >= 2.
-        epsilon: added to the standard deviation (of the sample, G-1 in the denominator).
+def group_mean(rewards_BG: Tensor) -> Tensor:
+    """The mean of a completion's own group: DeepSeekMath (2402.03300), section 4.1.2.
 
-    Returns:
-        [B, G] advantages, each row's mean zero.
+    A group that agrees is its own mean, exactly, so that no rounding is made an advantage.
     """
-    centred_BG = rewards_BG - rewards_BG.mean(dim=1, keepdim=True)
-    std_B1 = rewards_BG.std(dim=1, keepdim=True)
-    agrees_B1 = (rewards_BG == rewards_BG[:, :1]).all(dim=1, keepdim=True)
-    return torch.where(agrees_B1, 0.0, centred_BG / (std_B1 + epsilon))
+    mean_B1 = rewards_BG.nanmean(dim=1, keepdim=True)
+    return torch.where(agrees(rewards_BG), rewards_BG, mean_B1)
+
+
+def leave_one_out(rewards_BG: Tensor) -> Tensor:
+    """The mean of the others in the group: RLOO (2402.14740), eq. 6. Alone, there is none: NaN."""
+    count_B1 = rewards_BG.isfinite().sum(dim=1, keepdim=True)
+    others_BG = (rewards_BG.nansum(dim=1, keepdim=True) - rewards_BG) / (count_B1 - 1)
+    return torch.where(agrees(rewards_BG) & (count_B1 > 1), rewards_BG, others_BG)
+
+
+def batch_mean(rewards_BG: Tensor) -> Tensor:
+    """The mean of the whole step: REINFORCE++ (2501.03262), eq. 9."""
+    return torch.where(agrees(rewards_BG.reshape(1, -1)), rewards_BG, rewards_BG.nanmean())
+
+
+def no_baseline(rewards_BG: Tensor) -> Tensor:
+    """Zero: plain REINFORCE."""
+    return torch.zeros_like(rewards_BG)
+
+
+def group_std(rewards_BG: Tensor) -> Tensor:
+    """The standard deviation of the group (of the sample, G-1 in the denominator)."""
+    return nanstd(rewards_BG) + EPSILON
+
+
+def batch_std(rewards_BG: Tensor) -> Tensor:
+    """The standard deviation of all rewards of the step: 2508.08221, section 4.2."""
+    return nanstd(rewards_BG.reshape(1, -1)) + EPSILON
+
+
+def informative_share(rewards_BG: Tensor) -> Tensor:
+    """The share of groups that don't agree: GPG (2504.02546), eq. 7, its alpha turned over."""
+    informative_B1 = ~agrees(rewards_BG)
+    return informative_B1.double().mean().clamp(min=1 / len(rewards_BG)).to(rewards_BG.dtype)
+
+
+def no_scale(rewards_BG: Tensor) -> Tensor:
+    """One: Dr. GRPO (2503.20783), which lets hard and easy questions weigh as they are."""
+    return torch.ones_like(rewards_BG)
+
+
+BASELINES: dict[str, Baseline] = {
+    "group_mean": group_mean,
+    "leave_one_out": leave_one_out,
+    "batch_mean": batch_mean,
+    "none": no_baseline,
+}
+SCALES: dict[str, Scale] = {
+    "group_std": group_std,
+    "batch_std": batch_std,
+    "informative_share": informative_share,
+    "none": no_scale,
+}
+
+
+class Normalize(NamedTuple):
+    """rewards [B, G] -> (rewards - baseline) / scale, NaN where a reward doesn't apply."""
+
+    baseline: Baseline
+    scale: Scale
+
+    def __call__(self, rewards_BG: Tensor) -> Tensor:
+        return (rewards_BG - self.baseline(rewards_BG)) / self.scale(rewards_BG)
+
+
+def sum_then_normalize(parts_RBG: Tensor, weights_R: Tensor, normalize: Normalize) -> Tensor:
+    """Advantages [B, G] of the weighted sum of the rewards."""
+    return normalize(weighted_sum(parts_RBG, weights_R)).nan_to_num(nan=0.0)
+
+
+def normalize_then_sum(parts_RBG: Tensor, weights_R: Tensor, normalize: Normalize) -> Tensor:
+    """Each reward by itself, then their weighted sum over the step's deviation.
+
+    So a reward with a small spread is not drowned by one with a large one: GDPO (2601.05242).
+    """
+    each_RBG = torch.stack([normalize(part_BG) for part_BG in parts_RBG])
+    total_BG = weighted_sum(each_RBG, weights_R)
+    return Normalize(batch_mean, batch_std)(total_BG).nan_to_num(nan=0.0)
+
+
+AGGREGATES: dict[str, Callable[[Tensor, Tensor, Normalize], Tensor]] = {
+    "sum_then_normalize": sum_then_normalize,
+    "normalize_then_sum": normalize_then_sum,
+}
+
+
+def weighted_sum(parts_RBG: Tensor, weights_R: Tensor) -> Tensor:
+    """[B, G]; a part that doesn't apply adds nothing, NaN where none applies."""
+    total_BG = (parts_RBG * weights_R.view(-1, 1, 1)).nansum(dim=0)
+    return total_BG.masked_fill(parts_RBG.isnan().all(dim=0), torch.nan)
+
+
+def agrees(rewards_BG: Tensor) -> Tensor:
+    """[B, 1] bool: all rewards of the group that apply are the same."""
+    highest_B1 = rewards_BG.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
+    lowest_B1 = rewards_BG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
+    return highest_B1 <= lowest_B1
+
+
+def nanstd(rewards_BG: Tensor) -> Tensor:
+    """[B, 1] standard deviation of each row's finite values; 0 where there is but one."""
+    count_B1 = rewards_BG.isfinite().sum(dim=1, keepdim=True)
+    centred_BG = rewards_BG - rewards_BG.nanmean(dim=1, keepdim=True)
+    variance_B1 = centred_BG.square().nansum(dim=1, keepdim=True) / (count_B1 - 1).clamp(min=1)
+    return variance_B1.sqrt()

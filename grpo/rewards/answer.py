@@ -35,4 +35,4 @@ class Task:
     """The data set's own verifier, which reads the answer as `dataset.extract` says."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        return [sample.example.verify(sample.completion) for sample in samples]
+        return [sample.verdict for sample in samples]

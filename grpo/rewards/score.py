@@ -1,32 +1,43 @@
-"""Rollout to scores. A reward that fails stops the run: its failure is never a reward of zero."""
+"""Rollout to scores. A reward that raises stops the run: its failure is never a reward of zero."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from grpo.errors import RunError
-from grpo.rewards.answer import Task
-from grpo.types import Rollout, Sample, Scores
+from grpo.objective.advantages import weighted_sum
+from grpo.types import Failure, Rollout, Sample, Scores
 
-Reward = Callable[[Sequence[Sample]], Sequence[float]]
+log = logging.getLogger(__name__)
 
-
-VERIFIER = Task()
+Value = float | None | Failure  # None: the reward doesn't apply to this completion
+Reward = Callable[[Sequence[Sample]], Sequence[Value]]
 
 
 @dataclass(frozen=True)
 class WeightedReward:
     function: Reward
     weight: float
+    sources: frozenset[str] | None = None  # the sets of a mix that it is for; None: all
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether it waits for others rather than computes, and so may run beside the rest."""
+        return bool(getattr(self.function, "concurrent", False))
+
+    def applies(self, sample: Sample) -> bool:
+        return self.sources is None or sample.example.source in self.sources
 
 
 class RewardError(RunError):
-    """A reward raised, or gave something that is not one finite number a sample."""
+    """A reward raised, failed everywhere, or gave what is not one finite number a sample."""
 
 
 def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
@@ -36,20 +47,48 @@ def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
         RewardError: naming the reward and showing the prompt and the completion that did it.
     """
     samples = to_samples(rollout)
-    parts = {name: reward_part(name, reward.function, samples) for name, reward in rewards.items()}
-    total_N = sum(
-        (rewards[name].weight * part_N for name, part_N in parts.items()),
-        start=torch.zeros(len(samples)),
-    )
+    values = all_values(rewards, samples)
+    failures = {
+        name: {n: value.reason for n, value in enumerate(own) if isinstance(value, Failure)}
+        for name, own in values.items()
+    }
+    for name, rows in failures.items():
+        tell_failures(name, rows, samples)
+    parts = {name: as_tensor(own) for name, own in values.items()}
+    weights = {name: reward.weight for name, reward in rewards.items()}
+    stacked_R1N = torch.stack(list(parts.values()))[:, None]
+    total_N = weighted_sum(stacked_R1N, torch.tensor(list(weights.values())))[0]
     for sample, total in zip(samples, total_N.tolist(), strict=True):
-        if not math.isfinite(total):
+        if math.isinf(total):
             raise RewardError(explain("*", f"the weighted sum is {total}", sample))
-    verdicts_N = reward_part("verifier (the data set's own)", VERIFIER, samples)
+    right_N = torch.tensor([is_right(sample) for sample in samples])
     return Scores(
         parts=parts,
+        weights=weights,
         total_BG=total_N.view(-1, rollout.num_generation),
-        right_BG=(verdicts_N >= 1).view(-1, rollout.num_generation),
+        right_BG=right_N.view(-1, rollout.num_generation),
+        failures=failures,
+        sources=tuple(prompt.example.source for prompt in rollout.prompts),
     )
+
+
+def all_values(
+    rewards: Mapping[str, WeightedReward], samples: Sequence[Sample]
+) -> dict[str, list[Value]]:
+    """Each reward's values; those that wait for others do so at the same time."""
+    waiting = {name: reward for name, reward in rewards.items() if reward.concurrent}
+    with ThreadPoolExecutor(max_workers=max(1, len(waiting))) as threads:
+        promised = {
+            name: threads.submit(reward_values, name, reward, samples)
+            for name, reward in waiting.items()
+        }
+        computed = {
+            name: reward_values(name, reward, samples)
+            for name, reward in rewards.items()
+            if name not in waiting
+        }
+        computed |= {name: promise.result() for name, promise in promised.items()}
+    return {name: computed[name] for name in rewards}
 
 
 def to_samples(rollout: Rollout) -> list[Sample]:
@@ -71,22 +110,56 @@ def to_samples(rollout: Rollout) -> list[Sample]:
     return samples
 
 
-def reward_part(name: str, function: Reward, samples: Sequence[Sample]) -> Tensor:
-    """One reward of every sample, [N] float32."""
+def reward_values(name: str, reward: WeightedReward, samples: Sequence[Sample]) -> list[Value]:
+    """One reward's value of every sample, checked; None for those it is not for."""
+    rows = [n for n, sample in enumerate(samples) if reward.applies(sample)]
+    own = [samples[n] for n in rows]
+    if not own:
+        return [None] * len(samples)
     try:
-        values = list(function(samples))
+        values = list(reward.function(own))
     except Exception as error:
-        culprit = first_to_raise(function, samples)
+        culprit = first_to_raise(reward.function, own)
         raise RewardError(
             explain(name, f"it raised {type(error).__name__}: {error}", culprit)
         ) from error
-    if len(values) != len(samples):
-        what = f"it gave {len(values)} values for {len(samples)} completions"
-        raise RewardError(explain(name, what, samples[0]))
-    for value, sample in zip(values, samples, strict=True):
-        if not is_finite_number(value):
+    if len(values) != len(own):
+        what = f"it gave {len(values)} values for {len(own)} completions"
+        raise RewardError(explain(name, what, own[0]))
+    for value, sample in zip(values, own, strict=True):
+        if not (value is None or isinstance(value, Failure) or is_finite_number(value)):
             raise RewardError(explain(name, f"it gave {value!r}, not a finite number", sample))
-    return torch.tensor([float(value) for value in values])
+    by_row = dict(zip(rows, values, strict=True))
+    return [by_row.get(n) for n in range(len(samples))]
+
+
+def is_right(sample: Sample) -> bool:
+    try:
+        return sample.verdict >= 1
+    except Exception as error:
+        what = f"it raised {type(error).__name__}: {error}"
+        raise RewardError(explain("verifier (the data set's own)", what, sample)) from error
+
+
+def tell_failures(name: str, rows: Mapping[int, str], samples: Sequence[Sample]) -> None:
+    """Says that a reward could not be worked out for some rows; stops where it was for none."""
+    if not rows:
+        return
+    first = min(rows)
+    if len(rows) == len(samples):
+        what = f"it failed for all {len(rows)} completions, the first one with: {rows[first]}"
+        raise RewardError(explain(name, what, samples[first]))
+    log.warning(
+        "reward.%s failed for %d of %d completions, which it now doesn't count for: %s",
+        name, len(rows), len(samples), rows[first],
+    )  # fmt: skip
+
+
+def as_tensor(values: Sequence[Value]) -> Tensor:
+    """[N] float32, NaN where the reward doesn't apply or failed."""
+    return torch.tensor(
+        [math.nan if v is None or isinstance(v, Failure) else float(v) for v in values]
+    )
 
 
 def is_finite_number(value: object) -> bool:

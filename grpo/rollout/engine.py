@@ -8,24 +8,43 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from grpo.models.load import LanguageModel
 from grpo.models.pad import pad_right
-from grpo.types import Prompt, Rollout
+from grpo.types import Prompt, Rollout, Sampling
 
 
 class Engine(Protocol):
     """Samples completions from the policy with the weights it has at that moment."""
 
     def generate(
-        self, prompts: Sequence[Prompt], num_generation: int, temperature: float, seed: int
+        self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
     ) -> Rollout:
         """`num_generation` completions for each prompt, on-policy.
 
         Args:
-            temperature: divides the logits; 0 is greedy, where log-probabilities are at 1.
             seed: the same seed, weights and arguments give the same completions.
         """
+
+
+class StopStrings:
+    """Tells whether a completion that is being written has just completed a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        # A token is a byte at least; a few more, for what a decoder leaves out where a text begins.
+        self.longest = max((len(text.encode()) for text in stop), default=0) + 4
+
+    def reached(self, tokens_NC: Tensor) -> Tensor:
+        """[N] bool, from the tokens written so far."""
+        if not self.stop:
+            return torch.zeros(len(tokens_NC), dtype=torch.bool, device=tokens_NC.device)
+        tails = self.tokenizer.batch_decode(
+            tokens_NC[:, -self.longest :].tolist(), skip_special_tokens=True
+        )
+        found = [any(text in tail for text in self.stop) for tail in tails]
+        return torch.tensor(found, device=tokens_NC.device)
 
 
 @dataclass(frozen=True)

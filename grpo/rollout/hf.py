@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from grpo.models.forward import Completions, left_mask
+from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.pad import pad_left
-from grpo.rollout.engine import Row, in_shares
-from grpo.types import Prompt, Rollout
+from grpo.rollout.engine import Row, StopStrings, in_shares
+from grpo.types import Prompt, Rollout, Sampling
 
 
 class HFEngine:
-    """`model.generate` with nothing but the temperature; log-probabilities from the policy."""
+    """`model.generate` with nothing but what was asked for; log-probabilities from the policy."""
 
     def __init__(self, policy: LanguageModel, max_new_tokens: int, token_budget: int) -> None:
         """token_budget: rows times prompt and completion tokens at once."""
@@ -23,12 +26,14 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], num_generation: int, temperature: float, seed: int
+        self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
     ) -> Rollout:
         """As `Engine.generate` says."""
+        # generate penalises the padding before a shorter prompt as if it had been said.
+        token_budget = self.token_budget if sampling.repetition_penalty == 1 else 1
         own = self.policy.model.generation_config
         # A model's own config may cut off top-k or top-p, or penalise repetition, unasked.
-        self.policy.model.generation_config = self._neutral(num_generation, temperature)
+        self.policy.model.generation_config = self._neutral(num_generation, sampling)
         try:
             with torch.random.fork_rng(), self.policy.device.autocast():
                 torch.manual_seed(seed)
@@ -37,40 +42,66 @@ class HFEngine:
                     prompts,
                     num_generation,
                     self.max_new_tokens,
-                    self.token_budget,
-                    lambda share: self._sample(share, num_generation, temperature),
+                    token_budget,
+                    lambda share: self._sample(share, num_generation, sampling),
                 )
         finally:
             self.policy.model.generation_config = own
 
-    def _neutral(self, num_generation: int, temperature: float) -> GenerationConfig:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    def _neutral(self, num_generation: int, sampling: Sampling) -> GenerationConfig:
+        drawn: dict[str, Any] = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p or None,
+            "num_return_sequences": num_generation,
+        }
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            num_return_sequences=num_generation if temperature else 1,
             eos_token_id=list(self.policy.end_ids),
             pad_token_id=self.policy.pad_id,
-            **(sampling if temperature else {"do_sample": False}),
+            repetition_penalty=sampling.repetition_penalty,
+            **(drawn if sampling.temperature else {"do_sample": False}),
         )
 
-    def _sample(self, prompts: Sequence[Prompt], group: int, temperature: float) -> list[Row]:
+    def _sample(self, prompts: Sequence[Prompt], group: int, sampling: Sampling) -> list[Row]:
         policy, device = self.policy, self.policy.device.torch_device
         prompts_BP, lengths_B = pad_left([p.token_ids for p in prompts], policy.pad_id, device)
+        ends = Ends(policy, sampling, prompts_BP.shape[1])
         generated = policy.model.generate(
-            input_ids=prompts_BP, attention_mask=left_mask(prompts_BP, lengths_B)
+            input_ids=prompts_BP,
+            attention_mask=left_mask(prompts_BP, lengths_B),
+            stopping_criteria=StoppingCriteriaList([ends]),
         )
         tokens_NC = generated[:, prompts_BP.shape[1] :]
-        if not temperature:
+        if not sampling.temperature:
             tokens_NC = tokens_NC.repeat_interleave(group, dim=0)
-        ends_NC = torch.isin(tokens_NC, torch.tensor(policy.end_ids, device=device))
-        ended_N = ends_NC.any(dim=1)
         width = tokens_NC.shape[1]
-        lengths_N = torch.where(ended_N, ends_NC.int().argmax(dim=1) + 1, width)
+        ended_NC = torch.stack([ends.reached(tokens_NC[:, : c + 1]) for c in range(width)], dim=1)
+        ended_N = ended_NC.any(dim=1)
+        lengths_N = torch.where(ended_N, ended_NC.int().argmax(dim=1) + 1, width)
         mask_NC = torch.arange(width, device=device) < lengths_N[:, None]
         scored = policy.score(
-            Completions(prompts_BP, lengths_B, tokens_NC, mask_NC), temperature or 1.0
+            Completions(prompts_BP, lengths_B, tokens_NC, mask_NC), Readout(sampling)
         )
         return [
             Row(tokens_NC[n, :length], scored.logprobs[n, :length], bool(ended_N[n]))
             for n, length in enumerate(lengths_N.tolist())
         ]
+
+
+class Ends(StoppingCriteria):  # type: ignore[misc]
+    """A row is done with an end-of-sequence token or a stop string."""
+
+    def __init__(self, policy: LanguageModel, sampling: Sampling, prompt_width: int) -> None:
+        self.end_ids = torch.tensor(policy.end_ids, device=policy.device.torch_device)
+        self.stop = StopStrings(policy.tokenizer, sampling.stop)
+        self.prompt_width = prompt_width
+
+    def reached(self, tokens_NC: Tensor) -> Tensor:
+        """[N] bool: the last token ends the completion."""
+        return torch.isin(tokens_NC[:, -1], self.end_ids) | self.stop.reached(tokens_NC)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        return self.reached(input_ids[:, self.prompt_width :])

@@ -34,11 +34,12 @@ class CompletionRow:
     prompt: str
     completion: str
     answer: str
-    rewards: Mapping[str, float]  # each part before its weight
+    rewards: Mapping[str, float]  # each part before its weight; NaN where it doesn't apply
     reward: float  # the weighted sum
     advantage: float
     tokens: int
     truncated: bool
+    failed: str  # which rewards could not be worked out, and why; mostly empty
 
     def flat(self) -> dict[str, Any]:
         row = asdict(self)
@@ -97,6 +98,9 @@ def completion_rows(
             advantage=advantages[n],
             tokens=lengths[n],
             truncated=truncated[n],
+            failed="; ".join(
+                f"{name}: {rows[n]}" for name, rows in scores.failures.items() if n in rows
+            ),
         )
         for n in range(count)
     ]

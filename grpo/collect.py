@@ -1,0 +1,147 @@
+"""What a step learns from: completions and their scores, groups that teach nothing drawn anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grpo.clock import Clock
+from grpo.data.order import Order
+from grpo.models.pad import pad_right
+from grpo.objective.advantages import agrees
+from grpo.rewards import WeightedReward, score
+from grpo.rollout import Engine
+from grpo.types import Prompt, Rollout, Sampling, Scores
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from, and what is said of all that was sampled for it."""
+
+    rollout: Rollout
+    scores: Scores
+    metrics: dict[str, float]
+    tokens: int  # sampled for it
+    completions: int
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Prompts to scored completions.
+
+    Groups whose rewards agree teach nothing: DAPO's dynamic sampling (2503.14476), eq. 11, draws
+    other prompts in their place, here at most `resample` times. What is said of the rewards is of
+    everything that was sampled, so it stays comparable with a run that keeps them.
+    """
+
+    engine: Engine
+    rewards: Mapping[str, WeightedReward]
+    prompts: Sequence[Prompt]
+    order: Order
+    sampling: Sampling
+    batch_size: int
+    num_generation: int
+    resample: int
+    seed: int
+
+    def collect(self, step: int) -> Batch:
+        """The completions of a step; its number seeds what is random."""
+        clock = Clock()
+        times = {"time/rollout": 0.0, "time/reward": 0.0}
+        rollouts: list[Rollout] = []
+        scores: list[Scores] = []
+
+        def sample(indices: Sequence[int]) -> Scores:
+            seed = (self.seed * 1_000_003 + step) + 500_000_003 * len(rollouts)
+            prompts = [self.prompts[i] for i in indices]
+            rollouts.append(self.engine.generate(prompts, self.num_generation, self.sampling, seed))
+            times["time/rollout"] += clock.lap()
+            scores.append(score(rollouts[-1], self.rewards))
+            times["time/reward"] += clock.lap()
+            return scores[-1]
+
+        first = sample(self.order.batch(step, self.batch_size))
+        kept = [Group(0, b) for b in range(self.batch_size)]
+        stale = set(kept) - {Group(0, b) for b in informative(first)}
+        for attempt in range(self.resample):
+            if not stale:
+                break
+            again = sample(self.order.extra(step, attempt, len(stale)))
+            kept = refill(kept, len(rollouts) - 1, again, stale)
+            stale &= set(kept)
+        everything = [Group(k, b) for k, own in enumerate(scores) for b in range(len(own.sources))]
+        sampled = join_rollouts(rollouts, everything)
+        metrics = {**join_scores(scores, everything).metrics(), **sampled.metrics(), **times}
+        if self.resample:
+            metrics["reward/resampled_groups"] = float(len(everything) - self.batch_size)
+        return Batch(
+            rollout=join_rollouts(rollouts, kept),
+            scores=join_scores(scores, kept),
+            metrics=metrics,
+            tokens=int(sampled.lengths_N.sum()),
+            completions=len(sampled.texts),
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt's completions, in one of the rollouts of a step."""
+
+    rollout: int
+    prompt: int
+
+
+def informative(scores: Scores) -> list[int]:
+    """The groups whose rewards differ."""
+    return (~agrees(scores.total_BG))[:, 0].nonzero()[:, 0].tolist()
+
+
+def refill(kept: Sequence[Group], rollout: int, scores: Scores, stale: set[Group]) -> list[Group]:
+    """Puts a new rollout's informative groups in the places of those that taught nothing."""
+    fresh = iter([Group(rollout, b) for b in informative(scores)])
+    return [next(fresh, group) if group in stale else group for group in kept]
+
+
+def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollout:
+    """The named groups as one rollout, in their order; of a single rollout, all of it."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    size = rollouts[0].num_generation
+    rows = [(rollouts[g.rollout], g.prompt * size + i) for g in groups for i in range(size)]
+    tokens_NC, lengths_N = pad_right([r.tokens_NC[n, : r.lengths_N[n]] for r, n in rows], 0)
+    logprobs_NC, _ = pad_right([r.logprobs_NC[n, : r.lengths_N[n]] for r, n in rows], 0.0)
+    return Rollout(
+        prompts=tuple(rollouts[g.rollout].prompts[g.prompt] for g in groups),
+        tokens_NC=tokens_NC,
+        logprobs_NC=logprobs_NC,
+        lengths_N=lengths_N,
+        truncated_N=torch.stack([r.truncated_N[n] for r, n in rows]),
+        texts=tuple(r.texts[n] for r, n in rows),
+    )
+
+
+def join_scores(scores: Sequence[Scores], groups: Sequence[Group]) -> Scores:
+    """The scores of the named groups, in their order; of a single rollout, all of them."""
+    if len(scores) == 1:
+        return scores[0]
+    size = scores[0].total_BG.shape[1]
+    rows = [(scores[g.rollout], g.prompt * size + i) for g in groups for i in range(size)]
+    return Scores(
+        parts={
+            name: torch.stack([own.parts[name][n] for own, n in rows]) for name in scores[0].parts
+        },
+        weights=scores[0].weights,
+        total_BG=torch.stack([scores[g.rollout].total_BG[g.prompt] for g in groups]),
+        right_BG=torch.stack([scores[g.rollout].right_BG[g.prompt] for g in groups]),
+        failures={
+            name: {
+                at: own.failures[name][n]
+                for at, (own, n) in enumerate(rows)
+                if n in own.failures[name]
+            }
+            for name in scores[0].failures
+        },
+        sources=tuple(scores[g.rollout].sources[g.prompt] for g in groups),
+    )

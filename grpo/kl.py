@@ -1,0 +1,101 @@
+"""The pull toward the reference: how it is read, how strong it is, how the reference moves."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from grpo.models.head import Readout
+from grpo.models.load import LanguageModel
+from grpo.models.reference import Reference
+from grpo.objective import AdaptiveWeight
+from grpo.types import Rollout, Sampling
+from grpo.update import KLTerm, score_rollout
+
+
+class Pulled(NamedTuple):
+    """What a step's completions are told of the reference."""
+
+    reference_NC: Tensor | None  # its log-probabilities of their tokens
+    penalty_BG: Tensor | None  # what is taken off their rewards
+    loss_weight: float  # of the KL in the loss
+
+
+class Pull:
+    """A KL term's part in the loop; this one is that of none: no reference, nothing computed."""
+
+    reference: Reference | None = None
+
+    def read(self, rollout: Rollout) -> Pulled:
+        """Before the advantages."""
+        return Pulled(None, None, 0.0)
+
+    def follow(self, step: int, metrics: dict[str, float], completions: int) -> dict[str, float]:
+        """After the update: moves weight and reference, and says how the weight stood."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same numbers."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+
+
+class KLPull(Pull):
+    """A KL term with its reference and its weight."""
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        reference: Reference,
+        term: KLTerm,
+        weight: AdaptiveWeight,
+        sampling: Sampling,
+        token_budget: int,
+        sync_every: int,
+        sync_share: float,
+    ) -> None:
+        """sync_every: steps between moves of the reference, 0: none; sync_share: of the way."""
+        self.policy, self.term, self.weight = policy, term, weight
+        self.reference: Reference = reference
+        self.sampling, self.token_budget = sampling, token_budget
+        self.sync_every, self.sync_share = sync_every, sync_share
+
+    def read(self, rollout: Rollout) -> Pulled:
+        plain = Readout(Sampling(self.sampling.temperature))
+        with self.reference.within():
+            model = self.reference.model
+            reference_NC = score_rollout(model, rollout, plain, self.token_budget).plain
+        if not self.term.in_reward:
+            return Pulled(reference_NC, None, self.weight.weight)
+        divergence_NC = self._of_sampler(rollout, reference_NC)
+        total_N = (divergence_NC * rollout.mask_NC).sum(dim=1)
+        penalty_BG = self.weight.weight * total_N.view(-1, rollout.num_generation)
+        return Pulled(reference_NC, penalty_BG, 0.0)
+
+    def _of_sampler(self, rollout: Rollout, reference_NC: Tensor) -> Tensor:
+        """[N, C] the divergence of the policy as it is before the update."""
+        if self.term.estimator is not None and not self.sampling.cuts:
+            return self.term.estimator(rollout.logprobs_NC, reference_NC)
+        readout = Readout(self.sampling, divergence=self.term.divergence)
+        scored = score_rollout(self.policy, rollout, readout, self.token_budget, self.reference)
+        return self.term.tokens(scored, reference_NC)
+
+    def follow(self, step: int, metrics: dict[str, float], completions: int) -> dict[str, float]:
+        weight = self.weight.weight
+        self.weight.observe(metrics["kl/mean"], completions)
+        if self.sync_every and step % self.sync_every == 0:
+            self.reference.move(self.policy, self.sync_share)
+        return {"kl/weight": weight}
+
+    def state(self) -> dict[str, Any]:
+        moved = {"reference": self.reference.state()} if self.sync_every else {}
+        return {"weight": self.weight.weight, **moved}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.weight.target is not None:
+            self.weight.weight = state["weight"]
+        if "reference" in state:
+            self.reference.load_state(state["reference"])

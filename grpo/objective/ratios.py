@@ -1,0 +1,37 @@
+"""How much likelier the policy makes what was sampled than the sampler did: π / π_old."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LARGEST = 20.0  # of a sequence's summed log-ratio: e^20 is far past every clip, and finite
+
+Ratio = Callable[[Tensor, Tensor, Tensor], Tensor]  # log-probabilities, the sampler's, mask
+
+
+def token_ratio(logprobs_NC: Tensor, old_logprobs_NC: Tensor, mask_NC: Tensor) -> Tensor:
+    """[N, C] for each token by itself: PPO (1707.06347), DeepSeekMath (2402.03300), eq. 3."""
+    return torch.exp(logprobs_NC - old_logprobs_NC)
+
+
+def sequence_ratio(logprobs_NC: Tensor, old_logprobs_NC: Tensor, mask_NC: Tensor) -> Tensor:
+    """[N, 1], the geometric mean over a completion's tokens: GSPO (2507.18071), eq. 7."""
+    log_ratio_NC = (logprobs_NC - old_logprobs_NC).masked_fill(~mask_NC, 0.0)
+    lengths_N1 = mask_NC.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.exp(log_ratio_NC.sum(dim=1, keepdim=True) / lengths_N1)
+
+
+def sequence_product(logprobs_NC: Tensor, old_logprobs_NC: Tensor, mask_NC: Tensor) -> Tensor:
+    """[N, 1], the product over a completion's tokens: the true importance weight, as in RLOO."""
+    log_ratio_NC = (logprobs_NC - old_logprobs_NC).masked_fill(~mask_NC, 0.0)
+    return torch.exp(log_ratio_NC.sum(dim=1, keepdim=True).clamp(-LARGEST, LARGEST))
+
+
+RATIOS: dict[str, Ratio] = {
+    "token": token_ratio,
+    "sequence": sequence_ratio,
+    "sequence_product": sequence_product,
+}
