@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from grpo.errors import ConfigError
 from grpo.kl import Pull
@@ -53,8 +52,7 @@ class Checkpoints:
             shutil.rmtree(leftover)
         aside = self.folder / f".step_{progress.step}.partial"
         aside.mkdir(parents=True)
-        policy.model.save_pretrained(aside / "model")
-        policy.tokenizer.save_pretrained(aside / "model")
+        policy.save(aside / "model")
         state = {"optimizer": optimizer.state(), "pull": pull.state(), **vars(progress)}
         torch.save(state, aside / "trainer.pt")
         (aside / "config.json").write_text(json.dumps(self.config, indent=1))
@@ -83,8 +81,7 @@ class Checkpoints:
                 log.warning("%s is broken (%s); trying the one before.", path, reason)
                 continue
             state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-            saved = AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32)
-            policy.model.load_state_dict(saved.state_dict())
+            policy.restore(path / "model")
             optimizer.load_state(state.pop("optimizer"))
             pull.load_state(state.pop("pull"))
             log.info("going on from %s", path)

@@ -90,7 +90,7 @@ def train_job(cfg: DictConfig) -> float | None:
 
         config.check(cfg)
         config.check_training(cfg)
-        past.check_folder(folder, cfg.resume, cfg.model)
+        past.check_folder(folder, cfg.resume, cfg.model, cfg.adapter)
         found = find_for_training(cfg)
 
         from grpo.run import train_from_config

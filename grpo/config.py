@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
+    name: str = MISSING
     schedule: str = MISSING
     warmup_steps: int = MISSING
     weight_decay: float = MISSING
@@ -107,6 +109,17 @@ class DeviceConfig:
     kind: str = MISSING
     precision: str = MISSING
     token_budget: int | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class AdapterConfig:
+    rank: int = MISSING
+    alpha: float = MISSING
+    target: Any = MISSING
+    rslora: bool = MISSING
+    dora: bool = MISSING
+    quantized: bool = MISSING
 
 
 @dataclass
@@ -139,7 +152,7 @@ class Config:
     kl: KLConfig = field(default_factory=KLConfig)
     rollout: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
-    adapter: Any = None
+    adapter: AdapterConfig | None = None
     parallel: Any = None
 
 
@@ -193,10 +206,12 @@ def check(cfg: DictConfig) -> None:
     one_of(cfg, "device.kind", ("auto", "cpu", "cuda", "mps"))
     one_of(cfg, "device.precision", ("auto", "bf16", "fp32"))
     one_of(cfg, "optim.schedule", ("constant", "linear", "cosine"))
+    one_of(cfg, "optim.name", ("adamw", "adamw_8bit"))
     if "wandb" in cfg.tracking:
         one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
     check_model(cfg.model)
     check_rewards(cfg.reward)
+    check_adapter(cfg)
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -235,6 +250,18 @@ def check_model(model: DictConfig) -> None:
             f"model={model.name}: give exactly one of model.id=ORG/NAME (on the hub) and "
             f"model.path=FOLDER, not {' and '.join(given) or 'none'}."
         )
+
+
+def check_adapter(cfg: DictConfig) -> None:
+    if cfg.adapter is not None:
+        at_least(cfg, "adapter.rank", 1)
+        more_than_nothing(cfg, "adapter.alpha")
+    for key, wanted in (("adapter.quantized", True), ("optim.name", "adamw_8bit")):
+        if OmegaConf.select(cfg, key) == wanted and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"{key}={wanted}: needs bitsandbytes, which is not installed: "
+                f"pip install 'grpo-bench[quantized]'"
+            )
 
 
 def check_rewards(reward: DictConfig) -> None:
@@ -322,7 +349,7 @@ class CheckBeforeRun(Callback):
             cfg = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             check(cfg)
             folder = Path(config.hydra.run.dir)
-            past.check_folder(folder, config.resume, config.model)
+            past.check_folder(folder, config.resume, config.model, config.adapter)
             writable(folder)
         except ConfigError as error:
             refuse(error)

@@ -60,6 +60,18 @@ def holds_model(folder: Path) -> bool:
     return weights and (folder / "config.json").is_file()
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter alone, whose base model is elsewhere."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def from_hub(folder: Path) -> bool:
+    """Whether a folder is the hub's local cache of a model."""
+    from huggingface_hub import constants
+
+    return folder.is_relative_to(constants.HF_HUB_CACHE)
+
+
 def require_hub() -> None:
     """Returns where the hub answers within seconds.
 

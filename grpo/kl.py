@@ -87,7 +87,7 @@ class KLPull(Pull):
         weight = self.weight.weight
         self.weight.observe(metrics["kl/mean"], completions)
         if self.sync_every and step % self.sync_every == 0:
-            self.reference.move(self.policy, self.sync_share)
+            self.reference.move(self.sync_share)
         return {"kl/weight": weight}
 
     def state(self) -> dict[str, Any]:

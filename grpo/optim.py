@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo.errors import ConfigError
+
+Adam = torch.optim.Optimizer
 Schedule = Callable[[float], float]  # share of the steps after warm-up done, 0..1 -> factor
 
 SCHEDULES: dict[str, Schedule] = {
@@ -18,12 +21,27 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
+def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> Adam:
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> Adam:
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: Adam = AdamW8bit(groups, lr=lr, betas=betas)
+    return optimizer
+
+
+OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
+
+
 class Optimizer:
     """The optimizer and what belongs to a step of it. The learning rate follows from the step."""
 
     def __init__(
         self,
         model: nn.Module,
+        name: str,
         learning_rate: float,
         total_steps: int,
         schedule: Schedule,
@@ -32,14 +50,19 @@ class Optimizer:
         betas: tuple[float, float],
         max_grad_norm: float,
     ) -> None:
-        """max_grad_norm: gradients longer than this are scaled down to it; 0 leaves them be."""
+        """
+        Args:
+            name: adamw, or adamw_8bit, whose state takes a quarter of the memory (2110.02861).
+            max_grad_norm: gradients longer than this are scaled down to it; 0 leaves them be.
+        """
+        self.name = name
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Norms and biases pull no weight toward zero.
         groups = [
             {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        self.adamw = OPTIMIZERS[name](groups, learning_rate, betas)
         self.learning_rate, self.total_steps = learning_rate, total_steps
         self.schedule, self.warmup_steps = schedule, warmup_steps
         self.max_grad_norm = max_grad_norm or math.inf
@@ -75,9 +98,14 @@ class Optimizer:
         }
 
     def state(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "steps_done": self.steps_done}
+        return {"name": self.name, "adamw": self.adamw.state_dict(), "steps_done": self.steps_done}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if state["name"] != self.name:
+            raise ConfigError(
+                f"optim.name={self.name}: this run's optimizer is {state['name']}, and no other can "
+                f"go on from its state."
+            )
         now = [(group["betas"], group["weight_decay"]) for group in self.adamw.param_groups]
         self.adamw.load_state_dict(state["adamw"])
         # torch puts back the saved options too; what the config says now wins.

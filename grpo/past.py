@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError
-from grpo.hub import holds_model
+from grpo.hub import holds_adapter, holds_model
 from grpo.models.find import local_folder
 
 
@@ -76,13 +76,15 @@ def model_of_checkpoint(folder: str) -> Path:
     path = Path(folder).expanduser()
     newest = newest_step(path)
     for candidate in (path / "model", *([newest / "model"] if newest else [])):
-        if holds_model(candidate):
+        if holds_model(candidate) or holds_adapter(candidate):
             return candidate
     return local_folder("checkpoint", folder)
 
 
-def check_folder(run: Path, resume: str | None, model: Mapping[str, Any]) -> None:
-    """Refuses to write over another run, and to go on with another model.
+def check_folder(
+    run: Path, resume: str | None, model: Mapping[str, Any], adapter: Mapping[str, Any] | None
+) -> None:
+    """Refuses to write over another run, and to go on with another model or adapter.
 
     Raises:
         ConfigError: saying which it would be.
@@ -97,7 +99,8 @@ def check_folder(run: Path, resume: str | None, model: Mapping[str, Any]) -> Non
     if newest is None:
         return
     try:
-        saved = json.loads((newest / "config.json").read_text())["model"]
+        config = json.loads((newest / "config.json").read_text())
+        saved, saved_adapter = config["model"], config["adapter"]
     except (OSError, ValueError, KeyError):
         return  # a broken checkpoint; loading it says so, and takes the one before
     for key in ("id", "path", "packaged"):
@@ -106,6 +109,10 @@ def check_folder(run: Path, resume: str | None, model: Mapping[str, Any]) -> Non
                 f"resume={resume}: this run trains model={saved['name']} "
                 f"(model.{key}={saved[key]}), not model={model['name']} ({model[key]})."
             )
+    if saved_adapter != (None if adapter is None else dict(adapter)):
+        raise ConfigError(
+            f"resume={resume}: this run trains adapter={saved_adapter}, not adapter={adapter}."
+        )
 
 
 def forget_unstarted(run: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from grpo.checkpoint import Checkpoints, Progress
 from grpo.collect import Collector
 from grpo.data.order import one_set, total_steps
 from grpo.data.prompts import PromptFormat, WorkedExample, build_prompts, tokenized
-from grpo.device import open_device
+from grpo.device import Device, open_device
 from grpo.errors import ConfigError, RunError
 from grpo.evaluate import Evaluation
 from grpo.find import PROMPT_KEYS, Found, bind, check_options, named, plain
+from grpo.hub import from_hub
 from grpo.interrupt import Interrupt
 from grpo.kl import KLPull, Pull
+from grpo.models.adapter import Adapter, add_adapter
 from grpo.models.load import LanguageModel, fingerprint, load_language_model
-from grpo.models.reference import frozen_reference
+from grpo.models.reference import reference_of
 from grpo.objective import (
     AGGREGATES,
     AVERAGINGS,
@@ -89,9 +92,11 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
 
 def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:
     """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
-    device = open_device(**plain(cfg.device))
+    device = build_device(cfg)
     rewards = build_rewards(cfg)
-    model = load_language_model(found.model(), device)
+    adapter = build_adapter(cfg)
+    quantized = adapter is not None and adapter.quantized
+    model = load_language_model(found.model(), device, quantized)
     prompts = tokenized(found.evaluation, prompt_format(cfg), model.tokenizer, "evaluation")
     check_fits(cfg, model, prompts)
     engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
@@ -105,13 +110,13 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
 
 def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Training, Standing]:
     """All parts of a run and where it starts; what is cheap to find wrong is built first."""
-    device = open_device(**plain(cfg.device))
+    device = build_device(cfg)
     rewards = build_rewards(cfg)
     objective, advantage = build_objective(cfg), build_advantage(cfg)
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
     format = prompt_format(cfg)
-    policy = load_language_model(found.model(), device)
+    policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found.train, found.evaluation, format, policy.tokenizer)
     check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
 
@@ -120,7 +125,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     steps = total_steps(len(prompts.train), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
     checkpoints = Checkpoints(folder, cfg.checkpoint.keep, plain(cfg))
-    start = starting_point(cfg, checkpoints, policy, optimizer, pull, steps)
+    start = starting_point(cfg, checkpoints, policy, optimizer, pull, steps, base)
     info = run_info(cfg, folder, start, steps)
     # Those that may refuse come first: until then nothing of the run is on disk.
     sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
@@ -161,6 +166,28 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         log_prompts=cfg.log_prompts,
     )
     return run, Standing(start)
+
+
+def build_device(cfg: DictConfig) -> Device:
+    return open_device(cfg.device.kind, cfg.device.precision, cfg.device.token_budget)
+
+
+def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[LanguageModel, str]:
+    """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
+    adapter = build_adapter(cfg)
+    folder = found.model()
+    quantized = adapter is not None and adapter.quantized
+    policy = load_language_model(folder, device, quantized)
+    base = fingerprint(policy.model)
+    if adapter is not None:
+        add_adapter(policy.model, adapter, cfg.seed)
+    # A checkpoint of an adapter names its base: by id where that is how it is found again.
+    name = cfg.model.id if cfg.model.id and from_hub(folder) else policy.base
+    return replace(policy, base=name, recompute=cfg.device.gradient_checkpointing), base
+
+
+def build_adapter(cfg: DictConfig) -> Adapter | None:
+    return None if cfg.adapter is None else Adapter(**plain(cfg.adapter))
 
 
 def prompt_format(cfg: DictConfig) -> PromptFormat:
@@ -261,7 +288,7 @@ def build_pull(cfg: DictConfig, policy: LanguageModel, objective: Objective) -> 
         return Pull()
     return KLPull(
         policy,
-        frozen_reference(policy),
+        reference_of(policy, moves=cfg.kl.sync_every > 0),
         objective.kl,
         AdaptiveWeight(cfg.kl_weight, cfg.kl.target, cfg.kl.horizon),
         objective.sampling,
@@ -274,6 +301,7 @@ def build_pull(cfg: DictConfig, policy: LanguageModel, objective: Objective) -> 
 def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optimizer:
     return Optimizer(
         policy.model,
+        cfg.optim.name,
         learning_rate=cfg.learning_rate,
         # The schedule counts updates.
         total_steps=steps * cfg.algorithm.num_iterations * cfg.algorithm.minibatches,
@@ -301,9 +329,10 @@ def starting_point(
     optimizer: Optimizer,
     pull: Pull,
     steps: int,
+    base: str,
 ) -> Progress:
     """Step 0 of a new run, or the newest whole checkpoint of this one."""
-    run, base = checkpoints.run, fingerprint(policy.model)
+    run = checkpoints.run
     if cfg.resume is None or (cfg.resume == "auto" and newest_step(run) is None):
         if cfg.resume == "auto":
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")

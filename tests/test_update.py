@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,17 +14,27 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from grpo.device import Device
+from grpo.device import Device, open_device
 from grpo.kl import KLPull
+from grpo.models import head as head_module
+from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
-from grpo.models.reference import Reference, frozen_reference
-from grpo.objective import AVERAGINGS, RATIOS, AdaptiveWeight, clipped_surrogate
+from grpo.models.reference import Reference, reference_of
+from grpo.objective import (
+    AVERAGINGS,
+    DIVERGENCES,
+    RATIOS,
+    AdaptiveWeight,
+    Tokens,
+    clipped_surrogate,
+    most_uncertain,
+)
 from grpo.objective.advantages import group_mean, group_std
-from grpo.objective.kl import k3
+from grpo.objective.kl import k1, k3
 from grpo.optim import SCHEDULES, Optimizer
 from grpo.rollout import NativeEngine
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective, micro_batches
+from grpo.update import KLTerm, Learned, Objective, micro_batches, score_rollout
 from grpo.update import update as update_learned
 from tests.test_rollout import prompts_of, wrap
 
@@ -61,7 +72,9 @@ def optimizer(
     policy: LanguageModel, max_grad_norm: float = 0.0, learning_rate: float = 1e-3
 ) -> Optimizer:
     schedule = SCHEDULES["constant"]
-    return Optimizer(policy.model, learning_rate, 10, schedule, 0, 0.0, (0.9, 0.99), max_grad_norm)
+    return Optimizer(
+        policy.model, "adamw", learning_rate, 10, schedule, 0, 0.0, (0.9, 0.99), max_grad_norm
+    )
 
 
 def rollout_of(policy: LanguageModel, prompts: int, group: int) -> Rollout:
@@ -127,7 +140,7 @@ def test_loss_and_gradient_are_the_papers_for_every_architecture(
 ) -> None:
     """The whole update, shared prefix, chunks and micro-batches, against eq. 3 row by row."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 7)))
-    reference = frozen_reference(policy)
+    reference = reference_of(policy, moves=False)
     rollout = NativeEngine(policy, 9, 10**6).generate(prompts_of(7, 3, 5), 4, SAMPLING, seed=4)
     same_as_the_paper(shaken(policy), reference, rollout, budget)
 
@@ -136,7 +149,7 @@ def test_loss_and_gradient_are_the_papers_for_every_architecture(
 def test_loss_and_gradient_are_the_papers_whatever_the_budget(
     tiny: LanguageModel, budget: int
 ) -> None:
-    reference, rollout = frozen_reference(tiny), rollout_of(tiny, 5, 3)
+    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 5, 3)
     assert same_as_the_paper(shaken(tiny), reference, rollout, budget) > 0  # the clip was tried
 
 
@@ -151,7 +164,7 @@ def same_as_the_paper(
     expected_gradients = gradients(policy)
     policy.model.zero_grad()
 
-    kept = Kept(policy.model, 1e-3, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0)
+    kept = Kept(policy.model, "adamw", 1e-3, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0)
     stats = update(policy, reference, kept, OBJECTIVE, rollout, advantages_BG, budget)
     # Terms of size 1 cancel to almost nothing on-policy, hence the absolute part.
     assert stats["loss/total"] == pytest.approx(float(expected.detach()), rel=1e-5, abs=1e-6)
@@ -184,7 +197,7 @@ def test_a_step_makes_good_completions_likelier_and_bad_ones_less(tiny: Language
 
 
 def test_kl_to_the_reference_is_zero_at_first_and_grows(tiny: LanguageModel) -> None:
-    reference, rollout = frozen_reference(tiny), rollout_of(tiny, 3, 4)
+    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 3, 4)
     advantages_BG = group_advantages(torch.rand(3, 4, generator=torch.Generator().manual_seed(0)))
     first = update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
     second = update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
@@ -195,12 +208,232 @@ def test_kl_to_the_reference_is_zero_at_first_and_grows(tiny: LanguageModel) -> 
 
 
 def test_the_reference_is_never_trained(tiny: LanguageModel) -> None:
-    reference, rollout = frozen_reference(tiny), rollout_of(tiny, 2, 4)
+    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 2, 4)
     before = copy.deepcopy(reference.model.model.state_dict())
     advantages_BG = group_advantages(torch.rand(2, 4))
     update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
     for name, weight in reference.model.model.state_dict().items():
         assert torch.equal(weight, before[name])
+
+
+def kept_gradients(
+    policy: LanguageModel,
+    objective: Objective,
+    rollout: Rollout,
+    advantages_BG: Tensor,
+    reference: Reference | None = None,
+    budget: int = 10**6,
+) -> tuple[dict[str, float], list[list[Tensor]]]:
+    """What an update says, and the gradients of each of its optimizer steps; no weight moves."""
+    kept = KeptAll(policy.model, "adamw", 0.0, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0)
+    stats = update(policy, reference, kept, objective, rollout, advantages_BG, budget)
+    return stats, kept.all_seen
+
+
+class KeptAll(Optimizer):
+    """An optimizer that keeps the gradients of every step."""
+
+    @property
+    def all_seen(self) -> list[list[Tensor]]:
+        return self._seen
+
+    def step(self) -> dict[str, float]:
+        self._seen = [*getattr(self, "_seen", []), [p.grad.clone() for p in self.parameters]]  # type: ignore[union-attr]
+        return super().step()
+
+
+def close(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-5) -> bool:
+    largest = max(float(gradient.abs().max()) for gradient in theirs)
+    return all(
+        float((a - b).abs().max()) <= tolerance * largest for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("averaging", ["sequence_mean", "token_mean", "constant", "sequence_sum"])
+def test_the_gradients_of_minibatches_average_to_that_of_the_whole(
+    tiny: LanguageModel, averaging: str
+) -> None:
+    rollout = rollout_of(tiny, 4, 3)
+    advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
+    whole = replace(OBJECTIVE, averaging=AVERAGINGS[averaging])
+    _, [expected] = kept_gradients(tiny, whole, rollout, advantages_BG)
+    _, parts = kept_gradients(tiny, replace(whole, minibatches=2), rollout, advantages_BG)
+    assert len(parts) == 2
+    mean = [(a + b) / 2 for a, b in zip(*parts, strict=True)]
+    assert close(mean, expected)
+
+
+def test_iterations_and_minibatches_are_optimizer_steps(tiny: LanguageModel) -> None:
+    """Three passes in two parts are six steps, and off-policy from the second on."""
+    rollout = rollout_of(tiny, 4, 3)
+    advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
+    objective, steps = replace(OBJECTIVE, num_iterations=3, minibatches=2), optimizer(tiny)
+    stats = update(tiny, None, steps, objective, rollout, advantages_BG, 10**6)
+    assert steps.steps_done == 6
+    assert stats["policy/ratio_max"] > 1.05
+    assert stats["policy/clip_fraction"] > 0
+
+
+def test_groups_without_advantage_cost_no_backward_and_change_nothing(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = rollout_of(tiny, 4, 3)
+    advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
+    advantages_BG[[0, 2]] = 0.0
+    objective = replace(OBJECTIVE, kl=None)
+    backwards = []
+    original = Tensor.backward
+    monkeypatch.setattr(Tensor, "backward", lambda self: (backwards.append(1), original(self)))
+    stats, [skipped] = kept_gradients(tiny, objective, rollout, advantages_BG, budget=1)
+    assert len(backwards) == 2 * 3  # rows of the two groups that teach, one at a time
+    with_bonus = replace(objective, entropy_weight=1e-12)  # everything has a gradient of nothing
+    everything, [all_of_it] = kept_gradients(tiny, with_bonus, rollout, advantages_BG, budget=1)
+    assert len(backwards) == 2 * 3 + 4 * 3
+    assert close(skipped, all_of_it)
+    assert stats["policy/entropy"] == pytest.approx(everything["policy/entropy"])
+
+
+def test_truncated_completions_are_masked_out_of_the_whole_loss(tiny: LanguageModel) -> None:
+    """As if they were not there, with the other completions weighed as before."""
+    rollout = rollout_of(tiny, 4, 3)
+    rollout = replace(rollout, truncated_N=torch.arange(12) % 3 == 0)
+    advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
+    reference = reference_of(shaken(tiny), moves=False)
+    masked = replace(OBJECTIVE, mask_truncated=True)
+    _, [ours] = kept_gradients(tiny, masked, rollout, advantages_BG, reference)
+
+    def without(tokens: Tokens) -> Tensor:
+        kept_N1 = ~rollout.truncated_N[:, None]
+        return AVERAGINGS["sequence_mean"](tokens) * kept_N1
+
+    left_out = replace(OBJECTIVE, averaging=without)
+    _, [theirs] = kept_gradients(tiny, left_out, rollout, advantages_BG, reference)
+    assert close(ours, theirs)
+
+
+def full_logprobs(model: LanguageModel, rollout: Rollout, n: int) -> Tensor:
+    """[C, V] of one row, by the model's own logits."""
+    prompt = rollout.prompts[n // rollout.num_generation]
+    own = rollout.tokens_NC[n, : rollout.lengths_N[n]]
+    tokens = torch.cat([torch.tensor(prompt.token_ids), own])[None]
+    logits = model.model(input_ids=tokens).logits[0, -len(own) - 1 : -1] / 1.3
+    return torch.log_softmax(logits, -1)
+
+
+@pytest.mark.parametrize("direction", DIVERGENCES)
+def test_the_exact_divergence_and_its_gradient_by_whole_distributions(
+    tiny: LanguageModel, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of a few rows, against a loop that holds every distribution at once."""
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 319 * 5)
+    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 3, 3)
+    shaken(tiny)
+    divergence = DIVERGENCES[direction]
+    term = KLTerm(None, divergence, in_reward=False, unbiased_gradient=False)
+    objective = replace(OBJECTIVE, kl=term)
+    stats, [ours] = kept_gradients(
+        tiny, objective, rollout, torch.zeros(3, 3), reference, budget=60
+    )
+    tiny.model.zero_grad()
+    total = torch.zeros(())
+    for n in range(9):
+        with torch.no_grad():
+            base = full_logprobs(reference.model, rollout, n)
+        total = total + divergence(full_logprobs(tiny, rollout, n), base).mean() / 9
+    (0.1 * total).backward()
+    assert stats["loss/kl"] == pytest.approx(0.1 * float(total.detach()), rel=1e-5)
+    assert stats["kl/full"] == stats["kl/mean"] > 0.01
+    assert close(ours, gradients(tiny))
+
+
+def test_the_entropy_bonus_has_the_entropys_gradient(tiny: LanguageModel) -> None:
+    rollout = rollout_of(tiny, 3, 3)
+    objective = replace(OBJECTIVE, kl=None, entropy_weight=0.5)
+    stats, [ours] = kept_gradients(tiny, objective, rollout, torch.zeros(3, 3))
+    tiny.model.zero_grad()
+    total = torch.zeros(())
+    for n in range(9):
+        logprobs = full_logprobs(tiny, rollout, n)
+        total = total - (logprobs.exp() * logprobs).sum(-1).mean() / 9
+    (-0.5 * total).backward()
+    assert stats["loss/entropy"] == pytest.approx(-0.5 * float(total.detach()), rel=1e-5)
+    assert close(ours, gradients(tiny))
+
+
+def test_only_uncertain_tokens_are_trained_on(tiny: LanguageModel) -> None:
+    """The tokens left out have no part in the policy's gradient, and all have in the KL's."""
+    rollout = rollout_of(tiny, 4, 3)
+    advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
+    everything = Readout(SAMPLING)
+    entropy_NC = score_rollout(tiny, rollout, everything, 10**6).entropy
+    chosen_NC = most_uncertain(entropy_NC, rollout.mask_NC, 0.25)
+    assert 0.2 < float(chosen_NC.sum() / rollout.mask_NC.sum()) < 0.3
+    _, [ours] = kept_gradients(
+        tiny, replace(OBJECTIVE, kl=None, top_entropy=0.25), rollout, advantages_BG
+    )
+
+    def only_those(tokens: Tokens) -> Tensor:
+        return AVERAGINGS["sequence_mean"](tokens) * chosen_NC
+
+    _, [theirs] = kept_gradients(
+        tiny, replace(OBJECTIVE, kl=None, averaging=only_those), rollout, advantages_BG
+    )
+    assert close(ours, theirs)
+
+
+def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTrainedModel) -> None:
+    """Bitwise the same gradients, with less kept between forward and backward."""
+    policy = wrap(small_model, open_device("cpu", "auto"), end_ids=(1,))
+    rollout = NativeEngine(policy, 9, 10**6).generate(prompts_of(7, 3, 5), 4, SAMPLING, seed=4)
+    advantages_BG = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    results = []
+    for recompute in (False, True):
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            objective = replace(OBJECTIVE, kl=None)
+            own = replace(policy, recompute=recompute)
+            _, [found] = kept_gradients(own, objective, rollout, advantages_BG)
+        results.append((found, len(kept)))
+    (plain, many), (again, few) = results
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert few < 0.6 * many
+
+
+def test_a_reference_moves_toward_the_policy(tiny: LanguageModel) -> None:
+    """Half of the way, then all of it."""
+    reference = reference_of(tiny, moves=True)
+    before = [weight.clone() for weight in reference.model.model.parameters()]
+    shaken(tiny)
+    reference.move(0.5)
+    pairs = zip(before, reference.model.model.parameters(), tiny.model.parameters(), strict=True)
+    for was, now, goal in pairs:
+        assert_close(now, (was + goal) / 2)
+    reference.move(1.0)
+    for own, goal in zip(reference.model.model.parameters(), tiny.model.parameters(), strict=True):
+        assert torch.equal(own, goal)
+
+
+def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageModel) -> None:
+    reference = reference_of(shaken(tiny), moves=False)
+    rollout = rollout_of(tiny, 3, 3)
+    with torch.no_grad():
+        for parameter in tiny.model.parameters():
+            parameter.add_(0.01)  # the sampler stays what it was, as in the later updates of a step
+    term = KLTerm(k1, None, in_reward=True, unbiased_gradient=False)
+    pull = KLPull(tiny, reference, term, AdaptiveWeight(0.5, None, 1), SAMPLING, 10**6, 0, 1.0)
+    pulled = pull.read(rollout)
+    assert pulled.loss_weight == 0
+    assert pulled.penalty_BG is not None
+    for n in range(9):
+        own = rollout.tokens_NC[n, : rollout.lengths_N[n], None]
+        base = full_logprobs(reference.model, rollout, n).gather(1, own)[:, 0]
+        expected = 0.5 * (rollout.logprobs_NC[n, : len(own)] - base).sum()
+        assert_close(pulled.penalty_BG.flatten()[n], expected, atol=1e-4, rtol=1e-4)
 
 
 def fake_rollout(prompt_lengths: list[int], lengths: list[list[int]]) -> Rollout:
@@ -263,7 +496,9 @@ def test_a_resumed_optimizer_keeps_its_state_and_takes_todays_options(tiny: Lang
     for parameter in first.parameters:
         parameter.grad = torch.ones_like(parameter)
     first.step()
-    second = Optimizer(tiny.model, 1e-3, 10, SCHEDULES["constant"], 0, 0.3, (0.8, 0.95), 0.0)
+    second = Optimizer(
+        tiny.model, "adamw", 1e-3, 10, SCHEDULES["constant"], 0, 0.3, (0.8, 0.95), 0.0
+    )
     second.load_state(first.state())
     assert second.steps_done == 1
     assert second.adamw.param_groups[0]["betas"] == (0.8, 0.95)
@@ -282,7 +517,7 @@ def test_a_resumed_optimizer_keeps_its_state_and_takes_todays_options(tiny: Lang
 def test_the_learning_rate_by_hand(schedule: str, rates: list[float]) -> None:
     """Four steps of warm-up to 1, then four of the schedule."""
     steps = Optimizer(
-        torch.nn.Linear(1, 1), 1.0, 8, SCHEDULES[schedule], 4, 0.0, (0.9, 0.99), 1.0
+        torch.nn.Linear(1, 1), "adamw", 1.0, 8, SCHEDULES[schedule], 4, 0.0, (0.9, 0.99), 1.0
     )  # fmt: skip
     seen = []
     for _ in range(8):

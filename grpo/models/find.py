@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.hub import HubUnreachable, cached_model, holds_model, hub_model_folder, require_hub
+from grpo.hub import (
+    HubUnreachable,
+    cached_model,
+    holds_adapter,
+    holds_model,
+    hub_model_folder,
+    require_hub,
+)
 from grpo.models.gguf import converted_gguf
 
 log = logging.getLogger(__name__)
@@ -61,6 +69,27 @@ def unreachable(name: str, id: str, error: HubUnreachable) -> str:
     )
 
 
+def base_folder(folder: Path) -> Path:
+    """The folder itself, or that of the base model of the adapter in it.
+
+    Raises:
+        ConfigError: that base model can't be had.
+    """
+    if not holds_adapter(folder):
+        return folder
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if Path(str(base)).is_absolute():
+        if holds_model(Path(base)):
+            return Path(base)
+        raise ConfigError(f"{folder}: the model under this adapter was {base}, where none is now.")
+    try:
+        return hub_model_folder(str(base))
+    except HubUnreachable as error:
+        raise ConfigError(
+            f"{folder}: the model under this adapter, {base}, is not in the cache and {error}."
+        ) from error
+
+
 def local_folder(key: str, path: str) -> Path:
     """A folder that holds a model.
 
@@ -68,7 +97,7 @@ def local_folder(key: str, path: str) -> Path:
         ConfigError: naming `key`; it doesn't.
     """
     folder = Path(path).expanduser()
-    if not holds_model(folder):
+    if not (holds_model(folder) or holds_adapter(folder)):
         raise ConfigError(
             f"{key}={path}: no model there. It should be a folder with config.json, "
             f"*.safetensors and a tokenizer, as `save_pretrained` writes it."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from transformers import (
 
 from grpo.device import Device
 from grpo.errors import ConfigError
+from grpo.models.adapter import has_adapter, load_adapter, save_adapter
+from grpo.models.find import base_folder
 from grpo.models.forward import (
     Completions,
     Forward,
@@ -29,6 +32,7 @@ from grpo.models.forward import (
     shared_prefix,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
+from grpo.models.recompute import recomputed
 
 log = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -45,6 +49,8 @@ class LanguageModel:
     end_ids: tuple[int, ...]  # every token that ends a completion
     context: int  # the most tokens that prompt and completion may have together
     device: Device
+    base: str = ""  # where the frozen weights under an adapter are found: a folder or a hub id
+    recompute: bool = False  # activations are made again in the backward pass
 
     @property
     def pad_id(self) -> int:
@@ -53,8 +59,25 @@ class LanguageModel:
 
     def features(self, batch: Completions) -> Features:
         """What a forward pass knows of each completion token."""
-        with self.device.autocast():
+        again = self.recompute and torch.is_grad_enabled()
+        with self.device.autocast(), recomputed(self.model) if again else nullcontext():
             return self.forward(self.model, self.head, batch)
+
+    def save(self, folder: Path) -> None:
+        """Writes what transformers loads by path: model or adapter alone, and the tokenizer."""
+        if has_adapter(self.model):
+            save_adapter(self.model, folder, self.base)
+        else:
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Puts back the weights that `save` wrote."""
+        if has_adapter(self.model):
+            load_adapter(self.model, folder)
+        else:
+            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            self.model.load_state_dict(saved.state_dict())
 
     def score(
         self, batch: Completions, readout: Readout, reference: Features | None = None
@@ -64,30 +87,68 @@ class LanguageModel:
             return score_completions(self.features(batch), batch, readout, reference)
 
 
-def load_language_model(folder: Path, device: Device) -> LanguageModel:
+def load_language_model(folder: Path, device: Device, quantized: bool = False) -> LanguageModel:
     """Loads a model in fp32, checks it against itself, and puts it on the device.
+
+    Args:
+        folder: of a model, or of a saved adapter, whose base is then loaded under it.
+        quantized: the linear layers in 4 bits.
 
     Raises:
         ConfigError: the folder doesn't hold a causal language model that can be loaded.
     """
+    base = base_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = in_four_bits(base, device) if quantized else in_full(base, device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"{folder}: transformers can't load this as a causal model: {error}"
+            f"{base}: transformers can't load this as a causal model: {error}"
         ) from error
-    model.eval().to(device.torch_device)
+    model.eval()
     head = Head(model)
+    forward = choose_forward(model, head)
+    if base != folder:
+        load_adapter(model, folder)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
         head=head,
-        forward=choose_forward(model, head),
+        forward=forward,
         end_ids=end_ids(model, tokenizer),
         context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20,
         device=device,
+        base=str(base.resolve()),
     )
+
+
+def in_full(folder: Path, device: Device) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to(device.torch_device)
+
+
+def in_four_bits(folder: Path, device: Device) -> PreTrainedModel:
+    """The linear layers as 4-bit normal floats, computed with in the device's precision."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=device.autocast_dtype or torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        quantization_config=settings,
+        device_map={"": device.torch_device},
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # Else a forward without gradient repacks the weight on some CPUs, for inference alone.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def frozen_copy(policy: LanguageModel) -> LanguageModel:

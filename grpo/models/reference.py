@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from grpo.models.adapter import (
+    REFERENCE,
+    adapter_active,
+    adapters_off,
+    add_frozen_twin,
+    has_adapter,
+    twins,
+)
 from grpo.models.forward import Completions
 from grpo.models.head import Features
 from grpo.models.load import LanguageModel, frozen_copy
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class Reference:
     """A model that is read and never trained; it may be moved toward the policy now and then."""
 
     def __init__(
-        self, model: LanguageModel, within: Callable[[], AbstractContextManager[object]]
+        self,
+        model: LanguageModel,
+        within: Callable[[], AbstractContextManager[object]],
+        pairs: Pairs,
     ) -> None:
-        """within: what has to hold while the model is read as the reference."""
-        self.model, self.within = model, within
+        """
+        Args:
+            within: what has to hold while the model is read as the reference.
+            pairs: each of its weights that can be moved, with the policy's.
+        """
+        self.model, self.within, self.pairs = model, within, pairs
 
     @torch.no_grad()
     def features(self, batch: Completions) -> Features:
@@ -30,24 +47,32 @@ class Reference:
             return self.model.features(batch)
 
     @torch.no_grad()
-    def move(self, policy: LanguageModel, share: float) -> None:
+    def move(self, share: float) -> None:
         """Moves every weight this share of the way to the policy's: 1 copies it (2404.09656)."""
-        for own, weight in zip(self._weights(), policy.model.parameters(), strict=True):
+        for own, weight in self.pairs:
             own.lerp_(weight, share)
 
-    def state(self) -> dict[str, Tensor]:
-        """The weights, where they are no longer those that training began with."""
-        return dict(self.model.model.named_parameters())
+    def state(self) -> list[Tensor]:
+        """The weights that can be moved."""
+        return [own.detach() for own, _ in self.pairs]
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        for name, weight in self.model.model.named_parameters():
-            weight.copy_(state[name])
-
-    def _weights(self) -> list[Tensor]:
-        return list(self.model.model.parameters())
+    def load_state(self, state: Sequence[Tensor]) -> None:
+        for (own, _), weight in zip(self.pairs, state, strict=True):
+            own.copy_(weight)
 
 
-def frozen_reference(policy: LanguageModel) -> Reference:
-    """The policy as it is now."""
-    return Reference(frozen_copy(policy), nullcontext)
+def reference_of(policy: LanguageModel, moves: bool) -> Reference:
+    """The policy as it is now: a copy, or under an adapter the model itself, without it.
+
+    moves: it will be moved, so under an adapter it is an adapter too.
+    """
+    if not has_adapter(policy.model):
+        copied = frozen_copy(policy)
+        own, weights = copied.model.parameters(), policy.model.parameters()
+        return Reference(copied, nullcontext, list(zip(own, weights, strict=True)))
+    if not moves:
+        return Reference(policy, partial(adapters_off, policy.model), [])
+    add_frozen_twin(policy.model)
+    within = partial(adapter_active, policy.model, REFERENCE)
+    return Reference(policy, within, twins(policy.model))

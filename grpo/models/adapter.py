@@ -1,0 +1,197 @@
+"""Low-rank adapters (LoRA, 2106.09685) beside frozen weights, by peft."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from grpo.errors import ConfigError
+
+log = logging.getLogger(__name__)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it talks
+
+POLICY, REFERENCE = "default", "reference"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained in the place of the weights."""
+
+    rank: int
+    alpha: float  # the adapter's output is scaled by alpha / rank
+    target: str | list[str]  # all-linear, or the names of modules
+    rslora: bool  # scaled by alpha / sqrt(rank) instead (2312.03732)
+    dora: bool  # a magnitude of its own for each column (2402.09353)
+    quantized: bool  # the frozen weights in 4 bits: QLoRA (2305.14314)
+
+
+def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
+    """Adds a fresh adapter, which changes nothing yet, and freezes everything else.
+
+    Raises:
+        ConfigError: the model has no such modules.
+    """
+    from peft import LoraConfig
+
+    target = adapter.target if isinstance(adapter.target, str) else list(adapter.target)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=0.0,  # a dropout would break the ratios
+        target_modules=target,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # GPT-2's layers are transposed: peft sees that and says so
+        torch.manual_seed(seed)
+        try:
+            model.add_adapter(config)
+        except ValueError as error:
+            raise ConfigError(f"adapter.target={adapter.target}: {error}") from error
+    settle(model)
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Fresh modules come in training mode, and in the precision of the weights beside them."""
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    model.eval()
+    cast_adapter_dtype(model, POLICY, autocast_adapter_dtype=True)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return bool(getattr(model, "peft_config", None))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within it, the model is exactly what it was before it had adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+@contextmanager
+def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
+    """Within it, the model works with another of its adapters; which are trained stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = [name]
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._active_adapter = was
+
+
+def add_frozen_twin(model: PreTrainedModel) -> None:
+    """A second adapter, equal to the first and never trained: a reference that can be moved."""
+    trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter(copy.deepcopy(model.peft_config[POLICY]), REFERENCE)
+    model.set_adapter(POLICY)
+    settle(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(trained.get(name, False))
+        for twin, weight in twins(model):
+            twin.copy_(weight)
+
+
+def twins(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Each weight of the frozen twin with the one of the policy that it stands for."""
+    weights = dict(model.named_parameters())
+    return [
+        (weight, weights[name.replace(f".{REFERENCE}.", f".{POLICY}.")])
+        for name, weight in weights.items()
+        if f".{REFERENCE}." in name
+    ]
+
+
+def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Writes a folder that transformers and peft load by path, the base model found by its name.
+
+    base: a hub id or a folder.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    # peft writes DoRA's magnitudes without `.weight`, and transformers then drops them unread.
+    named = {
+        f"base_model.model.{name}"
+        + (".weight" if name.endswith("magnitude_vector") else ""): weight
+        for name, weight in weights.items()
+    }
+    save_file(
+        {name: weight.contiguous() for name, weight in named.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    config = copy.deepcopy(model.peft_config[POLICY])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # the same file whatever the process
+    config.save_pretrained(folder)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Puts a saved adapter's weights into the model, which is given one where it has none.
+
+    Raises:
+        ConfigError: it belongs to another model or another kind of adapter.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not has_adapter(model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.add_adapter(PeftConfig.from_pretrained(folder))
+        settle(model)
+    try:
+        result = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise ConfigError(f"{folder}: this adapter is of another shape: {error}") from error
+    lacking = [key for key in result.missing_keys if "lora_" in key and f".{POLICY}." in key]
+    if lacking or result.unexpected_keys:
+        raise ConfigError(f"{folder}: this adapter is of another model or has other targets.")
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model with the adapter added into its weights: a plain model again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True, adapter_names=[POLICY])
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False  # else it would be saved as an adapter
+    return model

@@ -1,0 +1,196 @@
+"""Adapters: trained alone, switched off without a trace, saved, merged, gone on with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grpo.device import Device
+from grpo.errors import ConfigError
+from grpo.models.adapter import Adapter, add_adapter, load_adapter, save_adapter
+from grpo.models.find import PACKAGED
+from grpo.models.forward import Completions, Forward, plain, score_completions, shared_prefix
+from grpo.models.head import Head, Readout
+from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.reference import reference_of
+from grpo.types import Sampling
+from tests.test_end_to_end import lines
+from tests.test_forward import random_batch
+
+Grpo = Callable[..., tuple[int, str]]
+LORA = Adapter(rank=4, alpha=8, target="all-linear", rslora=False, dora=False, quantized=False)
+KINDS = {"lora": LORA, "rslora": replace(LORA, rslora=True), "dora": replace(LORA, dora=True)}
+READOUT = Readout(Sampling(0.7))
+ROOT = Path(__file__).parents[1]
+
+
+def scores(model: PreTrainedModel, batch: Completions, forward: Forward = shared_prefix) -> Tensor:
+    return score_completions(forward(model, Head(model), batch), batch, READOUT).logprobs
+
+
+def stir(model: PreTrainedModel) -> None:
+    """Gives the adapter, which changes nothing at first, something to say."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_trained_alone_and_by_the_right_gradient(
+    small_model: PreTrainedModel, kind: str
+) -> None:
+    batch = random_batch()
+    before = scores(small_model, batch)
+    add_adapter(small_model, KINDS[kind], seed=0)
+    assert torch.equal(scores(small_model, batch), before)  # a fresh one changes nothing
+    stir(small_model)
+    gradients = []
+    for forward in (shared_prefix, plain):
+        small_model.zero_grad()
+        scores(small_model, batch, forward).sum().backward()
+        named = small_model.named_parameters()
+        gradients.append({name: p.grad for name, p in named if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all("lora_" in name for name in gradients[0])
+    assert len(gradients[0]) > 8
+    largest = max(float(gradient.abs().max()) for gradient in gradients[1].values())
+    for name, ours in gradients[0].items():
+        assert float((ours - gradients[1][name]).abs().max()) <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_is_the_model_with_the_adapter_switched_off(
+    tiny: LanguageModel, kind: str
+) -> None:
+    batch = random_batch()
+    before = scores(tiny.model, batch)
+    add_adapter(tiny.model, KINDS[kind], seed=0)
+    stir(tiny.model)
+    reference = reference_of(tiny, moves=False)
+    assert reference.model.model is tiny.model  # no second copy
+    trained = [p.requires_grad for p in tiny.model.parameters()]
+    found = score_completions(reference.features(batch), batch, READOUT).logprobs
+    assert torch.equal(found, before)
+    assert not torch.allclose(scores(tiny.model, batch), before)  # and on again
+    assert [p.requires_grad for p in tiny.model.parameters()] == trained
+
+
+def test_a_reference_that_moves_is_a_second_adapter(tiny: LanguageModel) -> None:
+    batch = random_batch()
+    add_adapter(tiny.model, LORA, seed=0)
+    trained = {n for n, p in tiny.model.named_parameters() if p.requires_grad}
+    reference = reference_of(tiny, moves=True)
+    assert {n for n, p in tiny.model.named_parameters() if p.requires_grad} == trained
+    before = scores(tiny.model, batch)
+    stir(tiny.model)
+
+    def seen() -> Tensor:
+        return score_completions(reference.features(batch), batch, READOUT).logprobs
+
+    assert torch.equal(seen(), before)
+    reference.move(1.0)
+    assert torch.equal(seen(), scores(tiny.model, batch))
+    assert not torch.allclose(seen(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_loads_in_transformers_and_here(
+    tiny: LanguageModel, kind: str, tmp_path: Path, device: Device
+) -> None:
+    batch = random_batch()
+    add_adapter(tiny.model, KINDS[kind], seed=0)
+    stir(tiny.model)
+    tiny.save(tmp_path / "model")
+    assert sum(f.stat().st_size for f in (tmp_path / "model").glob("*.safetensors")) < 2e6
+    expected = scores(tiny.model, batch)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    assert torch.equal(scores(theirs, batch), expected)
+    assert torch.equal(
+        scores(load_language_model(tmp_path / "model", device).model, batch), expected
+    )
+
+
+def test_an_adapter_of_another_shape_is_refused(tiny: LanguageModel, tmp_path: Path) -> None:
+    add_adapter(tiny.model, replace(LORA, rank=2), seed=0)
+    save_adapter(tiny.model, tmp_path, "nowhere")
+    other = AutoModelForCausalLM.from_pretrained(PACKAGED / "tiny", dtype=torch.float32)
+    add_adapter(other, LORA, seed=0)
+    with pytest.raises(ConfigError, match="another shape"):
+        load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
+    adapter: str, grpo: Grpo, tmp_path: Path, device: Device
+) -> None:
+    """Four steps in one go and in two: the same numbers and weights, whatever the adapter."""
+    common = [
+        "experiment=smoke", f"adapter={adapter}", "learning_rate=1e-3", "tracking=none",
+        "dataset.eval_size=8", "eval.every=0", "kl.sync_every=2",
+    ]  # fmt: skip
+    assert grpo(*common, "max_steps=4", "hydra.run.dir=whole")[0] == 0
+    assert grpo(*common, "max_steps=2", "hydra.run.dir=parts")[0] == 0
+    code, printed = grpo("resume=parts", "max_steps=4")
+    assert code == 0, printed
+
+    def timeless(run: str) -> list[dict[str, Any]]:
+        rows = lines(tmp_path / run / "metrics.jsonl")
+        no_eval = [row for row in rows if row["step"] != 2]  # where the first part ended
+        apart = ("time/", "perf/", "memory/")
+        return [{k: v for k, v in row.items() if not k.startswith(apart)} for row in no_eval]
+
+    assert timeless("whole") == timeless("parts")
+    weights = [
+        (tmp_path / run / "checkpoints/latest/model/adapter_model.safetensors").read_bytes()
+        for run in ("whole", "parts")
+    ]
+    assert weights[0] == weights[1]
+
+    code, printed = grpo("eval", "checkpoint=whole", "hydra.run.dir=evaluated")
+    assert code == 0, printed
+    evaluated = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
+    last = lines(tmp_path / "whole/metrics.jsonl")[-1]
+    assert evaluated["eval/sampled_accuracy"] == last["eval/sampled_accuracy"]
+
+    merge = [sys.executable, ROOT / "scripts/merge_adapter.py", "whole", "merged"]
+    result = subprocess.run(merge, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    plain_model = load_language_model(tmp_path / "merged", device)
+    assert not [name for name in plain_model.model.state_dict() if "lora" in name]
+    folder = tmp_path / "whole/checkpoints/latest/model"
+    trained = load_language_model(folder, device, quantized=adapter == "qlora")
+    batch = random_batch()
+    merged_scores, trained_scores = scores(plain_model.model, batch), scores(trained.model, batch)
+    assert_close(merged_scores, trained_scores, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_is_not_gone_on_with_under_another_adapter(grpo: Grpo, tmp_path: Path) -> None:
+    common = ["experiment=smoke", "tracking=none", "max_steps=1", "dataset.eval_size=4"]
+    assert grpo(*common, "adapter=lora", "hydra.run.dir=run")[0] == 0
+    for other in ("adapter=none", "adapter.rank=4"):
+        code, printed = grpo("resume=run", "max_steps=2", other)
+        assert code == 2, printed
+        assert "this run trains adapter=" in printed
+
+
+def test_an_optimizer_with_another_state_is_refused(grpo: Grpo, tmp_path: Path) -> None:
+    common = ["experiment=smoke", "tracking=none", "max_steps=1", "dataset.eval_size=4"]
+    assert grpo(*common, "optim.name=adamw_8bit", "hydra.run.dir=run")[0] == 0
+    code, printed = grpo("resume=run", "max_steps=2", "optim.name=adamw")
+    assert code == 2
+    assert "optim.name=adamw: this run's optimizer is adamw_8bit" in printed
+    code, printed = grpo("resume=run", "max_steps=2")
+    assert code == 0, printed
