@@ -104,7 +104,7 @@ class Optimizer:
         if state["name"] != self.name:
             raise ConfigError(
                 f"optim.name={self.name}: this run's optimizer is {state['name']}, and no other can "
-                f"go on from its state."
+                f"use its state."
             )
         now = [(group["betas"], group["weight_decay"]) for group in self.adamw.param_groups]
         self.adamw.load_state_dict(state["adamw"])
