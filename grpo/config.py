@@ -63,6 +63,15 @@ class OptimConfig:
 class EvalConfig:
     every: int = MISSING
     samples: int = MISSING
+    greedy: bool = MISSING
+
+
+@dataclass
+class CurriculumConfig:
+    order: str = MISSING
+    samples: int = MISSING
+    at_least: float = MISSING
+    at_most: float = MISSING
 
 
 @dataclass
@@ -143,6 +152,7 @@ class Config:
     checkpoint: Any = MISSING  # its keys in training, a folder in evaluation
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
@@ -189,11 +199,11 @@ def check(cfg: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
-    for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens", "eval.samples"):
+    for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
         at_least(cfg, key, 1)
     for key in ("max_steps", "device.token_budget", "rollout.token_budget"):
         at_least(cfg, key, 1)
-    for key in ("eval.every", "optim.warmup_steps", "log_prompts"):
+    for key in ("eval.every", "eval.samples", "optim.warmup_steps", "log_prompts"):
         at_least(cfg, key, 0)
     for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm", "seed"):
         at_least(cfg, key, 0.0)
@@ -212,12 +222,20 @@ def check(cfg: DictConfig) -> None:
     check_model(cfg.model)
     check_rewards(cfg.reward)
     check_adapter(cfg)
+    check_curriculum(cfg)
+    if not (cfg.eval.greedy or cfg.eval.samples):
+        raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
 
 
 def check_training(cfg: DictConfig) -> None:
     """What is particular to training: in evaluation, `checkpoint` is a folder."""
     if not isinstance(cfg.checkpoint, DictConfig):
         raise ConfigError(f"checkpoint={cfg.checkpoint}: that is for grpo eval checkpoint=DIR.")
+    if not (cfg.eval.greedy and cfg.eval.samples):
+        raise ConfigError(
+            f"eval.samples={cfg.eval.samples} eval.greedy={cfg.eval.greedy}: training is followed "
+            f"by both; leaving one out is for grpo eval."
+        )
     at_least(cfg, "checkpoint.every", 0, whole=True)
     at_least(cfg, "checkpoint.keep", 1, whole=True)
     betas = list(cfg.optim.betas)
@@ -262,6 +280,27 @@ def check_adapter(cfg: DictConfig) -> None:
                 f"{key}={wanted}: needs bitsandbytes, which is not installed: "
                 f"pip install 'grpo-bench[quantized]'"
             )
+
+
+def check_curriculum(cfg: DictConfig) -> None:
+    curriculum = cfg.curriculum
+    one_of(cfg, "curriculum.order", ("shuffled", "given", "easy_first", "hard_first"))
+    at_least(cfg, "curriculum.samples", 0)
+    low, high = curriculum.at_least, curriculum.at_most
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(
+            f"curriculum.at_least={low} at_most={high}: shares from 0 to 1, the lower one first."
+        )
+    asks = curriculum.order in ("easy_first", "hard_first") or (low, high) != (0, 1)
+    if asks and not curriculum.samples:
+        raise ConfigError(
+            f"curriculum.samples=0: order={curriculum.order} at_least={low} at_most={high} ask how "
+            f"hard each prompt is; curriculum.samples=4 finds out."
+        )
+    if curriculum.order != "shuffled" and "sets" in cfg.dataset:
+        raise ConfigError(
+            f"curriculum.order={curriculum.order}: a mix is drawn at random; use shuffled."
+        )
 
 
 def check_rewards(reward: DictConfig) -> None:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import comb, fsum
 
+from grpo.data.verify import as_number
 from grpo.rewards import WeightedReward, score
+from grpo.rewards.score import to_samples
 from grpo.rollout import Engine
-from grpo.types import Prompt, Sampling
+from grpo.types import Example, Prompt, Rollout, Sampling, Scores
 
 SEED = 0  # of the sampled completions: the same for every evaluation, so that they compare
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Completions of the evaluation prompts, and what was said of them."""
+
+    rollout: Rollout
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -19,19 +31,141 @@ class Evaluation:
     engine: Engine
     prompts: Sequence[Prompt]
     rewards: Mapping[str, WeightedReward]
-    samples: int  # completions a prompt for the sampled figures
+    samples: int  # completions a prompt for the sampled figures; 0: none
+    greedy: bool  # also the one that the policy thinks likeliest
     sampling: Sampling
 
     def run(self) -> dict[str, float]:
-        """Greedy reward, accuracy and length; sampled accuracy; pass@k with k = samples."""
-        greedy = self.engine.generate(self.prompts, 1, self.sampling.greedy(), SEED)
-        greedy_scores = score(greedy, self.rewards)
-        sampled = self.engine.generate(self.prompts, self.samples, self.sampling, SEED)
-        right_BG = score(sampled, self.rewards).right_BG
-        return {
-            "eval/reward": float(greedy_scores.total_BG.nanmean()),
-            "eval/accuracy": float(greedy_scores.right_BG.float().mean()),
-            "eval/sampled_accuracy": float(right_BG.float().mean()),
-            "eval/pass_at_k": float(right_BG.any(dim=1).float().mean()),
-            "eval/length_mean": float(greedy.lengths_N.float().mean()),
-        }
+        """The figures that are followed during training."""
+        greedy, sampled = self.answer()
+        return {**greedy_metrics(greedy), **sampled_metrics(sampled), **by_source(greedy, sampled)}
+
+    def answer(self) -> tuple[Answers | None, Answers | None]:
+        """Greedy and sampled completions, scored."""
+        greedy = self._answers(1, self.sampling.greedy()) if self.greedy else None
+        return greedy, self._answers(self.samples, self.sampling) if self.samples else None
+
+    def _answers(self, count: int, sampling: Sampling) -> Answers:
+        rollout = self.engine.generate(self.prompts, count, sampling, SEED)
+        return Answers(rollout, score(rollout, self.rewards))
+
+
+def greedy_metrics(answers: Answers | None) -> dict[str, float]:
+    """Reward, accuracy and length of the likeliest completion."""
+    if answers is None:
+        return {}
+    return {
+        "eval/reward": float(answers.scores.total_BG.nanmean()),
+        "eval/accuracy": float(answers.scores.right_BG.float().mean()),
+        "eval/length_mean": float(answers.rollout.lengths_N.float().mean()),
+    }
+
+
+def sampled_metrics(answers: Answers | None) -> dict[str, float]:
+    """Accuracy of all samples, and pass@k with k = all of them."""
+    if answers is None:
+        return {}
+    right_BG = answers.scores.right_BG
+    return {
+        "eval/sampled_accuracy": float(right_BG.float().mean()),
+        "eval/pass_at_k": float(right_BG.any(dim=1).float().mean()),
+    }
+
+
+def by_source(greedy: Answers | None, sampled: Answers | None) -> dict[str, float]:
+    """The accuracies of each set of a mix."""
+    found = {}
+    for kind, answers in (("accuracy", greedy), ("sampled_accuracy", sampled)):
+        if answers is None:
+            continue
+        for source in sorted(set(answers.scores.sources) - {""}):
+            rows = [b for b, own in enumerate(answers.scores.sources) if own == source]
+            right_BG = answers.scores.right_BG[rows]
+            found[f"eval/{kind}_from_{source}"] = float(right_BG.float().mean())
+    return found
+
+
+def report(greedy: Answers | None, sampled: Answers | None) -> dict[str, dict[str, float]]:
+    """Everything that is said of all rows, and of those of each set of a mix.
+
+    The number of prompts; accuracy as the data set's verifier reads it, and leniently; pass@1,
+    pass@2, … and the majority's accuracy.
+    """
+    either = greedy or sampled
+    assert either is not None  # config.check saw to it
+    sources = either.scores.sources
+    groups = {"all": list(range(len(sources)))}
+    for source in sorted(set(sources) - {""}):
+        groups[source] = [b for b, own in enumerate(sources) if own == source]
+    return {name: figures(greedy, sampled, rows) for name, rows in groups.items()}
+
+
+def figures(
+    greedy: Answers | None, sampled: Answers | None, rows: Sequence[int]
+) -> dict[str, float]:
+    found: dict[str, float] = {"prompts": len(rows)}
+    if greedy is not None:
+        found["greedy"] = mean([float(greedy.scores.right_BG[b, 0]) for b in rows])
+        lenient = lenient_BG(greedy.rollout)
+        found["greedy lenient"] = mean([lenient[b][0] for b in rows])
+    if sampled is not None:
+        right_BG, count = sampled.scores.right_BG, sampled.rollout.num_generation
+        found["sampled"] = mean([float(right_BG[b].float().mean()) for b in rows])
+        lenient = lenient_BG(sampled.rollout)
+        found["sampled lenient"] = mean([mean(lenient[b]) for b in rows])
+        for k in powers_of_two(count):
+            right_B = [int(right_BG[b].sum()) for b in rows]
+            found[f"pass@{k}"] = mean([pass_at_k(count, right, k) for right in right_B])
+        found[f"majority@{count}"] = mean([majority(sampled, b) for b in rows])
+    return found
+
+
+def powers_of_two(count: int) -> list[int]:
+    """1, 2, 4 … up to a count, and the count itself."""
+    return sorted({2**n for n in range(count.bit_length()) if 2**n <= count} | {count})
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The chance that one of k samples is right, unbiased: Chen et al. (2107.03374), eq. 1."""
+    return 1.0 - comb(samples - right, k) / comb(samples, k)
+
+
+def majority(answers: Answers, b: int) -> float:
+    """Whether the answer given most often is right; several as often share the point."""
+    example = answers.rollout.prompts[b].example
+    size = answers.rollout.num_generation
+    texts = answers.rollout.texts[b * size : (b + 1) * size]
+    votes: Counter[str] = Counter()
+    right: dict[str, bool] = {}
+    for text, is_right in zip(texts, answers.scores.right_BG[b].tolist(), strict=True):
+        ballot = vote(example, text)
+        if ballot is not None:
+            votes[ballot] += 1
+            right[ballot] = right.get(ballot, False) or is_right
+    most = max(votes.values(), default=0)
+    return mean([float(right[ballot]) for ballot, count in votes.items() if count == most])
+
+
+def vote(example: Example, text: str) -> str | None:
+    """A completion's answer, numbers written alike; None where there is none."""
+    answer = example.read(text)
+    if answer is None:
+        return None
+    number = as_number(answer)
+    return answer.strip().casefold() if number is None else str(number.normalize())
+
+
+def lenient_BG(rollout: Rollout) -> list[list[float]]:
+    """What the verifier says where it takes an answer wherever it stands; else what it says."""
+
+    def verdict(example: Example, text: str) -> float:
+        check: Callable[[str], float] = example.lenient or example.verify
+        return float(check(text) >= 1)
+
+    size = rollout.num_generation
+    verdicts = [verdict(sample.example, sample.completion) for sample in to_samples(rollout)]
+    return [verdicts[start : start + size] for start in range(0, len(verdicts), size)]
+
+
+def mean(values: Sequence[float]) -> float:
+    return fsum(values) / len(values) if values else 0.0

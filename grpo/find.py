@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -17,57 +17,103 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import nearest
+from grpo.config import at_least, nearest
 from grpo.data.source import Slices, Source
 from grpo.errors import ConfigError
 from grpo.models.find import check_reachable, model_folder
-from grpo.past import model_of_checkpoint
+from grpo.past import checkpoint_model
 from grpo.types import Example
 
 SLICE_KEYS = ("split", "slice", "eval_split", "eval_slice")
-PROMPT_KEYS = ("system_prompt", "worked_examples", "max_prompt_tokens", "allow_overlap")
+PROMPT_KEYS = (
+    "system_prompt",
+    "worked_examples",
+    "chat",
+    "template_options",
+    "max_prompt_tokens",
+    "allow_overlap",
+)
+
+
+@dataclass(frozen=True)
+class FoundSet:
+    """The rows of one data set, and its config."""
+
+    key: str  # where that is: dataset, or dataset.sets.NAME
+    name: str  # empty where it is the only one
+    probability: float
+    train: list[Example]
+    evaluation: list[Example]
+    options: DictConfig
 
 
 @dataclass(frozen=True)
 class Found:
     """The rows and the model that a run starts from."""
 
-    train: list[Example]
-    evaluation: list[Example]
+    sets: list[FoundSet]
     model: Callable[[], Path]  # its folder; the call downloads it where need be
 
 
 def find_for_training(cfg: DictConfig) -> Found:
     """Raises ConfigError where rows or model can't be had."""
-    source, slices = build_source(cfg), build_slices(cfg)
-    train, evaluation = slices.train(source), slices.evaluation(source)
+    sets = find_sets(cfg, training=True)
     model = plain(cfg.model)
-    where = {key: model[key] for key in ("name", "id", "path", "packaged", "wheel")}
+    where = {key: model[key] for key in ("id", "path", "packaged", "wheel")}
+    where["name"] = f"model={model['name']}"
     check_reachable(**where)
-    return Found(train, evaluation, functools.partial(model_folder, **where))
+    return Found(sets, functools.partial(model_folder, **where))
 
 
 def find_for_evaluation(cfg: DictConfig) -> Found:
     """Raises ConfigError where rows or checkpoint can't be had."""
     if cfg.checkpoint is None:
         raise ConfigError("checkpoint is not set: grpo eval checkpoint=DIR, a run's or a model's.")
-    source, slices = build_source(cfg), build_slices(cfg)
-    folder = model_of_checkpoint(str(cfg.checkpoint))
-    return Found([], slices.evaluation(source), lambda: folder)
+    sets = find_sets(cfg, training=False)
+    return Found(sets, checkpoint_model(str(cfg.checkpoint)))
 
 
-def build_source(cfg: DictConfig) -> Source:
-    own = [key for key in cfg.dataset if key not in (*SLICE_KEYS, *PROMPT_KEYS)]
-    source = bind(OmegaConf.masked_copy(cfg.dataset, own), "dataset")()
+def find_sets(cfg: DictConfig, *, training: bool) -> list[FoundSet]:
+    """The rows of the data set, or of all sets of a mix."""
+    if "sets" not in cfg.dataset:
+        return [find_set(cfg.dataset, "dataset", "", 1.0, training=training)]
+    sets = cfg.dataset.sets
+    for name, options in sets.items():
+        at_least(cfg, f"dataset.sets.{name}.probability", 0.0)
+        if "_target_" not in options:
+            raise ConfigError(
+                f"dataset.sets.{name}: is no data set; bring one in by defaults: "
+                f"/dataset@sets.{name}: arithmetic"
+            )
+    chosen = {str(name): options for name, options in sets.items() if options.probability > 0}
+    if not chosen:
+        raise ConfigError("dataset.sets: none has a probability above 0.")
+    return [
+        find_set(options, f"dataset.sets.{name}", name, options.probability, training=training)
+        for name, options in chosen.items()
+    ]
+
+
+def find_set(
+    options: DictConfig, key: str, name: str, probability: float, *, training: bool
+) -> FoundSet:
+    source = build_source(options, key)
+    slices = Slices(**{key: str(options[key]) for key in SLICE_KEYS})
+    train = slices.train(source) if training else []
+    evaluation = slices.evaluation(source)
+    if name:
+        train = [replace(example, source=name) for example in train]
+        evaluation = [replace(example, source=name) for example in evaluation]
+    return FoundSet(key, name, probability, train, evaluation, options)
+
+
+def build_source(options: DictConfig, key: str) -> Source:
+    apart = (*SLICE_KEYS, *PROMPT_KEYS, "probability")
+    own = [str(option) for option in options if option not in apart]
+    source = bind(OmegaConf.masked_copy(options, own), key)()
     if not isinstance(source, Source):
-        raise ConfigError(
-            f"dataset._target_={cfg.dataset._target_}: is no grpo.data.source.Source."
-        )
+        raise ConfigError(f"{key}._target_={options._target_}: is no grpo.data.source.Source.")
     return source
-
-
-def build_slices(cfg: DictConfig) -> Slices:
-    return Slices(**{key: str(cfg.dataset[key]) for key in SLICE_KEYS})
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -103,8 +103,8 @@ class Optimizer:
     def load_state(self, state: dict[str, Any]) -> None:
         if state["name"] != self.name:
             raise ConfigError(
-                f"optim.name={self.name}: this run's optimizer is {state['name']}, and no other can "
-                f"use its state."
+                f"optim.name={self.name}: this run's optimizer is {state['name']}, and no other "
+                f"can use its state."
             )
         now = [(group["betas"], group["weight_decay"]) for group in self.adamw.param_groups]
         self.adamw.load_state_dict(state["adamw"])

@@ -5,15 +5,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError
 from grpo.hub import holds_adapter, holds_model
-from grpo.models.find import local_folder
+from grpo.models.find import check_reachable, local_folder, model_folder
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def run_of(folder: Path) -> Path | None:
@@ -67,6 +71,20 @@ def is_locked(run: Path) -> bool:
         return True
 
 
+def checkpoint_model(checkpoint: str) -> Callable[[], Path]:
+    """Where a run's, a checkpoint's or a model's folder is; or a hub id, downloaded by the call.
+
+    Raises:
+        ConfigError: there is no model there.
+    """
+    if HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists():
+        where = (f"checkpoint={checkpoint}", checkpoint, None, None, None)
+        check_reachable(*where)
+        return partial(model_folder, *where)
+    folder = model_of_checkpoint(checkpoint)
+    return lambda: folder
+
+
 def model_of_checkpoint(folder: str) -> Path:
     """The model's folder in a run, in one of its checkpoints, or the folder itself.
 
@@ -117,5 +135,6 @@ def check_folder(
 
 def forget_unstarted(run: Path) -> None:
     """Removes a run folder that holds nothing but what was written before the run was refused."""
-    if {path.name for path in run.iterdir()} <= {".hydra", "train.log", "eval.log", "wandb"}:
+    before = {".hydra", "train.log", "eval.log", "wandb", "difficulty.jsonl"}
+    if {path.name for path in run.iterdir()} <= before:
         shutil.rmtree(run)

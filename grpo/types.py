@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def whole_text(text: str) -> str | None:
+    return text.strip() or None
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of a data set: a question, its gold answer, and how an answer to it is verified."""
@@ -24,6 +28,9 @@ class Example:
     verify: Callable[[str], float]  # a completion's text -> score in [0, 1], 1 is right
     columns: Mapping[str, Any] = field(default_factory=dict)  # everything else the row holds
     source: str = ""  # which of the sets of a mix it is from
+    messages: tuple[Mapping[str, str], ...] = ()  # the question, where it is a chat already
+    read: Callable[[str], str | None] = whole_text  # a completion's answer, for majority votes
+    lenient: Callable[[str], float] | None = None  # verify, wherever the answer stands
 
 
 @dataclass(frozen=True)

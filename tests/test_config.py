@@ -22,8 +22,13 @@ CONF = config.conf_folder()
 PACKAGE = Path(config.__file__).parent
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 CHOICES = [f"{file.parent.name}={file.stem}" for g in GROUPS for file in (CONF / g).glob("*.yaml")]
-BOUND = ("dataset", "reward", "rollout", "tracking", "sampling")
-NAMED = {"model=hub": ["model.id=a/b"], "model=local": ["model.path=x"]}
+BOUND = ("dataset", "reward", "rollout", "tracking", "sampling", "curriculum", "adapter")
+NAMED = {
+    "model=hub": ["model.id=a/b"],
+    "model=local": ["model.path=x"],
+    "reward=endpoint": ["reward.endpoint.url=http://localhost"],
+    "reward=reward_model": ["reward.reward_model.model=a/b"],
+}
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -78,8 +83,8 @@ def test_every_key_of_the_schema_is_read() -> None:
         if (group in (*BOUND, "device") and name) or key.startswith("algorithm.policy_loss."):
             continue
         name = key.rpartition(".")[2]
-        # Read by Hydra, by the page itself, and the two whose only choice is none.
-        if key in ("sweep_dir", "model.learning_rate", "adapter", "parallel"):
+        # Read by Hydra, by the page itself, and the one whose only choice is none.
+        if key in ("sweep_dir", "model.learning_rate", "parallel"):
             continue
         read = rf'(cfg|config)\.{key}\b|"{name}"|(model|algorithm|kl)\.{name}\b'
         assert re.search(read, code), key

@@ -10,15 +10,26 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from grpo import config
+from grpo.build import build_prompts
 from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
 from grpo.data.arithmetic import is_held_out
-from grpo.data.order import one_set, total_steps
-from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample, build_prompts
+from grpo.data.order import mixed, one_set, total_steps
+from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample
 from grpo.data.slices import parse_slice
 from grpo.data.source import Slices, Source
-from grpo.data.verify import AnswerVerifier, last_number, same_answer, tagged_answer
+from grpo.data.verify import (
+    answered,
+    boxed_answer,
+    last_number,
+    likely_answer,
+    same_answer,
+    tagged_answer,
+)
 from grpo.errors import ConfigError
+from grpo.find import Found, FoundSet
 from grpo.models.load import LanguageModel
 from grpo.types import Example
 
@@ -213,12 +224,20 @@ class Rows(Source):
         return self.splits[split]
 
     def example(self, row: str, number: int) -> Example:
-        return Example(row, "1", AnswerVerifier("tag").bind("1"))
+        return answered(row, "1", "tag", {})
 
 
-def prompts_of(source: Source, format: PromptFormat, tokenizer: object) -> PromptSets:
+def prompts_of(source: Source, tokenizer: object, **options: object) -> PromptSets:
+    """The prompts of a source with these options of conf/dataset/_base.yaml."""
+    base = OmegaConf.load(config.conf_folder() / "dataset/_base.yaml")
+    keys = OmegaConf.merge(base, {"system_prompt": None, **options})
     train, evaluation = EVERYTHING.train(source), EVERYTHING.evaluation(source)
-    return build_prompts(train, evaluation, format, tokenizer)  # type: ignore[arg-type]
+    found = Found([FoundSet("dataset", "", 1.0, train, evaluation, keys)], Path)  # type: ignore[arg-type]
+    return build_prompts(found, tokenizer)  # type: ignore[arg-type]
+
+
+def asking(question: str) -> Example:
+    return answered(question, "4", "tag", {})
 
 
 def questions(prompts: list[object]) -> list[str]:
@@ -229,17 +248,12 @@ def test_training_never_sees_an_evaluation_row_unless_asked(
     tiny: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = Rows(["a", "b", "c"], ["c", "d"])
-    format = PromptFormat(None, (), 100, allow_overlap=False)
-    assert questions(prompts_of(source, format, tiny.tokenizer).train) == ["a", "b"]
+    assert questions(prompts_of(source, tiny.tokenizer).train) == ["a", "b"]
     assert "1 training rows are evaluation rows too" in caplog.text
-    asked = PromptFormat(None, (), 100, allow_overlap=True)
-    assert questions(prompts_of(source, asked, tiny.tokenizer).train) == [
-        "a",
-        "b",
-        "c",
-    ]
+    asked = prompts_of(source, tiny.tokenizer, allow_overlap=True)
+    assert questions(asked.train) == ["a", "b", "c"]
     with pytest.raises(ConfigError, match="every training row"):
-        prompts_of(Rows(["c"], ["c"]), format, tiny.tokenizer)
+        prompts_of(Rows(["c"], ["c"]), tiny.tokenizer)
 
 
 def test_overlong_prompts_are_dropped_and_counted(
@@ -247,16 +261,16 @@ def test_overlong_prompts_are_dropped_and_counted(
 ) -> None:
     caplog.set_level(logging.WARNING)
     source = Rows(["short", "long " * 50], ["even"])
-    prompts = prompts_of(source, PromptFormat(None, (), 40, False), tiny.tokenizer)
+    prompts = prompts_of(source, tiny.tokenizer, max_prompt_tokens=40)
     assert questions(prompts.train) == ["short"]
     assert "1 of 2 training prompts are longer than dataset.max_prompt_tokens=40" in caplog.text
     with pytest.raises(ConfigError, match="so none is left"):
-        prompts_of(source, PromptFormat(None, (), 3, False), tiny.tokenizer)
+        prompts_of(source, tiny.tokenizer, max_prompt_tokens=3)
 
 
 def test_a_prompt_is_the_chat_with_its_worked_examples(tiny: LanguageModel) -> None:
-    format = PromptFormat("Be brief.", (WorkedExample("1+1?", "2"),), 100, False)
-    text, tokens = format.render("2+2?", tiny.tokenizer)
+    format = PromptFormat("Be brief.", (WorkedExample("1+1?", "2"),), True, {}, 100)
+    text, tokens = format.render(asking("2+2?"), tiny.tokenizer)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
         "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
@@ -267,8 +281,96 @@ def test_a_prompt_is_the_chat_with_its_worked_examples(tiny: LanguageModel) -> N
 
 def test_without_a_chat_template_a_prompt_is_plain_text(tiny: LanguageModel) -> None:
     tiny.tokenizer.chat_template = None
-    text, _ = PromptFormat("Be brief.", (), 100, False).render("2+2?", tiny.tokenizer)
+    text, _ = PromptFormat("Be brief.", (), True, {}, 100).render(asking("2+2?"), tiny.tokenizer)
     assert text == "Be brief.\n\n2+2?\n\n"
+
+
+def test_plain_text_is_left_as_it_is(tiny: LanguageModel) -> None:
+    """For a base model that is to go on with a text."""
+    text, _ = PromptFormat(None, (), False, {}, 100).render(asking("2 + 2 ="), tiny.tokenizer)
+    assert text == "2 + 2 ="
+
+
+def test_options_reach_the_chat_template(tiny: LanguageModel) -> None:
+    tiny.tokenizer.chat_template = "{{ messages[-1].content }}{{ ' /think' if thinking }}"
+    format = PromptFormat(None, (), True, {"thinking": True}, 100)
+    assert format.render(asking("2+2?"), tiny.tokenizer)[0] == "2+2? /think"
+
+
+def test_a_column_may_hold_a_chat(tiny: LanguageModel, tmp_path: Path) -> None:
+    """Its own system prompt takes the place of the configured one; worked examples come after."""
+    chat = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "2+2?"},
+    ]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": chat, "answer": "4"}) + "\n")
+    source = Jsonl(str(tmp_path / "chats.jsonl"), question_column="prompt")
+    example = Slices("train", ":", "train", ":").train(source)[0]
+    format = PromptFormat("Be brief.", (WorkedExample("1+1?", "2"),), True, {}, 100)
+    assert [m["content"] for m in format.messages(example)] == [
+        "Be kind.", "1+1?", "2", "Hello", "Hello!", "2+2?",
+    ]  # fmt: skip
+    assert example.question.endswith("Hello!\n\n2+2?")
+
+
+@pytest.mark.parametrize(
+    ("chat", "says"),
+    [
+        ([{"role": "user"}], "are not all messages"),
+        (["hello"], "are not all messages"),
+        ([{"role": "assistant", "content": "Hello!"}], "leaves nothing to answer"),
+    ],
+)
+def test_a_column_with_a_broken_chat_is_refused(chat: object, says: str, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": chat, "answer": "4"}) + "\n")
+    source = Jsonl(str(tmp_path / "chats.jsonl"), question_column="prompt")
+    with pytest.raises(ConfigError, match=says):
+        Slices("train", ":", "train", ":").train(source)
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed", "likely"),
+    [
+        (r"so \boxed{72}.", "72", "72"),
+        (r"\boxed{\frac{1}{2}} it is", r"\frac{1}{2}", r"\frac{1}{2}"),
+        (r"\boxed{1} or \boxed{2}", "2", "2"),
+        (r"\boxed{1", None, "1"),
+        (r"\boxed{5} <answer>6</answer>", "5", "6"),
+        ("it is 7, I think", None, "7"),
+        ("red", None, "red"),
+        ("  ", None, None),
+    ],
+)
+def test_answers_in_boxes_and_wherever_they_stand(
+    text: str, boxed: str | None, likely: str | None
+) -> None:
+    assert boxed_answer(text) == boxed
+    assert likely_answer(text) == likely
+
+
+def test_a_mix_draws_its_sets_by_probability_and_each_row_once_an_epoch() -> None:
+    """0.7 and 0.3 of 4,000 draws; each set goes through its own rows in its own epochs."""
+    sources = ["a"] * 10 + ["b"] * 30
+    order = mixed(sources, {"a": 0.7, "b": 0.3}, seed=0)
+    drawn = [row for step in range(1, 401) for row in order.batch(step, 10)]
+    first = [row for row in drawn if row < 10]
+    assert abs(len(first) - 2800) < 4 * (4000 * 0.21) ** 0.5
+    assert all(sorted(first[k : k + 10]) == list(range(10)) for k in range(0, 2000, 10))
+    second = [row for row in drawn if row >= 10]
+    assert sorted(second[:30]) == list(range(10, 40))
+    # Any step can be sought, and past a block of draws too.
+    assert mixed(sources, {"a": 0.7, "b": 0.3}, seed=0).batch(300, 10) == drawn[2990:3000]
+
+
+def test_a_given_order_is_kept_and_what_is_drawn_anew_is_not() -> None:
+    order = one_set(5, seed=0, shuffled=False)
+    assert order.batch(1, 3) + order.batch(2, 3) == [0, 1, 2, 3, 4, 0]
+    again = order.extra(1, 0, 5)
+    assert sorted(again) == [0, 1, 2, 3, 4]
+    assert again != order.extra(1, 1, 5) or again != order.extra(2, 0, 5)
+    assert again == order.extra(1, 0, 5)
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -146,7 +147,7 @@ def test_a_trained_model_is_evaluated_by_its_runs_folder(
     for checkpoint in (run, run / "checkpoints/step_3", run / "checkpoints/latest/model"):
         code, printed = grpo("eval", f"checkpoint={checkpoint}", "hydra.run.dir=evaluated")
         assert code == 0, printed
-        assert "128 prompts: accuracy" in printed
+        assert re.search(r"all +128 ", printed)
         found = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
         assert {key: found[key] for key in EVAL_METRICS} == {key: last[key] for key in EVAL_METRICS}
 
@@ -255,7 +256,7 @@ def test_a_run_with_config_folder_and_checkpoint_keys_is_evaluated(
     assert code == 0, printed
     code, printed = grpo("eval", "checkpoint=run")
     assert code == 0, printed
-    assert "9 prompts: accuracy" in printed
+    assert re.search(r"all +9 ", printed)
     assert grpo("eval", "-m", "checkpoint=run,run")[0] == 2
 
 
@@ -308,4 +309,4 @@ def test_the_wheel_works_in_a_clean_environment_and_an_empty_folder(tmp_path: Pa
     assert str(tmp_path / "clean") in where.stdout  # not the checkout
     run("--config-dir", "own", "experiment=mine", "tracking=none", "hydra.run.dir=run")
     assert json.loads((empty / "run/summary.json").read_text())["status"] == "finished"
-    assert "accuracy" in run("eval", "checkpoint=run")
+    assert "majority@" in run("eval", "checkpoint=run")

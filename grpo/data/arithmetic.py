@@ -6,7 +6,7 @@ import random
 import zlib
 
 from grpo.data.source import Source
-from grpo.data.verify import AnswerVerifier
+from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
 from grpo.types import Example
 
@@ -35,7 +35,8 @@ class Arithmetic(Source):
         if unknown or not operations:
             raise ConfigError(f"dataset.operations={operations!r}: use some of + and -.")
         self.digits, self.operations, self.seed = digits, sorted(set(operations)), seed
-        self.verifier = AnswerVerifier(extract)
+        extractor(extract)
+        self.extract = extract
         self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
 
     def rows(self, split: str) -> list[Example]:
@@ -64,12 +65,8 @@ class Arithmetic(Source):
         if operation == "-":
             a, b = max(a, b), min(a, b)
         answer = str(OPERATIONS[operation](a, b))
-        return Example(
-            question=f"What is {a} {operation} {b}?",
-            answer=answer,
-            verify=self.verifier.bind(answer),
-            columns={"a": a, "b": b, "operation": operation},
-        )
+        columns = {"a": a, "b": b, "operation": operation}
+        return answered(f"What is {a} {operation} {b}?", answer, self.extract, columns)
 
 
 def at_least_one(count: int, key: str) -> int:

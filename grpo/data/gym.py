@@ -8,7 +8,7 @@ from typing import Any
 from grpo.config import nearest
 from grpo.data.arithmetic import at_least_one, size_key
 from grpo.data.source import Source
-from grpo.data.verify import extractor
+from grpo.data.verify import extractor, likely_answer
 from grpo.errors import ConfigError
 from grpo.types import Example
 
@@ -53,8 +53,10 @@ class ReasoningGym(Source):
             Example(
                 question=entry["question"],
                 answer=str(entry["answer"]),
-                verify=self._verifier(problems, entry),
+                verify=self._verifier(problems, entry, self.extract),
                 columns=entry["metadata"],
+                read=self.extract,
+                lenient=self._verifier(problems, entry, likely_answer),
             )
             for entry in problems
         ]
@@ -62,9 +64,11 @@ class ReasoningGym(Source):
     def example(self, row: Example, number: int) -> Example:
         return row
 
-    def _verifier(self, problems: Any, entry: dict[str, Any]) -> Callable[[str], float]:
+    def _verifier(
+        self, problems: Any, entry: dict[str, Any], read: Callable[[str], str | None]
+    ) -> Callable[[str], float]:
         def verify(completion: str) -> float:
-            answer = self.extract(completion)
+            answer = read(completion)
             if answer is None:
                 return 0.0
             credit = float(problems.score_answer(answer, entry))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,23 +27,37 @@ class PromptFormat:
 
     system_prompt: str | None
     worked_examples: tuple[WorkedExample, ...]
+    chat: bool  # by the model's chat template
+    template_options: Mapping[str, Any]  # for that template
     max_prompt_tokens: int
-    allow_overlap: bool
 
-    def render(
-        self, question: str, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[str, tuple[int, ...]]:
-        """A prompt's text and tokens: by the chat template, or as plain text without one."""
-        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+    def messages(self, example: Example) -> list[Mapping[str, str]]:
+        """The chat that ends with the question; a system prompt of the row's own goes first."""
+        asked = example.messages or ({"role": "user", "content": example.question},)
+        messages: list[Mapping[str, str]] = []
+        if self.system_prompt and asked[0]["role"] != "system":
+            messages.append({"role": "system", "content": self.system_prompt})
+        elif asked[0]["role"] == "system":
+            messages.append(asked[0])
+            asked = asked[1:]
         for worked in self.worked_examples:
             messages.append({"role": "user", "content": worked.question})
             messages.append({"role": "assistant", "content": worked.answer})
-        messages.append({"role": "user", "content": question})
-        if tokenizer.chat_template is None:
-            text = "\n\n".join(message["content"] for message in messages) + "\n\n"
+        return [*messages, *asked]
+
+    def render(
+        self, example: Example, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[str, tuple[int, ...]]:
+        """A prompt's text and tokens: by the chat template, or as plain text."""
+        messages = self.messages(example)
+        if not self.chat or tokenizer.chat_template is None:
+            text = "\n\n".join(message["content"] for message in messages)
+            text = text + "\n\n" if self.chat else text
             return text, tuple(tokenizer.encode(text))
         text = str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.template_options
+            )
         )
         return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
@@ -51,25 +66,6 @@ class PromptFormat:
 class PromptSets:
     train: list[Prompt]
     evaluation: list[Prompt]
-
-
-def build_prompts(
-    train: Sequence[Example],
-    evaluation: Sequence[Example],
-    format: PromptFormat,
-    tokenizer: PreTrainedTokenizerBase,
-) -> PromptSets:
-    """The prompts to train and to evaluate on, without overlap unless asked for.
-
-    Raises:
-        ConfigError: nothing is left of one of them.
-    """
-    if not format.allow_overlap:
-        train = without_held_out(train, evaluation)
-    return PromptSets(
-        tokenized(train, format, tokenizer, "training"),
-        tokenized(evaluation, format, tokenizer, "evaluation"),
-    )
 
 
 def without_held_out(train: Sequence[Example], evaluation: Sequence[Example]) -> list[Example]:
@@ -95,22 +91,28 @@ def tokenized(
     format: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
     role: str,
+    key: str,
 ) -> list[Prompt]:
-    """Examples as prompts; those that are too long are dropped and counted, out loud."""
-    prompts = [Prompt(*format.render(e.question, tokenizer), e) for e in examples]
+    """Examples as prompts; those that are too long are dropped and counted, out loud.
+
+    Args:
+        role, key: what they are for and where their config is, for the messages.
+    """
+    prompts = [Prompt(*format.render(e, tokenizer), e) for e in examples]
     kept = [p for p in prompts if len(p.token_ids) <= format.max_prompt_tokens]
     if len(kept) < len(prompts):
         log.warning(
-            "%d of %d %s prompts are longer than dataset.max_prompt_tokens=%d and are dropped.",
+            "%d of %d %s prompts are longer than %s.max_prompt_tokens=%d and are dropped.",
             len(prompts) - len(kept),
             len(prompts),
             role,
+            key,
             format.max_prompt_tokens,
         )
     if not kept:
         shortest = min(len(p.token_ids) for p in prompts)
         raise ConfigError(
-            f"dataset.max_prompt_tokens={format.max_prompt_tokens}: the shortest {role} prompt has "
+            f"{key}.max_prompt_tokens={format.max_prompt_tokens}: the shortest {role} prompt has "
             f"{shortest} tokens, so none is left."
         )
     return kept

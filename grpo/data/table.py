@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.data.source import Source
-from grpo.data.verify import AnswerVerifier
+from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
 from grpo.types import Example
 
@@ -28,7 +28,8 @@ class Jsonl(Source):
         """path: one file, which is every split, or a folder with a file named by each split."""
         self.path = path
         self.question_column, self.answer_column = question_column, answer_column
-        self.verifier = AnswerVerifier(extract)
+        extractor(extract)
+        self.extract = extract
 
     def rows(self, split: str) -> Sequence[Row]:
         if self.path is None:
@@ -36,9 +37,12 @@ class Jsonl(Source):
         return read_file(split_file(self.path, split))
 
     def example(self, row: Row, number: int) -> Example:
-        question = column(row, "question_column", self.question_column, number)
-        gold = self.gold_answer(column(row, "answer_column", self.answer_column, number), number)
-        return Example(question, gold, self.verifier.bind(gold), row)
+        value = present(row, "question_column", self.question_column, number)
+        messages = as_messages(value, self.question_column, number)
+        question = "\n\n".join(m["content"] for m in messages) if messages else str(value)
+        answer = str(present(row, "answer_column", self.answer_column, number))
+        gold = self.gold_answer(answer, number)
+        return answered(question, gold, self.extract, row, messages)
 
     def gold_answer(self, text: str, number: int) -> str:
         """What stands in the answer column, as an answer to compare with."""
@@ -164,7 +168,12 @@ def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
-def column(row: Row, key: str, name: str, number: int) -> str:
+def present(row: Row, key: str, name: str, number: int) -> Any:
+    """What a row has in a column.
+
+    Raises:
+        ConfigError: there is no such column, or nothing in it.
+    """
     if name not in row:
         raise ConfigError(
             f"dataset.{key}={name}: row {number + 1} has no such column; it has {', '.join(row)}."
@@ -172,4 +181,26 @@ def column(row: Row, key: str, name: str, number: int) -> str:
     value = row[name]
     if value is None or not str(value).strip():
         raise ConfigError(f"dataset: row {number + 1} has nothing in column {name!r}.")
-    return str(value)
+    return value
+
+
+def as_messages(value: Any, name: str, number: int) -> tuple[Mapping[str, str], ...]:
+    """A column that holds a chat, [{role: ..., content: ...}]; empty where it holds a text.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if not isinstance(value, list):
+        return ()
+    for message in value:
+        texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(
+                f"dataset: row {number + 1} has a list in column {name!r} whose items are not all "
+                f"messages: {{role: ..., content: ...}}."
+            )
+    if not value or value[-1]["role"] == "assistant":
+        raise ConfigError(
+            f"dataset: row {number + 1}: the chat in column {name!r} leaves nothing to answer."
+        )
+    return tuple(value)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from functools import partial
+from typing import Any
 
 from grpo.errors import ConfigError
+from grpo.types import Example, whole_text
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 # A minus counts where nothing stands before it: 12-5 names 12 and 5. A comma, between thousands.
@@ -28,14 +30,29 @@ def last_number(text: str) -> str | None:
     return found[-1] if found else None
 
 
-def whole_text(text: str) -> str | None:
-    return text.strip() or None
+def boxed_answer(text: str) -> str | None:
+    """The content of the last `\\boxed{…}`, braces in it and all, or None."""
+    start = text.rfind("\\boxed{")
+    depth, begin = 0, start + len("\\boxed{")
+    for position in range(begin, len(text)) if start >= 0 else ():
+        if text[position] == "}" and depth == 0:
+            return text[begin:position].strip()
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+    return None
+
+
+def likely_answer(text: str) -> str | None:
+    """The answer wherever it stands: in a tag, in a box, the last number, or all of the text."""
+    found = (read(text) for read in (tagged_answer, boxed_answer, last_number, whole_text))
+    return next((answer for answer in found if answer is not None), None)
 
 
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "tag": tagged_answer,
+    "boxed": boxed_answer,
     "number": last_number,
     "text": whole_text,
+    "lenient": likely_answer,
 }
 
 
@@ -70,18 +87,31 @@ def extractor(name: str) -> Callable[[str], str | None]:
     return EXTRACTORS[name]
 
 
-class AnswerVerifier:
-    """1 where the answer extracted from a completion equals the gold answer, else 0.
+def same_as(gold: str, read: Callable[[str], str | None], completion: str) -> float:
+    """1 where the answer that is read out of a completion equals the gold answer, else 0."""
+    given = read(completion)
+    return float(given is not None and same_answer(given, gold))
 
-    extract: `tag` reads the last `<answer>` tag, `number` the last number, `text` all of it.
+
+def answered(
+    question: str,
+    gold: str,
+    extract: str,
+    columns: Mapping[str, Any],
+    messages: tuple[Mapping[str, str], ...] = (),
+) -> Example:
+    """An example with a gold answer.
+
+    extract: where a completion's answer stands: in the last `tag` (`<answer>`), `boxed`, the last
+        `number`, all of the `text`, or `lenient`: the first of these that there is.
     """
-
-    def __init__(self, extract: str) -> None:
-        self.extract = extractor(extract)
-
-    def score(self, gold: str, completion: str) -> float:
-        given = self.extract(completion)
-        return float(given is not None and same_answer(given, gold))
-
-    def bind(self, gold: str) -> Callable[[str], float]:
-        return partial(self.score, gold)
+    read = extractor(extract)
+    return Example(
+        question=question,
+        answer=gold,
+        verify=partial(same_as, gold, read),
+        columns=columns,
+        messages=messages,
+        read=read,
+        lenient=partial(same_as, gold, likely_answer),
+    )

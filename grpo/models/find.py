@@ -26,6 +26,8 @@ def model_folder(
 ) -> Path:
     """The folder of exactly one of id, path and packaged, downloaded or converted if need be.
 
+    name: as the user gave it, for messages: model=tiny
+
     Raises:
         ConfigError: there is no model there, or the hub can't be reached.
     """
@@ -64,7 +66,7 @@ def check_reachable(
 
 def unreachable(name: str, id: str, error: HubUnreachable) -> str:
     return (
-        f"model={name}: {id} is not in the local cache and {error}. Without the hub there are "
+        f"{name}: {id} is not in the local cache and {error}. Without the hub there are "
         f"model=tiny, model=smollm2_135m (from PyPI) and model=local model.path=FOLDER."
     )
 

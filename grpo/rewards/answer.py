@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from grpo.data.verify import AnswerVerifier
+from grpo.data.verify import same_as, tagged_answer
 from grpo.types import Sample
 
 TAGS = re.compile(r"</?answer>")
@@ -14,11 +14,8 @@ TAGS = re.compile(r"</?answer>")
 class Answer:
     """The note's reward: 1 where what is in `<answer>…</answer>` equals the gold answer, else 0."""
 
-    def __init__(self) -> None:
-        self.verifier = AnswerVerifier("tag")
-
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        return [self.verifier.score(sample.answer, sample.completion) for sample in samples]
+        return [same_as(sample.answer, tagged_answer, sample.completion) for sample in samples]
 
 
 class AnswerFormat:

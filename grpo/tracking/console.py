@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console as RichConsole
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from grpo.tracking.tracker import Metrics, RunInfo, Sink
@@ -69,6 +72,18 @@ def evaluation_line(metrics: Metrics) -> str:
         f"accuracy {metrics['eval/accuracy']:.1%} greedy, "
         f"{metrics['eval/sampled_accuracy']:.1%} sampled, {metrics['eval/pass_at_k']:.1%} pass@k"
     )
+
+
+def figures_table(reports: Mapping[str, Mapping[str, float]]) -> str:
+    """The figures of `grpo eval`: a line for all rows and one for each set of a mix."""
+    figures = list(next(iter(reports.values())))
+    table = Table("rows", *figures, box=box.SIMPLE)
+    for name, own in reports.items():
+        shown = [f"{v:.1%}" if isinstance(v, float) else str(v) for v in own.values()]
+        table.add_row(name, *shown)
+    text = io.StringIO()
+    RichConsole(width=16 * len(figures) + 30, file=text).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
 
 
 def duration(seconds: float) -> str:

@@ -104,3 +104,19 @@ def completion_rows(
         )
         for n in range(count)
     ]
+
+
+def answer_rows(rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
+    """Each completion of an evaluation, as a line of its completions.jsonl."""
+    size = rollout.num_generation
+    nothing_BG = scores.total_BG.new_zeros(scores.total_BG.shape)
+    rows = completion_rows(0, rollout, scores, nothing_BG, len(rollout.prompts))
+    return [
+        {
+            "source": scores.sources[n // size],
+            "greedy": size == 1,
+            "right": bool(scores.right_BG.flatten()[n]),
+            **{k: value for k, value in row.flat().items() if k not in ("step", "advantage")},
+        }
+        for n, row in enumerate(rows)
+    ]

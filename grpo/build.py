@@ -1,0 +1,247 @@
+"""Parts from a config: each key is read here, once, and becomes what the rest works with."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grpo.data.difficulty import Curriculum
+from grpo.data.order import Order, mixed, one_set
+from grpo.data.prompts import (
+    PromptFormat,
+    PromptSets,
+    WorkedExample,
+    tokenized,
+    without_held_out,
+)
+from grpo.device import Device, open_device
+from grpo.errors import ConfigError
+from grpo.evaluate import Evaluation
+from grpo.find import PROMPT_KEYS, Found, FoundSet, bind, check_options, named, plain
+from grpo.hub import from_hub
+from grpo.kl import KLPull, Pull
+from grpo.models.adapter import Adapter, add_adapter
+from grpo.models.load import LanguageModel, fingerprint, load_language_model
+from grpo.models.reference import reference_of
+from grpo.objective import (
+    AGGREGATES,
+    AVERAGINGS,
+    BASELINES,
+    DIVERGENCES,
+    ESTIMATORS,
+    RATIOS,
+    SCALES,
+    AdaptiveWeight,
+    Normalize,
+)
+from grpo.optim import SCHEDULES, Optimizer
+from grpo.rewards import WeightedReward
+from grpo.rollout import Engine
+from grpo.types import Prompt, Sampling
+from grpo.update import KLTerm, Objective
+
+
+def build_device(cfg: DictConfig) -> Device:
+    return open_device(cfg.device.kind, cfg.device.precision, cfg.device.token_budget)
+
+
+def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[LanguageModel, str]:
+    """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
+    adapter = build_adapter(cfg)
+    folder = found.model()
+    quantized = adapter is not None and adapter.quantized
+    policy = load_language_model(folder, device, quantized)
+    base = fingerprint(policy.model)
+    if adapter is not None:
+        add_adapter(policy.model, adapter, cfg.seed)
+    # A checkpoint of an adapter names its base: by id where that is how it is found again.
+    name = cfg.model.id if cfg.model.id and from_hub(folder) else policy.base
+    return replace(policy, base=name, recompute=cfg.device.gradient_checkpointing), base
+
+
+def build_adapter(cfg: DictConfig) -> Adapter | None:
+    return None if cfg.adapter is None else Adapter(**plain(cfg.adapter))
+
+
+def prompt_format(found: FoundSet) -> PromptFormat:
+    options = plain(found.options)
+    keys = {key: options[key] for key in PROMPT_KEYS if key != "allow_overlap"}
+    check_options(PromptFormat, keys, found.key)
+    try:
+        worked = tuple(WorkedExample(**example) for example in keys.pop("worked_examples"))
+    except TypeError as error:
+        raise ConfigError(
+            f"{found.key}.worked_examples: each needs a question and an answer."
+        ) from error
+    return PromptFormat(worked_examples=worked, **keys)
+
+
+def build_prompts(found: Found, tokenizer: PreTrainedTokenizerBase) -> PromptSets:
+    """The prompts to train and to evaluate on, without overlap unless asked for.
+
+    Raises:
+        ConfigError: nothing is left of one of them.
+    """
+    evaluated = [example for own in found.sets for example in own.evaluation]
+    train: list[Prompt] = []
+    evaluation: list[Prompt] = []
+    for own in found.sets:
+        format, overlap = prompt_format(own), own.options.allow_overlap
+        if not isinstance(overlap, bool):
+            raise ConfigError(f"{own.key}.allow_overlap={overlap}: should be bool.")
+        rows = own.train if overlap or not own.train else without_held_out(own.train, evaluated)
+        train += tokenized(rows, format, tokenizer, "training", own.key) if rows else []
+        evaluation += tokenized(own.evaluation, format, tokenizer, "evaluation", own.key)
+    return PromptSets(train, evaluation)
+
+
+def build_order(prompts: Sequence[Prompt], found: Found, cfg: DictConfig) -> Order:
+    if len(found.sets) == 1:
+        return one_set(len(prompts), cfg.seed, shuffled=cfg.curriculum.order == "shuffled")
+    probabilities = {own.name: own.probability for own in found.sets}
+    sources = [prompt.example.source for prompt in prompts]
+    for name in probabilities:
+        if name not in sources:
+            raise ConfigError(f"dataset.sets.{name}: none of its prompts is left to train on.")
+    return mixed(sources, probabilities, cfg.seed)
+
+
+def build_curriculum(cfg: DictConfig) -> Curriculum:
+    return Curriculum(**plain(cfg.curriculum))
+
+
+def build_rewards(cfg: DictConfig, found: Found) -> dict[str, WeightedReward]:
+    """Each named callable: a class is made with its options, a function is called with them."""
+    rewards = {}
+    names = [own.name for own in found.sets]
+    for name, node in cfg.reward.items():
+        options = {k: v for k, v in plain(node).items() if k not in ("weight", "sources")}
+        bound = bind(options, f"reward.{name}")
+        function = made(bound, f"reward.{name}") if inspect.isclass(bound.func) else bound
+        if not takes_samples(function):
+            raise ConfigError(
+                f"reward.{name}._target_={node._target_}: should be called with a list of samples "
+                f"and no more than the options given."
+            )
+        sources = node.get("sources")
+        for source in sources or []:
+            if source not in names:
+                raise ConfigError(
+                    f"reward.{name}.sources={sources}: the data has no set {source}; there are "
+                    f"{', '.join(filter(None, names)) or 'none, for it is no mix'}."
+                )
+        only = None if sources is None else frozenset(sources)
+        rewards[str(name)] = WeightedReward(function, float(node.weight), only)
+    return rewards
+
+
+def made(bound: Callable[[], Any], key: str) -> Any:
+    """An instance of a user's class; what its constructor raises is refused under its key."""
+    try:
+        return bound()
+    except Exception as error:
+        raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
+
+
+def takes_samples(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind([])
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return callable(function)
+    return True
+
+
+def build_sampling(cfg: DictConfig) -> Sampling:
+    options = plain(cfg.sampling)
+    return Sampling(temperature=cfg.temperature, **options | {"stop": tuple(options["stop"])})
+
+
+def build_evaluation(
+    cfg: DictConfig,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, WeightedReward],
+) -> Evaluation:
+    sampling = build_sampling(cfg)
+    return Evaluation(engine, prompts, rewards, cfg.eval.samples, cfg.eval.greedy, sampling)
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    algorithm = cfg.algorithm
+    return Objective(
+        ratio=named(algorithm.ratio, RATIOS, "algorithm.ratio"),
+        policy_loss=bind(algorithm.policy_loss, "algorithm.policy_loss"),
+        averaging=named(algorithm.averaging, AVERAGINGS, "algorithm.averaging"),
+        kl=build_kl_term(cfg),
+        sampling=build_sampling(cfg),
+        max_tokens=cfg.max_new_tokens,
+        entropy_weight=algorithm.entropy_weight,
+        mask_truncated=algorithm.mask_truncated,
+        top_entropy=algorithm.top_entropy,
+        num_iterations=algorithm.num_iterations,
+        minibatches=algorithm.minibatches,
+    )
+
+
+def build_advantage(cfg: DictConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    algorithm = cfg.algorithm
+    normalize = Normalize(
+        named(algorithm.baseline, BASELINES, "algorithm.baseline"),
+        named(algorithm.scale, SCALES, "algorithm.scale"),
+    )
+    aggregate = named(algorithm.aggregate, AGGREGATES, "algorithm.aggregate")
+    return functools.partial(aggregate, normalize=normalize)
+
+
+def build_kl_term(cfg: DictConfig) -> KLTerm | None:
+    """None without a reference: kl=none, or a weight of 0."""
+    kl = cfg.kl
+    if kl.estimator is None or cfg.kl_weight == 0:
+        return None
+    exact = kl.estimator == "full"
+    table = {**ESTIMATORS[kl.direction], "full": None}
+    return KLTerm(
+        estimator=named(kl.estimator, table, "kl.estimator"),
+        divergence=DIVERGENCES[kl.direction] if exact else None,
+        in_reward=kl.within == "reward",
+        unbiased_gradient=kl.unbiased_gradient,
+    )
+
+
+def build_pull(cfg: DictConfig, policy: LanguageModel, objective: Objective) -> Pull:
+    if objective.kl is None:
+        return Pull()
+    return KLPull(
+        policy,
+        reference_of(policy, moves=cfg.kl.sync_every > 0),
+        objective.kl,
+        AdaptiveWeight(cfg.kl_weight, cfg.kl.target, cfg.kl.horizon),
+        objective.sampling,
+        policy.device.token_budget,
+        cfg.kl.sync_every,
+        cfg.kl.sync_share,
+    )
+
+
+def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optimizer:
+    return Optimizer(
+        policy.model,
+        cfg.optim.name,
+        learning_rate=cfg.learning_rate,
+        # The schedule counts updates.
+        total_steps=steps * cfg.algorithm.num_iterations * cfg.algorithm.minibatches,
+        schedule=SCHEDULES[cfg.optim.schedule],
+        warmup_steps=cfg.optim.warmup_steps,
+        weight_decay=cfg.optim.weight_decay,
+        betas=(cfg.optim.betas[0], cfg.optim.betas[1]),
+        max_grad_norm=cfg.optim.max_grad_norm,
+    )

@@ -1,0 +1,77 @@
+"""How hard each training prompt is for the model that training begins with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo.errors import ConfigError
+from grpo.rewards.score import is_right, to_samples
+from grpo.rollout import Engine
+from grpo.types import Prompt, Sampling
+
+log = logging.getLogger(__name__)
+
+FILE = "difficulty.jsonl"
+SEED = 1  # of the completions: the same however often they are made
+AT_ONCE = 64  # prompts, so that a long measurement says how far it is
+ORDERS = ("shuffled", "given", "easy_first", "hard_first")
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Which training prompts are used, and in which order."""
+
+    order: str  # one of ORDERS
+    samples: int  # completions a prompt to find how hard it is; 0: it isn't asked
+    at_least: float  # share of them that is right
+    at_most: float
+
+    def choose(self, prompts: Sequence[Prompt], solved: Sequence[float]) -> list[Prompt]:
+        """The prompts within the bounds, in order.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        kept = [n for n, share in enumerate(solved) if self.at_least <= share <= self.at_most]
+        if not kept:
+            raise ConfigError(
+                f"curriculum.at_least={self.at_least} at_most={self.at_most}: no training prompt "
+                f"is solved that often; the shares go from {min(solved):g} to {max(solved):g}."
+            )
+        log.info(
+            "difficulty: of %d training prompts %d are solved always and %d never; %d are used",
+            len(prompts), sum(s == 1 for s in solved), sum(s == 0 for s in solved), len(kept),
+        )  # fmt: skip
+        if self.order in ("easy_first", "hard_first"):
+            kept.sort(key=lambda n: solved[n], reverse=self.order == "easy_first")
+        return [prompts[n] for n in kept]
+
+
+def solved_shares(
+    run: Path, prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int
+) -> list[float]:
+    """The share of each prompt's completions that are right: measured once a run, then read."""
+    file = run / FILE
+    texts = [prompt.text for prompt in prompts]
+    if file.is_file():
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if [row["prompt"] for row in rows] == texts:
+            return [float(row["solved"]) for row in rows]
+        log.warning("%s is of other prompts; measured anew.", file)
+    solved: list[float] = []
+    for start in range(0, len(prompts), AT_ONCE):
+        part = prompts[start : start + AT_ONCE]
+        rollout = engine.generate(part, samples, sampling, SEED + start)
+        right = [is_right(sample) for sample in to_samples(rollout)]
+        solved += [sum(right[b * samples : (b + 1) * samples]) / samples for b in range(len(part))]
+        log.info("difficulty: %d of %d prompts measured", len(solved), len(prompts))
+    rows = [{"prompt": t, "solved": s} for t, s in zip(texts, solved, strict=True)]
+    aside = file.with_suffix(".tmp")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    aside.write_text("".join(lines), encoding="utf-8")
+    aside.replace(file)
+    return solved
