@@ -146,6 +146,8 @@ def made(bound: Callable[[], Any], key: str) -> Any:
     """An instance of a user's class; what its constructor raises is refused under its key."""
     try:
         return bound()
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error}") from error
     except Exception as error:
         raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
 

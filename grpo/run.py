@@ -76,6 +76,8 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
         error = f"{type(failure).__name__}: {failure}"
         raise
     finally:
+        for reward in run.collector.rewards.values():
+            reward.close()
         content = summary.write(status, standing.progress, error)
         run.tracker.close(status, content)
     print(summary.closing(content), flush=True)
@@ -95,7 +97,11 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     check_fits(cfg, model, prompts)
     engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
     evaluation = build_evaluation(cfg, engine, prompts, rewards)
-    greedy, sampled = evaluation.answer()
+    try:
+        greedy, sampled = evaluation.answer()
+    finally:
+        for reward in rewards.values():
+            reward.close()
     metrics = {**greedy_metrics(greedy), **sampled_metrics(sampled), **by_source(greedy, sampled)}
     reports = report(greedy, sampled)
     content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts), **metrics}

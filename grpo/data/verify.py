@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo.errors import ConfigError
 from grpo.types import Example, whole_text
+from grpo.verifiers.latex import boxed
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 # A minus counts where nothing stands before it: 12-5 names 12 and 5. A comma, between thousands.
@@ -31,14 +32,9 @@ def last_number(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    """The content of the last `\\boxed{…}`, braces in it and all, or None."""
-    start = text.rfind("\\boxed{")
-    depth, begin = 0, start + len("\\boxed{")
-    for position in range(begin, len(text)) if start >= 0 else ():
-        if text[position] == "}" and depth == 0:
-            return text[begin:position].strip()
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-    return None
+    """The content of the last whole `\\boxed{…}`, braces in it and all, or None."""
+    found = boxed(text)
+    return None if found is None else found.strip()
 
 
 def likely_answer(text: str) -> str | None:

@@ -1,6 +1,36 @@
 """Rewards: callables that take samples and give each a number. A config names and weighs them."""
 
 from grpo.rewards.answer import Answer, AnswerFormat, Task
+from grpo.rewards.code import Code
+from grpo.rewards.endpoint import Endpoint
+from grpo.rewards.math import Math
+from grpo.rewards.model import RewardModel
 from grpo.rewards.score import Reward, RewardError, WeightedReward, score
+from grpo.rewards.shape import (
+    Cosine,
+    Length,
+    ReasoningSteps,
+    Repetition,
+    SoftOverlong,
+    TagCount,
+)
 
-__all__ = ["Answer", "AnswerFormat", "Reward", "RewardError", "Task", "WeightedReward", "score"]
+__all__ = [
+    "Answer",
+    "AnswerFormat",
+    "Code",
+    "Cosine",
+    "Endpoint",
+    "Length",
+    "Math",
+    "ReasoningSteps",
+    "Repetition",
+    "Reward",
+    "RewardError",
+    "RewardModel",
+    "SoftOverlong",
+    "TagCount",
+    "Task",
+    "WeightedReward",
+    "score",
+]

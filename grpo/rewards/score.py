@@ -35,6 +35,11 @@ class WeightedReward:
     def applies(self, sample: Sample) -> bool:
         return self.sources is None or sample.example.source in self.sources
 
+    def close(self) -> None:
+        """Ends the processes and connections that it may have opened."""
+        if hasattr(self.function, "close"):
+            self.function.close()
+
 
 class RewardError(RunError):
     """A reward raised, failed everywhere, or gave what is not one finite number a sample."""

@@ -1,0 +1,140 @@
+"""A reward that another service works out."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+from grpo.errors import ConfigError
+from grpo.types import Failure, Sample
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries
+JITTER = random.Random()  # of its own: a retry must not change what is sampled
+
+
+class Endpoint:
+    """What an HTTP service says of each completion.
+
+    It is sent `{"samples": [{"prompt", "completion", "answer", "columns"}, …]}` and has to answer
+    `{"rewards": [number or null, …]}`, one a sample; null is a reward that does not apply. A batch
+    is tried again, after pauses that double, where no connection is made, the time is over, or it
+    answers 429 or 5xx. What then has no right answer is a failure, of that batch alone.
+
+    Args:
+        url: http or https.
+        seconds: time limit of one try.
+        retries: tries after the first.
+        batch_size: samples a request.
+        workers: requests at a time.
+    """
+
+    concurrent = True
+
+    def __init__(
+        self,
+        url: str,
+        seconds: float = 30.0,
+        retries: int = 3,
+        batch_size: int = 64,
+        workers: int = 4,
+    ) -> None:
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise ConfigError(f"url={url}: should be like http://localhost:8000/rewards.")
+        if retries < 0:
+            raise ConfigError(f"retries={retries}: must be 0 or more.")
+        for option, value in (("batch_size", batch_size), ("workers", workers)):
+            if value < 1:
+                raise ConfigError(f"{option}={value}: must be 1 or more.")
+        if not seconds > 0:
+            raise ConfigError(f"seconds={seconds}: must be more than 0.")
+        self.url = url
+        self.seconds = seconds
+        self.retries = retries
+        self.batch_size = batch_size
+        self.workers = workers
+        self.threads: ThreadPoolExecutor | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | Failure | None]:
+        if self.threads is None:
+            self.threads = ThreadPoolExecutor(self.workers, thread_name_prefix="endpoint")
+        starts = range(0, len(samples), self.batch_size)
+        batches = [samples[start : start + self.batch_size] for start in starts]
+        return [reward for batch in self.threads.map(self.ask, batches) for reward in batch]
+
+    def close(self) -> None:
+        if self.threads is not None:
+            self.threads.shutdown(cancel_futures=True)
+            self.threads = None
+
+    def ask(self, batch: Sequence[Sample]) -> Sequence[float | Failure | None]:
+        body = json.dumps({"samples": [as_json(sample) for sample in batch]}, default=str).encode()
+        for attempt in range(self.retries + 1):
+            if attempt > 0:
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
+                time.sleep(pause * JITTER.uniform(0.5, 1.5))
+            try:
+                return read_rewards(post(self.url, body, self.seconds), len(batch))
+            except HTTPError as error:
+                error.close()
+                reason = f"HTTP {error.code} {error.reason}"
+                if error.code != 429 and error.code < 500:
+                    break
+            except (OSError, HTTPException) as error:
+                reason = f"{type(error).__name__}: {error}"
+            except (ValueError, OverflowError, RecursionError) as error:
+                reason = f"its answer is not as agreed: {error}"
+                break
+        return [Failure(f"{self.url}: {reason} (try {attempt + 1})")] * len(batch)
+
+
+def as_json(sample: Sample) -> dict[str, Any]:
+    return {
+        "prompt": sample.prompt,
+        "completion": sample.completion,
+        "answer": sample.answer,
+        "columns": dict(sample.example.columns),
+    }
+
+
+def post(url: str, body: bytes, seconds: float) -> bytes:
+    """The answer to a request, all of it within a time limit.
+
+    Raises:
+        OSError, HTTPException: there is none; HTTPError where it is another status than 2xx.
+    """
+    request = Request(url, body, {"Content-Type": "application/json"})
+    deadline = time.monotonic() + seconds
+    parts = []
+    with urlopen(request, timeout=seconds) as response:  # a limit on each wait, not on their sum
+        while part := response.read1(2**16):
+            parts.append(part)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no whole answer within {seconds:g} s")
+        if response.length:
+            raise ConnectionError(f"the answer breaks off {response.length} bytes early")
+    return b"".join(parts)
+
+
+def read_rewards(answer: bytes, count: int) -> list[float | None]:
+    """The rewards in an answer.
+
+    Raises:
+        ValueError: it is not `{"rewards": […]}` with so many finite numbers or nulls.
+    """
+    content = json.loads(answer)
+    rewards = content.get("rewards") if isinstance(content, dict) else None
+    if not isinstance(rewards, list) or len(rewards) != count:
+        raise ValueError(f"it should hold {count} rewards, and is {answer[:80]!r}")
+    for reward in rewards:
+        if reward is not None and not (type(reward) in (int, float) and math.isfinite(reward)):
+            raise ValueError(f"{reward!r} is neither a finite number nor null")
+    return [None if reward is None else float(reward) for reward in rewards]

@@ -1,0 +1,88 @@
+"""A reward for mathematics that is the same in any notation."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import Future, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+
+from pebble import ProcessExpired, ProcessPool
+
+from grpo.data.verify import tagged_answer
+from grpo.errors import ConfigError
+from grpo.types import Failure, Sample
+from grpo.verifiers import latex
+
+
+class Math:
+    """1 where a completion's answer is the gold one by math-verify, 0 where it isn't.
+
+    The answer is read from the last `<answer>…</answer>`; where there is none, from the last
+    `\\boxed{…}`; else it is what math-verify finds last in the text. Gold may be plain (`1,234`,
+    `\\frac{1}{2}`, `x=2`), between dollars or boxed; where it can't be read, as a word can't, the
+    reward does not apply. An answer that takes longer than `seconds` to compare is a failure, and
+    so is one whose worker died; the others of its batch are compared all the same.
+
+    https://github.com/huggingface/Math-Verify, in processes because sympy can't be interrupted.
+
+    Args:
+        seconds: time limit of one answer, on the clock.
+        workers: processes; they start at the first call and stay until `close` or the end.
+    """
+
+    concurrent = True
+
+    def __init__(self, seconds: float = 5.0, workers: int = 2) -> None:
+        if not seconds > 0:
+            raise ConfigError(f"seconds={seconds}: must be more than 0.")
+        if workers < 1:
+            raise ConfigError(f"workers={workers}: must be 1 or more.")
+        self.seconds = seconds
+        self.workers = workers
+        self.pool: ProcessPool | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | Failure | None]:
+        pool = self.open()
+        try:
+            futures = [
+                pool.schedule(latex.same, (sample.answer, answer(sample)), timeout=self.seconds)
+                for sample in samples
+            ]
+        except RuntimeError as error:  # the pool broke between two of them
+            return [Failure(f"the pool of workers broke: {error}")] * len(samples)
+        return [self.value(future) for future in futures]
+
+    def value(self, future: Future[bool | None]) -> float | Failure | None:
+        try:
+            same = future.result()
+        except TimeoutError:
+            return Failure(f"no answer within {self.seconds:g} s")
+        except ProcessExpired as error:
+            return Failure(f"its worker died, exit code {error.exitcode}")
+        except BrokenProcessPool as error:
+            return Failure(f"the pool of workers broke: {error}")
+        return None if same is None else float(same)
+
+    def open(self) -> ProcessPool:
+        """The pool; a new one where there is none yet, or where a worker's death broke it."""
+        if self.pool is not None and not self.pool.active:
+            self.close()
+        if self.pool is None:
+            self.pool = ProcessPool(
+                max_workers=self.workers,
+                initializer=latex.start_worker,
+                context=multiprocessing.get_context("spawn"),
+            )
+        return self.pool
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.stop()
+            self.pool.join()
+            self.pool = None
+
+
+def answer(sample: Sample) -> str:
+    tagged = tagged_answer(sample.completion)
+    return sample.completion if tagged is None else tagged

@@ -1,0 +1,159 @@
+"""A reward model: a sequence classifier of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo.errors import ConfigError
+from grpo.hub import HubUnreachable, cached_model, hub_model_folder, require_hub
+from grpo.models.find import local_folder
+from grpo.types import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RewardModel:
+    """What a sequence classifier gives a question and its completion.
+
+    By its tokenizer's chat template it reads the question and the completion as one exchange; where
+    it has none, the prompt as the policy read it and the completion after it, as plain text.
+    One output is the reward as it is; of several, the softmax probability of `label`.
+
+    Args:
+        model: id on the hub, or a folder.
+        batch_size: completions at a time.
+        max_tokens: longer texts lose their beginning.
+        device: cpu, cuda, cuda:1 …; auto is cuda where there is one.
+        label: which output, where there are several.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        batch_size: int = 16,
+        max_tokens: int = 2048,
+        device: str = "auto",
+        label: int | None = None,
+    ) -> None:
+        for option, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value < 1:
+                raise ConfigError(f"{option}={value}: must be 1 or more.")
+        if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
+            raise ConfigError(f"device={device}: use auto, cpu, cuda or cuda:NUMBER.")
+        check_there(model)
+        self.model = model
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.device = device
+        self.label = label
+        self.loaded: tuple[Any, Any] | None = None  # classifier, tokenizer
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        if self.loaded is None:
+            self.loaded = self.load()
+        starts = range(0, len(samples), self.batch_size)
+        batches = [samples[start : start + self.batch_size] for start in starts]
+        return [reward for batch in batches for reward in self.score(batch).tolist()]
+
+    def score(self, samples: Sequence[Sample]) -> Tensor:
+        """Rewards [n] float32, on the CPU."""
+        import torch
+
+        assert self.loaded is not None
+        classifier, tokenizer = self.loaded
+        batch = tokenizer(
+            [self.text(sample, tokenizer) for sample in samples],
+            add_special_tokens=tokenizer.chat_template is None,  # a template writes its own
+            truncation=True,
+            max_length=self.max_tokens,
+            padding=len(samples) > 1,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            logits_nL = classifier(
+                input_ids=batch["input_ids"].to(classifier.device),
+                attention_mask=batch["attention_mask"].to(classifier.device),
+            ).logits.float()
+        label = self.label
+        rewards_n: Tensor = logits_nL[:, 0] if label is None else logits_nL.softmax(1)[:, label]
+        return rewards_n.cpu()
+
+    def text(self, sample: Sample, tokenizer: Any) -> str:
+        if tokenizer.chat_template is None:
+            return sample.prompt + sample.completion
+        messages = [
+            {"role": "user", "content": sample.example.question},
+            {"role": "assistant", "content": sample.completion},
+        ]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def load(self) -> tuple[Any, Any]:
+        """The classifier, in eval mode on its device, and its tokenizer.
+
+        Raises:
+            ConfigError: it can't be had, has no trained head, or has other outputs than `label`.
+        """
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = folder_of(self.model)
+        # When it is loaded must not change what is sampled.
+        with torch.random.fork_rng(devices=[]):
+            classifier, info = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                dtype=torch.float32 if device == "cpu" else "auto",
+                output_loading_info=True,
+            )
+        if missing := ", ".join(sorted(info["missing_keys"])):
+            raise ConfigError(
+                f"model={self.model}: has no weights for {missing}; it should be a trained "
+                f"sequence classifier."
+            )
+        check_label(self.model, self.label, classifier.config.num_labels)
+        tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+        config = classifier.config.get_text_config()
+        if config.pad_token_id is None:
+            self.batch_size = 1  # it tells a text's end by the padding
+        else:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        longest = getattr(config, "max_position_embeddings", None)
+        self.max_tokens = min(self.max_tokens, longest or self.max_tokens)
+        return classifier.eval().to(device), tokenizer
+
+
+def check_label(model: str, label: int | None, outputs: int) -> None:
+    if outputs == 1 and label is not None:
+        raise ConfigError(f"label={label}: {model} has one output, so leave it out.")
+    if outputs > 1 and label not in range(outputs):
+        raise ConfigError(f"label={label}: {model} has several outputs; use 0 to {outputs - 1}.")
+
+
+def is_folder(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or Path(model).is_dir()
+
+
+def check_there(model: str) -> None:
+    """Whether `folder_of` has something to find, without downloading anything."""
+    if is_folder(model):
+        local_folder("model", model)
+        return
+    try:
+        if cached_model(model) is None:
+            require_hub()
+    except HubUnreachable as error:
+        raise ConfigError(f"model={model}: is not in the local cache and {error}.") from error
+
+
+def folder_of(model: str) -> Path:
+    if is_folder(model):
+        return local_folder("model", model)
+    try:
+        return hub_model_folder(model)
+    except HubUnreachable as error:
+        raise ConfigError(f"model={model}: is not in the local cache and {error}.") from error

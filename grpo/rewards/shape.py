@@ -1,0 +1,174 @@
+"""Rewards for how a completion looks: its tags, steps, length and repetitions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+from grpo.errors import ConfigError
+from grpo.types import Sample
+
+# A numbered step, a numbered line or a bullet, a word that orders.
+STEP = re.compile(
+    r"\bstep \d+|^[ \t]*(?:\d+[.)]|[-*•])[ \t]+|\b(?:first|second|third|next|finally)(?:ly)?,",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+class TagCount:
+    """The share of the tags that a completion has exactly once: each of four is worth 0.25.
+
+    As open-r1's `tag_count_reward`, but line breaks around the tags are not asked for.
+
+    Args:
+        tags: as they are written.
+    """
+
+    def __init__(
+        self, tags: Sequence[str] = ("<think>", "</think>", "<answer>", "</answer>")
+    ) -> None:
+        if not tags or isinstance(tags, str) or not all(isinstance(t, str) and t for t in tags):
+            raise ConfigError(f"tags={tags!r}: should be a list of tags, such as [<b>, </b>].")
+        self.tags = tags
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [
+            sum(sample.completion.count(tag) == 1 for tag in self.tags) / len(self.tags)
+            for sample in samples
+        ]
+
+
+class ReasoningSteps:
+    """Step markers in a completion as a share of `target`, at most 1.
+
+    A marker is "Step 1", a numbered line, a bullet, or "First," "Second," "Third," "Next,"
+    "Finally,". After open-r1's `reasoning_steps_reward`.
+
+    Args:
+        target: this many markers give the whole reward.
+    """
+
+    def __init__(self, target: int = 3) -> None:
+        at_least("target", target, 1)
+        self.target = target
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [min(1.0, len(STEP.findall(s.completion)) / self.target) for s in samples]
+
+
+class Length:
+    """From 0.5 for the shortest completion of its group to -0.5 for the longest, in tokens.
+
+    A wrong completion never gains: it gets 0 at most. Where all are as long, all get 0.
+    Kimi k1.5 (2501.12599), section 2.3.3. Right is what the data set's own verifier gives 1.
+    """
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        lengths = defaultdict(list)
+        for sample in samples:
+            lengths[sample.group].append(len(sample.token_ids))
+        return [self.reward(sample, lengths[sample.group]) for sample in samples]
+
+    def reward(self, sample: Sample, lengths: Sequence[int]) -> float:
+        shortest, longest = min(lengths), max(lengths)
+        if shortest == longest:
+            return 0.0
+        gain = 0.5 - (len(sample.token_ids) - shortest) / (longest - shortest)
+        return gain if sample.verdict >= 1 else min(0.0, gain)
+
+
+class Cosine:
+    """From one bound at no tokens to another at `max_tokens`, along half a cosine.
+
+    By default a right completion gets the less the longer it is, and a wrong one is punished the
+    less the longer it is, so that the model thinks on where it can't answer yet. Longer ones than
+    `max_tokens` stay at the end. 2502.03373, appendix C.1; the defaults are its own.
+
+    Args:
+        max_tokens: of a completion.
+        right_start, right_end: for a completion that the data set's own verifier gives 1.
+        wrong_start, wrong_end: for any other.
+    """
+
+    def __init__(
+        self,
+        max_tokens: int,
+        right_start: float = 2.0,
+        right_end: float = 1.0,
+        wrong_start: float = -10.0,
+        wrong_end: float = 0.0,
+    ) -> None:
+        at_least("max_tokens", max_tokens, 1)
+        self.max_tokens = max_tokens
+        self.right = (right_start, right_end)
+        self.wrong = (wrong_start, wrong_end)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [self.reward(sample) for sample in samples]
+
+    def reward(self, sample: Sample) -> float:
+        start, end = self.right if sample.verdict >= 1 else self.wrong
+        progress = min(1.0, len(sample.token_ids) / self.max_tokens)
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Repetition:
+    """`max_penalty` times the share of n-grams that were there before; 0 where all are distinct.
+
+    2502.03373's n-gram penalty, over a whole completion as in open-r1.
+
+    Args:
+        ngram: words or tokens to an n-gram; a completion with fewer gets 0.
+        max_penalty: 0 or less, for a completion that only repeats.
+        over: words (between white space, whatever their case) or tokens.
+    """
+
+    def __init__(self, ngram: int = 3, max_penalty: float = -1.0, over: str = "words") -> None:
+        at_least("ngram", ngram, 1)
+        if max_penalty > 0:
+            raise ConfigError(f"max_penalty={max_penalty}: is a penalty, so 0 or less.")
+        if over not in ("words", "tokens"):
+            raise ConfigError(f"over={over!r}: use words or tokens.")
+        self.ngram = ngram
+        self.max_penalty = max_penalty
+        self.over = over
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [self.max_penalty * self.repeated(sample) for sample in samples]
+
+    def repeated(self, sample: Sample) -> float:
+        units: Sequence[Hashable] = (
+            sample.completion.lower().split() if self.over == "words" else sample.token_ids
+        )
+        ngrams = list(zip(*(units[start:] for start in range(self.ngram)), strict=False))
+        return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+class SoftOverlong:
+    """0 up to `buffer` tokens before `max_tokens`, falling linearly to -1 there, and -1 beyond.
+
+    DAPO (2503.14476), eq. 13.
+
+    Args:
+        max_tokens: of a completion; as `max_new_tokens`, it punishes before truncation does.
+        buffer: tokens over which it falls.
+    """
+
+    def __init__(self, max_tokens: int, buffer: int) -> None:
+        if not 1 <= buffer <= max_tokens:
+            raise ConfigError(f"buffer={buffer}: should be from 1 to max_tokens={max_tokens}.")
+        self.max_tokens = max_tokens
+        self.buffer = buffer
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [self.reward(len(sample.token_ids)) for sample in samples]
+
+    def reward(self, tokens: int) -> float:
+        return min(0.0, max(-1.0, (self.max_tokens - self.buffer - tokens) / self.buffer))
+
+
+def at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{option}={value}: must be {least} or more.")

@@ -1,0 +1,220 @@
+"""Mathematics in any notation, in worker processes that hang, die and are orphaned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grpo.errors import ConfigError
+from grpo.rewards import Math
+from grpo.types import Example, Failure, Sample
+
+ENDLESS = "9^{9^{9^9}}"
+
+
+def sample(gold: str, completion: str) -> Sample:
+    return Sample("q", completion, (1,), False, Example("q", gold, float), 0)
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[Math]:
+    """One pool for all: two seconds an answer, two workers."""
+    reward = Math(seconds=2, workers=2)
+    reward([sample("1", "1")])
+    yield reward
+    reward.close()
+
+
+RIGHT = [
+    ("72", "<answer>72</answer>"),
+    ("72", "<answer>\n 72.\n</answer>"),
+    ("72", "<answer>The answer is 72</answer>"),
+    ("72", "<answer>12 * 6 = 72</answer>"),
+    ("72", "so <answer>71</answer>, no, <answer>72</answer>"),  # the last counts
+    ("72", "<answer><answer>72</answer></answer>"),
+    ("72", "<answer>72"),
+    ("72", "The answer is 72."),
+    ("18", "<think>9 * 2 = 18</think> #### 18"),
+    ("1,234", "<answer>1234</answer>"),
+    ("1234567", "<answer>$1,234,567</answer>"),
+    ("10 000", "<answer>10,000</answer>"),
+    ("1,234.5", "<answer>1234.50</answer>"),
+    (".5", "<answer>1/2</answer>"),
+    (r"\frac{1}{2}", "<answer>0.5</answer>"),
+    (r"$\frac{1}{2}$", "1/2"),
+    (r"\boxed{\frac{3}{4}}", r"\boxed{\dfrac{3}{4}}"),
+    (r"\frac{1}{\sqrt{2}}", r"thus \boxed{\frac{\sqrt{2}}{2}}."),  # nested braces
+    (r"-\frac{1}{2}", "<answer>-0.5</answer>"),
+    ("12", r"\boxed{12}, or maybe \boxed{13"),  # the last whole one
+    ("50%", r"<answer>50\%</answer>"),
+    (r"50\%", "<answer>0.5</answer>"),
+    ("1e5", "<answer>100000</answer>"),
+    (r"6 \times 10^{3}", "<answer>6000</answer>"),
+    ("12.5", r"\boxed{\$12.50}"),
+    ("(0,1]", "<answer>(0, 1]</answer>"),
+    (r"x \in [1,2]", "<answer>[1,2]</answer>"),
+    ("{1,2}", r"\boxed{\{2, 1\}}"),
+    ("{1,2}", "<answer>1, 2</answer>"),
+    ("(1,2)", "<answer>(1, 2)</answer>"),
+    ("5 cm", r"<answer>5\text{ cm}</answer>"),
+    ("60 km/h", "<answer>60</answer>"),
+    ("12 feet", "<answer>12</answer>"),
+    (r"30^\circ", "<answer>30</answer>"),
+    ("x=2", "<answer>2</answer>"),
+    ("2", "<answer>x = 2</answer>"),
+    ("x^2+2x+1", "<answer>(x+1)^2</answer>"),
+    ("2xy", "<answer>2yx</answer>"),
+    (r"\frac{\pi}{2}", "<answer>pi/2</answer>"),
+    (r"\sqrt{2}", "<answer>sqrt(2)</answer>"),
+    (r"\sin(x)", "<answer>sin(x)</answer>"),
+    ("3 + 4i", "<answer>4i + 3</answer>"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"<answer>\begin{pmatrix}1\\2\end{pmatrix}</answer>"),
+    ("B", r"\boxed{\text{B}}"),
+    (r"\text{East}", "<answer>East</answer>"),
+]
+WRONG = [
+    ("72", "<answer>73</answer>"),
+    ("72", "I have no idea"),
+    ("72", ""),
+    ("72", "<answer></answer>"),
+    ("-3", "<answer>3</answer>"),
+    ("1/3", "<answer>0.333</answer>"),
+    ("1.2", "<answer>1, 2</answer>"),
+    ("1e5", "<answer>1</answer>"),
+    ("2", r"<answer>2\sqrt{3}</answer>"),
+    ("(0,1]", "<answer>[0, 1]</answer>"),
+    ("(1,2)", "<answer>(2, 1)</answer>"),
+    ("x=2", "<answer>y = 2</answer>"),
+    ("72", "1+" * 5000),
+    ("72", "$" * 3000),
+]
+UNREADABLE = [("Paris", "<answer>Paris</answer>"), ("", "<answer>1</answer>"), ("yes", "yes")]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "value"), [(RIGHT, 1.0), (WRONG, 0.0), (UNREADABLE, None)], ids=["1", "0", "None"]
+)
+def test_answers_are_compared_as_mathematics(
+    reward: Math, pairs: list[tuple[str, str]], value: float | None
+) -> None:
+    values = reward([sample(gold, completion) for gold, completion in pairs])
+    assert [pair for pair, given in zip(pairs, values, strict=True) if given != value] == []
+
+
+def test_an_answer_that_never_ends_is_a_failure_and_harms_no_other(reward: Math) -> None:
+    golds = ["1", "72", ENDLESS, "2"]
+    texts = ["<answer>1</answer>", f"<answer>{ENDLESS}</answer>", "<answer>3</answer>", "2"]
+    start = time.monotonic()
+    values = reward([sample(gold, text) for gold, text in zip(golds, texts, strict=True)])
+    assert values == [1.0, Failure("no answer within 2 s"), Failure("no answer within 2 s"), 1.0]
+    assert time.monotonic() - start < 8
+
+
+def test_it_works_off_the_main_thread_whose_end_harms_no_worker(reward: Math) -> None:
+    values: list[object] = []
+    pair = [sample("72", "<answer>72</answer>")]
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: values.extend(reward(pair)))
+        thread.start()
+        thread.join()
+    fresh = Math(workers=1)  # whose worker is started by a thread that is gone when it is asked
+    thread = threading.Thread(target=lambda: values.extend(fresh(pair)))
+    thread.start()
+    thread.join()
+    before = set(multiprocessing.active_children())
+    assert [*values, *fresh(pair)] == [1.0] * 4
+    assert before == set(multiprocessing.active_children())
+    fresh.close()
+
+
+def test_workers_stay_between_calls_without_torch_and_go_when_closed() -> None:
+    others = set(multiprocessing.active_children())
+    reward = Math(workers=2)
+    assert set(multiprocessing.active_children()) == others  # none before the first call
+    assert reward([sample("1", "1")]) == [1.0]
+    workers = set(multiprocessing.active_children()) - others
+    assert reward([sample("1", "1")] * 20) == [1.0] * 20
+    assert set(multiprocessing.active_children()) - others == workers
+    assert len(workers) == 2
+    for worker in workers:
+        assert "torch" not in Path(f"/proc/{worker.pid}/maps").read_text()
+    reward.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert reward([sample("1", "1")]) == [1.0]  # and it opens again
+    reward.close()
+
+
+def test_a_worker_that_is_killed_costs_one_answer_and_no_more() -> None:
+    reward = Math(seconds=20, workers=1)
+    others = set(multiprocessing.active_children())
+    assert reward([sample("1", "1")]) == [1.0]
+    (worker,) = set(multiprocessing.active_children()) - others
+    assert worker.pid is not None
+    threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL)).start()
+    values = reward([sample("72", ENDLESS), sample("1", "1")])
+    assert values == [Failure("its worker died, exit code -9"), 1.0]
+
+    (worker,) = set(multiprocessing.active_children()) - others
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)  # with nothing to do
+    time.sleep(0.5)
+    assert reward([sample("1", "1")]) == [1.0]
+    reward.close()
+
+
+ORPHAN = f"""
+if __name__ == "__main__":
+    import multiprocessing, threading
+    from grpo.rewards.math import Math
+    from grpo.types import Example, Sample
+    reward = Math(seconds=600, workers=2)
+    def sample(text):
+        return Sample("q", text, (1,), False, Example("q", "72", float), 0)
+    reward([sample("1")])
+    busy = threading.Thread(target=reward, args=([sample("{ENDLESS}")],), daemon=True)
+    busy.start()
+    busy.join(1)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    busy.join()
+"""
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_parent_even_a_busy_one(tmp_path: Path, death: int) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        process.send_signal(death)
+        deadline = time.monotonic() + 10
+        while any(map(is_alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(is_alive, workers))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [({"seconds": 0}, "seconds=0"), ({"workers": 0}, "workers=0")]
+)
+def test_a_bad_option_is_named_with_its_value(options: dict[str, int], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Math(**options)
