@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo import again, config, past
 from grpo.errors import ConfigError, RunError
-from grpo.help import help_text
+from grpo.help import choices, help_text
 
 JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
 Argv = Sequence[str]
@@ -178,8 +178,7 @@ def wrong_value(error: BaseException) -> str | None:
 
 
 def known_choices(group: str) -> list[str]:
-    folder = config.conf_folder() / group
-    return sorted(file.stem for file in folder.glob("*.yaml"))
+    return choices([config.conf_folder()], group)
 
 
 def known_keys(job: str, overrides: Argv) -> list[str]:

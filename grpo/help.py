@@ -25,16 +25,23 @@ grpo: train a language model by group-relative policy optimization (GRPO)
 def help_text(arguments: Sequence[str]) -> str:
     """What --help prints, with the choices in a --config-dir that is given beside it."""
     folders = [conf_folder(), *map(Path, own_folders(arguments))]
-    groups = {path.name for folder in folders for path in folder.glob("*") if path.is_dir()}
-    lines = [USAGE, "Choices: group=choice", ""]
+    groups = {
+        str(path.relative_to(folder))
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_dir()
+    }
+    lines = [USAGE, "Choices: group=choice, several rewards: reward=[answer,length]", ""]
     for group in sorted(groups - {"hydra"}):
-        choices = sorted(
-            {file.stem for folder in folders for file in folder.glob(f"{group}/*.yaml")}
-        )
-        lines.append(f"  {group}: {', '.join(choices)}")
+        lines.append(f"  {group}: {', '.join(choices(folders, group))}")
     page = (conf_folder() / "config.yaml").read_text().rstrip()
     lines += ["", "Config: key=value, and section.key=value", "", page]
     return "\n".join(lines)
+
+
+def choices(folders: Sequence[Path], group: str) -> list[str]:
+    """What a group can be; a file whose name begins with _ is a part of others."""
+    return sorted({file.stem for own in folders for file in own.glob(f"{group}/[!_]*.yaml")})
 
 
 def own_folders(arguments: Sequence[str]) -> list[str]:

@@ -143,7 +143,8 @@ class Scores:
         applies_BG = self.total_BG[self.total_BG.isfinite()]
         return {
             "reward/mean": float(applies_BG.mean()),
-            "reward/std": float(applies_BG.std()),  # over all completions of the step
+            # Over all completions of the step.
+            "reward/std": float(applies_BG.std()) if len(applies_BG) > 1 else 0.0,
             **{f"reward/{name}": float(part_N.nanmean()) for name, part_N in self.parts.items()},
             **self._by_source(),
             "reward/failed": float(sum(len(rows) for rows in self.failures.values())),

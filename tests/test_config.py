@@ -21,7 +21,9 @@ Grpo = Callable[..., tuple[int, str]]
 CONF = config.conf_folder()
 PACKAGE = Path(config.__file__).parent
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-CHOICES = [f"{file.parent.name}={file.stem}" for g in GROUPS for file in (CONF / g).glob("*.yaml")]
+CHOICES = [
+    f"{file.parent.name}={file.stem}" for g in GROUPS for file in (CONF / g).glob("[!_]*.yaml")
+]
 BOUND = ("dataset", "reward", "rollout", "tracking", "sampling", "curriculum", "adapter")
 NAMED = {
     "model=hub": ["model.id=a/b"],

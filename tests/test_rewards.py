@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from torch.testing import assert_close
 
 from grpo.errors import RunError
 from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, score
-from grpo.types import Example, Prompt, Rollout, Sample
+from grpo.tracking.tracker import completion_rows
+from grpo.types import Example, Failure, Prompt, Rollout, Sample
 
 
 def rollout(texts: Sequence[str], answers: Sequence[str]) -> Rollout:
@@ -131,3 +135,101 @@ def test_the_wrong_number_of_values_is_refused() -> None:
             rollout(["a", "b", "c", "d"], ["1", "2"]),
             {"mine": WeightedReward(lambda samples: [0.0] * 3, 1.0)},
         )
+
+
+def values_of(*values: object) -> WeightedReward:
+    return WeightedReward(lambda samples: list(values), 1.0)  # type: ignore[arg-type, return-value]
+
+
+def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two rewards of four completions: 1 and 2 both, one of each, the other, and neither."""
+    rewards = {
+        "first": values_of(1.0, 1.0, None, None),
+        "second": values_of(2.0, Failure("no answer within 5 s"), 2.0, None),
+    }
+    scores = score(rollout(["a", "b", "c", "d"], ["1", "2"]), rewards)
+    assert scores.total_BG.flatten().tolist()[:3] == [3.0, 1.0, 2.0]
+    assert math.isnan(scores.total_BG.flatten()[3])
+    metrics = scores.metrics()
+    assert metrics["reward/failed"] == 1
+    assert metrics["reward/mean"] == 2.0
+    assert metrics["reward/first"] == 1.0
+    assert metrics["reward/second"] == 2.0
+    assert "reward.second failed for 1 of 4 completions" in caplog.text
+    assert "no answer within 5 s" in caplog.text
+    rows = completion_rows(
+        1, rollout(["a", "b", "c", "d"], ["1", "2"]), scores, torch.zeros(2, 2), 2
+    )
+    assert [row.failed for row in rows] == ["", "second: no answer within 5 s", "", ""]
+
+
+def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
+    down = values_of(*[Failure("connection refused")] * 4)
+    with pytest.raises(RunError, match=r"reward\.down: it failed for all 4 .* connection refused"):
+        score(
+            rollout(["a", "b", "c", "d"], ["1", "2"]), {"down": down, "ok": values_of(0, 1, 0, 1)}
+        )
+
+
+def test_a_group_with_one_reward_left_teaches_nothing() -> None:
+    scores = score(rollout(["a", "b"], ["1"]), {"mine": values_of(1.0, None)})
+    assert scores.metrics()["reward/zero_variance_groups"] == 1.0
+
+
+def test_a_reward_for_one_set_of_a_mix_sees_no_other() -> None:
+    mixed = rollout(["a", "b", "c", "d"], ["1", "2"])
+    examples = [replace(p.example, source=s) for p, s in zip(mixed.prompts, "xy", strict=True)]
+    prompts = [replace(p, example=e) for p, e in zip(mixed.prompts, examples, strict=True)]
+    seen: list[str] = []
+
+    def spy(samples: Sequence[Sample]) -> list[float]:
+        seen.extend(sample.completion for sample in samples)
+        return [1.0] * len(samples)
+
+    rewards = {
+        "only_y": WeightedReward(spy, 1.0, frozenset("y")),
+        "all": values_of(0.0, 0.0, 0.0, 0.0),
+    }
+    scores = score(replace(mixed, prompts=tuple(prompts)), rewards)
+    assert seen == ["c", "d"]
+    assert scores.total_BG.tolist() == [[0, 0], [1, 1]]
+    metrics = scores.metrics()
+    assert (metrics["reward/from_x"], metrics["reward/from_y"]) == (0.0, 1.0)
+    assert metrics["reward/only_y"] == 1.0
+
+
+class Slow:
+    """Waits for something else, half a second."""
+
+    concurrent = True
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        time.sleep(0.5)
+        return [1.0] * len(samples)
+
+
+def test_slow_rewards_wait_beside_each_other_and_the_rest_stay_on_the_main_thread() -> None:
+    threads: list[threading.Thread] = []
+
+    def plain(samples: Sequence[Sample]) -> list[float]:
+        threads.append(threading.current_thread())
+        return [0.0] * len(samples)
+
+    rewards = {name: WeightedReward(Slow(), 1.0) for name in ("one", "two", "three")}
+    started = time.monotonic()
+    scores = score(rollout(["a", "b"], ["1"]), {**rewards, "plain": WeightedReward(plain, 1.0)})
+    assert time.monotonic() - started < 1.4  # one after the other, that is 1.5 s
+    assert scores.total_BG.tolist() == [[3.0, 3.0]]
+    assert threads == [threading.main_thread()]
+
+
+def test_the_data_sets_verifier_is_asked_once_a_completion() -> None:
+    """`reward=task` and the accuracy share its verdict: it may be slow."""
+    asked: list[str] = []
+    one = rollout(["a", "b"], ["1"])
+    example = replace(one.prompts[0].example, verify=lambda text: float(bool(asked.append(text))))
+    one = replace(one, prompts=(replace(one.prompts[0], example=example),))
+    score(one, {"task": WeightedReward(Task(), 1.0), "again": WeightedReward(Task(), 1.0)})
+    assert asked == ["a", "b"]

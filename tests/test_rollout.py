@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from grpo.device import Device
 from grpo.models.forward import Completions, left_mask, plain, score_completions
@@ -17,7 +24,7 @@ from grpo.models.load import LanguageModel, choose_forward
 from grpo.models.pad import pad_left
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import MicroBatch, completions
+from grpo.update import MicroBatch, completions, score_rollout
 
 ENGINES = {"native": NativeEngine, "hf": HFEngine}
 MakeEngine = Callable[..., Engine]
@@ -181,3 +188,104 @@ def test_completions_are_cut_from_a_rollout_by_whole_groups(tiny: LanguageModel)
     assert isinstance(part, Completions)
     assert part.prompts_BP.tolist() == [list(prompts[1].token_ids)]
     assert part.rows_a_prompt == 2
+
+
+CUTS = {
+    "top_k": Sampling(0.9, top_k=7),
+    "top_p": Sampling(1.2, top_p=0.8),
+    "min_p": Sampling(1.0, min_p=0.1),
+    "penalty": Sampling(0.8, repetition_penalty=1.7),
+    "all": Sampling(1.1, repetition_penalty=1.3, top_k=30, top_p=0.9, min_p=0.02),
+}
+
+
+def theirs(sampling: Sampling, tokens: Tensor, logits: Tensor) -> Tensor:
+    """[V] log-probabilities after transformers' own processors, in generate's order."""
+    processors = [
+        RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+        TemperatureLogitsWarper(sampling.temperature),
+    ]
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    scores = logits[None]
+    for processor in processors:
+        scores = processor(tokens[None], scores)
+    return torch.log_softmax(scores[0], dim=-1)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_logprobs_are_those_of_the_distribution_that_was_cut(
+    small_model: PreTrainedModel, device: Device, engine: str, cut: str
+) -> None:
+    """Each token by each against transformers' processors, by a forward of its own; and as scored
+    for the update, so that the ratio is 1."""
+    policy, sampling = wrap(small_model, device, end_ids=(2, 5, 50, 80)), CUTS[cut]
+    prompts = prompts_of(7, 3)
+    rollout = ENGINES[engine](policy, 6, 10**6).generate(prompts, 3, sampling, seed=1)
+    for n, prompt in enumerate(p for p in prompts for _ in range(3)):
+        for c in range(int(rollout.lengths_N[n])):
+            seen = torch.cat([torch.tensor(prompt.token_ids), rollout.tokens_NC[n, :c]])
+            logits = small_model(seen[None]).logits[0, -1].detach()
+            expected = theirs(sampling, seen, logits)[rollout.tokens_NC[n, c]]
+            assert_close(rollout.logprobs_NC[n, c], expected, atol=5e-5, rtol=1e-4)
+    scored = score_rollout(policy, rollout, Readout(sampling), 10**6)
+    assert_close(scored.logprobs, rollout.logprobs_NC, atol=5e-5, rtol=1e-4)
+    uncut = policy_logprobs(policy, rollout, Sampling(sampling.temperature))
+    assert_close(scored.plain, uncut, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_cut_samples_follow_the_cut_distribution(
+    small_model: PreTrainedModel, device: Device, engine: str, cut: str
+) -> None:
+    policy, prompt, sampling = wrap(small_model, device), prompts_of(6), CUTS[cut]
+    rollout = ENGINES[engine](policy, 1, 10**6).generate(prompt, 4000, sampling, seed=5)
+    tokens = torch.tensor(prompt[0].token_ids)
+    logits = small_model(tokens[None]).logits[0, -1].detach()
+    expected = theirs(sampling, tokens, logits).exp() * 4000
+    counts = torch.bincount(rollout.tokens_NC[:, 0], minlength=97)
+    assert (counts[expected == 0] == 0).all()
+    common = expected >= 5
+    chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    freedom = int(common.sum())
+    assert chi_square < freedom + 3.8 * (2 * freedom) ** 0.5 + 15
+
+
+def test_a_token_that_the_moved_policy_would_cut_still_has_a_logprob(
+    small_model: PreTrainedModel, device: Device
+) -> None:
+    """Sampled from all, scored as from the likeliest: it joins them, so nothing is -inf."""
+    policy = wrap(small_model, device)
+    rollout = NativeEngine(policy, 8, 10**6).generate(prompts_of(5), 20, Sampling(2.0), seed=0)
+    scored = score_rollout(policy, rollout, Readout(Sampling(2.0, top_k=1)), 10**6)
+    assert scored.logprobs.isfinite().all()
+    assert (scored.logprobs[rollout.mask_NC] < -1).any()
+    likeliest = scored.plain[rollout.mask_NC] > -0.5
+    assert (scored.entropy[rollout.mask_NC][likeliest] < 0.7).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stop_string_ends_a_completion_and_stays_in_it(tiny: LanguageModel, engine: str) -> None:
+    """Whether it is a token, a part of one or spread over several; what goes on is unchanged."""
+    question = "<|im_start|>user\nWhat is 47 + 38?<|im_end|>\n<|im_start|>assistant\n"
+    example = Example("q", "85", float)
+    prompts = [Prompt("q", tuple(tiny.tokenizer.encode(question)), example)]
+    make = ENGINES[engine](tiny, 24, 10**6)
+    free = make.generate(prompts, 8, Sampling(1.0), seed=0)
+    assert all("</answer>" in text for text in free.texts)
+    for stop in ("</think>", "er>", "k><a"):
+        stopped = make.generate(prompts, 8, Sampling(0.0, stop=(stop,)), seed=0)
+        whole = make.generate(prompts, 1, Sampling(0.0), seed=0)
+        for n, text in enumerate(stopped.texts):
+            assert stop in text
+            assert whole.texts[0].startswith(text)
+            own = stopped.tokens_NC[n, : stopped.lengths_N[n]]
+            shorter = tiny.tokenizer.decode(own[:-1].tolist(), skip_special_tokens=True)
+            assert stop not in shorter
+        assert not stopped.truncated_N.any()

@@ -2,6 +2,8 @@
 
 from grpo.data.arithmetic import Arithmetic
 from grpo.data.gym import ReasoningGym
+from grpo.data.source import Source
 from grpo.data.table import GSM8K, Jsonl
+from grpo.data.verify import answered
 
-__all__ = ["GSM8K", "Arithmetic", "Jsonl", "ReasoningGym"]
+__all__ = ["GSM8K", "Arithmetic", "Jsonl", "ReasoningGym", "Source", "answered"]

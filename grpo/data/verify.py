@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from grpo.errors import ConfigError
@@ -92,8 +93,8 @@ def same_as(gold: str, read: Callable[[str], str | None], completion: str) -> fl
 def answered(
     question: str,
     gold: str,
-    extract: str,
-    columns: Mapping[str, Any],
+    extract: str = "tag",
+    columns: Mapping[str, Any] = MappingProxyType({}),
     messages: tuple[Mapping[str, str], ...] = (),
 ) -> Example:
     """An example with a gold answer.

@@ -1,0 +1,100 @@
+"""What a step learns from: groups whose rewards agree are drawn anew, and nothing is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from grpo.collect import Collector
+from grpo.data.order import one_set
+from grpo.models.load import LanguageModel
+from grpo.rewards import WeightedReward
+from grpo.rollout import NativeEngine
+from grpo.types import Example, Prompt, Sample, Sampling
+
+SAMPLING = Sampling(1.0)
+
+
+def collector(tiny: LanguageModel, reward: object, resample: int, rows: int = 40) -> Collector:
+    prompts = []
+    for n in range(rows):
+        question = f"What is {n} + 5?"
+        example = Example(question, str(n), lambda text: 0.0, columns={"n": n})
+        prompts.append(Prompt(question, tuple(tiny.tokenizer.encode(question)), example))
+    return Collector(
+        engine=NativeEngine(tiny, 6, 10**6),
+        rewards={"mine": WeightedReward(reward, 1.0)},  # type: ignore[arg-type]
+        prompts=prompts,
+        order=one_set(rows, seed=0),
+        sampling=SAMPLING,
+        batch_size=6,
+        num_generation=4,
+        resample=resample,
+        seed=3,
+    )
+
+
+def odd_ones_differ(samples: Sequence[Sample]) -> list[float]:
+    """The groups of even questions agree; those of odd ones don't."""
+    return [
+        float(i % 4) if sample.example.columns["n"] % 2 else 1.0 for i, sample in enumerate(samples)
+    ]
+
+
+def numbers(prompts: Sequence[Prompt]) -> list[int]:
+    return [prompt.example.columns["n"] for prompt in prompts]
+
+
+def test_groups_that_agree_make_way_for_others(tiny: LanguageModel) -> None:
+    """Those that differ stay in their places; the rest become ones that differ too."""
+    plain = collector(tiny, odd_ones_differ, resample=0).collect(1)
+    batch = collector(tiny, odd_ones_differ, resample=8).collect(1)
+    first, kept = numbers(plain.rollout.prompts), numbers(batch.rollout.prompts)
+    assert any(n % 2 == 0 for n in first)
+    assert all(n % 2 for n in kept)
+    assert [n for n in first if n % 2] == [k for n, k in zip(first, kept, strict=True) if n % 2]
+    assert batch.scores.total_BG.tolist() == [[0, 1, 2, 3]] * 6
+    # The rows of the joined rollout are those of their own groups.
+    for b, prompt in enumerate(batch.rollout.prompts):
+        for n in range(4 * b, 4 * b + 4):
+            own = batch.rollout.tokens_NC[n, : batch.rollout.lengths_N[n]].tolist()
+            assert tiny.tokenizer.decode(own, skip_special_tokens=True) == batch.rollout.texts[n]
+        assert prompt.example.answer == str(kept[b])
+
+
+def test_what_is_said_is_of_everything_that_was_sampled(tiny: LanguageModel) -> None:
+    """Drawing anew must not make the rewards look better than they are."""
+    batch = collector(tiny, odd_ones_differ, resample=8).collect(1)
+    extra = batch.metrics["reward/resampled_groups"]
+    assert extra > 0
+    assert batch.completions == 4 * (6 + extra)
+    share = batch.metrics["reward/zero_variance_groups"]
+    assert 0 < share < 1
+    odd, even = 1.5, 1.0
+    assert batch.metrics["reward/mean"] == pytest.approx((1 - share) * odd + share * even)
+    assert batch.tokens > int(batch.rollout.lengths_N.sum())
+
+
+def test_there_is_an_end_to_drawing_anew(tiny: LanguageModel) -> None:
+    """Where all groups always agree: so many times, then the step goes on with what it has."""
+
+    def all_agree(samples: Sequence[Sample]) -> list[float]:
+        return [0.0] * len(samples)
+
+    batch = collector(tiny, all_agree, resample=2).collect(1)
+    assert batch.metrics["reward/resampled_groups"] == 12
+    assert batch.metrics["reward/zero_variance_groups"] == 1.0
+    first = collector(tiny, all_agree, resample=0).collect(1)
+    assert numbers(batch.rollout.prompts) == numbers(first.rollout.prompts)
+
+
+def test_a_step_follows_from_its_number(tiny: LanguageModel) -> None:
+    once = collector(tiny, odd_ones_differ, resample=3)
+    again = collector(tiny, odd_ones_differ, resample=3)
+    once.collect(1)
+    a, b = once.collect(2), again.collect(2)
+    assert a.rollout.texts == b.rollout.texts
+    assert torch.equal(a.rollout.logprobs_NC, b.rollout.logprobs_NC)
+    assert a.rollout.texts != once.collect(3).rollout.texts
