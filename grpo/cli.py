@@ -163,6 +163,9 @@ def explain(error: Exception, job: str, overrides: Argv) -> str:
         if unknown:
             key = unknown[1]
             return f"{key}: no such key{config.nearest(key, known_keys(job, overrides))}"
+        if text.startswith("Error merging override ") and error.__cause__ is not None:
+            reason = str(error.__cause__).splitlines()[0]
+            return f"{text.removeprefix('Error merging override ')}: {reason}"
     return text.splitlines()[0]
 
 

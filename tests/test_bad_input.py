@@ -106,6 +106,95 @@ CASES = {
     "min p": (["sampling.min_p=2"], "sampling.min_p=2", "at most 1"),
     "no penalty": (["sampling.repetition_penalty=0"], "repetition_penalty=0", "more than 0"),
     "empty stop": (["sampling.stop=['']"], "sampling.stop", "empty"),
+    "no rank": (["adapter=lora", "adapter.rank=0"], "adapter.rank=0", "at least 1"),
+    "no such modules": (
+        ["adapter=lora", "adapter.target=[nowhere]"],
+        "adapter.target=['nowhere']",
+        "not found",
+    ),
+    "unknown optimizer": (["optim.name=adam"], "optim.name=adam", "adamw"),
+    "unknown order": (["curriculum.order=easy"], "curriculum.order=easy", "easy_first"),
+    "an order that nothing tells": (
+        ["curriculum.order=easy_first"],
+        "curriculum.samples=0",
+        "finds out",
+    ),
+    "a difficulty that nothing tells": (
+        ["curriculum.at_most=0.5"],
+        "curriculum.samples=0",
+        "finds out",
+    ),
+    "shares the wrong way round": (
+        ["curriculum.samples=2", "curriculum.at_least=0.9", "curriculum.at_most=0.1"],
+        "curriculum.at_least=0.9",
+        "lower one first",
+    ),
+    "nothing to evaluate": (
+        ["eval.samples=0", "eval.greedy=false"],
+        "eval.samples=0",
+        "nothing to evaluate",
+    ),
+    "training without both evaluations": (["eval.samples=0"], "eval.samples=0", "grpo eval"),
+    "a mix in order": (["dataset=mix", "curriculum.order=given"], "order=given", "shuffled"),
+    "a mix of nothing": (
+        [
+            "dataset=mix",
+            "dataset.sets.sums.probability=0",
+            "dataset.sets.differences.probability=0",
+        ],
+        "dataset.sets",
+        "above 0",
+    ),
+    "a negative share": (
+        ["dataset=mix", "dataset.sets.sums.probability=-1"],
+        "dataset.sets.sums.probability=-1",
+        "at least 0",
+    ),
+    "a set that is none": (
+        ["dataset=mix", "+dataset.sets.other.probability=1"],
+        "dataset.sets.other",
+        "defaults",
+    ),
+    "a wrong key in a set": (
+        ["dataset=mix", "+dataset.sets.sums.digit=1"],
+        "dataset.sets.sums.digit",
+        "digits",
+    ),
+    "a reward for a set that is not there": (
+        ["dataset=mix", "+reward.answer.sources=[products]"],
+        "no set products",
+        "sums, differences",
+    ),
+    "a reward for a set without a mix": (
+        ["+reward.answer.sources=[sums]"],
+        "reward.answer.sources",
+        "no mix",
+    ),
+    "a reward's own option": (
+        ["reward=math", "reward.math.seconds=0"],
+        "reward.math.seconds=0",
+        "more than 0",
+    ),
+    "a reward model that is not there": (
+        ["reward=reward_model", "reward.reward_model.model=./nowhere"],
+        "reward.reward_model.model=./nowhere",
+        "no model there",
+    ),
+    "an endpoint without an address": (
+        ["reward=endpoint"],
+        "reward.endpoint.url is not set",
+        "url=",
+    ),
+    "an endpoint that is no address": (
+        ["reward=endpoint", "reward.endpoint.url=localhost"],
+        "reward.endpoint.url=localhost",
+        "http",
+    ),
+    "a template option that is no mapping": (
+        ["dataset.template_options=[1]"],
+        "dataset.template_options=[1]",
+        "Cannot merge DictConfig with ListConfig",
+    ),
     "unknown objective": (["objective=eval/acuracy"], "objective=eval/acuracy", "eval/accuracy"),
     "unknown schedule": (["optim.schedule=cosin"], "optim.schedule=cosin", "cosine"),
     "two models": (["model.id=a/b"], "model", "exactly one"),
@@ -182,7 +271,11 @@ CASES = {
         "called with a list of samples",
     ),
     "W&B without login": (["tracking=wandb", "tracking.wandb.mode=online"], "mode=online", "key"),
-    "unknown extraction": (["dataset.extract=tags"], "dataset.extract='tags'", "tag, number, text"),
+    "unknown extraction": (
+        ["dataset.extract=tags"],
+        "dataset.extract='tags'",
+        "tag, boxed, number",
+    ),
     "no folder": (["model=local", "model.path=nowhere"], "model.path=nowhere", "no model there"),
     "no weights": (
         ["model=local", "model.path=no_weights"],

@@ -311,3 +311,34 @@ def test_resume_auto_with_nothing_to_resume_starts_anew(grpo: Grpo, tmp_path: Pa
 def test_only_the_newest_are_kept(whole: Path) -> None:
     kept = {path.name for path in (whole / "checkpoints").iterdir()}
     assert kept == {"step_8", "step_9", "latest"}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["kl.target=0.001", "kl.horizon=50", "kl.sync_every=2", "kl.sync_share=0.5"],
+        ["algorithm=dapo", "algorithm.num_iterations=2", "algorithm.minibatches=2", "kl=full"],
+        ["dataset=mix", "device.gradient_checkpointing=true", "optim.name=adamw_8bit"],
+        ["kl=k1", "kl.within=reward", "sampling.top_p=0.9", "reward=[answer,math,length]"],
+    ],
+    ids=["moving", "several updates", "mix", "kl in the reward"],
+)
+def test_whatever_has_a_state_goes_on_where_it_stood(
+    extra: list[str], grpo: Grpo, tmp_path: Path
+) -> None:
+    """Five steps in one go, and in two, second part from a checkpoint: the same numbers."""
+    common = [
+        "experiment=smoke", "tracking=none", "eval.every=0", "eval.samples=1",
+        "checkpoint.every=3", "learning_rate=3e-4", *extra,
+    ]  # fmt: skip
+    assert grpo(*common, "max_steps=5", "hydra.run.dir=whole")[0] == 0
+    assert grpo(*common, "max_steps=3", "hydra.run.dir=parts")[0] == 0
+    code, printed = grpo("resume=parts", "max_steps=5")
+    assert code == 0, printed
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    for own in (whole, parts):
+        own[3] = {k: v for k, v in own[3].items() if not k.startswith("eval/")}
+    assert whole == parts
+    assert len(whole) == 6
+    if "kl.target=0.001" in extra:
+        assert len({row["kl/weight"] for row in whole[1:]}) > 3
