@@ -112,6 +112,11 @@ CASES = {
         "adapter.target=['nowhere']",
         "not found",
     ),
+    "an adapter on the head": (
+        ["adapter=lora", "adapter.target=[q_proj,lm_head]"],
+        "adapter.target=['q_proj', 'lm_head']",
+        "output layer",
+    ),
     "unknown optimizer": (["optim.name=adam"], "optim.name=adam", "adamw"),
     "unknown order": (["curriculum.order=easy"], "curriculum.order=easy", "easy_first"),
     "an order that nothing tells": (

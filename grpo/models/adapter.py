@@ -60,6 +60,11 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
             model.add_adapter(config)
         except ValueError as error:
             raise ConfigError(f"adapter.target={adapter.target}: {error}") from error
+    if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
+        raise ConfigError(
+            f"adapter.target={adapter.target}: the output layer is read apart from the model, so "
+            f"it can't be adapted; leave it out."
+        )
     settle(model)
 
 
