@@ -358,10 +358,10 @@ def check_kl(cfg: DictConfig) -> None:
     kl = cfg.kl
     if kl.target is not None:
         more_than_nothing(cfg, "kl.target")
-        if cfg.kl_weight == 0 and kl.estimator is not None:
+        if cfg.kl_weight == 0 or kl.estimator is None:
             raise ConfigError(
-                f"kl.target={kl.target}: a weight is moved by factors, so it can't start from "
-                f"kl_weight=0."
+                f"kl.target={kl.target}: there is no KL to hold, with kl_weight={cfg.kl_weight:g} "
+                f"and kl.estimator={kl.estimator}."
             )
     if kl.unbiased_gradient and kl.within == "reward":
         raise ConfigError(

@@ -18,8 +18,8 @@ class Pulled(NamedTuple):
     """What a step's completions are told of the reference."""
 
     reference_NC: Tensor | None  # its log-probabilities of their tokens
-    penalty_BG: Tensor | None  # what is taken off their rewards
-    loss_weight: float  # of the KL in the loss
+    divergence_BG: Tensor | None  # summed over a completion's tokens, to be taken off its reward
+    weight: float  # of the one or the other
 
 
 class Pull:
@@ -68,12 +68,11 @@ class KLPull(Pull):
         with self.reference.within():
             model = self.reference.model
             reference_NC = score_rollout(model, rollout, plain, self.token_budget).plain
-        if not self.term.in_reward:
-            return Pulled(reference_NC, None, self.weight.weight)
-        divergence_NC = self._of_sampler(rollout, reference_NC)
-        total_N = (divergence_NC * rollout.mask_NC).sum(dim=1)
-        penalty_BG = self.weight.weight * total_N.view(-1, rollout.num_generation)
-        return Pulled(reference_NC, penalty_BG, 0.0)
+        divergence_BG = None
+        if self.term.in_reward:
+            total_N = (self._of_sampler(rollout, reference_NC) * rollout.mask_NC).sum(dim=1)
+            divergence_BG = total_N.view(-1, rollout.num_generation)
+        return Pulled(reference_NC, divergence_BG, self.weight.weight)
 
     def _of_sampler(self, rollout: Rollout, reference_NC: Tensor) -> Tensor:
         """[N, C] the divergence of the policy as it is before the update."""

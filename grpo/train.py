@@ -94,7 +94,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     batch = run.collector.collect(step)
     clock.lap()
     pulled = run.pull.read(batch.rollout)
-    advantages_BG = run.advantage(*batch.scores.stacked(pulled.penalty_BG))
+    advantages_BG = run.advantage(*batch.scores.stacked(pulled.divergence_BG, pulled.weight))
     stats = update(
         run.policy,
         run.pull.reference,
@@ -104,7 +104,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         Learned(
             advantages_BG.flatten().to(run.device.torch_device),
             pulled.reference_NC,
-            pulled.loss_weight,
+            0.0 if pulled.divergence_BG is not None else pulled.weight,
         ),
         run.token_budget,
         seed=run.seed * 1_000_003 + step,

@@ -153,16 +153,16 @@ class Scores:
             "reward/zero_variance_groups": float(agrees(self.total_BG).float().mean()),
         }
 
-    def stacked(self, penalty_BG: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The parts as [R, B, G] and their weights [R]; a penalty is one more, of weight -1."""
+    def stacked(self, divergence_BG: Tensor | None, weight: float) -> tuple[Tensor, Tensor]:
+        """The parts as [R, B, G] and their weights [R]; a divergence is one more, taken off."""
         import torch
 
-        shape = self.total_BG.shape
-        parts = [part_N.view(shape) for part_N in self.parts.values()]
+        parts = [part_N.view(self.total_BG.shape) for part_N in self.parts.values()]
         weights = list(self.weights.values())
-        if penalty_BG is not None:
-            penalty_BG = penalty_BG.cpu().masked_fill(self.total_BG.isnan(), torch.nan)
-            parts, weights = [*parts, penalty_BG], [*weights, -1.0]
+        if divergence_BG is not None:
+            # Where no reward applies, the divergence alone teaches nothing either.
+            divergence_BG = divergence_BG.cpu().masked_fill(self.total_BG.isnan(), torch.nan)
+            parts, weights = [*parts, divergence_BG], [*weights, -weight]
         return torch.stack(parts), torch.tensor(weights)
 
     def _by_source(self) -> dict[str, float]:

@@ -56,7 +56,8 @@ def terms() -> list[Term]:
     for direction, names in ESTIMATORS.items():
         for name, estimator in names.items():
             for unbiased in (False, True):
-                if direction == "forward" and (name == "k2" or not unbiased):
+                # Those that docs/kl.md tells of: k2 is no unbiased value, so it isn't weighed.
+                if (name == "k2" and unbiased) or (direction == "forward" and not unbiased):
                     continue
                 label = f"{name}{', weighed' if unbiased else ''}"
                 term = KLTerm(estimator, None, in_reward=False, unbiased_gradient=unbiased)
@@ -186,15 +187,16 @@ def draw(run: Path, measured: dict[str, Any], out: Path) -> None:
     course.set(xlabel="step", ylabel="nats a token", title="the run, as logged")
     course.legend(frameon=False)
 
-    labels = [label for label in measured["values"] if label != "k2 (forward)"]
+    labels = [label for label in measured["values"] if "reverse" in label]
     bias = [measured["values"][label]["bias"] for label in labels]
     noise = [measured["values"][label]["std_batch"] for label in labels]
     places = range(len(labels))
     value.bar([p - 0.2 for p in places], bias, 0.4, label="bias", color="C3")
     value.bar([p + 0.2 for p in places], noise, 0.4, label="spread from batch to batch", color="C7")
-    value.set_xticks(list(places), [label.replace(" (", "\n(") for label in labels])
-    value.set(ylabel="nats a token", title="as a value")
-    value.legend(frameon=False)
+    value.axhline(measured["exact"]["reverse"], color="black", linewidth=1, label="the exact value")
+    value.set_xticks(list(places), [label.removesuffix(" (reverse)") for label in labels])
+    value.set(ylabel="nats a token", title="as a value", ylim=(None, 0.075))
+    value.legend(frameon=False, loc="upper left")
 
     names = {
         "k1 (reverse)": "k1", "k2 (reverse)": "k2", "k3 (reverse)": "k3",
@@ -203,11 +205,19 @@ def draw(run: Path, measured: dict[str, Any], out: Path) -> None:
     cosine = [measured["gradients"][label]["cosine_reverse"] for label in names]
     noise = [measured["gradients"][label]["noise_reverse"] for label in names]
     places = range(len(names))
-    gradient.bar([p - 0.2 for p in places], cosine, 0.4, label="cosine with the exact", color="C2")
-    gradient.bar([p + 0.2 for p in places], noise, 0.4, label="noise of a batch", color="C7")
+    gradient.bar(
+        [p - 0.2 for p in places], cosine, 0.4, label="cosine with the exact one", color="C2"
+    )
+    gradient.bar(
+        [p + 0.2 for p in places],
+        noise,
+        0.4,
+        label="noise of one batch, in its lengths",
+        color="C7",
+    )
     gradient.set_xticks(list(places), list(names.values()))
-    gradient.set(title="as a loss: the gradient")
-    gradient.legend(frameon=False)
+    gradient.set(title="as a loss: the gradient", ylim=(0, 6))
+    gradient.legend(frameon=False, loc="upper left")
     figure.savefig(out, metadata={"Date": None})
 
 

@@ -13,6 +13,13 @@ import torch
 from torch.testing import assert_close
 
 from grpo.errors import RunError
+from grpo.objective import Normalize
+from grpo.objective.advantages import (
+    group_mean,
+    group_std,
+    normalize_then_sum,
+    weighted_sum,
+)
 from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, score
 from grpo.tracking.tracker import completion_rows
 from grpo.types import Example, Failure, Prompt, Rollout, Sample
@@ -233,3 +240,16 @@ def test_the_data_sets_verifier_is_asked_once_a_completion() -> None:
     one = replace(one, prompts=(replace(one.prompts[0], example=example),))
     score(one, {"task": WeightedReward(Task(), 1.0), "again": WeightedReward(Task(), 1.0)})
     assert asked == ["a", "b"]
+
+
+def test_a_divergence_is_one_more_reward_with_its_weight_taken_off() -> None:
+    """Summed first or normalised first; and where no reward applies it teaches nothing alone."""
+    scores = score(rollout(["a", "b", "c"], ["1"]), {"mine": values_of(1.0, 0.0, None)})
+    parts_RBG, weights_R = scores.stacked(torch.tensor([[2.0, 1.0, 9.0]]), 0.1)
+    assert weights_R.tolist() == [1.0, pytest.approx(-0.1)]
+    total_BG = weighted_sum(parts_RBG, weights_R)
+    assert_close(total_BG[0, :2], torch.tensor([0.8, -0.1]))
+    assert total_BG[0, 2].isnan()
+    advantages_BG = normalize_then_sum(parts_RBG, weights_R, Normalize(group_mean, group_std))
+    assert advantages_BG[0, 0] > 0 > advantages_BG[0, 1]  # 0.9 of a deviation apart, not 0
+    assert advantages_BG[0, 2] == 0

@@ -427,13 +427,13 @@ def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageM
     term = KLTerm(k1, None, in_reward=True, unbiased_gradient=False)
     pull = KLPull(tiny, reference, term, AdaptiveWeight(0.5, None, 1), SAMPLING, 10**6, 0, 1.0)
     pulled = pull.read(rollout)
-    assert pulled.loss_weight == 0
-    assert pulled.penalty_BG is not None
+    assert pulled.weight == 0.5
+    assert pulled.divergence_BG is not None
     for n in range(9):
         own = rollout.tokens_NC[n, : rollout.lengths_N[n], None]
         base = full_logprobs(reference.model, rollout, n).gather(1, own)[:, 0]
-        expected = 0.5 * (rollout.logprobs_NC[n, : len(own)] - base).sum()
-        assert_close(pulled.penalty_BG.flatten()[n], expected, atol=1e-4, rtol=1e-4)
+        expected = (rollout.logprobs_NC[n, : len(own)] - base).sum()
+        assert_close(pulled.divergence_BG.flatten()[n], expected, atol=1e-4, rtol=1e-4)
 
 
 def fake_rollout(prompt_lengths: list[int], lengths: list[list[int]]) -> Rollout:
