@@ -29,6 +29,7 @@ from grpo.hub import from_hub
 from grpo.kl import KLPull, Pull
 from grpo.models.adapter import Adapter, add_adapter
 from grpo.models.load import LanguageModel, fingerprint, load_language_model
+from grpo.models.recompute import recomputable
 from grpo.models.reference import reference_of
 from grpo.objective import (
     AGGREGATES,
@@ -63,6 +64,11 @@ def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[Languag
         add_adapter(policy.model, adapter, cfg.seed)
     # A checkpoint of an adapter names its base: by id where that is how it is found again.
     name = cfg.model.id if cfg.model.id and from_hub(folder) else policy.base
+    if cfg.device.gradient_checkpointing and not recomputable(policy.model):
+        raise ConfigError(
+            f"device.gradient_checkpointing=true: {type(policy.model).__name__} has no layers that "
+            f"can be recomputed."
+        )
     return replace(policy, base=name, recompute=cfg.device.gradient_checkpointing), base
 
 
@@ -72,6 +78,12 @@ def build_adapter(cfg: DictConfig) -> Adapter | None:
 
 def prompt_format(found: FoundSet) -> PromptFormat:
     options = plain(found.options)
+    for key in PROMPT_KEYS:
+        if key not in options:
+            raise ConfigError(
+                f"{found.key}.{key} is not set: a data set's file begins with "
+                f"defaults: [_base, _self_]"
+            )
     keys = {key: options[key] for key in PROMPT_KEYS if key != "allow_overlap"}
     check_options(PromptFormat, keys, found.key)
     try:
@@ -80,10 +92,14 @@ def prompt_format(found: FoundSet) -> PromptFormat:
         raise ConfigError(
             f"{found.key}.worked_examples: each needs a question and an answer."
         ) from error
+    if not isinstance(options["allow_overlap"], bool):
+        raise ConfigError(f"{found.key}.allow_overlap={options['allow_overlap']}: should be bool.")
     return PromptFormat(worked_examples=worked, **keys)
 
 
-def build_prompts(found: Found, tokenizer: PreTrainedTokenizerBase) -> PromptSets:
+def build_prompts(
+    found: Found, formats: Sequence[PromptFormat], tokenizer: PreTrainedTokenizerBase
+) -> PromptSets:
     """The prompts to train and to evaluate on, without overlap unless asked for.
 
     Raises:
@@ -92,11 +108,9 @@ def build_prompts(found: Found, tokenizer: PreTrainedTokenizerBase) -> PromptSet
     evaluated = [example for own in found.sets for example in own.evaluation]
     train: list[Prompt] = []
     evaluation: list[Prompt] = []
-    for own in found.sets:
-        format, overlap = prompt_format(own), own.options.allow_overlap
-        if not isinstance(overlap, bool):
-            raise ConfigError(f"{own.key}.allow_overlap={overlap}: should be bool.")
-        rows = own.train if overlap or not own.train else without_held_out(own.train, evaluated)
+    for own, format in zip(found.sets, formats, strict=True):
+        keep = own.options.allow_overlap or not own.train
+        rows = own.train if keep else without_held_out(own.train, evaluated, own.key)
         train += tokenized(rows, format, tokenizer, "training", own.key) if rows else []
         evaluation += tokenized(own.evaluation, format, tokenizer, "evaluation", own.key)
     return PromptSets(train, evaluation)
@@ -142,12 +156,13 @@ def build_rewards(cfg: DictConfig, found: Found) -> dict[str, WeightedReward]:
     return rewards
 
 
-def made(bound: Callable[[], Any], key: str) -> Any:
+def made(bound: functools.partial[Any], key: str) -> Any:
     """An instance of a user's class; what its constructor raises is refused under its key."""
     try:
         return bound()
     except ConfigError as error:
-        raise ConfigError(f"{key}.{error}") from error
+        own = str(error).partition("=")[0] in bound.keywords
+        raise ConfigError(f"{key}{'.' if own else ': '}{error}") from error
     except Exception as error:
         raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
 

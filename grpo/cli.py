@@ -72,7 +72,7 @@ def main() -> None:
 
 def split_job(arguments: Argv) -> tuple[str, list[str]]:
     """The job that a first bare word names, and the rest. A word is never a valid override."""
-    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+    if not arguments or arguments[0].startswith(("-", "~")) or "=" in arguments[0]:
         return "train", list(arguments)
     job = arguments[0]
     if job not in JOBS:

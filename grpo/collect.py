@@ -12,6 +12,7 @@ from grpo.data.order import Order
 from grpo.models.pad import pad_right
 from grpo.objective.advantages import agrees
 from grpo.rewards import WeightedReward, score
+from grpo.rewards.score import stop_where_all_failed
 from grpo.rollout import Engine
 from grpo.types import Prompt, Rollout, Sampling, Scores
 
@@ -62,18 +63,22 @@ class Collector:
             times["time/reward"] += clock.lap()
             return scores[-1]
 
-        first = sample(self.order.batch(step, self.batch_size))
+        first_rows = self.order.batch(step, self.batch_size)
+        first = sample(first_rows)
         kept = [Group(0, b) for b in range(self.batch_size)]
         stale = set(kept) - {Group(0, b) for b in informative(first)}
         for attempt in range(self.resample):
             if not stale:
                 break
-            again = sample(self.order.extra(step, attempt, len(stale)))
-            kept = refill(kept, len(rollouts) - 1, again, stale)
+            rows = [first_rows[b] for b, group in enumerate(kept) if group in stale]
+            again = sample(self.order.extra(step, attempt, rows))
+            kept = refill(kept, len(rollouts) - 1, again, stale, first.sources)
             stale &= set(kept)
         everything = [Group(k, b) for k, own in enumerate(scores) for b in range(len(own.sources))]
         sampled = join_rollouts(rollouts, everything)
-        metrics = {**join_scores(scores, everything).metrics(), **sampled.metrics(), **times}
+        scored = join_scores(scores, everything)
+        stop_where_all_failed(sampled, scored)
+        metrics = {**scored.metrics(), **sampled.metrics(), **times}
         if self.resample:
             metrics["reward/resampled_groups"] = float(len(everything) - self.batch_size)
         return Batch(
@@ -98,10 +103,21 @@ def informative(scores: Scores) -> list[int]:
     return (~agrees(scores.total_BG))[:, 0].nonzero()[:, 0].tolist()
 
 
-def refill(kept: Sequence[Group], rollout: int, scores: Scores, stale: set[Group]) -> list[Group]:
-    """Puts a new rollout's informative groups in the places of those that taught nothing."""
-    fresh = iter([Group(rollout, b) for b in informative(scores)])
-    return [next(fresh, group) if group in stale else group for group in kept]
+def refill(
+    kept: Sequence[Group], rollout: int, scores: Scores, stale: set[Group], sources: Sequence[str]
+) -> list[Group]:
+    """Puts a new rollout's informative groups in the places of those that taught nothing.
+
+    sources: the set of a mix that each place belongs to; it keeps it.
+    """
+    fresh: dict[str, list[Group]] = {}
+    for b in informative(scores):
+        fresh.setdefault(scores.sources[b], []).append(Group(rollout, b))
+    refilled = []
+    for group, source in zip(kept, sources, strict=True):
+        waiting = fresh.get(source, []) if group in stale else []
+        refilled.append(waiting.pop(0) if waiting else group)
+    return refilled
 
 
 def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollout:
@@ -110,8 +126,9 @@ def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollo
         return rollouts[0]
     size = rollouts[0].num_generation
     rows = [(rollouts[g.rollout], g.prompt * size + i) for g in groups for i in range(size)]
-    tokens_NC, lengths_N = pad_right([r.tokens_NC[n, : r.lengths_N[n]] for r, n in rows], 0)
-    logprobs_NC, _ = pad_right([r.logprobs_NC[n, : r.lengths_N[n]] for r, n in rows], 0.0)
+    lengths = {id(own): own.lengths_N.tolist() for own in rollouts}
+    tokens_NC, lengths_N = pad_right([r.tokens_NC[n, : lengths[id(r)][n]] for r, n in rows], 0)
+    logprobs_NC, _ = pad_right([r.logprobs_NC[n, : lengths[id(r)][n]] for r, n in rows], 0.0)
     return Rollout(
         prompts=tuple(rollouts[g.rollout].prompts[g.prompt] for g in groups),
         tokens_NC=tokens_NC,

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo import past
@@ -274,6 +274,12 @@ def check_adapter(cfg: DictConfig) -> None:
     if cfg.adapter is not None:
         at_least(cfg, "adapter.rank", 1)
         more_than_nothing(cfg, "adapter.alpha")
+        target = cfg.adapter.target
+        names = target if isinstance(target, ListConfig) else [target]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"adapter.target={target}: should be all-linear, or the names of modules."
+            )
     for key, wanted in (("adapter.quantized", True), ("optim.name", "adamw_8bit")):
         if OmegaConf.select(cfg, key) == wanted and find_spec("bitsandbytes") is None:
             raise ConfigError(
@@ -341,21 +347,51 @@ def check_algorithm(cfg: DictConfig) -> None:
             f"algorithm.minibatches={algorithm.minibatches}: a minibatch holds whole groups, and "
             f"batch_size={cfg.batch_size} is all there are."
         )
-    for key, needs in (("baseline", ("group_mean", "leave_one_out")), ("scale", ("group_std",))):
+    by_group = (
+        ("baseline", ("group_mean", "leave_one_out")),
+        ("scale", ("group_std", "informative_share")),
+    )
+    for key, needs in by_group:
         if algorithm[key] in needs and cfg.num_generation < 2:
             raise ConfigError(
                 f"num_generation={cfg.num_generation}: algorithm.{key}={algorithm[key]} compares "
                 f"the completions of a prompt, so it needs at least 2."
             )
+    if algorithm.resample and algorithm.baseline in ("batch_mean", "none"):
+        raise ConfigError(
+            f"algorithm.resample={algorithm.resample}: a group whose rewards agree still teaches "
+            f"something with algorithm.baseline={algorithm.baseline}; use 0."
+        )
+    check_policy_loss(cfg)
+
+
+def check_policy_loss(cfg: DictConfig) -> None:
+    """Ranges of the package's own losses; types are checked when they are bound."""
+    loss = cfg.algorithm.policy_loss
+    for name in ("clip_low", "clip_high"):
+        at_least(cfg, f"algorithm.policy_loss.{name}", 0.0)
+    for name in ("ratio_max", "sharpness_positive", "sharpness_negative", "decay_positive"):
+        if name in loss:
+            more_than_nothing(cfg, f"algorithm.policy_loss.{name}")
+    dual = loss.get("clip_dual")
+    if isinstance(dual, int | float) and dual <= 1 + loss.get("clip_high", 0.0):
+        raise ConfigError(
+            f"algorithm.policy_loss.clip_dual={dual}: must be more than 1 + clip_high = "
+            f"{1 + loss.clip_high:g}, or it cuts off what is to be learnt."
+        )
 
 
 def check_kl(cfg: DictConfig) -> None:
     one_of(cfg, "kl.direction", ("reverse", "forward"))
     one_of(cfg, "kl.within", ("loss", "reward"))
-    at_least(cfg, "kl.horizon", 1)
     at_least(cfg, "kl.sync_every", 0)
     more_than_nothing(cfg, "kl.sync_share", most=1.0)
     kl = cfg.kl
+    # Not so with kl_weight=0, which stands in many a sweep beside other weights.
+    without = {"kl.within": "loss", "kl.unbiased_gradient": False, "kl.sync_every": 0}
+    for key, value in without.items():
+        if kl.estimator is None and OmegaConf.select(cfg, key) != value:
+            raise ConfigError(f"{key}={OmegaConf.select(cfg, key)}: with kl=none there is no KL.")
     if kl.target is not None:
         more_than_nothing(cfg, "kl.target")
         if cfg.kl_weight == 0 or kl.estimator is None:
@@ -363,15 +399,27 @@ def check_kl(cfg: DictConfig) -> None:
                 f"kl.target={kl.target}: there is no KL to hold, with kl_weight={cfg.kl_weight:g} "
                 f"and kl.estimator={kl.estimator}."
             )
+        if kl.horizon < cfg.batch_size * cfg.num_generation:
+            raise ConfigError(
+                f"kl.horizon={kl.horizon}: kl_weight would change by more than a fifth a step; use "
+                f"at least batch_size x num_generation = {cfg.batch_size * cfg.num_generation}."
+            )
     if kl.unbiased_gradient and kl.within == "reward":
         raise ConfigError(
             "kl.unbiased_gradient=true: a KL in the reward has no gradient of its own; use "
             "kl.within=loss."
         )
+    if kl.unbiased_gradient and kl.estimator in ("k2", "full"):
+        raise ConfigError(
+            f"kl.unbiased_gradient=true: kl={kl.estimator} has the KL's gradient as it is; it is "
+            f"for k1 and k3."
+        )
 
 
 def more_than_nothing(cfg: DictConfig, key: str, most: float = math.inf) -> None:
     value = OmegaConf.select(cfg, key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key}={value}: should be a number.")
     if not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{key}={value}: must be more than 0.")
     if value > most:

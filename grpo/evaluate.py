@@ -9,9 +9,9 @@ from math import comb, fsum
 
 from grpo.data.verify import as_number
 from grpo.rewards import WeightedReward, score
-from grpo.rewards.score import to_samples
+from grpo.rewards.score import RewardError, explain, stop_where_all_failed, to_samples
 from grpo.rollout import Engine
-from grpo.types import Example, Prompt, Rollout, Sampling, Scores
+from grpo.types import Example, Prompt, Rollout, Sample, Sampling, Scores
 
 SEED = 0  # of the sampled completions: the same for every evaluation, so that they compare
 
@@ -47,7 +47,9 @@ class Evaluation:
 
     def _answers(self, count: int, sampling: Sampling) -> Answers:
         rollout = self.engine.generate(self.prompts, count, sampling, SEED)
-        return Answers(rollout, score(rollout, self.rewards))
+        answers = Answers(rollout, score(rollout, self.rewards))
+        stop_where_all_failed(rollout, answers.scores)
+        return answers
 
 
 def greedy_metrics(answers: Answers | None) -> dict[str, float]:
@@ -158,12 +160,16 @@ def vote(example: Example, text: str) -> str | None:
 def lenient_BG(rollout: Rollout) -> list[list[float]]:
     """What the verifier says where it takes an answer wherever it stands; else what it says."""
 
-    def verdict(example: Example, text: str) -> float:
-        check: Callable[[str], float] = example.lenient or example.verify
-        return float(check(text) >= 1)
+    def verdict(sample: Sample) -> float:
+        check: Callable[[str], float] = sample.example.lenient or sample.example.verify
+        try:
+            return float(check(sample.completion) >= 1)
+        except Exception as error:
+            what = f"it raised {type(error).__name__}: {error}"
+            raise RewardError(explain("verifier, read leniently", what, sample)) from error
 
     size = rollout.num_generation
-    verdicts = [verdict(sample.example, sample.completion) for sample in to_samples(rollout)]
+    verdicts = [verdict(sample) for sample in to_samples(rollout)]
     return [verdicts[start : start + size] for start in range(0, len(verdicts), size)]
 
 

@@ -78,13 +78,18 @@ def find_sets(cfg: DictConfig, *, training: bool) -> list[FoundSet]:
     if "sets" not in cfg.dataset:
         return [find_set(cfg.dataset, "dataset", "", 1.0, training=training)]
     sets = cfg.dataset.sets
+    for key in cfg.dataset:
+        if key != "sets":
+            raise ConfigError(f"dataset.{key}: a mix has sets alone; give it to dataset.sets.NAME.")
     for name, options in sets.items():
-        at_least(cfg, f"dataset.sets.{name}.probability", 0.0)
-        if "_target_" not in options:
+        if not isinstance(options, DictConfig) or "_target_" not in options:
             raise ConfigError(
                 f"dataset.sets.{name}: is no data set; bring one in by defaults: "
                 f"/dataset@sets.{name}: arithmetic"
             )
+        if "probability" not in options:
+            raise ConfigError(f"dataset.sets.{name}.probability is not set.")
+        at_least(cfg, f"dataset.sets.{name}.probability", 0.0)
     chosen = {str(name): options for name, options in sets.items() if options.probability > 0}
     if not chosen:
         raise ConfigError("dataset.sets: none has a probability above 0.")
@@ -108,7 +113,7 @@ def find_set(
 
 
 def build_source(options: DictConfig, key: str) -> Source:
-    apart = (*SLICE_KEYS, *PROMPT_KEYS, "probability")
+    apart = (*SLICE_KEYS, *PROMPT_KEYS, *(["probability"] if key != "dataset" else []))
     own = [str(option) for option in options if option not in apart]
     source = bind(OmegaConf.masked_copy(options, own), key)()
     if not isinstance(source, Source):

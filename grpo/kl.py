@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from grpo.errors import ConfigError
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.reference import Reference
@@ -62,6 +63,7 @@ class KLPull(Pull):
         self.reference: Reference = reference
         self.sampling, self.token_budget = sampling, token_budget
         self.sync_every, self.sync_share = sync_every, sync_share
+        self.moved = False  # the reference is no longer the model that training began with
 
     def read(self, rollout: Rollout) -> Pulled:
         plain = Readout(Sampling(self.sampling.temperature))
@@ -87,14 +89,22 @@ class KLPull(Pull):
         self.weight.observe(metrics["kl/mean"], completions)
         if self.sync_every and step % self.sync_every == 0:
             self.reference.move(self.sync_share)
+            self.moved = True
         return {"kl/weight": weight}
 
     def state(self) -> dict[str, Any]:
-        moved = {"reference": self.reference.state()} if self.sync_every else {}
+        moved = {"reference": self.reference.state()} if self.moved else {}
         return {"weight": self.weight.weight, **moved}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if self.weight.target is not None:
-            self.weight.weight = state["weight"]
-        if "reference" in state:
-            self.reference.load_state(state["reference"])
+            self.weight.weight = state.get("weight", self.weight.weight)
+        if "reference" not in state:
+            return
+        if not self.reference.pairs:
+            raise ConfigError(
+                f"kl.sync_every={self.sync_every}: this run's reference has moved, so it is an "
+                f"adapter of its own; keep kl.sync_every above 0."
+            )
+        self.reference.load_state(state["reference"])
+        self.moved = True

@@ -78,8 +78,13 @@ def checkpoint_model(checkpoint: str) -> Callable[[], Path]:
         ConfigError: there is no model there.
     """
     if HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists():
-        where = (f"checkpoint={checkpoint}", checkpoint, None, None, None)
-        check_reachable(*where)
+        where = ("as a hub id", checkpoint, None, None, None)
+        try:
+            check_reachable(*where)
+        except ConfigError as error:
+            raise ConfigError(
+                f"checkpoint={checkpoint}: there is no such folder; {error}"
+            ) from error
         return partial(model_folder, *where)
     folder = model_of_checkpoint(checkpoint)
     return lambda: folder
@@ -135,6 +140,6 @@ def check_folder(
 
 def forget_unstarted(run: Path) -> None:
     """Removes a run folder that holds nothing but what was written before the run was refused."""
-    before = {".hydra", "train.log", "eval.log", "wandb", "difficulty.jsonl"}
+    before = {".hydra", "train.log", "eval.log", "wandb"}
     if {path.name for path in run.iterdir()} <= before:
         shutil.rmtree(run)

@@ -25,6 +25,7 @@ from grpo.build import (
     build_prompts,
     build_pull,
     build_rewards,
+    prompt_format,
 )
 from grpo.checkpoint import Checkpoints, Progress
 from grpo.collect import Collector
@@ -41,7 +42,7 @@ from grpo.past import is_finished, newest_step
 from grpo.summary import Summary
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import figures_table
-from grpo.tracking.files import encode
+from grpo.tracking.files import encode, finite
 from grpo.tracking.tracker import answer_rows
 from grpo.train import Standing, Training, train
 from grpo.types import Prompt
@@ -90,10 +91,11 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
+    formats = [prompt_format(own) for own in found.sets]
     adapter = build_adapter(cfg)
     quantized = adapter is not None and adapter.quantized
     model = load_language_model(found.model(), device, quantized)
-    prompts = build_prompts(found, model.tokenizer).evaluation
+    prompts = build_prompts(found, formats, model.tokenizer).evaluation
     check_fits(cfg, model, prompts)
     engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
     evaluation = build_evaluation(cfg, engine, prompts, rewards)
@@ -106,7 +108,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     reports = report(greedy, sampled)
     content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts), **metrics}
     content["figures"] = reports
-    (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps(finite(content), indent=2) + "\n")
     rows = [row for a in (greedy, sampled) if a for row in answer_rows(a.rollout, a.scores)]
     (folder / "completions.jsonl").write_text("".join(map(encode, rows)), encoding="utf-8")
     print(figures_table(reports))
@@ -121,15 +123,17 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     objective, advantage = build_objective(cfg), build_advantage(cfg)
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
+    formats = [prompt_format(own) for own in found.sets]
     policy, base = build_policy(cfg, found, device)
     engine = make_engine(policy=policy, max_new_tokens=cfg.max_new_tokens)
-    prompts = build_prompts(found, policy.tokenizer)
+    prompts = build_prompts(found, formats, policy.tokenizer)
     check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
     train_prompts, curriculum = prompts.train, build_curriculum(cfg)
     if curriculum.samples:
         how = objective.sampling
         solved = solved_shares(folder, prompts.train, engine, how, curriculum.samples)
         train_prompts = curriculum.choose(prompts.train, solved)
+    order = build_order(train_prompts, found, cfg)
 
     # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
     pull = build_pull(cfg, policy, objective)
@@ -148,7 +152,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         engine=engine,
         rewards=rewards,
         prompts=train_prompts,
-        order=build_order(train_prompts, found, cfg),
+        order=order,
         sampling=objective.sampling,
         batch_size=cfg.batch_size,
         num_generation=cfg.num_generation,

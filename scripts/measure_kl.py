@@ -25,7 +25,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from grpo import config
-from grpo.build import build_objective, build_prompts
+from grpo.build import build_objective, build_prompts, prompt_format
 from grpo.device import open_device
 from grpo.find import find_for_training
 from grpo.models.head import Readout
@@ -107,7 +107,8 @@ def measure(run: Path, batches: int) -> dict[str, Any]:
     bench = Bench(cfg, policy, Reference(base, nullcontext, []))
     sampling = build_objective(cfg).sampling
     engine = NativeEngine(policy, cfg.max_new_tokens, 32768)
-    prompts = build_prompts(found, policy.tokenizer).train
+    formats = [prompt_format(own) for own in found.sets]
+    prompts = build_prompts(found, formats, policy.tokenizer).train
     exact_terms = {d: KLTerm(None, f, False, False) for d, f in DIVERGENCES.items()}
 
     errors: dict[str, list[Tensor]] = {}

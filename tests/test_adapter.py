@@ -194,3 +194,50 @@ def test_an_optimizer_with_another_state_is_refused(grpo: Grpo, tmp_path: Path) 
     assert "optim.name=adamw: this run's optimizer is adamw_8bit" in printed
     code, printed = grpo("resume=run", "max_steps=2")
     assert code == 0, printed
+
+
+def test_an_adapters_folder_is_no_model_to_begin_with(
+    tiny: LanguageModel, grpo: Grpo, tmp_path: Path
+) -> None:
+    add_adapter(tiny.model, LORA, seed=0)
+    tiny.save(tmp_path / "adapter")
+    code, printed = grpo("model=local", "model.path=adapter", "tracking=none")
+    assert code == 2
+    assert "model.path=adapter: holds an adapter alone" in printed
+
+
+def test_tied_embeddings_are_not_adapted_alone(grpo: Grpo) -> None:
+    code, printed = grpo("adapter=lora", "adapter.target=[q_proj,embed_tokens]", "tracking=none")
+    assert code == 2
+    assert "output layer too" in printed
+
+
+def test_a_moved_reference_is_not_forgotten(grpo: Grpo, tmp_path: Path) -> None:
+    """Moved in the first part, and kept as it is by the second and third."""
+    common = ["experiment=smoke", "tracking=none", "dataset.eval_size=4", "learning_rate=1e-3"]
+    assert grpo(*common, "max_steps=2", "kl.sync_every=1", "hydra.run.dir=run")[0] == 0
+    for steps in (3, 4):
+        code, printed = grpo("resume=run", "kl.sync_every=0", f"max_steps={steps}")
+        assert code == 0, printed
+    kls = [row["kl/k2"] for row in lines(tmp_path / "run/metrics.jsonl")[1:]]
+    assert kls[2] == 0.0  # the reference had just been moved to where the policy was
+    assert kls[3] > 0
+    kept = [
+        torch.load(tmp_path / f"run/checkpoints/step_{step}/trainer.pt", weights_only=True)
+        for step in (3, 4)
+    ]
+    pairs = zip(*(state["pull"]["reference"] for state in kept), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with_adapter = [*common, "adapter=lora", "max_steps=1", "kl.sync_every=1"]
+    assert grpo(*with_adapter, "hydra.run.dir=lora")[0] == 0
+    code, printed = grpo("resume=lora", "kl.sync_every=0", "max_steps=2")
+    assert code == 2
+    assert "keep kl.sync_every above 0" in printed
+
+
+def test_a_kl_that_is_added_later_begins_with_its_own_weight(grpo: Grpo, tmp_path: Path) -> None:
+    common = ["experiment=smoke", "tracking=none", "dataset.eval_size=4"]
+    assert grpo(*common, "kl=none", "max_steps=1", "hydra.run.dir=run")[0] == 0
+    code, printed = grpo("resume=run", "kl=k3", "kl.target=0.1", "max_steps=2")
+    assert code == 0, printed
+    assert lines(tmp_path / "run/metrics.jsonl")[-1]["kl/weight"] == 0.02

@@ -79,7 +79,7 @@ CASES = {
     ),
     "unknown loss": (["algorithm/policy_loss=clipp"], "algorithm/policy_loss=clipp", "clip"),
     "loss option": (["+algorithm.policy_loss.clip=1"], "policy_loss.clip", "clip_low"),
-    "a word for a clip": (["algorithm.policy_loss.clip_low=x"], "clip_low=x", "float"),
+    "a word for a clip": (["algorithm.policy_loss.clip_low=x"], "clip_low=x", "number"),
     "more minibatches than prompts": (
         ["algorithm.minibatches=5"],
         "algorithm.minibatches=5",
@@ -255,6 +255,53 @@ CASES = {
     "a word for a flag": (["dataset.allow_overlap=maybe"], "allow_overlap=maybe", "bool"),
     "a bad worked example": (["dataset.worked_examples=[{q: 1}]"], "worked_examples", "answer"),
     "unknown split": (["dataset.split=dev"], "split=dev", "train and test"),
+    "a horizon of less than a step": (
+        ["kl.target=0.1", "kl.horizon=3"],
+        "kl.horizon=3",
+        "batch_size x num_generation = 16",
+    ),
+    "a gradient that k2 has": (
+        ["kl=k2", "kl.unbiased_gradient=true"],
+        "kl.unbiased_gradient=true",
+        "k1 and k3",
+    ),
+    "a place for no KL": (["kl=none", "kl.within=reward"], "kl.within=reward", "no KL"),
+    "agreeing groups that teach": (
+        ["algorithm=reinforce_pp", "algorithm.resample=2"],
+        "algorithm.resample=2",
+        "batch_mean",
+    ),
+    "a gate without a slope": (
+        ["algorithm=sapo", "algorithm.policy_loss.sharpness_positive=0"],
+        "sharpness_positive=0",
+        "more than 0",
+    ),
+    "a dual clip under the clip": (
+        ["algorithm.policy_loss.clip_dual=1.1"],
+        "clip_dual=1.1",
+        "1.2",
+    ),
+    "a target that is a number": (
+        ["adapter=lora", "adapter.target=5"],
+        "adapter.target=5",
+        "names of modules",
+    ),
+    "a key of the mix itself": (
+        ["dataset=mix", "+dataset.max_prompt_tokens=5"],
+        "dataset.max_prompt_tokens",
+        "dataset.sets.NAME",
+    ),
+    "a probability without a mix": (["+dataset.probability=1"], "dataset.probability", "no such"),
+    "a set without a probability": (
+        ["dataset=mix", "~dataset.sets.sums.probability=0.5"],
+        "dataset.sets.sums.probability",
+        "not set",
+    ),
+    "a checkpoint that is a mistake": (
+        ["eval", "checkpoint=runs/typo"],
+        "checkpoint=runs/typo",
+        "no such folder",
+    ),
     "a word for a step": (["checkpoint.every=often"], "checkpoint.every=often", "number"),
     "a flag for a count": (["checkpoint.keep=true"], "checkpoint.keep=True", "whole number"),
     "a word for a budget": (["rollout.token_budget=big"], "rollout.token_budget=big", "number"),

@@ -165,5 +165,16 @@ def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path)
     assert code == 0, printed
     assert "prompts measured" not in printed
     assert lines(tmp_path / "run/difficulty.jsonl") == measured
+    # What a crash left of a measurement is gone on with; another number of samples is not.
+    (tmp_path / "half").mkdir()
+    rest = (tmp_path / "run/difficulty.jsonl").read_text().splitlines(keepends=True)[:30]
+    (tmp_path / "half/difficulty.jsonl").write_text("".join(rest))
+    code, printed = grpo(*common, "max_steps=1", "hydra.run.dir=half")
+    assert code == 0, printed
+    assert "difficulty: 40 of 40 prompts measured" in printed
+    assert lines(tmp_path / "half/difficulty.jsonl")[:30] == measured[:30]
+    (tmp_path / "half/metrics.jsonl").unlink()
+    code, printed = grpo(*common, "max_steps=1", "curriculum.samples=2", "hydra.run.dir=half")
+    assert "measured anew" in printed
     trained = [row["prompt"] for row in lines(tmp_path / "run/completions.jsonl")]
     assert trained[16::4] == [row["prompt"] for row in kept[4:8]]

@@ -236,6 +236,8 @@ def test_the_weight_follows_the_divergence_by_hand() -> None:
     assert weight.weight == pytest.approx(0.102)
     weight.observe(0.009, completions=500)  # a tenth under: down by 5%
     assert weight.weight == pytest.approx(0.102 * 0.95)
+    weight.observe(NAN, completions=500)  # of a broken step
+    assert weight.weight == pytest.approx(0.102 * 0.95)
     fixed = AdaptiveWeight(0.1, target=None, horizon=1000)
     fixed.observe(5.0, completions=1000)
     assert fixed.weight == 0.1
@@ -286,6 +288,7 @@ def test_the_other_losses_by_hand() -> None:
 
 LOSSES = {
     "clip": clipped_surrogate,
+    "vespo": gamma_weight,
     "cispo": clipped_weight,
     "sapo": sigmoid_gated,
     "gradient": policy_gradient,

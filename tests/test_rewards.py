@@ -21,6 +21,7 @@ from grpo.objective.advantages import (
     weighted_sum,
 )
 from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, score
+from grpo.rewards.score import stop_where_all_failed
 from grpo.tracking.tracker import completion_rows
 from grpo.types import Example, Failure, Prompt, Rollout, Sample
 
@@ -173,11 +174,17 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
 
 
 def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
+    """Everywhere that it is for: those to whom it doesn't apply count for neither side."""
+    four, works = rollout(["a", "b", "c", "d"], ["1", "2"]), values_of(0, 1, 0, 1)
     down = values_of(*[Failure("connection refused")] * 4)
+    scores = score(four, {"down": down, "works": works})
     with pytest.raises(RunError, match=r"reward\.down: it failed for all 4 .* connection refused"):
-        score(
-            rollout(["a", "b", "c", "d"], ["1", "2"]), {"down": down, "ok": values_of(0, 1, 0, 1)}
-        )
+        stop_where_all_failed(four, scores)
+    partly = score(four, {"down": values_of(None, None, Failure("x"), 1.0), "works": works})
+    stop_where_all_failed(four, partly)
+    nearly = score(four, {"down": values_of(None, None, Failure("x"), Failure("y"))})
+    with pytest.raises(RunError, match="it failed for all 2 completions"):
+        stop_where_all_failed(four, nearly)
 
 
 def test_a_group_with_one_reward_left_teaches_nothing() -> None:
@@ -244,8 +251,8 @@ def test_the_data_sets_verifier_is_asked_once_a_completion() -> None:
 
 def test_a_divergence_is_one_more_reward_with_its_weight_taken_off() -> None:
     """Summed first or normalised first; and where no reward applies it teaches nothing alone."""
-    scores = score(rollout(["a", "b", "c"], ["1"]), {"mine": values_of(1.0, 0.0, None)})
-    parts_RBG, weights_R = scores.stacked(torch.tensor([[2.0, 1.0, 9.0]]), 0.1)
+    scores = score(rollout(["a", "b", "c", "d"], ["1"]), {"mine": values_of(1, 0, None, None)})
+    parts_RBG, weights_R = scores.stacked(torch.tensor([[2.0, 1.0, 9.0, 0.0]]), 0.1)
     assert weights_R.tolist() == [1.0, pytest.approx(-0.1)]
     total_BG = weighted_sum(parts_RBG, weights_R)
     assert_close(total_BG[0, :2], torch.tensor([0.8, -0.1]))

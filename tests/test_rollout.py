@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 from grpo.device import Device
 from grpo.models.forward import Completions, left_mask, plain, score_completions
-from grpo.models.head import Head, Readout
+from grpo.models.head import Head, Readout, score_tokens
 from grpo.models.load import LanguageModel, choose_forward
 from grpo.models.pad import pad_left
 from grpo.rollout import Engine, HFEngine, NativeEngine
@@ -270,6 +270,14 @@ def test_a_token_that_the_moved_policy_would_cut_still_has_a_logprob(
     assert (scored.entropy[rollout.mask_NC][likeliest] < 0.7).all()
 
 
+def test_such_a_token_is_penalised_like_any_other() -> None:
+    """Cut by top-k 1, seen before: it joins the likeliest with its penalised logit."""
+    logits_TV, seen_TV = torch.tensor([[4.0, 3.0, 1.0]]), torch.tensor([[False, True, False]])
+    readout = Readout(Sampling(1.0, repetition_penalty=2.0, top_k=1))
+    found = score_tokens(logits_TV, torch.tensor([1]), readout, seen_TV).logprobs
+    assert_close(found, torch.tensor([1.5 - torch.logsumexp(torch.tensor([4.0, 1.5]), 0)]))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_stop_string_ends_a_completion_and_stays_in_it(tiny: LanguageModel, engine: str) -> None:
     """Whether it is a token, a part of one or spread over several; what goes on is unchanged."""
@@ -279,7 +287,7 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(tiny: LanguageModel, en
     make = ENGINES[engine](tiny, 24, 10**6)
     free = make.generate(prompts, 8, Sampling(1.0), seed=0)
     assert all("</answer>" in text for text in free.texts)
-    for stop in ("</think>", "er>", "k><a"):
+    for stop in ("</think>", "er>", "k><a", "<answer>"):
         stopped = make.generate(prompts, 8, Sampling(0.0, stop=(stop,)), seed=0)
         whole = make.generate(prompts, 1, Sampling(0.0), seed=0)
         for n, text in enumerate(stopped.texts):

@@ -360,25 +360,23 @@ def test_the_entropy_bonus_has_the_entropys_gradient(tiny: LanguageModel) -> Non
     assert close(ours, gradients(tiny))
 
 
-def test_only_uncertain_tokens_are_trained_on(tiny: LanguageModel) -> None:
-    """The tokens left out have no part in the policy's gradient, and all have in the KL's."""
-    rollout = rollout_of(tiny, 4, 3)
+def test_only_uncertain_tokens_are_trained_on_and_all_are_in_the_kl(tiny: LanguageModel) -> None:
+    rollout, reference = rollout_of(tiny, 4, 3), reference_of(tiny, moves=False)
+    shaken(tiny)
     advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
-    everything = Readout(SAMPLING)
-    entropy_NC = score_rollout(tiny, rollout, everything, 10**6).entropy
+    entropy_NC = score_rollout(tiny, rollout, Readout(SAMPLING), 10**6).entropy
     chosen_NC = most_uncertain(entropy_NC, rollout.mask_NC, 0.25)
     assert 0.2 < float(chosen_NC.sum() / rollout.mask_NC.sum()) < 0.3
-    _, [ours] = kept_gradients(
-        tiny, replace(OBJECTIVE, kl=None, top_entropy=0.25), rollout, advantages_BG
-    )
 
     def only_those(tokens: Tokens) -> Tensor:
         return AVERAGINGS["sequence_mean"](tokens) * chosen_NC
 
-    _, [theirs] = kept_gradients(
-        tiny, replace(OBJECTIVE, kl=None, averaging=only_those), rollout, advantages_BG
-    )
-    assert close(ours, theirs)
+    some = replace(OBJECTIVE, top_entropy=0.25)
+    _, [ours] = kept_gradients(tiny, some, rollout, advantages_BG, reference)
+    policy_alone = replace(OBJECTIVE, kl=None, averaging=only_those)
+    _, [policys] = kept_gradients(tiny, policy_alone, rollout, advantages_BG)
+    _, [kls] = kept_gradients(tiny, OBJECTIVE, rollout, torch.zeros(4, 3), reference)
+    assert close(ours, [a + b for a, b in zip(policys, kls, strict=True)])
 
 
 def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTrainedModel) -> None:

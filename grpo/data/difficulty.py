@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from grpo.errors import ConfigError
 from grpo.rewards.score import is_right, to_samples
 from grpo.rollout import Engine
+from grpo.tracking.files import encode, read_lines, reopen
 from grpo.types import Prompt, Sampling
 
 log = logging.getLogger(__name__)
@@ -18,14 +18,13 @@ log = logging.getLogger(__name__)
 FILE = "difficulty.jsonl"
 SEED = 1  # of the completions: the same however often they are made
 AT_ONCE = 64  # prompts, so that a long measurement says how far it is
-ORDERS = ("shuffled", "given", "easy_first", "hard_first")
 
 
 @dataclass(frozen=True)
 class Curriculum:
     """Which training prompts are used, and in which order."""
 
-    order: str  # one of ORDERS
+    order: str  # shuffled, given, easy_first or hard_first
     samples: int  # completions a prompt to find how hard it is; 0: it isn't asked
     at_least: float  # share of them that is right
     at_most: float
@@ -54,24 +53,35 @@ class Curriculum:
 def solved_shares(
     run: Path, prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int
 ) -> list[float]:
-    """The share of each prompt's completions that are right: measured once a run, then read."""
+    """The share of each prompt's completions that are right.
+
+    Written down as it is measured, and read where that was done before, so that no measurement is
+    lost to a crash or a refusal.
+    """
     file = run / FILE
     texts = [prompt.text for prompt in prompts]
-    if file.is_file():
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if [row["prompt"] for row in rows] == texts:
-            return [float(row["solved"]) for row in rows]
-        log.warning("%s is of other prompts; measured anew.", file)
-    solved: list[float] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        part = prompts[start : start + AT_ONCE]
-        rollout = engine.generate(part, samples, sampling, SEED + start)
-        right = [is_right(sample) for sample in to_samples(rollout)]
-        solved += [sum(right[b * samples : (b + 1) * samples]) / samples for b in range(len(part))]
-        log.info("difficulty: %d of %d prompts measured", len(solved), len(prompts))
-    rows = [{"prompt": t, "solved": s} for t, s in zip(texts, solved, strict=True)]
-    aside = file.with_suffix(".tmp")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    aside.write_text("".join(lines), encoding="utf-8")
-    aside.replace(file)
+    before = read_lines(file)
+    same = [(row["prompt"], row["samples"]) for row in before]
+    if same != [(text, samples) for text in texts[: len(before)]]:
+        log.warning("%s is of other prompts or samples; measured anew.", file)
+        file.unlink()
+        before = []
+    solved = [float(row["solved"]) for row in before]
+    with reopen(file) as out:
+        for start in range(len(solved), len(prompts), AT_ONCE):
+            part = prompts[start : start + AT_ONCE]
+            shares = measure(part, engine, sampling, samples, SEED + start)
+            for prompt, share in zip(part, shares, strict=True):
+                out.write(encode({"prompt": prompt.text, "solved": share, "samples": samples}))
+            out.flush()
+            solved += shares
+            log.info("difficulty: %d of %d prompts measured", len(solved), len(prompts))
     return solved
+
+
+def measure(
+    prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int, seed: int
+) -> list[float]:
+    rollout = engine.generate(prompts, samples, sampling, seed)
+    right = [is_right(sample) for sample in to_samples(rollout)]
+    return [sum(right[b * samples : (b + 1) * samples]) / samples for b in range(len(prompts))]

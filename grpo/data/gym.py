@@ -12,6 +12,9 @@ from grpo.data.verify import extractor, likely_answer
 from grpo.errors import ConfigError
 from grpo.types import Example
 
+# What the tasks' scorers raise over an answer that has not the form they expect: it is wrong.
+UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError)
+
 
 class ReasoningGym(Source):
     """One task with its options; training and evaluation are drawn with seeds of their own.
@@ -71,7 +74,10 @@ class ReasoningGym(Source):
             answer = read(completion)
             if answer is None:
                 return 0.0
-            credit = float(problems.score_answer(answer, entry))
+            try:
+                credit = float(problems.score_answer(answer, entry))
+            except UNREADABLE:
+                return 0.0
             return float(credit >= 1.0) if self.strict else credit
 
         return verify

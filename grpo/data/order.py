@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 BLOCK = 1024  # draws of a mix decided on at once
 
@@ -29,10 +31,19 @@ class Order:
         """The rows of a step's batch, step 1 first."""
         return self.rows((step - 1) * batch_size, batch_size)
 
-    def extra(self, step: int, attempt: int, count: int) -> list[int]:
-        """Rows in the place of those of a step that taught nothing: any, drawn anew."""
-        seed = (self.seed * 1_000_003 + step) * 1_009 + attempt
-        return Order(self.sets, self.probabilities, seed).rows(0, count)
+    def extra(self, step: int, attempt: int, stale: Sequence[int]) -> list[int]:
+        """Rows in the place of those of a step that taught nothing: others of the same set.
+
+        Drawn at random whatever the order, and without those of the step where there are enough.
+        """
+        draw = random.Random(f"{self.seed} {step} {attempt}")
+        found: list[int] = []
+        for own in self.sets:
+            wanted = sum(row in own for row in stale)
+            others = [row for row in own if row not in stale]
+            enough = wanted <= len(others)
+            found += draw.sample(others, wanted) if enough else draw.choices(own, k=wanted)
+        return found
 
     def rows(self, first: int, count: int) -> list[int]:
         found = []
@@ -41,7 +52,7 @@ class Order:
             own = self.sets[number]
             epoch, at = divmod(place, len(own))
             seed = self.seed + 7_919 * number
-            at = epoch_order(epoch, len(own), seed)[at] if self.shuffled else at
+            at = int(epoch_order(epoch, len(own), seed)[at]) if self.shuffled else at
             found.append(own[at])
         return found
 
@@ -54,10 +65,10 @@ class Order:
         return number, before[number] + drawn[:at].count(number)
 
 
-@lru_cache(maxsize=16)
-def epoch_order(epoch: int, rows: int, seed: int) -> list[int]:
+@lru_cache(maxsize=8)
+def epoch_order(epoch: int, rows: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(rows, generator=generator).tolist()
+    return torch.randperm(rows, generator=generator)
 
 
 @lru_cache(maxsize=4)

@@ -68,20 +68,23 @@ class PromptSets:
     evaluation: list[Prompt]
 
 
-def without_held_out(train: Sequence[Example], evaluation: Sequence[Example]) -> list[Example]:
+def without_held_out(
+    train: Sequence[Example], evaluation: Sequence[Example], key: str
+) -> list[Example]:
     """The training rows that are no evaluation rows; what is left out is counted, out loud."""
     held_out = {example.question for example in evaluation}
     apart = [example for example in train if example.question not in held_out]
     if not apart:
         raise ConfigError(
-            "dataset: every training row is an evaluation row too; choose another dataset.slice or "
-            "dataset.eval_slice, or dataset.allow_overlap=true."
+            f"{key}: every training row is an evaluation row too; choose another {key}.slice or "
+            f"{key}.eval_slice, or {key}.allow_overlap=true."
         )
     if len(apart) < len(train):
         log.warning(
             "%d training rows are evaluation rows too and are not trained on "
-            "(dataset.allow_overlap=true keeps them).",
+            "(%s.allow_overlap=true keeps them).",
             len(train) - len(apart),
+            key,
         )
     return apart
 

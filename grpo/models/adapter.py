@@ -65,6 +65,12 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
             f"adapter.target={adapter.target}: the output layer is read apart from the model, so "
             f"it can't be adapted; leave it out."
         )
+    inputs = model.get_input_embeddings().named_parameters()
+    if model.config.get_text_config().tie_word_embeddings and any("lora_" in n for n, _ in inputs):
+        raise ConfigError(
+            f"adapter.target={adapter.target}: this model's embeddings are its output layer too, "
+            f"so they can't be adapted alone; leave them out."
+        )
     settle(model)
 
 

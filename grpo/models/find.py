@@ -34,7 +34,7 @@ def model_folder(
     if packaged is not None:
         return PACKAGED / packaged
     if path is not None:
-        return local_folder("model.path", path)
+        return whole_model("model.path", path)
     assert id is not None  # config.check saw to it
     try:
         return hub_model_folder(id)
@@ -55,7 +55,7 @@ def check_reachable(
     """
     if id is None or wheel is not None:
         if path is not None:
-            local_folder("model.path", path)
+            whole_model("model.path", path)
         return
     try:
         if cached_model(id) is None:
@@ -90,6 +90,21 @@ def base_folder(folder: Path) -> Path:
         raise ConfigError(
             f"{folder}: the model under this adapter, {base}, is not in the cache and {error}."
         ) from error
+
+
+def whole_model(key: str, path: str) -> Path:
+    """A folder that holds a model with all its weights, to begin training with.
+
+    Raises:
+        ConfigError: naming `key`; it doesn't.
+    """
+    folder = local_folder(key, path)
+    if holds_adapter(folder):
+        raise ConfigError(
+            f"{key}={path}: holds an adapter alone. To train on from it, resume its run, or make a "
+            f"model of it: python scripts/merge_adapter.py {path} FOLDER"
+        )
+    return folder
 
 
 def local_folder(key: str, path: str) -> Path:

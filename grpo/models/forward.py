@@ -1,6 +1,6 @@
 """The policy's forward pass over completions, with each group's prompt computed once.
 
-Several ways to the same numbers: `shared_prefix` is the one used, `plain` is what it is checked
+Two ways to the same numbers: `shared_prefix` is the one used, `plain` is what it is checked
 against when a model is loaded, and what is used for a model where the two differ.
 """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from grpo.models.warp import warp
+from grpo.models.warp import cut, divide
 from grpo.types import Sampling
 
 CHUNK_LOGITS = 2**24  # logits held at once: 64 MB in fp32
@@ -122,11 +122,9 @@ def score_tokens(
     if reference_TV is not None and readout.divergence is not None:
         divergence_T = readout.divergence(scaled_TV - normalizer_T[:, None], reference_TV)
     if readout.sampling.cuts:
-        kept_TV = warp(logits_TV, readout.sampling, seen_TV)
-        sampled_T1 = scaled_TV.gather(-1, targets_T1)
-        inside_T1 = kept_TV.gather(-1, targets_T1)
-        inside_T1 = torch.where(inside_T1.isfinite(), inside_T1, sampled_T1)
-        scaled_TV = kept_TV.scatter(-1, targets_T1, inside_T1)
+        divided_TV = divide(logits_TV, readout.sampling, seen_TV)
+        inside_T1 = divided_TV.gather(-1, targets_T1)
+        scaled_TV = cut(divided_TV, readout.sampling).scatter(-1, targets_T1, inside_T1)
         normalizer_T = scaled_TV.logsumexp(dim=-1)
         logprobs_T = inside_T1[:, 0] - normalizer_T
     with torch.set_grad_enabled(readout.entropy_gradient and torch.is_grad_enabled()):

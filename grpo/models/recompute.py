@@ -18,10 +18,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def recomputable(model: nn.Module) -> list[nn.Module]:
+    """Its decoder layers."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
     """Within it, the decoder layers of a forward pass keep their inputs and nothing else."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = recomputable(model)
     for layer in layers:
         layer.forward = partial(recompute_layer, layer.forward)
     try:

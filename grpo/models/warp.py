@@ -16,11 +16,20 @@ def warp(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Tenso
 
     seen_TV: bool, the tokens before each position, prompt and all; only a penalty needs it.
     """
+    return cut(divide(logits_TV, sampling, seen_TV), sampling)
+
+
+def divide(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Tensor:
+    """The penalty, and the temperature."""
     if seen_TV is not None:
         penalty = sampling.repetition_penalty
         penalised_TV = torch.where(logits_TV < 0, logits_TV * penalty, logits_TV / penalty)
         logits_TV = torch.where(seen_TV, penalised_TV, logits_TV)
-    logits_TV = logits_TV / (sampling.temperature or 1.0)
+    return logits_TV / (sampling.temperature or 1.0)
+
+
+def cut(logits_TV: Tensor, sampling: Sampling) -> Tensor:
+    """Everything that sampling leaves out at -inf."""
     if sampling.top_k:
         logits_TV = keep_top_k(logits_TV, sampling.top_k)
     if sampling.top_p < 1:

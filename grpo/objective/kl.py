@@ -12,6 +12,7 @@ one. Weighed by the ratio (`kl.unbiased_gradient`) each unbiased one has its own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -76,7 +77,7 @@ class AdaptiveWeight:
 
     def observe(self, divergence: float, completions: int) -> None:
         """Moves the weight after a step whose mean divergence this was."""
-        if self.target is None:
+        if self.target is None or not math.isfinite(divergence):
             return
         error = min(max(divergence / self.target - 1, -0.2), 0.2)
         self.weight *= 1 + error * completions / self.horizon

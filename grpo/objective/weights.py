@@ -39,9 +39,9 @@ def token_mean(tokens: Tokens) -> Tensor:
 
 def minibatch_token_mean(tokens: Tokens) -> Tensor:
     """Each token of a minibatch counts the same, and each minibatch: TRL's `bnpo`."""
-    own_N = torch.bincount(tokens.minibatch_N, weights=tokens.mask_NC.sum(dim=1).double())
+    own_N = torch.bincount(tokens.minibatch_N, weights=tokens.mask_NC.sum(dim=1).float())
     count = int(tokens.minibatch_N.max()) + 1
-    share_N1 = own_N.clamp(min=1)[tokens.minibatch_N][:, None].float() * count
+    share_N1 = own_N.clamp(min=1)[tokens.minibatch_N][:, None] * count
     return tokens.mask_NC / share_N1
 
 
@@ -71,5 +71,8 @@ def most_uncertain(entropy_NC: Tensor, mask_NC: Tensor, share: float) -> Tensor:
     """
     if share >= 1:
         return mask_NC
-    threshold = torch.quantile(entropy_NC[mask_NC].double(), 1 - share)
-    return mask_NC & (entropy_NC >= threshold)
+    # torch.quantile, which takes no more than 16 million values.
+    sorted_T = entropy_NC[mask_NC].sort().values
+    place = (1 - share) * (len(sorted_T) - 1)
+    below, above = sorted_T[int(place)], sorted_T[min(int(place) + 1, len(sorted_T) - 1)]
+    return mask_NC & (entropy_NC >= torch.lerp(below, above, place % 1))

@@ -84,10 +84,8 @@ class RewardModel:
     def text(self, sample: Sample, tokenizer: Any) -> str:
         if tokenizer.chat_template is None:
             return sample.prompt + sample.completion
-        messages = [
-            {"role": "user", "content": sample.example.question},
-            {"role": "assistant", "content": sample.completion},
-        ]
+        asked = sample.example.messages or ({"role": "user", "content": sample.example.question},)
+        messages = [*asked, {"role": "assistant", "content": sample.completion}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
     def load(self) -> tuple[Any, Any]:

@@ -58,7 +58,7 @@ def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
         for name, own in values.items()
     }
     for name, rows in failures.items():
-        tell_failures(name, rows, samples)
+        tell_failures(name, rows, len(samples))
     parts = {name: as_tensor(own) for name, own in values.items()}
     weights = {name: reward.weight for name, reward in rewards.items()}
     stacked_R1N = torch.stack(list(parts.values()))[:, None]
@@ -146,18 +146,22 @@ def is_right(sample: Sample) -> bool:
         raise RewardError(explain("verifier (the data set's own)", what, sample)) from error
 
 
-def tell_failures(name: str, rows: Mapping[int, str], samples: Sequence[Sample]) -> None:
-    """Says that a reward could not be worked out for some rows; stops where it was for none."""
-    if not rows:
-        return
-    first = min(rows)
-    if len(rows) == len(samples):
-        what = f"it failed for all {len(rows)} completions, the first one with: {rows[first]}"
-        raise RewardError(explain(name, what, samples[first]))
-    log.warning(
-        "reward.%s failed for %d of %d completions, which it now doesn't count for: %s",
-        name, len(rows), len(samples), rows[first],
-    )  # fmt: skip
+def tell_failures(name: str, rows: Mapping[int, str], count: int) -> None:
+    """Says that a reward could not be worked out for some completions."""
+    if rows:
+        log.warning(
+            "reward.%s failed for %d of %d completions, which it now doesn't count for: %s",
+            name, len(rows), count, rows[min(rows)],
+        )  # fmt: skip
+
+
+def stop_where_all_failed(rollout: Rollout, scores: Scores) -> None:
+    """Raises RewardError where a reward failed for every completion that it is for."""
+    for name, rows in scores.failures.items():
+        if rows and scores.parts[name].isnan().all():
+            first = min(rows)
+            what = f"it failed for all {len(rows)} completions, the first one with: {rows[first]}"
+            raise RewardError(explain(name, what, to_samples(rollout)[first]))
 
 
 def as_tensor(values: Sequence[Value]) -> Tensor:

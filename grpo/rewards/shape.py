@@ -90,6 +90,7 @@ class Cosine:
         max_tokens: of a completion.
         right_start, right_end: for a completion that the data set's own verifier gives 1.
         wrong_start, wrong_end: for any other.
+        cut_off: for one that reached the limit, so that it doesn't pay to go on for ever.
     """
 
     def __init__(
@@ -99,16 +100,20 @@ class Cosine:
         right_end: float = 1.0,
         wrong_start: float = -10.0,
         wrong_end: float = 0.0,
+        cut_off: float = -10.0,
     ) -> None:
         at_least("max_tokens", max_tokens, 1)
         self.max_tokens = max_tokens
         self.right = (right_start, right_end)
         self.wrong = (wrong_start, wrong_end)
+        self.cut_off = cut_off
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         return [self.reward(sample) for sample in samples]
 
     def reward(self, sample: Sample) -> float:
+        if sample.truncated:
+            return self.cut_off
         start, end = self.right if sample.verdict >= 1 else self.wrong
         progress = min(1.0, len(sample.token_ids) / self.max_tokens)
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -41,7 +41,7 @@ class StopStrings:
         if not self.stop:
             return torch.zeros(len(tokens_NC), dtype=torch.bool, device=tokens_NC.device)
         tails = self.tokenizer.batch_decode(
-            tokens_NC[:, -self.longest :].tolist(), skip_special_tokens=True
+            tokens_NC[:, -self.longest :].tolist(), skip_special_tokens=False
         )
         found = [any(text in tail for text in self.stop) for tail in tails]
         return torch.tensor(found, device=tokens_NC.device)

@@ -82,7 +82,9 @@ class NativeEngine:
                 writing = ~ended_N[alive]
                 tokens_NC[alive[writing], c] = token_N[writing]
                 logprobs_NC[alive[writing], c] = logprob_N[writing]
-                stops = torch.isin(token_N, ends) | stop.reached(tokens_NC[alive, : c + 1])
+                stops = torch.isin(token_N, ends)
+                if sampling.stop:
+                    stops |= stop.reached(tokens_NC[alive, : c + 1])
                 stops &= writing
                 if seen_NV is not None:
                     seen_NV.scatter_(1, token_N[:, None], True)

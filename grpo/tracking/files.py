@@ -31,9 +31,9 @@ class JsonlFiles(Sink):
         self.completions_file.close()
 
 
-def reopen(path: Path, last_step: int) -> TextIO:
-    """A .jsonl file to append to, with its lines up to a step and no others."""
-    kept = [line for line in read_lines(path) if line["step"] <= last_step]
+def reopen(path: Path, last_step: int | None = None) -> TextIO:
+    """A .jsonl file to append to, with its whole lines, up to a step where they have one."""
+    kept = [line for line in read_lines(path) if last_step is None or line["step"] <= last_step]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(encode(line) for line in kept), encoding="utf-8")
     aside.replace(path)
@@ -50,8 +50,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def encode(line: Mapping[str, Any]) -> str:
     """One JSON line; what JSON has no number for (inf, nan) is null."""
-    finite = {k: None if is_broken(v) else v for k, v in line.items()}
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with null for what JSON has no number for."""
+    return {
+        key: finite(value) if isinstance(value, Mapping) else None if is_broken(value) else value
+        for key, value in content.items()
+    }
 
 
 def is_broken(value: object) -> bool:
