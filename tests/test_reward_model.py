@@ -133,9 +133,10 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
 def test_a_label_that_the_model_does_not_have_is_refused(
     tmp_path: Path, labels: int, label: int | None
 ) -> None:
-    reward = RewardModel(str(saved(tmp_path, labels=labels)), label=label, device="cpu")
+    """When it is made, before anything is sampled."""
+    folder = str(saved(tmp_path, labels=labels))
     with pytest.raises(ConfigError, match=f"label={label}"):
-        reward(samples())
+        RewardModel(folder, label=label, device="cpu")
 
 
 def test_what_is_not_there_is_refused_before_it_is_needed(

@@ -43,7 +43,9 @@ class RewardModel:
                 raise ConfigError(f"{option}={value}: must be 1 or more.")
         if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
             raise ConfigError(f"device={device}: use auto, cpu, cuda or cuda:NUMBER.")
-        check_there(model)
+        folder = folder_at_hand(model)
+        if folder is not None:  # else that is known once it is downloaded
+            check_label(model, label, outputs_of(folder))
         self.model = model
         self.batch_size = batch_size
         self.max_tokens = max_tokens
@@ -136,16 +138,28 @@ def is_folder(model: str) -> bool:
     return model.startswith((".", "/", "~")) or Path(model).is_dir()
 
 
-def check_there(model: str) -> None:
-    """Whether `folder_of` has something to find, without downloading anything."""
+def folder_at_hand(model: str) -> Path | None:
+    """The folder of a model that needs no download, None for one that can be downloaded.
+
+    Raises:
+        ConfigError: it is not there, and can't be had.
+    """
     if is_folder(model):
-        local_folder("model", model)
-        return
+        return local_folder("model", model)
     try:
-        if cached_model(model) is None:
+        cached = cached_model(model)
+        if cached is None:
             require_hub()
     except HubUnreachable as error:
         raise ConfigError(f"model={model}: is not in the local cache and {error}.") from error
+    return cached
+
+
+def outputs_of(folder: Path) -> int:
+    """How many outputs the classifier in a folder has."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(folder).num_labels)
 
 
 def folder_of(model: str) -> Path:
