@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,8 @@ from grpo.rewards import WeightedReward
 from grpo.rollout import Engine
 from grpo.types import Prompt, Sampling
 from grpo.update import KLTerm, Objective
+
+log = logging.getLogger(__name__)
 
 
 def build_device(cfg: DictConfig) -> Device:
@@ -224,6 +227,11 @@ def build_kl_term(cfg: DictConfig) -> KLTerm | None:
     kl = cfg.kl
     if kl.estimator is None or cfg.kl_weight == 0:
         return None
+    if kl.estimator == "k1" and kl.within == "loss" and not kl.unbiased_gradient:
+        log.warning(
+            "kl=k1 in the loss has no gradient on average, so it doesn't pull; "
+            "kl.unbiased_gradient=true or kl.within=reward gives it one (docs/kl.md)."
+        )
     exact = kl.estimator == "full"
     table = {**ESTIMATORS[kl.direction], "full": None}
     return KLTerm(

@@ -18,7 +18,7 @@ from grpo.update import KLTerm, score_rollout
 class Pulled(NamedTuple):
     """What a step's completions are told of the reference."""
 
-    reference_NC: Tensor | None  # its log-probabilities of their tokens
+    reference_NC: Tensor | None  # its log-probabilities of their tokens; None: the update has them
     divergence_BG: Tensor | None  # summed over a completion's tokens, to be taken off its reward
     weight: float  # of the one or the other
 
@@ -66,23 +66,31 @@ class KLPull(Pull):
         self.moved = False  # the reference is no longer the model that training began with
 
     def read(self, rollout: Rollout) -> Pulled:
-        plain = Readout(Sampling(self.sampling.temperature))
-        with self.reference.within():
-            model = self.reference.model
-            reference_NC = score_rollout(model, rollout, plain, self.token_budget).plain
-        divergence_BG = None
-        if self.term.in_reward:
-            total_N = (self._of_sampler(rollout, reference_NC) * rollout.mask_NC).sum(dim=1)
-            divergence_BG = total_N.view(-1, rollout.num_generation)
+        if self.term.divergence is not None and not self.term.in_reward:
+            return Pulled(None, None, self.weight.weight)  # the update reads both side by side
+        if not self.term.in_reward:
+            return Pulled(self._reference(rollout), None, self.weight.weight)
+        reference_NC, divergence_NC = self._of_sampler(rollout)
+        total_N = (divergence_NC * rollout.mask_NC).sum(dim=1)
+        divergence_BG = total_N.view(-1, rollout.num_generation)
         return Pulled(reference_NC, divergence_BG, self.weight.weight)
 
-    def _of_sampler(self, rollout: Rollout, reference_NC: Tensor) -> Tensor:
-        """[N, C] the divergence of the policy as it is before the update."""
+    def _reference(self, rollout: Rollout) -> Tensor:
+        """[N, C] the reference's log-probabilities."""
+        plain = Readout(Sampling(self.sampling.temperature))
+        with self.reference.within():
+            return score_rollout(self.reference.model, rollout, plain, self.token_budget).plain
+
+    def _of_sampler(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """[N, C] the reference's log-probabilities, and the divergence of the policy as it was."""
         if self.term.estimator is not None and not self.sampling.cuts:
-            return self.term.estimator(rollout.logprobs_NC, reference_NC)
+            reference_NC = self._reference(rollout)
+            return reference_NC, self.term.estimator(rollout.logprobs_NC, reference_NC)
         readout = Readout(self.sampling, divergence=self.term.divergence)
         scored = score_rollout(self.policy, rollout, readout, self.token_budget, self.reference)
-        return self.term.tokens(scored, reference_NC)
+        exact = self.term.divergence is not None
+        reference_NC = scored.reference if exact else self._reference(rollout)
+        return reference_NC, self.term.tokens(scored, reference_NC)
 
     def follow(self, step: int, metrics: dict[str, float], completions: int) -> dict[str, float]:
         weight = self.weight.weight

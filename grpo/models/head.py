@@ -60,6 +60,7 @@ class TokenScores(NamedTuple):
     plain: Tensor  # and under softmax(logits / temperature): the same where sampling cuts nothing
     entropy: Tensor  # nats, of the distribution that is sampled from
     divergence: Tensor  # from the reference, over the whole vocabulary; 0 where none is asked for
+    reference: Tensor  # the reference's log-probability of the token, where a divergence is
 
 
 def score(
@@ -118,9 +119,10 @@ def score_tokens(
     scaled_TV = logits_TV / (readout.sampling.temperature or 1.0)
     normalizer_T = scaled_TV.logsumexp(dim=-1)
     plain_T = logprobs_T = scaled_TV.gather(-1, targets_T1)[:, 0] - normalizer_T
-    divergence_T = torch.zeros_like(plain_T)
+    divergence_T = reference_T = torch.zeros_like(plain_T)
     if reference_TV is not None and readout.divergence is not None:
         divergence_T = readout.divergence(scaled_TV - normalizer_T[:, None], reference_TV)
+        reference_T = reference_TV.gather(-1, targets_T1)[:, 0]
     if readout.sampling.cuts:
         divided_TV = divide(logits_TV, readout.sampling, seen_TV)
         inside_T1 = divided_TV.gather(-1, targets_T1)
@@ -132,4 +134,4 @@ def score_tokens(
         if readout.sampling.cuts:  # 0 times -inf is no number
             scaled_TV = scaled_TV.masked_fill(scaled_TV.isinf(), 0.0)
         entropy_T = normalizer_T - (probabilities_TV * scaled_TV).sum(dim=-1)
-    return TokenScores(logprobs_T, plain_T, entropy_T, divergence_T)
+    return TokenScores(logprobs_T, plain_T, entropy_T, divergence_T, reference_T)
