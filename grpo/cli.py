@@ -30,6 +30,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo import again, config, past
+from grpo.check import check, check_training
 from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text
 
@@ -88,8 +89,8 @@ def train_job(cfg: DictConfig) -> float | None:
     with told() as folder, past.locked(folder):
         from grpo.find import find_for_training
 
-        config.check(cfg)
-        config.check_training(cfg)
+        check(cfg)
+        check_training(cfg)
         past.check_folder(folder, cfg.resume, cfg.model, cfg.adapter)
         found = find_for_training(cfg)
 
@@ -103,7 +104,7 @@ def eval_job(cfg: DictConfig) -> float | None:
     with told() as folder:
         from grpo.find import find_for_evaluation
 
-        config.check(cfg)
+        check(cfg)
         found = find_for_evaluation(cfg)
 
         from grpo.run import evaluate_from_config

@@ -1,4 +1,4 @@
-"""The typed schema of an experiment, and what can be known to be wrong before it starts."""
+"""The typed schema of an experiment, and Hydra's door to it."""
 
 from __future__ import annotations
 
@@ -7,34 +7,16 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo import past
 from grpo.errors import ConfigError
-
-EVAL_METRICS = (
-    "eval/reward",
-    "eval/accuracy",
-    "eval/sampled_accuracy",
-    "eval/pass_at_k",
-    "eval/length_mean",
-)
-REWARD_METRICS = (
-    "mean",
-    "std",
-    "failed",
-    "solved_groups",
-    "unsolved_groups",
-    "zero_variance_groups",
-    "resampled_groups",
-)
 
 
 @dataclass
@@ -190,59 +172,6 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuses what can be seen to be wrong from the config alone.
-
-    Raises:
-        ConfigError: naming the key, its value, and what would be right.
-    """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
-    for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
-        at_least(cfg, key, 1)
-    for key in ("max_steps", "device.token_budget", "rollout.token_budget"):
-        at_least(cfg, key, 1)
-    for key in ("eval.every", "eval.samples", "optim.warmup_steps", "log_prompts"):
-        at_least(cfg, key, 0)
-    for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm", "seed"):
-        at_least(cfg, key, 0.0)
-    for key in ("temperature", "learning_rate"):
-        more_than_nothing(cfg, key)
-    check_sampling(cfg)
-    check_algorithm(cfg)
-    check_kl(cfg)
-    one_of(cfg, "objective", EVAL_METRICS)
-    one_of(cfg, "device.kind", ("auto", "cpu", "cuda", "mps"))
-    one_of(cfg, "device.precision", ("auto", "bf16", "fp32"))
-    one_of(cfg, "optim.schedule", ("constant", "linear", "cosine"))
-    one_of(cfg, "optim.name", ("adamw", "adamw_8bit"))
-    if "wandb" in cfg.tracking:
-        one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
-    check_model(cfg.model)
-    check_rewards(cfg.reward)
-    check_adapter(cfg)
-    check_curriculum(cfg)
-    if not (cfg.eval.greedy or cfg.eval.samples):
-        raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
-
-
-def check_training(cfg: DictConfig) -> None:
-    """What is particular to training: in evaluation, `checkpoint` is a folder."""
-    if not isinstance(cfg.checkpoint, DictConfig):
-        raise ConfigError(f"checkpoint={cfg.checkpoint}: that is for grpo eval checkpoint=DIR.")
-    if not (cfg.eval.greedy and cfg.eval.samples):
-        raise ConfigError(
-            f"eval.samples={cfg.eval.samples} eval.greedy={cfg.eval.greedy}: training is followed "
-            f"by both; leaving one out is for grpo eval."
-        )
-    at_least(cfg, "checkpoint.every", 0, whole=True)
-    at_least(cfg, "checkpoint.keep", 1, whole=True)
-    betas = list(cfg.optim.betas)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"optim.betas={betas}: needs two numbers from 0 up to, not with, 1.")
-
-
 def at_least(cfg: DictConfig, key: str, least: float, *, whole: bool = False) -> None:
     value = OmegaConf.select(cfg, key)
     if value is None:
@@ -261,161 +190,6 @@ def one_of(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
         )
 
 
-def check_model(model: DictConfig) -> None:
-    given = [f"model.{k}={model[k]}" for k in ("id", "path", "packaged") if model[k] is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"model={model.name}: give exactly one of model.id=ORG/NAME (on the hub) and "
-            f"model.path=FOLDER, not {' and '.join(given) or 'none'}."
-        )
-
-
-def check_adapter(cfg: DictConfig) -> None:
-    if cfg.adapter is not None:
-        at_least(cfg, "adapter.rank", 1)
-        more_than_nothing(cfg, "adapter.alpha")
-        target = cfg.adapter.target
-        names = target if isinstance(target, ListConfig) else [target]
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ConfigError(
-                f"adapter.target={target}: should be all-linear, or the names of modules."
-            )
-    for key, wanted in (("adapter.quantized", True), ("optim.name", "adamw_8bit")):
-        if OmegaConf.select(cfg, key) == wanted and find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                f"{key}={wanted}: needs bitsandbytes, which is not installed: "
-                f"pip install 'grpo-bench[quantized]'"
-            )
-
-
-def check_curriculum(cfg: DictConfig) -> None:
-    curriculum = cfg.curriculum
-    one_of(cfg, "curriculum.order", ("shuffled", "given", "easy_first", "hard_first"))
-    at_least(cfg, "curriculum.samples", 0)
-    low, high = curriculum.at_least, curriculum.at_most
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(
-            f"curriculum.at_least={low} at_most={high}: shares from 0 to 1, the lower one first."
-        )
-    asks = curriculum.order in ("easy_first", "hard_first") or (low, high) != (0, 1)
-    if asks and not curriculum.samples:
-        raise ConfigError(
-            f"curriculum.samples=0: order={curriculum.order} at_least={low} at_most={high} ask how "
-            f"hard each prompt is; curriculum.samples=4 finds out."
-        )
-    if curriculum.order != "shuffled" and "sets" in cfg.dataset:
-        raise ConfigError(
-            f"curriculum.order={curriculum.order}: a mix is drawn at random; use shuffled."
-        )
-
-
-def check_rewards(reward: DictConfig) -> None:
-    if not reward:
-        raise ConfigError("reward: there is none; choose reward=answer or name a callable.")
-    for name, part in ((str(name), part) for name, part in reward.items()):
-        if name in REWARD_METRICS:
-            raise ConfigError(f"reward.{name}: this name is taken by the metric reward/{name}.")
-        if not isinstance(part, DictConfig) or "_target_" not in part:
-            raise ConfigError(f"reward.{name}: needs _target_, the callable to use, and a weight.")
-        if "weight" not in part:
-            raise ConfigError(f"reward.{name}.weight is not set: add +reward.{name}.weight=1.0")
-        weight = part.weight
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ConfigError(f"reward.{name}.weight={weight}: should be a number.")
-
-
-def check_sampling(cfg: DictConfig) -> None:
-    more_than_nothing(cfg, "sampling.repetition_penalty")
-    more_than_nothing(cfg, "sampling.top_p", most=1.0)
-    for key in ("sampling.top_k", "sampling.min_p"):
-        at_least(cfg, key, 0)
-    if cfg.sampling.min_p > 1:
-        raise ConfigError(f"sampling.min_p={cfg.sampling.min_p}: must be at most 1.")
-    if "" in cfg.sampling.stop:
-        raise ConfigError("sampling.stop: an empty text would end every completion at once.")
-
-
-def check_algorithm(cfg: DictConfig) -> None:
-    for key in ("algorithm.num_iterations", "algorithm.minibatches"):
-        at_least(cfg, key, 1)
-    for key in ("algorithm.resample", "algorithm.entropy_weight"):
-        at_least(cfg, key, 0)
-    more_than_nothing(cfg, "algorithm.top_entropy", most=1.0)
-    algorithm = cfg.algorithm
-    if algorithm.minibatches > cfg.batch_size:
-        raise ConfigError(
-            f"algorithm.minibatches={algorithm.minibatches}: a minibatch holds whole groups, and "
-            f"batch_size={cfg.batch_size} is all there are."
-        )
-    by_group = (
-        ("baseline", ("group_mean", "leave_one_out")),
-        ("scale", ("group_std", "informative_share")),
-    )
-    for key, needs in by_group:
-        if algorithm[key] in needs and cfg.num_generation < 2:
-            raise ConfigError(
-                f"num_generation={cfg.num_generation}: algorithm.{key}={algorithm[key]} compares "
-                f"the completions of a prompt, so it needs at least 2."
-            )
-    if algorithm.resample and algorithm.baseline in ("batch_mean", "none"):
-        raise ConfigError(
-            f"algorithm.resample={algorithm.resample}: a group whose rewards agree still teaches "
-            f"something with algorithm.baseline={algorithm.baseline}; use 0."
-        )
-    check_policy_loss(cfg)
-
-
-def check_policy_loss(cfg: DictConfig) -> None:
-    """Ranges of the package's own losses; types are checked when they are bound."""
-    loss = cfg.algorithm.policy_loss
-    for name in ("clip_low", "clip_high"):
-        at_least(cfg, f"algorithm.policy_loss.{name}", 0.0)
-    for name in ("ratio_max", "sharpness_positive", "sharpness_negative", "decay_positive"):
-        if name in loss:
-            more_than_nothing(cfg, f"algorithm.policy_loss.{name}")
-    dual = loss.get("clip_dual")
-    if isinstance(dual, int | float) and dual <= 1 + loss.get("clip_high", 0.0):
-        raise ConfigError(
-            f"algorithm.policy_loss.clip_dual={dual}: must be more than 1 + clip_high = "
-            f"{1 + loss.clip_high:g}, or it cuts off what is to be learnt."
-        )
-
-
-def check_kl(cfg: DictConfig) -> None:
-    one_of(cfg, "kl.direction", ("reverse", "forward"))
-    one_of(cfg, "kl.within", ("loss", "reward"))
-    at_least(cfg, "kl.sync_every", 0)
-    more_than_nothing(cfg, "kl.sync_share", most=1.0)
-    kl = cfg.kl
-    # Not so with kl_weight=0, which stands in many a sweep beside other weights.
-    without = {"kl.within": "loss", "kl.unbiased_gradient": False, "kl.sync_every": 0}
-    for key, value in without.items():
-        if kl.estimator is None and OmegaConf.select(cfg, key) != value:
-            raise ConfigError(f"{key}={OmegaConf.select(cfg, key)}: with kl=none there is no KL.")
-    if kl.target is not None:
-        more_than_nothing(cfg, "kl.target")
-        if cfg.kl_weight == 0 or kl.estimator is None:
-            raise ConfigError(
-                f"kl.target={kl.target}: there is no KL to hold, with kl_weight={cfg.kl_weight:g} "
-                f"and kl.estimator={kl.estimator}."
-            )
-        if kl.horizon < cfg.batch_size * cfg.num_generation:
-            raise ConfigError(
-                f"kl.horizon={kl.horizon}: kl_weight would change by more than a fifth a step; use "
-                f"at least batch_size x num_generation = {cfg.batch_size * cfg.num_generation}."
-            )
-    if kl.unbiased_gradient and kl.within == "reward":
-        raise ConfigError(
-            "kl.unbiased_gradient=true: a KL in the reward has no gradient of its own; use "
-            "kl.within=loss."
-        )
-    if kl.unbiased_gradient and kl.estimator in ("k2", "full"):
-        raise ConfigError(
-            f"kl.unbiased_gradient=true: kl={kl.estimator} has the KL's gradient as it is; it is "
-            f"for k1 and k3."
-        )
-
-
 def more_than_nothing(cfg: DictConfig, key: str, most: float = math.inf) -> None:
     value = OmegaConf.select(cfg, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -430,6 +204,7 @@ class CheckBeforeRun(Callback):
     """Hydra's door: a refused config leaves no folder behind."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from grpo.check import check
         from grpo.cli import refuse
 
         try:

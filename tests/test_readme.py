@@ -74,9 +74,9 @@ def test_what_the_readme_types_is_accepted(command: str) -> None:
     overrides = [word for word in shlex.split(command) if "=" in word]
     if "--config-dir" in command or "kl_wieght=0.1" in overrides:
         return
-    from grpo import config
+    from grpo.check import check, check_training
     from tests.test_config import compose
 
     cfg = compose(*overrides)
-    config.check(cfg)
-    config.check_training(cfg)
+    check(cfg)
+    check_training(cfg)
