@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -58,10 +59,8 @@ def build_device(cfg: DictConfig) -> Device:
 
 def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[LanguageModel, str]:
     """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
-    adapter = build_adapter(cfg)
-    folder = found.model()
-    quantized = adapter is not None and adapter.quantized
-    policy = load_language_model(folder, device, quantized)
+    adapter, folder = build_adapter(cfg), found.model()
+    policy = load_model(cfg, folder, device)
     base = fingerprint(policy.model)
     if adapter is not None:
         add_adapter(policy.model, adapter, cfg.seed)
@@ -73,6 +72,12 @@ def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[Languag
             f"can be recomputed."
         )
     return replace(policy, base=name, recompute=cfg.device.gradient_checkpointing), base
+
+
+def load_model(cfg: DictConfig, folder: Path, device: Device) -> LanguageModel:
+    """The model in a folder, in 4 bits where the adapter over it asks for that."""
+    adapter = build_adapter(cfg)
+    return load_language_model(folder, device, adapter is not None and adapter.quantized)
 
 
 def build_adapter(cfg: DictConfig) -> Adapter | None:

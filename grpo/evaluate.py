@@ -37,8 +37,7 @@ class Evaluation:
 
     def run(self) -> dict[str, float]:
         """The figures that are followed during training."""
-        greedy, sampled = self.answer()
-        return {**greedy_metrics(greedy), **sampled_metrics(sampled), **by_source(greedy, sampled)}
+        return metrics_of(*self.answer())
 
     def answer(self) -> tuple[Answers | None, Answers | None]:
         """Greedy and sampled completions, scored."""
@@ -50,6 +49,11 @@ class Evaluation:
         answers = Answers(rollout, score(rollout, self.rewards))
         stop_where_all_failed(rollout, answers.scores)
         return answers
+
+
+def metrics_of(greedy: Answers | None, sampled: Answers | None) -> dict[str, float]:
+    """The figures of an evaluation under their names in every sink."""
+    return {**greedy_metrics(greedy), **sampled_metrics(sampled), **by_source(greedy, sampled)}
 
 
 def greedy_metrics(answers: Answers | None) -> dict[str, float]:

@@ -13,7 +13,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from grpo.build import (
-    build_adapter,
     build_advantage,
     build_curriculum,
     build_device,
@@ -25,6 +24,7 @@ from grpo.build import (
     build_prompts,
     build_pull,
     build_rewards,
+    load_model,
     prompt_format,
 )
 from grpo.checkpoint import Checkpoints, Progress
@@ -32,11 +32,11 @@ from grpo.collect import Collector
 from grpo.data.difficulty import solved_shares
 from grpo.data.order import total_steps
 from grpo.errors import ConfigError, RunError
-from grpo.evaluate import by_source, greedy_metrics, report, sampled_metrics
+from grpo.evaluate import metrics_of, report
 from grpo.find import Found, bind, plain
 from grpo.interrupt import Interrupt
 from grpo.kl import Pull
-from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.past import is_finished, newest_step
 from grpo.summary import Summary
@@ -92,9 +92,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
     formats = [prompt_format(own) for own in found.sets]
-    adapter = build_adapter(cfg)
-    quantized = adapter is not None and adapter.quantized
-    model = load_language_model(found.model(), device, quantized)
+    model = load_model(cfg, found.model(), device)
     prompts = build_prompts(found, formats, model.tokenizer).evaluation
     check_fits(cfg, model, prompts)
     engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
@@ -104,7 +102,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     finally:
         for reward in rewards.values():
             reward.close()
-    metrics = {**greedy_metrics(greedy), **sampled_metrics(sampled), **by_source(greedy, sampled)}
+    metrics = metrics_of(greedy, sampled)
     reports = report(greedy, sampled)
     content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts), **metrics}
     content["figures"] = reports

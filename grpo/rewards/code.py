@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo.data.verify import tagged_answer
 from grpo.errors import ConfigError
+from grpo.rewards.options import at_least, more_than_nothing
 from grpo.types import Failure, Sample
 from grpo.verifiers.launch import CannotRun, launch
 from grpo.verifiers.sandbox import TOKEN, Limits, landlock_version
@@ -68,11 +69,8 @@ class Code:
         file_mb: int = 1,
         workers: int = 2,
     ) -> None:
-        for name, value in (("memory_mb", memory_mb), ("file_mb", file_mb), ("workers", workers)):
-            if value < 1:
-                raise ConfigError(f"{name}={value}: must be 1 or more.")
-        if not seconds > 0:
-            raise ConfigError(f"seconds={seconds}: must be more than 0.")
+        at_least(1, memory_mb=memory_mb, file_mb=file_mb, workers=workers)
+        more_than_nothing(seconds=seconds)
         self.column = column
         self.strict = strict
         self.workers = workers

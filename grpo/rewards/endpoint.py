@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from grpo.errors import ConfigError
+from grpo.rewards.options import at_least, more_than_nothing
 from grpo.types import Failure, Sample
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries
@@ -49,13 +50,9 @@ class Endpoint:
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ConfigError(f"url={url}: should be like http://localhost:8000/rewards.")
-        if retries < 0:
-            raise ConfigError(f"retries={retries}: must be 0 or more.")
-        for option, value in (("batch_size", batch_size), ("workers", workers)):
-            if value < 1:
-                raise ConfigError(f"{option}={value}: must be 1 or more.")
-        if not seconds > 0:
-            raise ConfigError(f"seconds={seconds}: must be more than 0.")
+        at_least(0, retries=retries)
+        at_least(1, batch_size=batch_size, workers=workers)
+        more_than_nothing(seconds=seconds)
         self.url = url
         self.seconds = seconds
         self.retries = retries

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pebble import ProcessExpired, ProcessPool
 
 from grpo.data.verify import tagged_answer
-from grpo.errors import ConfigError
+from grpo.rewards.options import at_least, more_than_nothing
 from grpo.types import Failure, Sample
 from grpo.verifiers import latex
 
@@ -34,10 +34,8 @@ class Math:
     concurrent = True
 
     def __init__(self, seconds: float = 5.0, workers: int = 2) -> None:
-        if not seconds > 0:
-            raise ConfigError(f"seconds={seconds}: must be more than 0.")
-        if workers < 1:
-            raise ConfigError(f"workers={workers}: must be 1 or more.")
+        more_than_nothing(seconds=seconds)
+        at_least(1, workers=workers)
         self.seconds = seconds
         self.workers = workers
         self.pool: ProcessPool | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.errors import ConfigError
 from grpo.hub import HubUnreachable, cached_model, hub_model_folder, require_hub
 from grpo.models.find import local_folder
+from grpo.rewards.options import at_least
 from grpo.types import Sample
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ class RewardModel:
         device: str = "auto",
         label: int | None = None,
     ) -> None:
-        for option, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value < 1:
-                raise ConfigError(f"{option}={value}: must be 1 or more.")
+        at_least(1, batch_size=batch_size, max_tokens=max_tokens)
         if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
             raise ConfigError(f"device={device}: use auto, cpu, cuda or cuda:NUMBER.")
         folder = folder_at_hand(model)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from grpo.errors import ConfigError
+from grpo.rewards.options import at_least
 from grpo.types import Sample
 
 # A numbered step, a numbered line or a bullet, a word that orders.
@@ -51,7 +52,7 @@ class ReasoningSteps:
     """
 
     def __init__(self, target: int = 3) -> None:
-        at_least("target", target, 1)
+        at_least(1, target=target)
         self.target = target
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
@@ -102,7 +103,7 @@ class Cosine:
         wrong_end: float = 0.0,
         cut_off: float = -10.0,
     ) -> None:
-        at_least("max_tokens", max_tokens, 1)
+        at_least(1, max_tokens=max_tokens)
         self.max_tokens = max_tokens
         self.right = (right_start, right_end)
         self.wrong = (wrong_start, wrong_end)
@@ -131,7 +132,7 @@ class Repetition:
     """
 
     def __init__(self, ngram: int = 3, max_penalty: float = -1.0, over: str = "words") -> None:
-        at_least("ngram", ngram, 1)
+        at_least(1, ngram=ngram)
         if max_penalty > 0:
             raise ConfigError(f"max_penalty={max_penalty}: is a penalty, so 0 or less.")
         if over not in ("words", "tokens"):
@@ -172,8 +173,3 @@ class SoftOverlong:
 
     def reward(self, tokens: int) -> float:
         return min(0.0, max(-1.0, (self.max_tokens - self.buffer - tokens) / self.buffer))
-
-
-def at_least(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{option}={value}: must be {least} or more.")
