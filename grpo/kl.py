@@ -66,10 +66,11 @@ class KLPull(Pull):
         self.moved = False  # the reference is no longer the model that training began with
 
     def read(self, rollout: Rollout) -> Pulled:
-        if self.term.divergence is not None and not self.term.in_reward:
-            return Pulled(None, None, self.weight.weight)  # the update reads both side by side
         if not self.term.in_reward:
-            return Pulled(self._reference(rollout), None, self.weight.weight)
+            # For the exact divergence the update reads both side by side.
+            exact = self.term.divergence is not None
+            reference_NC = None if exact else self._reference(rollout)
+            return Pulled(reference_NC, None, self.weight.weight)
         reference_NC, divergence_NC = self._of_sampler(rollout)
         total_N = (divergence_NC * rollout.mask_NC).sum(dim=1)
         divergence_BG = total_N.view(-1, rollout.num_generation)

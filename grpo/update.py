@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo.models.forward import Completions
-from grpo.models.head import Readout, TokenScores
+from grpo.models.head import Features, Readout, TokenScores
 from grpo.models.load import LanguageModel
 from grpo.models.pad import pad_left
 from grpo.models.reference import Reference
@@ -130,6 +130,15 @@ def completions(rollout: Rollout, batch: MicroBatch, policy: LanguageModel) -> C
     )
 
 
+def other_side(
+    reference: Reference | None, readout: Readout, inputs: Completions
+) -> Features | None:
+    """What a divergence is measured from, where the readout asks for one."""
+    if reference is None or readout.divergence is None:
+        return None
+    return reference.features(inputs)
+
+
 @torch.no_grad()
 def score_rollout(
     model: LanguageModel,
@@ -145,9 +154,7 @@ def score_rollout(
     scores = TokenScores(*(torch.zeros_like(rollout.logprobs_NC) for _ in TokenScores._fields))
     for batch in micro_batches(rollout, token_budget):
         inputs = completions(rollout, batch, model)
-        against = None
-        if readout.divergence is not None and reference is not None:
-            against = reference.features(inputs)
+        against = other_side(reference, readout, inputs)
         rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
         part = model.score(inputs, readout, against)
         for whole_NC, part_NC in zip(scores, part, strict=True):
@@ -215,9 +222,7 @@ def update(
     for minibatch in minibatches(policy, objective, rollout, token_budget, seed):
         for batch in micro_batches(rollout, token_budget, minibatch.prompts):
             inputs = completions(rollout, batch, policy)
-            against = None
-            if reference is not None and objective.readout.divergence is not None:
-                against = reference.features(inputs)
+            against = other_side(reference, objective.readout, inputs)
             learns = has_gradient(objective, learned, minibatch, batch.rows)
             with torch.set_grad_enabled(learns):
                 scored = policy.score(inputs, objective.readout, against)
