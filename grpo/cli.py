@@ -30,6 +30,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo import again, config, past
+from grpo.allocator import keep_freed_memory
 from grpo.check import check, check_training
 from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text
@@ -117,6 +118,7 @@ def told() -> Iterator[Path]:
     """A job's folder; alone, its error ends the process, in a sweep it is the sweep's to report."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    keep_freed_memory()  # before anything imports torch
     try:
         yield folder
     except (ConfigError, RunError) as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.models.attention import Tree, read
 from grpo.models.head import Features, Head, Readout, TokenScores, score
 from grpo.types import Sampling
 
@@ -64,36 +65,27 @@ def positions(mask: Tensor) -> Tensor:
 def shared_prefix(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
     """The hidden state at each completion token of the batch, in order of rows.
 
-    The prompt runs once and fills a key-value cache, the cache is repeated over the group, and the
-    completions continue it; gradients flow through both. The head reads completion tokens alone.
+    Prompts and completions run end to end as one row, each prompt once, seen by all its
+    completions; gradients flow through it. The head reads completion tokens alone.
     """
-    rows = batch.rows_a_prompt
-    prompt_mask_BP = left_mask(batch.prompts_BP, batch.prompt_lengths_B)
-    prefix = model.base_model(
-        input_ids=batch.prompts_BP,
-        attention_mask=prompt_mask_BP,
-        position_ids=positions(prompt_mask_BP),
-        use_cache=True,
-    )
-    # Token c is predicted at token c-1, the first one at the prompt's last token.
-    hidden_ND = prefix.last_hidden_state[:, -1].repeat_interleave(rows, dim=0)
-    hidden_NCD = hidden_ND[:, None]
-    inputs_NC = batch.tokens_NC[:, :-1]
-    if inputs_NC.shape[1] > 0:
-        cache = prefix.past_key_values
-        cache.batch_repeat_interleave(rows)
-        mask = torch.cat(
-            [prompt_mask_BP.repeat_interleave(rows, dim=0), batch.mask_NC[:, :-1].long()], dim=1
-        )
-        continued = model.base_model(
-            input_ids=inputs_NC,
-            attention_mask=mask,
-            position_ids=positions(mask)[:, -inputs_NC.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden_NCD = torch.cat([hidden_NCD, continued.last_hidden_state], dim=1)
-    return Features(hidden_NCD[batch.mask_NC], head, head.vocabulary)
+    prompt_mask_BP = left_mask(batch.prompts_BP, batch.prompt_lengths_B).bool()
+    read_NC = batch.mask_NC[:, 1:]  # a completion's last token is predicted, never read
+    tree = Tree(tuple(batch.prompt_lengths_B.tolist()), tuple(read_NC.sum(dim=1).tolist()))
+    tokens_T = torch.cat([batch.prompts_BP[prompt_mask_BP], batch.tokens_NC[:, :-1][read_NC]])
+    hidden_TD = read(model, tokens_T, tree.positions(tokens_T.device), tree)
+    return Features(hidden_TD[predictors(tree, batch.mask_NC)], head, head.vocabulary)
+
+
+def predictors(tree: Tree, mask_NC: Tensor) -> Tensor:
+    """Where in the tree each completion token is predicted: at the one before it.
+
+    That is the prompt's last for a completion's first.
+    """
+    starts = torch.tensor([part.start for part in tree.completions], device=mask_NC.device)
+    source_NC = starts[:, None] + torch.arange(mask_NC.shape[1], device=mask_NC.device) - 1
+    roots = torch.tensor([part.stop - 1 for part in tree.prompts], device=mask_NC.device)
+    source_NC[:, 0] = roots.repeat_interleave(tree.rows)
+    return source_NC[mask_NC]
 
 
 def plain(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
@@ -152,7 +144,7 @@ def agrees_with_plain(model: PreTrainedModel, head: Head) -> bool:
     try:
         ours = score_completions(shared_prefix(model, head, batch), batch, readout).logprobs
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        # E.g. a state-space model, which has no key-value cache to repeat.
+        # E.g. a state-space model, which has no attention to ask.
         log.warning("a shared prompt fails: %s: %s", type(error).__name__, error)
         return False
     theirs = score_completions(plain(model, head, batch), batch, readout).logprobs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from grpo.models.logprobs import Shape, token_logprobs
 from grpo.models.warp import cut, divide
 from grpo.types import Sampling
 
@@ -27,6 +28,12 @@ class Head:
             getattr(config, "logits_scaling", None) or 1.0
         )
         self.vocabulary = int(self.linear.weight.shape[0])  # type: ignore[index]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """[V, D] where the product with it is all that the layer does."""
+        plain = type(self.linear) is nn.Linear and self.linear.bias is None
+        return cast(Tensor, self.linear.weight) if plain else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., V], float32."""
@@ -51,6 +58,11 @@ class Readout:
     sampling: Sampling
     entropy_gradient: bool = False
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None  # of [T, V] log-probabilities
+
+    @property
+    def usual(self) -> bool:
+        """Nothing but log-probabilities under softmax(logits / temperature) has a gradient."""
+        return not (self.sampling.cuts or self.entropy_gradient or self.divergence is not None)
 
 
 class TokenScores(NamedTuple):
@@ -80,6 +92,12 @@ def score(
         reference: the same tokens as the reference sees them; for a divergence.
     """
     rows = max(1, CHUNK_LOGITS // features.vocabulary)
+    if isinstance(features.logits, Head) and features.logits.weight is not None and readout.usual:
+        head, weight_VD = features.logits, features.logits.weight
+        shape = Shape(head.scale, head.cap, readout.sampling.temperature or 1.0, rows)
+        logprobs_T, entropy_T = token_logprobs(features.values_TX, weight_VD, targets_T, shape)
+        nothing_T = torch.zeros_like(logprobs_T)
+        return TokenScores(logprobs_T, logprobs_T, entropy_T, nothing_T, nothing_T)
 
     def read(values_TX: Tensor, chunk: slice) -> TokenScores:
         against_TV = None
@@ -130,8 +148,8 @@ def score_tokens(
         normalizer_T = scaled_TV.logsumexp(dim=-1)
         logprobs_T = inside_T1[:, 0] - normalizer_T
     with torch.set_grad_enabled(readout.entropy_gradient and torch.is_grad_enabled()):
-        probabilities_TV = torch.exp(scaled_TV - normalizer_T[:, None])
-        if readout.sampling.cuts:  # 0 times -inf is no number
-            scaled_TV = scaled_TV.masked_fill(scaled_TV.isinf(), 0.0)
-        entropy_T = normalizer_T - (probabilities_TV * scaled_TV).sum(dim=-1)
+        all_logprobs_TV = scaled_TV - normalizer_T[:, None]
+        if readout.sampling.cuts:  # 0 times -inf is no number; e^-100 is 0 too
+            all_logprobs_TV = all_logprobs_TV.clamp(min=-100.0)
+        entropy_T = -(all_logprobs_TV.exp() * all_logprobs_TV).sum(dim=-1)
     return TokenScores(logprobs_T, plain_T, entropy_T, divergence_T, reference_T)

@@ -32,6 +32,7 @@ from grpo.models.forward import (
     shared_prefix,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
+from grpo.models.products import fast_products
 from grpo.models.recompute import recomputed
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class LanguageModel:
     def features(self, batch: Completions) -> Features:
         """What a forward pass knows of each completion token."""
         again = self.recompute and torch.is_grad_enabled()
-        with self.device.autocast(), recomputed(self.model) if again else nullcontext():
+        recomputing = recomputed(self.model) if again else nullcontext()
+        with self.device.autocast(), fast_products(self.model), recomputing:
             return self.forward(self.model, self.head, batch)
 
     def save(self, folder: Path) -> None:

@@ -1,12 +1,11 @@
 """Activations made again in the backward pass instead of kept: less memory, one more forward.
 
-transformers' own checkpointing acts in training mode alone, where some models' dropout lives too,
-and drops the key-value cache that a shared prompt needs. So each decoder layer is wrapped here.
+transformers' own checkpointing acts in training mode alone, where some models' dropout lives too.
+So each decoder layer is wrapped here.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +13,11 @@ from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grpo.models.attention import attention_as
+from grpo.models.products import fast_products
 
 
 def recomputable(model: nn.Module) -> list[nn.Module]:
@@ -24,11 +26,11 @@ def recomputable(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
+def recomputed(model: PreTrainedModel) -> Iterator[None]:
     """Within it, the decoder layers of a forward pass keep their inputs and nothing else."""
     layers = recomputable(model)
     for layer in layers:
-        layer.forward = partial(recompute_layer, layer.forward)
+        layer.forward = partial(run_again, model.config.get_text_config(), layer, layer.forward)
     try:
         yield
     finally:
@@ -36,34 +38,18 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             del layer.forward  # the class's own again
 
 
-def recompute_layer(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-    """One layer's forward, run again in the backward pass from the cache as it was before."""
-    cache = next((v for v in (*inputs, *named.values()) if isinstance(v, Cache)), None)
-    if cache is None:
-        return run_again(forward, *inputs, **named)
-    before, after, first = list(cache.layers), dict[int, Any](), True
+def run_again(
+    config: PreTrainedConfig,
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    *inputs: Any,
+    **named: Any,
+) -> Any:
+    """A layer's forward, run again in the backward pass with the attention and products it had."""
+    attention = config._attn_implementation
 
-    def with_own_cache(*inputs: Any, **named: Any) -> Any:
-        own = copy.copy(cache)
+    def as_it_was(*inputs: Any, **named: Any) -> Any:
+        with attention_as(config, attention), fast_products(layer):
+            return forward(*inputs, **named)
 
-        def grow(keys: Any, values: Any, index: int, *rest: Any, **more: Any) -> Any:
-            layer = copy.copy(before[index])
-            grown = layer.update(keys, values, *rest, **more)
-            if first:  # what the second run makes is not kept
-                after[index] = layer
-            return grown
-
-        own.update = grow
-        swapped = [own if value is cache else value for value in inputs]
-        return forward(*swapped, **{k: own if v is cache else v for k, v in named.items()})
-
-    result = run_again(with_own_cache, *inputs, **named)
-    first = False
-    for index, layer in after.items():
-        cache.layers[index] = layer
-    after.clear()
-    return result
-
-
-def run_again(function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+    return checkpoint(as_it_was, *inputs, use_reentrant=False, preserve_rng_state=False, **named)

@@ -62,12 +62,15 @@ def in_shares(
     num_generation: int,
     max_new_tokens: int,
     token_budget: int,
-    sample: Callable[[Sequence[Prompt]], list[Row]],
+    sample: Callable[[Sequence[int]], list[Row]],
 ) -> Rollout:
-    """A rollout made of as many prompts at once as the budget holds, put back in order."""
+    """A rollout made of as many prompts at once as the budget holds, put back in order.
+
+    sample: indices of prompts to the rows of all their completions.
+    """
     rows: dict[int, Row] = {}
     for share in shares(prompts, num_generation, max_new_tokens, token_budget):
-        sampled = iter(sample([prompts[b] for b in share]))
+        sampled = iter(sample(share))
         for b in share:
             for g in range(num_generation):
                 rows[b * num_generation + g] = next(sampled)
@@ -79,12 +82,12 @@ def shares(
 ) -> Iterator[list[int]]:
     """Prompts in length order, at least one at a time.
 
-    token_budget: rows times prompt and completion tokens.
+    token_budget: tokens of prompts, and the most that their completions may have.
     """
     share: list[int] = []
     for b in sorted(range(len(prompts)), key=lambda b: len(prompts[b].token_ids)):
-        width = len(prompts[b].token_ids) + max_new_tokens
-        if share and (len(share) + 1) * num_generation * width > token_budget:
+        width = len(prompts[b].token_ids) + num_generation * max_new_tokens
+        if share and (len(share) + 1) * width > token_budget:
             yield share
             share = []
         share.append(b)

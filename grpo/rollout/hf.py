@@ -43,7 +43,9 @@ class HFEngine:
                     num_generation,
                     self.max_new_tokens,
                     token_budget,
-                    lambda share: self._sample(share, num_generation, sampling),
+                    lambda share: self._sample(
+                        [prompts[b] for b in share], num_generation, sampling
+                    ),
                 )
         finally:
             self.policy.model.generation_config = own

@@ -1,4 +1,4 @@
-"""The project's own sampler: each prompt is read once, its cache repeated over the group."""
+"""The project's own sampler: each prompt is read once, and its completions written side by side."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 
 from grpo.errors import ConfigError
-from grpo.models.forward import left_mask, positions, shared_prefix
+from grpo.models.attention import Tree, read
+from grpo.models.forward import shared_prefix
 from grpo.models.load import LanguageModel
-from grpo.models.pad import pad_left
-from grpo.models.warp import warp
+from grpo.models.products import laid_out_for
+from grpo.rollout.cache import Cache, Reading
+from grpo.rollout.draw import draw, seen_tokens
 from grpo.rollout.engine import Row, StopStrings, in_shares
 from grpo.types import Prompt, Rollout, Sampling
 
-COMPACT_AT = 0.7  # drop finished rows once no more than this share is still being written
+COMPACT_AT = 0.85  # drop finished rows once no more than this share is still being written
 
 
 class NativeEngine:
     """Samples from the policy itself, with the weights it has at that moment."""
 
     def __init__(self, policy: LanguageModel, max_new_tokens: int, token_budget: int) -> None:
-        """token_budget: cache positions held at once, rows times prompt and completion tokens.
+        """token_budget: positions held at once: prompts' tokens and the most their rows may write.
 
         Raises:
-            ConfigError: the model's distribution can't be had from a shared prompt's cache.
+            ConfigError: the model can't be read with a prompt shared by its completions.
         """
         if policy.forward is not shared_prefix:
             raise ConfigError(
@@ -38,101 +40,118 @@ class NativeEngine:
     def generate(
         self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
     ) -> Rollout:
-        """As `Engine.generate` says."""
-        generator = torch.Generator(device=self.policy.device.torch_device).manual_seed(seed)
+        """As `Engine.generate` says. What a row draws doesn't depend on which are beside it."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (len(prompts), num_generation, self.max_new_tokens)
+        uniform_BGC = torch.rand(shape, generator=generator)
 
-        def sample(share: Sequence[Prompt]) -> list[Row]:
-            return self._sample(share, num_generation, sampling, generator)
+        def sample(share: Sequence[int]) -> list[Row]:
+            uniform_NC = uniform_BGC[list(share)].flatten(0, 1)
+            device = self.policy.device.torch_device
+            return self._sample([prompts[b] for b in share], uniform_NC.to(device), sampling)
 
-        width = self.max_new_tokens
-        return in_shares(self.policy, prompts, num_generation, width, self.token_budget, sample)
+        policy, width = self.policy, self.max_new_tokens
+        with policy.device.autocast(), laid_out_for(len(prompts) * num_generation, policy.model):
+            return in_shares(policy, prompts, num_generation, width, self.token_budget, sample)
 
     def _sample(
-        self, prompts: Sequence[Prompt], group: int, sampling: Sampling, generator: torch.Generator
+        self, prompts: Sequence[Prompt], uniform_NC: Tensor, sampling: Sampling
     ) -> list[Row]:
         """The completions of prompts that fit in memory together, in order b*G+g."""
         policy, device = self.policy, self.policy.device.torch_device
-        prompts_BP, lengths_B = pad_left([p.token_ids for p in prompts], policy.pad_id, device)
-        prompt_mask_BP = left_mask(prompts_BP, lengths_B)
-        ends = torch.tensor(policy.end_ids, device=device)
-        stop = StopStrings(policy.tokenizer, sampling.stop)
+        group = len(uniform_NC) // len(prompts)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        cache = Cache(lengths, group, self.max_new_tokens, device)
+        draft = Draft(policy, sampling, *uniform_NC.shape)
+        logits_NV = policy.head(self._read(prompts, cache)).repeat_interleave(group, dim=0)
+        seen_NV = None
+        if sampling.repetition_penalty != 1:
+            tokens = [prompt.token_ids for prompt in prompts]
+            seen_NV = seen_tokens(tokens, logits_NV.shape[-1], group, device)
+        while True:
+            uniform_N = uniform_NC[draft.alive, draft.written]
+            token_N, logprob_N = draw(logits_NV, sampling, seen_NV, uniform_N)
+            if seen_NV is not None:
+                seen_NV.scatter_(1, token_N[:, None], True)
+            draft.add(token_N, logprob_N)
+            if draft.complete:
+                return draft.rows()
+            keep = draft.compact()
+            if keep is not None:
+                cache.keep(keep)
+                token_N = token_N[keep]
+                seen_NV = None if seen_NV is None else seen_NV[keep]
+            hidden_ND = read(policy.model, token_N, cache.positions(), cache)
+            cache.written += 1
+            logits_NV = policy.head(hidden_ND)
 
-        with policy.device.autocast():
-            read = policy.model.base_model(
-                input_ids=prompts_BP,
-                attention_mask=prompt_mask_BP,
-                position_ids=positions(prompt_mask_BP),
-                use_cache=True,
-            )
-            cache = read.past_key_values
-            cache.batch_repeat_interleave(group)
-            mask = prompt_mask_BP.repeat_interleave(group, dim=0)
-            logits_NV = policy.head(read.last_hidden_state[:, -1]).repeat_interleave(group, dim=0)
-            position_N1 = lengths_B.repeat_interleave(group)[:, None]
+    def _read(self, prompts: Sequence[Prompt], cache: Cache) -> Tensor:
+        """[B, D] the last hidden state of each prompt, whose keys and values go into the cache."""
+        device, budget = self.policy.device.torch_device, self.policy.device.token_budget
+        last: list[Tensor] = []
+        for start, stop in parts([len(prompt.token_ids) for prompt in prompts], budget):
+            tokens = [prompt.token_ids for prompt in prompts[start:stop]]
+            tree = Tree(tuple(map(len, tokens)), ())
+            tokens_T = torch.tensor([token for own in tokens for token in own], device=device)
+            plan = Reading(cache, start, tree)
+            hidden_TD = read(self.policy.model, tokens_T, tree.positions(device), plan)
+            last += [hidden_TD[own.stop - 1] for own in tree.prompts]
+        return torch.stack(last)
 
-            count = len(prompts) * group
-            tokens_NC = torch.full((count, self.max_new_tokens), policy.pad_id, device=device)
-            logprobs_NC = torch.zeros(count, self.max_new_tokens, device=device)
-            lengths_N = torch.full((count,), self.max_new_tokens, device=device)
-            ended_N = torch.zeros(count, dtype=torch.bool, device=device)
-            alive = torch.arange(count, device=device)  # the rows still in the batch
-            seen_NV = seen_tokens(prompts_BP, prompt_mask_BP, logits_NV.shape[-1], group, sampling)
-            for c in range(self.max_new_tokens):
-                token_N, logprob_N = draw(logits_NV, sampling, seen_NV, generator)
-                writing = ~ended_N[alive]
-                tokens_NC[alive[writing], c] = token_N[writing]
-                logprobs_NC[alive[writing], c] = logprob_N[writing]
-                stops = torch.isin(token_N, ends)
-                if sampling.stop:
-                    stops |= stop.reached(tokens_NC[alive, : c + 1])
-                stops &= writing
-                if seen_NV is not None:
-                    seen_NV.scatter_(1, token_N[:, None], True)
-                lengths_N[alive[stops]] = c + 1
-                ended_N[alive[stops]] = True
-                left = int((~ended_N[alive]).sum())
-                if left == 0 or c + 1 == self.max_new_tokens:
-                    break
-                if left <= COMPACT_AT * len(alive):
-                    keep = (~ended_N[alive]).nonzero()[:, 0]
-                    alive, token_N, position_N1 = alive[keep], token_N[keep], position_N1[keep]
-                    mask = mask[keep]
-                    seen_NV = None if seen_NV is None else seen_NV[keep]
-                    cache.batch_select_indices(keep)
-                mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-                step = policy.model.base_model(
-                    input_ids=token_N[:, None],
-                    attention_mask=mask,
-                    position_ids=position_N1,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                logits_NV = policy.head(step.last_hidden_state[:, -1])
-                position_N1 = position_N1 + 1
+
+def parts(lengths: Sequence[int], budget: int) -> list[tuple[int, int]]:
+    """Neighbours of up to so many tokens together, at least one: where a part starts and ends."""
+    found, start, total = [], 0, 0
+    for b, length in enumerate(lengths):
+        if b > start and total + length > budget:
+            found.append((start, b))
+            start, total = b, 0
+        total += length
+    return [*found, (start, len(lengths))]
+
+
+class Draft:
+    """Completions while they are written, and which of them still are."""
+
+    def __init__(self, policy: LanguageModel, sampling: Sampling, count: int, longest: int) -> None:
+        device = policy.device.torch_device
+        self.ends = torch.tensor(policy.end_ids, device=device)
+        self.stop = StopStrings(policy.tokenizer, sampling.stop)
+        self.tokens_NC = torch.full((count, longest), policy.pad_id, device=device)
+        self.logprobs_NC = torch.zeros(count, longest, device=device)
+        self.lengths_N = torch.full((count,), longest, device=device)
+        self.ended_N = torch.zeros(count, dtype=torch.bool, device=device)
+        self.alive = torch.arange(count, device=device)  # the rows that are still in the batch
+        self.written = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.written == self.tokens_NC.shape[1] or bool(self.ended_N.all())
+
+    def add(self, token_N: Tensor, logprob_N: Tensor) -> None:
+        """One more token of each row in the batch; that of a row which has ended is dropped."""
+        writing = ~self.ended_N[self.alive]
+        rows = self.alive[writing]
+        self.tokens_NC[rows, self.written] = token_N[writing]
+        self.logprobs_NC[rows, self.written] = logprob_N[writing]
+        self.written += 1
+        stops = torch.isin(token_N[writing], self.ends)
+        if self.stop.stop:
+            stops |= self.stop.reached(self.tokens_NC[rows, : self.written])
+        self.lengths_N[rows[stops]] = self.written
+        self.ended_N[rows[stops]] = True
+
+    def compact(self) -> Tensor | None:
+        """Which of the rows in the batch go on alone, where enough have ended."""
+        writing = ~self.ended_N[self.alive]
+        if int(writing.sum()) > COMPACT_AT * len(self.alive):
+            return None
+        keep = writing.nonzero()[:, 0]
+        self.alive = self.alive[keep]
+        return keep
+
+    def rows(self) -> list[Row]:
         return [
-            Row(tokens_NC[n, :length], logprobs_NC[n, :length], bool(ended_N[n]))
-            for n, length in enumerate(lengths_N.tolist())
+            Row(self.tokens_NC[n, :length], self.logprobs_NC[n, :length], bool(self.ended_N[n]))
+            for n, length in enumerate(self.lengths_N.tolist())
         ]
-
-
-def seen_tokens(
-    prompts_BP: Tensor, mask_BP: Tensor, vocabulary: int, group: int, sampling: Sampling
-) -> Tensor | None:
-    """[N, V] bool: the tokens of each row's prompt, where a penalty asks for them."""
-    if sampling.repetition_penalty == 1:
-        return None
-    counts_BV = torch.zeros(len(prompts_BP), vocabulary, device=prompts_BP.device)
-    counts_BV.scatter_add_(1, prompts_BP, mask_BP.float())
-    return (counts_BV > 0).repeat_interleave(group, dim=0)
-
-
-def draw(
-    logits_NV: Tensor, sampling: Sampling, seen_NV: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability under the distribution that it is drawn from."""
-    logprobs_NV = torch.log_softmax(warp(logits_NV, sampling, seen_NV), dim=-1)
-    if sampling.temperature == 0:
-        token_N1 = logprobs_NV.argmax(dim=-1, keepdim=True)
-    else:
-        token_N1 = torch.multinomial(logprobs_NV.exp(), 1, generator=generator)
-    return token_N1[:, 0], logprobs_NV.gather(1, token_N1)[:, 0]

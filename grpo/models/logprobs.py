@@ -1,0 +1,133 @@
+"""Log-probabilities of given tokens straight from hidden states, for the usual softmax head.
+
+The same numbers as `head.score_tokens` on whole logits, with a backward pass written out: a chunk's
+logits are made in one buffer, and made again there, overwritten by their own gradient. What the
+gradient of log softmax(z)_t is, one knows: onehot(t) - softmax(z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.models.products import by_onednn, in_fp32, suits_onednn
+
+CACHED_LOGITS = 2**21  # 8 MB in fp32: what a CPU goes over again and again while it is in its cache
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a head does to a product, in this order, and how many rows of it are held at once."""
+
+    scale: float
+    cap: float | None  # cap · tanh(· / cap)
+    temperature: float
+    rows: int
+
+
+def token_logprobs(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """[T] float32 log-probabilities of the targets, and [T] entropies, which have no gradient."""
+    if torch.is_autocast_enabled(hidden_TD.device.type):
+        dtype = torch.get_autocast_dtype(hidden_TD.device.type)
+        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        logprobs_T, entropy_T = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden_TD, weight_VD, targets_T, shape
+        )
+    return logprobs_T, entropy_T
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """As `token_logprobs` says; keeps the hidden states and a log-sum-exp for each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: Shape
+    ) -> tuple[Tensor, Tensor]:
+        logprobs_T, entropy_T, normalizer_T = (
+            hidden_TD.new_empty(len(hidden_TD), dtype=torch.float32) for _ in range(3)
+        )
+        for chunk in slices(len(hidden_TD), shape.rows):
+            logits_TV = logits(hidden_TD[chunk], weight_VD, shape)
+            for block in blocks(logits_TV):
+                own = slice(chunk.start + block.start, chunk.start + block.stop)
+                target_T1 = targets_T[own, None]
+                all_TV = torch.log_softmax(logits_TV[block], dim=-1)
+                logprobs_T[own] = all_TV.gather(1, target_T1)[:, 0]
+                target_logit_T = logits_TV[block].gather(1, target_T1)[:, 0]
+                normalizer_T[own] = target_logit_T - logprobs_T[own]
+                entropy_T[own] = -torch.einsum("tv,tv->t", all_TV.exp(), all_TV)
+        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, normalizer_T)
+        ctx.shape = shape
+        ctx.mark_non_differentiable(entropy_T)
+        return logprobs_T, entropy_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, targets_T, normalizer_T = ctx.saved_tensors
+        to_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        to_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        for chunk in slices(len(hidden_TD), ctx.shape.rows):
+            logits_TV = logits(hidden_TD[chunk], weight_VD, ctx.shape)
+            for block in blocks(logits_TV):
+                own = slice(chunk.start + block.start, chunk.start + block.stop)
+                overwrite(
+                    logits_TV[block], targets_T[own], normalizer_T[own], grad_T[own], ctx.shape
+                )
+            grad_TV = logits_TV.to(weight_VD.dtype)
+            if to_hidden_TD is not None:
+                to_hidden_TD[chunk] = product(grad_TV, weight_VD)
+            if to_weight_VD is not None:
+                to_weight_VD.addmm_(grad_TV.t(), hidden_TD[chunk])
+        return to_hidden_TD, to_weight_VD, None, None
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def blocks(logits_TV: Tensor) -> Iterator[slice]:
+    """Rows to go over together."""
+    rows, vocabulary = logits_TV.shape
+    on_cpu = logits_TV.device.type == "cpu"
+    return slices(rows, max(1, CACHED_LOGITS // vocabulary) if on_cpu else rows)
+
+
+def logits(hidden_TD: Tensor, weight_VD: Tensor, shape: Shape) -> Tensor:
+    """[T, V] float32, over the temperature."""
+    logits_TV = in_fp32(hidden_TD, weight_VD)
+    if shape.scale != 1:
+        logits_TV.mul_(shape.scale)
+    if shape.cap is not None:
+        logits_TV.div_(shape.cap).tanh_().mul_(shape.cap)
+    return logits_TV if shape.temperature == 1 else logits_TV.div_(shape.temperature)
+
+
+def overwrite(
+    logits_TV: Tensor, targets_T: Tensor, normalizer_T: Tensor, grad_T: Tensor, shape: Shape
+) -> None:
+    """Puts the gradient by the product in the place of the logits that were made of it."""
+    slope_TV = None
+    if shape.cap is not None:  # of cap · tanh(x / cap): 1 - tanh²
+        slope_TV = 1 - (logits_TV * (shape.temperature / shape.cap)).square_()
+    logits_TV.sub_(normalizer_T[:, None]).exp_().mul_(-grad_T[:, None])
+    logits_TV.scatter_add_(1, targets_T[:, None], grad_T[:, None])
+    if slope_TV is not None:
+        logits_TV.mul_(slope_TV)
+    factor = shape.scale / shape.temperature
+    if factor != 1:
+        logits_TV.mul_(factor)
+
+
+def product(grad_TV: Tensor, weight_VD: Tensor) -> Tensor:
+    """[T, D]"""
+    if suits_onednn(grad_TV, weight_VD):
+        return by_onednn(grad_TV, weight_VD.t())
+    return grad_TV @ weight_VD

@@ -1,0 +1,122 @@
+"""Matrix products with a model's weights, the fast way for the device.
+
+On a CPU that is oneDNN's, whatever processor it is; torch itself takes MKL for fp32, which is tuned
+for one maker's. docs/performance.md says what it brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_mkldnn = torch.ops.mkldnn
+HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(_mkldnn, "_linear_pointwise")
+    and hasattr(_mkldnn, "_reorder_linear_weight")
+)
+
+
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
+    y: Tensor = _mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def suits_onednn(*tensors: Tensor) -> bool:
+    return HAS_ONEDNN and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+
+
+def in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    """[T, V] x · weightᵀ summed and given in fp32, from fp32 or from bf16; without gradient."""
+    if suits_onednn(x_TD, weight_VD):
+        return by_onednn(x_TD, weight_VD)
+    if x_TD.device.type == "cuda" and x_TD.dtype != torch.float32:
+        return torch.mm(x_TD, weight_VD.t(), out_dtype=torch.float32)
+    return F.linear(x_TD, weight_VD).float()
+
+
+class Product(torch.autograd.Function):
+    """A linear layer's product by oneDNN, forward and to its input; to its weight by torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return by_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        grad_TO = grad.reshape(-1, grad.shape[-1])
+        return (
+            by_onednn(grad_TO, weight.t()).view(x.shape) if to_x else None,
+            grad_TO.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None,
+            grad_TO.sum(dim=0) if to_bias else None,
+        )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """Within it, fp32 linear layers on a CPU compute by oneDNN, with gradient."""
+    layers = {layer: (layer.weight, layer.bias) for layer in linear_layers(model)}
+    with computed_by(product, layers):
+        yield
+
+
+@contextmanager
+def laid_out_for(rows: int, model: nn.Module) -> Iterator[None]:
+    """Within it, fp32 linear layers on a CPU compute from a copy of their weights, made here.
+
+    A product of a few rows, as decoding has them, is bound by how the weights are read; oneDNN can
+    lay them out for that once.
+
+    Args:
+        rows: how many the products will mostly have. The weights must not change meanwhile.
+    """
+    layers = {
+        layer: (
+            _mkldnn._reorder_linear_weight(layer.weight.detach(), rows),
+            None if layer.bias is None else layer.bias.detach(),
+        )
+        for layer in linear_layers(model)
+    }
+    with computed_by(by_onednn, layers):
+        yield
+
+
+@contextmanager
+def computed_by(
+    function: Callable[..., Tensor],  # of x, weight, bias
+    layers: Mapping[nn.Linear, tuple[Tensor, Tensor | None]],
+) -> Iterator[None]:
+    """Within it, these layers compute by this function, from these weights and biases."""
+    before = {layer: layer.__dict__.get("forward") for layer in layers}
+    try:
+        for layer, (weight, bias) in layers.items():
+            layer.forward = partial(function, weight=weight, bias=bias)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer, own in before.items():
+            layer.__dict__.pop("forward")  # the class's own again
+            if own is not None:
+                layer.forward = own  # type: ignore[method-assign]
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Those whose product can be computed here; a subclass may compute something else."""
+    if torch.is_autocast_enabled("cpu"):
+        return []
+    linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    return [layer for layer in linear if suits_onednn(layer.weight)]

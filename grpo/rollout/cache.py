@@ -1,0 +1,160 @@
+"""Keys and values of what is being written: each prompt's once, beside its completions' own.
+
+Shape letters as in `models/attention.py`: H heads, K heads of keys and values (H = K·r), width d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.models.attention import Scoring, Tree, padded, sees, weighted
+
+
+@dataclass
+class Layer:
+    """What one layer of the model keeps."""
+
+    prompt_keys: Tensor  # [B, K, P, d]
+    prompt_values: Tensor
+    keys: Tensor  # [N, K, C, d], of which the first `written` columns are there
+    values: Tensor
+
+
+class Cache:
+    """The attention of one more token of each row, which sees its prompt and what it wrote so far.
+
+    All rows have written the same number of tokens; one that is done can be dropped.
+    """
+
+    def __init__(
+        self, prompt_lengths: Sequence[int], group: int, longest: int, device: torch.device
+    ) -> None:
+        """longest: tokens that a completion may have."""
+        self.longest, self.written = longest, 0
+        self.lengths_B = torch.tensor(prompt_lengths, device=device)
+        self.prompt_N = torch.arange(len(prompt_lengths), device=device).repeat_interleave(group)
+        self.layers: dict[int, Layer] = {}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Rows of a prompt stand in one block, so that they ask its keys in one product."""
+        rows_B = torch.bincount(self.prompt_N, minlength=len(self.lengths_B))
+        slots_S = torch.arange(int(rows_B.max()), device=rows_B.device)
+        filled_BS = slots_S < rows_B[:, None]
+        first_B1 = (rows_B.cumsum(0) - rows_B)[:, None]
+        self.even = bool(filled_BS.all())
+        # Where a prompt has fewer rows, its first stands in for those that are gone.
+        self.row_BS = first_B1 + torch.where(filled_BS, slots_S, 0)
+        self.slot_N = filled_BS.flatten().nonzero()[:, 0]
+        positions_P = torch.arange(int(self.lengths_B.max()), device=rows_B.device)
+        there_BP = positions_P < self.lengths_B[:, None]
+        self.there_BP = None if bool(there_BP.all()) else there_BP
+
+    def positions(self) -> Tensor:
+        """[N] of the tokens that come next."""
+        return self.lengths_B[self.prompt_N] + self.written
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these, given in order, and the prompts that none of them continues."""
+        self.prompt_N = self.prompt_N[rows]
+        prompts, self.prompt_N = self.prompt_N.unique(return_inverse=True)
+        dropped = len(prompts) < len(self.lengths_B)
+        self.lengths_B = self.lengths_B[prompts]
+        for layer in self.layers.values():
+            if dropped:
+                longest = int(self.lengths_B.max())
+                layer.prompt_keys = layer.prompt_keys[prompts, :, :longest]
+                layer.prompt_values = layer.prompt_values[prompts, :, :longest]
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                new = old.new_empty(len(rows), *old.shape[1:])
+                new[:, :, : self.written] = old[rows, :, : self.written]
+                setattr(layer, name, new)
+        self._arrange()
+
+    def store_prompts(
+        self, number: int, first: int, keys_KTd: Tensor, values_KTd: Tensor, tree: Tree
+    ) -> None:
+        """Takes what a forward pass over some of the prompts, the first of them given, has made."""
+        if number not in self.layers:
+            heads, _, width = keys_KTd.shape
+            prompts = (len(self.lengths_B), heads, int(self.lengths_B.max()), width)
+            rows = (len(self.prompt_N), heads, self.longest, width)
+            self.layers[number] = Layer(
+                keys_KTd.new_zeros(prompts),
+                values_KTd.new_zeros(prompts),
+                keys_KTd.new_empty(rows),
+                values_KTd.new_empty(rows),
+            )
+        layer = self.layers[number]
+        for whole, part in ((layer.prompt_keys, keys_KTd), (layer.prompt_values, values_KTd)):
+            part_BKPd = padded(part, tree.prompts)
+            whole[first : first + len(part_BKPd), :, : part_BKPd.shape[2]] = part_BKPd
+
+    def attend(
+        self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
+    ) -> Tensor:
+        """[N, H, d] as `Plan.attend` says, for one token a row."""
+        own, column = self.layers[layer], self.written
+        own.keys[:, :, column] = keys_KTd.transpose(0, 1)
+        own.values[:, :, column] = values_KTd.transpose(0, 1)
+        count, heads = queries_HTd.shape[1], keys_KTd.shape[0]
+        queries_NKrd = queries_HTd.transpose(0, 1).unflatten(1, (heads, -1))
+        window = how.window
+        reaches = window is None or window >= own.prompt_keys.shape[2] + self.longest
+        mask_B = None if self.there_BP is None else self.there_BP[:, None, None]
+        mask_N = None
+        if not reaches:
+            from_BKSr = self.lengths_B[:, None, None, None] + column
+            columns_C = torch.arange(column + 1, device=queries_HTd.device)
+            mask_N = sees(columns_C[-1:], columns_C, window)[None, None, None]
+            positions_P = torch.arange(own.prompt_keys.shape[2], device=queries_HTd.device)
+            mask_B = sees(from_BKSr, positions_P, window) & (positions_P < from_BKSr - column)
+        to_prompt, prompt_NKr = weighted(
+            self._blocks(queries_NKrd), own.prompt_keys, own.prompt_values, how, mask_B
+        )
+        to_own, own_NKr = weighted(
+            queries_NKrd,
+            own.keys[:, :, : column + 1],
+            own.values[:, :, : column + 1],
+            how,
+            mask_N,
+        )
+        share_NKr = torch.sigmoid(self._rows(prompt_NKr[..., None]) - own_NKr[..., None])
+        out: Tensor = torch.lerp(to_own, self._rows(to_prompt), share_NKr.to(to_own.dtype))
+        return out.reshape(count, -1, out.shape[-1])
+
+    def _blocks(self, x_NKrd: Tensor) -> Tensor:
+        """[B, K, S·r, d] the rows of each prompt side by side."""
+        x_BSKrd: Tensor
+        if self.even:
+            x_BSKrd = x_NKrd.unflatten(0, (len(self.lengths_B), -1))
+        else:
+            x_BSKrd = x_NKrd[self.row_BS]
+        return x_BSKrd.transpose(1, 2).flatten(2, 3)
+
+    def _rows(self, x_BKSd: Tensor) -> Tensor:
+        """[N, K, r, d] each row by itself again."""
+        slots = self.row_BS.shape[1]
+        x_NKrd: Tensor = x_BKSd.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)
+        return x_NKrd if self.even else x_NKrd[self.slot_N]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A plan of attention for some of the prompts, which leaves its keys and values in a cache."""
+
+    cache: Cache
+    first: int
+    tree: Tree
+
+    def attend(
+        self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
+    ) -> Tensor:
+        """As `Plan.attend` says."""
+        self.cache.store_prompts(layer, self.first, keys_KTd, values_KTd, self.tree)
+        return self.tree.attend(layer, queries_HTd, keys_KTd, values_KTd, how)

@@ -1,0 +1,215 @@
+"""Speed and memory, side by side with TRL on the same machine, model, prompts and lengths.
+
+    scripts/bench                       the settings for this machine: note long worked, or gpu
+    scripts/bench step note             one step of a setting: peer and project in turn
+    scripts/bench rollout long          decoding alone, next to transformers' generate
+    scripts/bench update long           the optimizer step alone, next to the machine's matrix rate
+    scripts/bench roofline              what the machine can do
+    scripts/bench startup               seconds until a command answers
+
+Each measurement has a process of its own, and a step to warm up first. Both sides are given the
+same model, prompts and reward, and write every completion to its full length; that they did, and
+that both have the same gradient on the same batch, is checked. Times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ours
+from settings import ON_CPU, ON_GPU, SETTINGS
+from work import ROOT, gsm8k, prepare
+
+HERE = Path(__file__).resolve().parent
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, {"fp32": 2e-3, "bf16": 5e-2}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing is asked of a network meanwhile
+PARTS = ("step", "rollout", "update", "roofline", "startup")
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
+    started = time.strftime("%Y-%m-%dT%H-%M-%S")
+    found: dict[str, Any] = {"started": started, **machine(), "results": []}
+    out = options.out or ROOT / "outputs" / "bench" / f"{started}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [] if options.part == "startup" else gsm8k(options.data)
+    for name in options.settings:
+        with tempfile.TemporaryDirectory() as temporary:
+            work = Path(temporary)
+            if options.part != "startup":
+                prepare(SETTINGS[name], rows, work)
+            result = startup() if options.part == "startup" else measure(options.part, name, work)
+            found["results"].append({"part": options.part, "setting": name, **result})
+            out.write_text(json.dumps(found, indent=2) + "\n")
+            print(told(options.part, name, result), flush=True)
+    print(f"written to {out}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", default="step", choices=PARTS)
+    parser.add_argument("settings", nargs="*", help=", ".join(SETTINGS))
+    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl; without it, from the hub")
+    parser.add_argument("--out", type=Path, help="where the JSON goes; outputs/bench by default")
+    options = parser.parse_args(arguments)
+    for name in options.settings:
+        if name not in SETTINGS:
+            parser.error(f"{name}: no such setting; there are {', '.join(SETTINGS)}")
+    if not options.settings:
+        usual = ON_GPU if has_gpu() else ON_CPU
+        several = options.part == "step"
+        options.settings = list(usual) if several else [usual[-1] if has_gpu() else "long"]
+    if options.data is not None and not options.data.is_file():
+        parser.error(f"--data {options.data}: no such file")
+    return options
+
+
+def has_gpu() -> bool:
+    return Path("/proc/driver/nvidia").exists()
+
+
+def machine() -> dict[str, Any]:
+    names = ("torch", "transformers", "grpo-bench")
+    named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    model = named[1] if named else platform.processor()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "commit": commit,
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def measure(part: str, name: str, work: Path) -> dict[str, Any]:
+    if part == "step":
+        return step(name, work)
+    return child("parts.py", part, work, name)
+
+
+def child(script: str, *arguments: Any) -> dict[str, Any]:
+    """Runs a script of this folder in a process of its own and reads what it leaves."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [sys.executable, str(HERE / script), *map(str, arguments), str(out)]
+        quietly(command)
+        content: dict[str, Any] = json.loads(out.read_text())
+        return content
+
+
+def quietly(command: list[str]) -> None:
+    """Runs it; what it printed is shown where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}{done.stderr}\n{command[1]} failed")
+
+
+def step(name: str, work: Path) -> dict[str, Any]:
+    """Both sides' steps, and their ratios; refuses to compare what was not the same work."""
+    setting = SETTINGS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        peer_out = Path(folder) / "peer.json"
+        command = [sys.executable, str(HERE / "peer.py"), str(work), name, str(peer_out)]
+        quietly(command)
+        peer: dict[str, Any] = json.loads(peer_out.read_text())
+        same = child("same.py", work, name, peer_out)
+    own = ours.run(setting, work)
+    check_same(name, work, peer, own, same)
+    peer_seconds, own_seconds = peer["seconds"][1:], own["seconds"][1:]
+    return {
+        "work": asdict(setting),
+        "peer": {k: v for k, v in peer.items() if k != "first_prompts"},
+        "ours": {k: v for k, v in own.items() if k != "first_prompts"},
+        "same_batch": same,
+        "speedup": median(peer_seconds) / median(own_seconds),
+        "speedup_least": min(peer_seconds) / max(own_seconds),
+        "speedup_most": max(peer_seconds) / min(own_seconds),
+        "memory": own["peak_gb"] / peer["peak_gb"],
+    }  # fmt: skip
+
+
+def check_same(
+    name: str, work: Path, peer: dict[str, Any], own: dict[str, Any], same: dict[str, Any]
+) -> None:
+    """Raises SystemExit where the two sides did not do the same work."""
+    from transformers import AutoTokenizer
+
+    setting = SETTINGS[name]
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    prompts = {tuple(tokenizer.encode(text)) for text in own["first_prompts"]}
+    differences = []
+    if prompts != set(map(tuple, peer["first_prompts"])):
+        differences.append("the first step's prompts differ")
+    for side, figures in (("peer", peer), ("ours", own)):
+        if any(length != setting.tokens for length in figures["length"]):
+            differences.append(f"{side}: completions of {figures['length']} tokens")
+        if len(figures["seconds"]) != setting.steps + 1:
+            differences.append(f"{side}: {len(figures['seconds'])} steps")
+    if abs(same["loss"] - peer["loss"][0]) > LOSS_TOLERANCE:
+        differences.append(f"loss {peer['loss'][0]} and {same['loss']}")
+    norms = same["grad_norm"], peer["grad_norm"][0]
+    if abs(norms[0] - norms[1]) > GRADIENT_TOLERANCE[setting.precision] * norms[1]:
+        differences.append(f"gradients of norm {norms[1]} and {norms[0]}")
+    if differences:
+        raise SystemExit(f"{name}: not the same work: {'; '.join(differences)}")
+
+
+def startup() -> dict[str, Any]:
+    """Seconds until a command answers, next to the peer's."""
+    binaries = Path(sys.executable).parent
+    commands = {
+        "grpo --help": ["grpo", "--help"],
+        "grpo --cfg job": ["grpo", "--cfg", "job"],
+        "grpo kl_wieght=1": ["grpo", "kl_wieght=1"],
+        "trl grpo --help": ["trl", "grpo", "--help"],
+    }
+    seconds: dict[str, list[float]] = {}
+    for name, (program, *rest) in commands.items():
+        for _ in range(4):
+            began = time.perf_counter()
+            subprocess.run([binaries / program, *rest], capture_output=True)
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+    return {"seconds": {name: values[1:] for name, values in seconds.items()}}
+
+
+def told(part: str, name: str, result: dict[str, Any]) -> str:
+    """A result in a few lines."""
+    if part == "step":
+        lines = [f"{name}: {SETTINGS[name]}"]
+        for side, label in (("peer", f"TRL {result['peer']['version']}"), ("ours", "grpo")):
+            seconds = result[side]["seconds"][1:]
+            lines.append(
+                f"  {label:<12} {median(seconds):8.1f} s a step ({min(seconds):.1f} to "
+                f"{max(seconds):.1f}), peak {result[side]['peak_gb']:.2f} GB"
+            )
+        lines.append(
+            f"  {result['speedup']:.2f} times as fast ({result['speedup_least']:.2f} to "
+            f"{result['speedup_most']:.2f}), {result['memory']:.2f} of the memory"
+        )
+        return "\n".join(lines)
+    if part == "startup":
+        return "\n".join(f"  {k:<20} {median(v):6.2f} s" for k, v in result["seconds"].items())
+    return f"{part} {name}: " + json.dumps(result, indent=2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

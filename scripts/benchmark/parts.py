@@ -1,0 +1,232 @@
+"""Single parts of a step, each in a process of its own: parts.py PART WORK SETTING OUT"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from grpo.allocator import keep_freed_memory
+
+keep_freed_memory()
+
+import torch
+from settings import SETTINGS, Setting
+from transformers import GenerationConfig
+
+from grpo.device import Device, open_device
+from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.pad import pad_left
+from grpo.models.reference import reference_of
+from grpo.objective.kl import k3
+from grpo.objective.losses import clipped_surrogate
+from grpo.objective.ratios import token_ratio
+from grpo.objective.weights import sequence_mean
+from grpo.optim import SCHEDULES, Optimizer
+from grpo.rollout import NativeEngine
+from grpo.types import Example, Prompt, Rollout, Sampling
+from grpo.update import KLTerm, Learned, Objective, score_rollout, update
+
+ROWS = 32  # at which decoding is measured
+
+
+def timed(function: Callable[[], Any], repeats: int, device: Device) -> list[float]:
+    """Seconds of each run, after one to warm up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        function()
+        device.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
+def loaded(setting: Setting, work: Path) -> LanguageModel:
+    device = open_device(setting.device, setting.precision)
+    return load_language_model(work / "model", device)
+
+
+def prompts_of(policy: LanguageModel, setting: Setting, work: Path, count: int) -> list[Prompt]:
+    example = Example("", "", float)
+    chats = json.loads((work / "prompts.json").read_text())[:count]
+    texts = [
+        policy.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
+    return [Prompt(text, tuple(policy.tokenizer.encode(text)), example) for text in texts]
+
+
+def rollout(setting: Setting, work: Path) -> dict[str, Any]:
+    """Tokens a second of the native engine and of transformers' generate, on the same prompts."""
+    policy = loaded(setting, work)
+    group = ROWS // setting.prompts
+    prompts = prompts_of(policy, setting, work, setting.prompts)
+    engine = NativeEngine(policy, setting.tokens, 10**7)
+    sampling = Sampling(setting.temperature)
+    ours = timed(lambda: engine.generate(prompts, group, sampling, 0), 3, policy.device)
+    prompts_BP, lengths_B = pad_left(
+        [prompt.token_ids for prompt in prompts], policy.pad_id, policy.device.torch_device
+    )
+    columns_P = torch.arange(prompts_BP.shape[1], device=prompts_BP.device)
+    mask_BP = (columns_P >= prompts_BP.shape[1] - lengths_B[:, None]).long()
+    config = GenerationConfig(
+        max_new_tokens=setting.tokens, do_sample=True, temperature=setting.temperature,
+        top_k=0, num_return_sequences=group, eos_token_id=list(policy.end_ids),
+        pad_token_id=policy.pad_id,
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def generate() -> None:
+        with policy.device.autocast():
+            policy.model.generate(
+                input_ids=prompts_BP, attention_mask=mask_BP, generation_config=config
+            )
+
+    theirs = timed(generate, 3, policy.device)
+    tokens = ROWS * setting.tokens
+    return {
+        "rows": ROWS,
+        "tokens": setting.tokens,
+        "ours_tokens_per_second": tokens / median(ours),
+        "generate_tokens_per_second": tokens / median(theirs),
+        "speedup": median(theirs) / median(ours),
+        "seconds": {"ours": ours, "generate": theirs},
+    }
+
+
+def operations(policy: LanguageModel, lengths: list[int], group: int, tokens: int) -> float:
+    """Multiplications and additions of one forward pass that computes each token once.
+
+    A completion's last token is predicted and not read; its first is predicted by the prompt.
+    """
+    config = policy.model.config.get_text_config()
+    layers = sum(
+        module.weight.numel()
+        for name, module in policy.model.base_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    read = sum(lengths) + len(lengths) * group * (tokens - 1)
+    pairs = sum(
+        length * (length + 1) / 2 + group * ((tokens - 1) * length + (tokens - 1) * tokens / 2)
+        for length in lengths
+    )
+    predicted = len(lengths) * group * tokens
+    head = policy.head.vocabulary * config.hidden_size
+    return 2.0 * (layers * read + head * predicted + 2 * width * config.num_hidden_layers * pairs)
+
+
+def matrix_rate(device: Device) -> float:
+    """Operations a second of the best large square matrix product."""
+    best = 0.0
+    for size in (1024, 2048, 4096):
+        a = torch.randn(size, size, device=device.torch_device)
+        b = torch.randn(size, size, device=device.torch_device)
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            with device.autocast():
+                torch.mm(a, b)
+
+        best = max(best, 2.0 * size**3 / min(timed(product, 5, device)))
+    return best
+
+
+def step_update(setting: Setting, work: Path) -> dict[str, Any]:
+    """Seconds of an optimizer step, and the share of the matrix rate on useful operations.
+
+    Useful: each prompt once a group, each completion token once, forward, and twice that backward;
+    what is computed again to save memory doesn't count.
+    """
+    policy = loaded(setting, work)
+    prompts = prompts_of(policy, setting, work, setting.prompts)
+    count, width = setting.prompts * setting.group, setting.tokens
+    generator = torch.Generator().manual_seed(0)
+    device = policy.device.torch_device
+    written = Rollout(
+        prompts=tuple(prompts),
+        tokens_NC=torch.randint(5, 300, (count, width), generator=generator).to(device),
+        logprobs_NC=torch.full((count, width), -1.0, device=device),
+        lengths_N=torch.full((count,), width, device=device),
+        truncated_N=torch.zeros(count, dtype=torch.bool, device=device),
+        texts=("",) * count,
+    )
+    advantages_N = torch.randn(count, generator=generator).to(device)
+    term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
+    reference = reference_of(policy, moves=False) if setting.kl_weight else None
+    sampling = Sampling(setting.temperature)
+    objective = Objective(
+        token_ratio, clipped_surrogate, sequence_mean, term if reference else None, sampling, width
+    )
+    optimizer = Optimizer(
+        policy.model, "adamw", 1e-6, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
+    )
+    budget = policy.device.token_budget
+    read = Objective(token_ratio, clipped_surrogate, sequence_mean, None, sampling, width).readout
+    reference_NC = None
+    reference_seconds: list[float] = []
+    if reference is not None:
+        model = reference.model
+        reference_NC = score_rollout(model, written, read, budget).plain
+        reference_seconds = timed(
+            lambda: score_rollout(model, written, read, budget), 3, policy.device
+        )
+    learned = Learned(advantages_N, reference_NC, setting.kl_weight)
+    seconds = timed(
+        lambda: update(policy, reference, optimizer, objective, written, learned, budget),
+        4, policy.device,
+    )  # fmt: skip
+    forward = operations(policy, [len(p.token_ids) for p in prompts], setting.group, width)
+    rate = matrix_rate(policy.device)
+    return {
+        "seconds": seconds,
+        "reference_seconds": reference_seconds,
+        "useful_gflop": 3 * forward / 1e9,
+        "matrix_gflops": rate / 1e9,
+        "update_share_of_matrix_rate": 3 * forward / median(seconds[1:]) / rate,
+        "reference_share_of_matrix_rate": (
+            forward / median(reference_seconds) / rate if reference_seconds else None
+        ),
+        "peak_gb": policy.device.peak_gb(),
+    }
+
+
+def roofline(setting: Setting, work: Path) -> dict[str, Any]:
+    """What the machine can do: matrix products by rows, as plain and as laid out, and copying."""
+    from grpo.models.products import laid_out_for
+
+    policy = loaded(setting, work)
+    device, linear = policy.device, policy.head.linear
+    body = next(m for m in policy.model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    found: dict[str, Any] = {"matrix_gflops": matrix_rate(device) / 1e9, "products": []}
+    for layer in (body, linear):
+        for rows in (1, 8, 16, 32, 64, 256):
+            x = torch.randn(1, rows, layer.weight.shape[1], device=device.torch_device)
+            work_done = 2.0 * rows * layer.weight.numel() / 1e9
+            with torch.no_grad(), device.autocast():
+                plain = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
+                with laid_out_for(rows, layer):
+                    packed = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
+            shape = "x".join(map(str, layer.weight.shape))
+            rates = {"plain": work_done / plain, "laid_out": work_done / packed}
+            found["products"].append({"weight": shape, "rows": rows, **rates})
+    source = torch.randn(2**26, device=device.torch_device)
+    target = torch.empty_like(source)
+    seconds = min(timed(lambda: target.copy_(source), 5, device))
+    found["copy_gb_per_second"] = 2 * source.numel() * 4 / seconds / 1e9
+    return found
+
+
+PARTS = {"rollout": rollout, "update": step_update, "roofline": roofline}
+
+
+if __name__ == "__main__":
+    part, work, name, out = sys.argv[1:]
+    setting = SETTINGS[name]
+    Path(out).write_text(json.dumps(PARTS[part](replace(setting), Path(work))))

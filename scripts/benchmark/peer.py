@@ -1,0 +1,108 @@
+"""The peer, in a process of its own: TRL's GRPOTrainer. peer.py WORK SETTING OUT"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from settings import SETTINGS
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from work import vowels
+
+
+class Clock(TrainerCallback):
+    """Seconds from one optimizer step's end to the next's, and the memory held until then."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *arguments: Any, **named: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *arguments: Any, **named: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+class Peer(trl.GRPOTrainer):
+    """As it is, but that the first step's numbers are kept, and generation's time."""
+
+    kept: list[dict[str, Any]]
+    generation: list[float]
+
+    def _generate_single_turn(self, *arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        result = super()._generate_single_turn(*arguments, **named)
+        self.generation.append(time.perf_counter() - began)
+        return result
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        if self.state.global_step == 0:
+            names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+            self.kept.append({name: inputs[name].cpu() for name in names})
+        return super()._compute_loss(model, inputs)
+
+
+def main(work: Path, name: str, out: Path) -> None:
+    setting = SETTINGS[name]
+    rows = setting.prompts * setting.group
+    micro = setting.peer_rows or rows
+    chats = json.loads((work / "prompts.json").read_text())
+    on_cpu = setting.device == "cpu"
+    clock = Clock()
+
+    def reward(completions: list[list[dict[str, str]]], **columns: Any) -> list[float]:
+        return [vowels(completion[0]["content"]) for completion in completions]
+
+    trainer = Peer(
+        model=AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(work / "model"),
+        reward_funcs=[reward],
+        train_dataset=Dataset.from_dict({"prompt": chats}),
+        callbacks=[clock],
+        args=trl.GRPOConfig(
+            output_dir=str(work / "peer"), report_to="none", save_strategy="no", disable_tqdm=True,
+            use_cpu=on_cpu, bf16=setting.precision == "bf16", gradient_checkpointing=False,
+            max_steps=setting.steps + 1, logging_steps=1, shuffle_dataset=False,
+            per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
+            num_generations=setting.group, max_completion_length=setting.tokens,
+            temperature=setting.temperature, beta=setting.kl_weight, loss_type="grpo",
+            learning_rate=setting.learning_rate, lr_scheduler_type="constant",
+        ),
+    )  # fmt: skip
+    trainer.kept, trainer.generation = [], []
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    torch.save(trainer.kept, out.with_suffix(".pt"))
+    prompts = [
+        ids[mask.bool()].tolist()
+        for batch in trainer.kept
+        for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+    ]
+    if on_cpu:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    else:
+        peak = torch.cuda.max_memory_allocated() / 1e9
+    content = {
+        "seconds": clock.seconds,
+        "generation": trainer.generation,
+        "peak_gb": peak,
+        "loss": [float(entry["loss"]) for entry in steps],
+        "grad_norm": [float(entry["grad_norm"]) for entry in steps],
+        "length": [float(entry["completions/mean_length"]) for entry in steps],
+        "first_prompts": prompts,
+        "version": trl.__version__,
+    }
+    out.write_text(json.dumps(content))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

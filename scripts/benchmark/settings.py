@@ -1,0 +1,43 @@
+"""What is measured: the same work for both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SYSTEM_PROMPT = (
+    "Solve the problem step by step. Put only the final number between <answer> and </answer>."
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One step's work. Every completion is written to its full length, by both."""
+
+    prompts: int  # a step
+    group: int  # completions a prompt
+    tokens: int  # of each completion
+    kl_weight: float
+    worked_examples: int = 0  # GSM8K problems with solutions, shown in each prompt
+    peer_rows: int = 0  # completions in one of the peer's micro-batches; 0: all of a step's
+    steps: int = 3  # measured, after one to warm up
+    model: str = "smollm2"  # or qwen2: Qwen2-0.5B's architecture with random weights
+    device: str = "cpu"
+    precision: str = "fp32"
+    temperature: float = 1.0
+    learning_rate: float = 1e-5
+
+
+# peer_rows is what was fastest of those that fit into 24 GB: see docs/performance.md.
+SETTINGS = {
+    "note": Setting(prompts=4, group=4, tokens=50, kl_weight=0.1),
+    "long": Setting(prompts=4, group=8, tokens=128, kl_weight=0.1),
+    "worked": Setting(
+        prompts=8, group=8, tokens=64, kl_weight=0.0, worked_examples=3, peer_rows=8, steps=2
+    ),
+    "tiny": Setting(prompts=4, group=4, tokens=16, kl_weight=0.1, steps=2, model="tiny"),
+    "gpu": Setting(
+        prompts=64, group=8, tokens=256, kl_weight=0.1, peer_rows=16, steps=3, model="qwen2",
+        device="cuda", precision="bf16",
+    ),
+}  # fmt: skip
+ON_CPU, ON_GPU = ("note", "long", "worked"), ("gpu",)
