@@ -349,27 +349,38 @@ def dense(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, how: Scor
     return scores.float().softmax(dim=-1).to(values.dtype) @ values
 
 
+class Seen:
+    """Which keys each query sees, [N, 1, 1, ·] or [N, K, ·, ·] bool; made once for many layers."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.added = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+        blind = ~mask.any(dim=-1)
+        self.blind = blind if bool(blind.any()) else None  # the queries that see nothing
+
+
 def weighted(
-    queries: Tensor, keys: Tensor, values: Tensor, how: Scoring, mask: Tensor | None = None
+    queries: Tensor, keys: Tensor, values: Tensor, how: Scoring, seen: Seen | None = None
 ) -> tuple[Tensor, Tensor]:
     """[N, K, ·, d] what queries take from keys, and [N, K, ·] the log-sum-exp of their scores.
 
     All [N, K, ·, d]; queries of heads that share keys stand side by side. What is taken from other
-    keys can then be put beside it, each in the share of its log-sum-exp.
-
-    mask: bool, what is seen; a query that sees nothing takes zeros, at a log-sum-exp of -inf.
+    keys can then be put beside it, each in the share of its log-sum-exp. A query that sees nothing
+    takes zeros, at a log-sum-exp of -inf.
     """
     if queries.device.type == "cpu" and how.softcap is None:
         added = None
-        if mask is not None:
-            shape = (*queries.shape[:1], 1, queries.shape[2], keys.shape[2])
-            added = torch.zeros_like(mask, dtype=queries.dtype).masked_fill_(~mask, -torch.inf)
-            added = added.expand(shape)
+        if seen is not None:
+            shape = (queries.shape[0], 1, queries.shape[2], keys.shape[2])
+            added = seen.added.to(queries.dtype).expand(shape)
         out, normalizer = _flash(queries, keys, values, attn_mask=added, scale=how.scale)
-        return out, normalizer
-    scores = how.apply(queries @ keys.transpose(-1, -2) * how.scale).float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    normalizer = scores.logsumexp(dim=-1)
-    shares = (scores - normalizer[..., None]).exp().nan_to_num(0.0)
-    return shares.to(values.dtype) @ values, normalizer
+    else:
+        scores = how.apply(queries @ keys.transpose(-1, -2) * how.scale).float()
+        if seen is not None:
+            scores = scores + seen.added
+        normalizer = scores.logsumexp(dim=-1)
+        out = (scores - normalizer[..., None]).exp().to(values.dtype) @ values
+    if seen is not None and seen.blind is not None:
+        out = out.masked_fill(seen.blind[..., None], 0.0)
+        normalizer = normalizer.masked_fill(seen.blind, -torch.inf)
+    return out, normalizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.models.attention import Scoring, Tree, padded, sees, weighted
+from grpo.models.attention import Scoring, Seen, Tree, padded, sees, weighted
 
 
 @dataclass
@@ -50,9 +50,10 @@ class Cache:
         # Where a prompt has fewer rows, its first stands in for those that are gone.
         self.row_BS = first_B1 + torch.where(filled_BS, slots_S, 0)
         self.slot_N = filled_BS.flatten().nonzero()[:, 0]
-        positions_P = torch.arange(int(self.lengths_B.max()), device=rows_B.device)
-        there_BP = positions_P < self.lengths_B[:, None]
-        self.there_BP = None if bool(there_BP.all()) else there_BP
+        self.positions_P = torch.arange(int(self.lengths_B.max()), device=rows_B.device)
+        there_BP = self.positions_P < self.lengths_B[:, None]
+        self.there = None if bool(there_BP.all()) else Seen(there_BP[:, None, None])
+        self.windows: dict[tuple[int, int], tuple[Seen, Seen]] = {}  # of the newest token alone
 
     def positions(self) -> Tensor:
         """[N] of the tokens that come next."""
@@ -104,29 +105,30 @@ class Cache:
         own.values[:, :, column] = values_KTd.transpose(0, 1)
         count, heads = queries_HTd.shape[1], keys_KTd.shape[0]
         queries_NKrd = queries_HTd.transpose(0, 1).unflatten(1, (heads, -1))
-        window = how.window
-        reaches = window is None or window >= own.prompt_keys.shape[2] + self.longest
-        mask_B = None if self.there_BP is None else self.there_BP[:, None, None]
-        mask_N = None
-        if not reaches:
-            from_BKSr = self.lengths_B[:, None, None, None] + column
-            columns_C = torch.arange(column + 1, device=queries_HTd.device)
-            mask_N = sees(columns_C[-1:], columns_C, window)[None, None, None]
-            positions_P = torch.arange(own.prompt_keys.shape[2], device=queries_HTd.device)
-            mask_B = sees(from_BKSr, positions_P, window) & (positions_P < from_BKSr - column)
+        of_prompts, of_own = self._seen(how.window)
         to_prompt, prompt_NKr = weighted(
-            self._blocks(queries_NKrd), own.prompt_keys, own.prompt_values, how, mask_B
+            self._blocks(queries_NKrd), own.prompt_keys, own.prompt_values, how, of_prompts
         )
+        written = slice(column + 1)
         to_own, own_NKr = weighted(
-            queries_NKrd,
-            own.keys[:, :, : column + 1],
-            own.values[:, :, : column + 1],
-            how,
-            mask_N,
+            queries_NKrd, own.keys[:, :, written], own.values[:, :, written], how, of_own
         )
         share_NKr = torch.sigmoid(self._rows(prompt_NKr[..., None]) - own_NKr[..., None])
         out: Tensor = torch.lerp(to_own, self._rows(to_prompt), share_NKr.to(to_own.dtype))
         return out.reshape(count, -1, out.shape[-1])
+
+    def _seen(self, window: int | None) -> tuple[Seen | None, Seen | None]:
+        """Of its prompt and of its own tokens, what the next token of a row sees; None: all."""
+        if window is None or window >= self.positions_P.shape[0] + self.longest:
+            return self.there, None
+        if (window, self.written) not in self.windows:
+            from_B111 = (self.lengths_B + self.written)[:, None, None, None]
+            columns_C = torch.arange(self.written + 1, device=self.lengths_B.device)
+            inside = sees(from_B111, self.positions_P, window)
+            within = Seen(inside & (self.positions_P < from_B111 - self.written))
+            own = Seen(sees(columns_C[-1:], columns_C, window)[None, None, None])
+            self.windows = {(window, self.written): (within, own)}
+        return self.windows[window, self.written]
 
     def _blocks(self, x_NKrd: Tensor) -> Tensor:
         """[B, K, S·r, d] the rows of each prompt side by side."""

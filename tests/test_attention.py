@@ -1,0 +1,119 @@
+"""A tree's attention, in pieces or expanded, against each way from root to leaf by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from grpo.models.attention import Scoring, Tree, expanded, split
+from grpo.rollout.cache import Cache
+
+HEADS, KEY_HEADS, WIDTH = 6, 2, 8
+
+
+def tensors(tree: Tree, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a tree's tokens, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = tree.prompt_tokens + sum(tree.lengths)
+
+    def normal(heads: int) -> Tensor:
+        drawn = torch.randn(heads, tokens, WIDTH, generator=generator, dtype=torch.float64)
+        return drawn.requires_grad_()
+
+    return normal(HEADS), normal(KEY_HEADS), normal(KEY_HEADS)
+
+
+def by_hand(queries: Tensor, keys: Tensor, values: Tensor, tree: Tree, how: Scoring) -> Tensor:
+    """[T, H, d] by the definition: each token over its own past, one head at a time."""
+    out = torch.zeros(queries.shape[1], HEADS, WIDTH, dtype=queries.dtype)
+    ways = [list(range(part.start, part.stop)) for part in tree.prompts]
+    places = [(way, i) for way in ways for i in range(len(way))]
+    for n, part in enumerate(tree.completions):
+        root = ways[n // tree.rows]
+        whole = root + list(range(part.start, part.stop))
+        places += [(whole, i) for i in range(len(root), len(whole))]
+    for way, i in places:
+        past = way[: i + 1] if how.window is None else way[max(0, i + 1 - how.window) : i + 1]
+        for head in range(HEADS):
+            kept = head // (HEADS // KEY_HEADS)
+            scores = keys[kept, past] @ queries[head, way[i]] * how.scale
+            if how.softcap is not None:
+                scores = torch.tanh(scores / how.softcap) * how.softcap
+            out[way[i], head] = scores.softmax(0) @ values[kept, past]
+    return out
+
+
+TREES = st.tuples(st.integers(1, 3), st.integers(1, 3)).flatmap(
+    lambda shape: st.builds(
+        Tree,
+        st.tuples(*[st.integers(1, 5)] * shape[0]),
+        st.tuples(*[st.integers(0, 4)] * (shape[0] * shape[1])),
+    )
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tree=TREES)
+def test_pieces_put_together_are_the_whole_with_its_gradients(tree: Tree) -> None:
+    how = Scoring(scale=0.3)
+    queries, keys, values = tensors(tree)
+    ours, theirs = (
+        split(queries, keys, values, tree, 0.3),
+        by_hand(queries, keys, values, tree, how),
+    )
+    assert_close(ours, theirs)
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).double()
+    found = torch.autograd.grad((ours * weight).sum(), (queries, keys, values))
+    expected = torch.autograd.grad((theirs * weight).sum(), (queries, keys, values))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tree=TREES,
+    window=st.none() | st.integers(1, 6),
+    softcap=st.none() | st.sampled_from([0.5, 5.0]),
+)
+def test_expanded_is_the_definition(tree: Tree, window: int | None, softcap: float | None) -> None:
+    how = Scoring(0.3, window, softcap)
+    queries, keys, values = tensors(tree)
+    assert_close(
+        expanded(queries, keys, values, tree, how),
+        by_hand(queries, keys, values, tree, how),
+        check_dtype=False,
+        atol=2e-6,  # a cap's softmax is taken in fp32
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_one_token_at_a_time_is_the_same_as_all_at_once(
+    window: int | None, softcap: float | None
+) -> None:
+    """Through the cache, with rows leaving on the way: unequal prompts, then unequal groups."""
+    tree = Tree((5, 3, 4), (6,) * 9)
+    how = Scoring(0.3, window, softcap)
+    queries, keys, values = (x.detach().float() for x in tensors(tree))
+    expected = by_hand(queries, keys, values, tree, how)
+    cache = Cache(tree.prompt_lengths, tree.rows, 6, torch.device("cpu"))
+    prompts = slice(0, tree.prompt_tokens)
+    cache.store_prompts(0, 0, keys[:, prompts], values[:, prompts], Tree(tree.prompt_lengths, ()))
+    alive = list(range(9))
+    for column in range(6):
+        if column in (2, 4):
+            keep = torch.tensor([0, 2, 3, 6, 7] if column == 2 else [1, 3])
+            cache.keep(keep)
+            alive = [alive[n] for n in keep.tolist()]
+        at = [tree.completions[n].start + column for n in alive]
+        found = cache.attend(0, queries[:, at], keys[:, at], values[:, at], how)
+        assert_close(found, expected[at], atol=1e-5, rtol=1e-5)
+        positions = [tree.prompt_lengths[n // 3] + column for n in alive]
+        assert cache.positions().tolist() == positions
+        cache.written += 1
+    assert alive == [2, 6]  # of the first and the last prompt; the second is gone

@@ -1,0 +1,62 @@
+"""A CPU's products by oneDNN are those of torch, and leave the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from grpo.models.products import HAS_ONEDNN, fast_products, laid_out_for, linear_layers
+
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16, bias=False))
+
+
+@needs_onednn
+def test_gradients_are_torchs() -> None:
+    model, x = layers(), torch.randn(2, 7, 24, requires_grad=True)
+    wanted = [x, *model.parameters()]
+    expected = model(x)
+    expected_grads = torch.autograd.grad(expected.square().sum(), wanted)
+    with fast_products(model):
+        assert model[0].forward is not type(model[0]).forward
+        found = model(x)
+    assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found.square().sum(), wanted), expected_grads, strict=True):
+        assert_close(a, b)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 5, 32])
+def test_laid_out_weights_give_the_same(rows: int) -> None:
+    model, x = layers(), torch.randn(1, rows, 24)
+    with torch.no_grad():
+        expected = model(x)
+        with laid_out_for(16, model):
+            assert_close(model(x), expected)
+
+
+@needs_onednn
+def test_the_model_is_as_before_also_when_nested() -> None:
+    model = layers()
+    with fast_products(model):
+        outer = model[0].forward
+        with fast_products(model[0]), pytest.raises(RuntimeError):
+            model(torch.randn(2, 3))  # of another width
+        assert model[0].forward is outer
+    assert all("forward" not in layer.__dict__ for layer in model)
+
+
+def test_what_is_more_than_a_product_is_left_alone() -> None:
+    class Other(nn.Linear):
+        pass
+
+    assert linear_layers(nn.Sequential(Other(2, 2))) == []
+    assert linear_layers(layers().double()) == []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear_layers(layers()) == []
