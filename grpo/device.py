@@ -94,5 +94,5 @@ def open_device(kind: str, precision: str, token_budget: int | None = None) -> D
     return Device(
         torch_device=torch.device(kind),
         autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
-        token_budget=token_budget or (2048 if kind == "cpu" else 16384),
+        token_budget=token_budget or (1024 if kind == "cpu" else 16384),
     )

@@ -22,8 +22,8 @@ from grpo.models.adapter import Adapter, add_adapter, load_adapter, save_adapter
 from grpo.models.find import PACKAGED
 from grpo.models.forward import Completions, Forward, plain, score_completions, shared_prefix
 from grpo.models.head import Head, Readout
+from grpo.models.lean import lean
 from grpo.models.load import LanguageModel, load_language_model
-from grpo.models.products import fast_products
 from grpo.models.reference import reference_of
 from grpo.types import Sampling
 from tests.test_end_to_end import lines
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def scores(model: PreTrainedModel, batch: Completions, forward: Forward = shared_prefix) -> Tensor:
-    with fast_products(model):  # as LanguageModel computes, so that equal is equal to the last bit
+    with lean(model):  # as LanguageModel computes, so that equal is equal to the last bit
         return score_completions(forward(model, Head(model), batch), batch, READOUT).logprobs
 
 

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from grpo.models.products import HAS_ONEDNN, fast_products, laid_out_for, linear_layers
+from grpo.models.products import (
+    HAS_ONEDNN,
+    computed_as,
+    fast_products,
+    laid_out_for,
+    linear_layers,
+)
 
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
@@ -23,7 +29,7 @@ def test_gradients_are_torchs() -> None:
     wanted = [x, *model.parameters()]
     expected = model(x)
     expected_grads = torch.autograd.grad(expected.square().sum(), wanted)
-    with fast_products(model):
+    with computed_as(fast_products(model)):
         assert model[0].forward is not type(model[0]).forward
         found = model(x)
     assert_close(found, expected)
@@ -37,16 +43,16 @@ def test_laid_out_weights_give_the_same(rows: int) -> None:
     model, x = layers(), torch.randn(1, rows, 24)
     with torch.no_grad():
         expected = model(x)
-        with laid_out_for(16, model):
+        with computed_as(laid_out_for(16, model)):
             assert_close(model(x), expected)
 
 
 @needs_onednn
 def test_the_model_is_as_before_also_when_nested() -> None:
     model = layers()
-    with fast_products(model):
+    with computed_as(fast_products(model)):
         outer = model[0].forward
-        with fast_products(model[0]), pytest.raises(RuntimeError):
+        with computed_as(fast_products(model[0])), pytest.raises(RuntimeError):
             model(torch.randn(2, 3))  # of another width
         assert model[0].forward is outer
     assert all("forward" not in layer.__dict__ for layer in model)

@@ -32,7 +32,7 @@ from grpo.models.forward import (
     shared_prefix,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
-from grpo.models.products import fast_products
+from grpo.models.lean import lean
 from grpo.models.recompute import recomputed
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class LanguageModel:
         """What a forward pass knows of each completion token."""
         again = self.recompute and torch.is_grad_enabled()
         recomputing = recomputed(self.model) if again else nullcontext()
-        with self.device.autocast(), fast_products(self.model), recomputing:
+        with self.device.autocast(), lean(self.model), recomputing:
             return self.forward(self.model, self.head, batch)
 
     def save(self, folder: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Forward = Callable[[Tensor], Tensor]  # of a module
+
 _mkldnn = torch.ops.mkldnn
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -30,7 +32,12 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def suits_onednn(*tensors: Tensor) -> bool:
-    return HAS_ONEDNN and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    """Whether what is computed with them is in fp32 on a CPU."""
+    return (
+        HAS_ONEDNN
+        and not torch.is_autocast_enabled("cpu")
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    )
 
 
 def in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -67,56 +74,49 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-@contextmanager
-def fast_products(model: nn.Module) -> Iterator[None]:
-    """Within it, fp32 linear layers on a CPU compute by oneDNN, with gradient."""
-    layers = {layer: (layer.weight, layer.bias) for layer in linear_layers(model)}
-    with computed_by(product, layers):
-        yield
+def fast_products(model: nn.Module) -> dict[nn.Module, Forward]:
+    """For each fp32 linear layer on a CPU, its forward by oneDNN, with gradient."""
+    return {
+        layer: partial(product, weight=layer.weight, bias=layer.bias)
+        for layer in linear_layers(model)
+    }
 
 
-@contextmanager
-def laid_out_for(rows: int, model: nn.Module) -> Iterator[None]:
-    """Within it, fp32 linear layers on a CPU compute from a copy of their weights, made here.
+def laid_out_for(rows: int, model: nn.Module) -> dict[nn.Module, Forward]:
+    """For each fp32 linear layer on a CPU, its forward from a copy of its weights, made here.
 
     A product of a few rows, as decoding has them, is bound by how the weights are read; oneDNN can
-    lay them out for that once.
+    lay them out for that once. Without gradient.
 
     Args:
         rows: how many the products will mostly have. The weights must not change meanwhile.
     """
-    layers = {
-        layer: (
-            _mkldnn._reorder_linear_weight(layer.weight.detach(), rows),
-            None if layer.bias is None else layer.bias.detach(),
+    return {
+        layer: partial(
+            by_onednn,
+            weight=_mkldnn._reorder_linear_weight(layer.weight.detach(), rows),
+            bias=None if layer.bias is None else layer.bias.detach(),
         )
         for layer in linear_layers(model)
     }
-    with computed_by(by_onednn, layers):
-        yield
-
-
-@contextmanager
-def computed_by(
-    function: Callable[..., Tensor],  # of x, weight, bias
-    layers: Mapping[nn.Linear, tuple[Tensor, Tensor | None]],
-) -> Iterator[None]:
-    """Within it, these layers compute by this function, from these weights and biases."""
-    before = {layer: layer.__dict__.get("forward") for layer in layers}
-    try:
-        for layer, (weight, bias) in layers.items():
-            layer.forward = partial(function, weight=weight, bias=bias)  # type: ignore[method-assign]
-        yield
-    finally:
-        for layer, own in before.items():
-            layer.__dict__.pop("forward")  # the class's own again
-            if own is not None:
-                layer.forward = own  # type: ignore[method-assign]
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
     """Those whose product can be computed here; a subclass may compute something else."""
-    if torch.is_autocast_enabled("cpu"):
-        return []
     linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
     return [layer for layer in linear if suits_onednn(layer.weight)]
+
+
+@contextmanager
+def computed_as(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Within it, these modules compute by these functions."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            del module.forward  # the class's own again
+            if own is not None:
+                module.forward = own

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.models.attention import attention_as
-from grpo.models.products import fast_products
+from grpo.models.lean import lean
 
 
 def recomputable(model: nn.Module) -> list[nn.Module]:
@@ -49,7 +49,7 @@ def run_again(
     attention = config._attn_implementation
 
     def as_it_was(*inputs: Any, **named: Any) -> Any:
-        with attention_as(config, attention), fast_products(layer):
+        with attention_as(config, attention), lean(layer):
             return forward(*inputs, **named)
 
     return checkpoint(as_it_was, *inputs, use_reentrant=False, preserve_rng_state=False, **named)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from grpo.errors import ConfigError
 from grpo.models.attention import Tree, read
 from grpo.models.forward import shared_prefix
+from grpo.models.lean import lean_norms
 from grpo.models.load import LanguageModel
-from grpo.models.products import laid_out_for
+from grpo.models.products import computed_as, laid_out_for
 from grpo.rollout.cache import Cache, Reading
 from grpo.rollout.draw import draw, seen_tokens
 from grpo.rollout.engine import Row, StopStrings, in_shares
@@ -51,8 +53,16 @@ class NativeEngine:
             return self._sample([prompts[b] for b in share], uniform_NC.to(device), sampling)
 
         policy, width = self.policy, self.max_new_tokens
-        with policy.device.autocast(), laid_out_for(len(prompts) * num_generation, policy.model):
+        rows = len(prompts) * num_generation
+        with policy.device.autocast(), self._fast(rows):
             return in_shares(policy, prompts, num_generation, width, self.token_budget, sample)
+
+    @contextmanager
+    def _fast(self, rows: int) -> Iterator[None]:
+        """Within it, the model computes the way that is fast for so many rows, without gradient."""
+        model = self.policy.model
+        with computed_as({**laid_out_for(rows, model), **lean_norms(model)}):
+            yield
 
     def _sample(
         self, prompts: Sequence[Prompt], uniform_NC: Tensor, sampling: Sampling

@@ -199,7 +199,7 @@ def step_update(setting: Setting, work: Path) -> dict[str, Any]:
 
 def roofline(setting: Setting, work: Path) -> dict[str, Any]:
     """What the machine can do: matrix products by rows, as plain and as laid out, and copying."""
-    from grpo.models.products import laid_out_for
+    from grpo.models.products import computed_as, laid_out_for
 
     policy = loaded(setting, work)
     device, linear = policy.device, policy.head.linear
@@ -211,7 +211,7 @@ def roofline(setting: Setting, work: Path) -> dict[str, Any]:
             work_done = 2.0 * rows * layer.weight.numel() / 1e9
             with torch.no_grad(), device.autocast():
                 plain = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
-                with laid_out_for(rows, layer):
+                with computed_as(laid_out_for(rows, layer)):
                     packed = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
             shape = "x".join(map(str, layer.weight.shape))
             rates = {"plain": work_done / plain, "laid_out": work_done / packed}

@@ -1,0 +1,133 @@
+"""Parts of decoder layers that keep less for the backward pass, and go over it less often.
+
+They compute what transformers' own modules do; each class is tried against it, once, before it is
+taken to be one of these. In fp32 on a CPU alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grpo.models.products import Forward, by_onednn, computed_as, fast_products, suits_onednn
+
+_computes: dict[tuple[type, type], bool] = {}  # by class, and its activation's
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / rms(x) · weight (1910.07467); keeps x, the weight and a factor a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        factor = torch.rsqrt_(length.square_().div_(x.shape[-1]).add_(epsilon))
+        ctx.save_for_backward(x, weight, factor)
+        return (x * factor).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, factor = ctx.saved_tensors
+        normal = x * factor
+        both = grad * normal
+        to_weight = both.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+        along = (both @ weight).div_(x.shape[-1])[..., None]
+        return (grad * weight).sub_(normal.mul_(along)).mul_(factor), to_weight, None
+
+
+class GatedProduct(torch.autograd.Function):
+    """silu(gate) · up, times a weight (2002.05202); keeps gate, up and the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return by_onednn(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        grad_TD = grad.reshape(-1, grad.shape[-1])
+        opened = F.silu(gate)
+        to_weight = None
+        if ctx.needs_input_grad[2]:
+            to_weight = grad_TD.t() @ (opened * up).view(-1, up.shape[-1])
+        back = by_onednn(grad_TD, weight.t()).view(gate.shape)
+        to_up = opened.mul_(back)
+        return torch.ops.aten.silu_backward(back.mul_(up), gate), to_up, to_weight
+
+
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
+    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+    y: Tensor = RMSNorm.apply(x, norm.weight, epsilon)  # type: ignore[no-untyped-call]
+    return y
+
+
+def gated(x: Tensor, block: Any) -> Tensor:
+    """A gated feed-forward block; its parts may be wrapped, by an adapter say."""
+    y: Tensor = GatedProduct.apply(  # type: ignore[no-untyped-call]
+        block.gate_proj(x), block.up_proj(x), block.down_proj.weight
+    )
+    return y
+
+
+def looks_like_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return (
+        type(module).__name__.endswith("RMSNorm")
+        and isinstance(weight, Tensor)
+        and weight.dim() == 1
+        and isinstance(epsilon, float)
+        and suits_onednn(weight)
+    )
+
+
+def looks_gated(module: Any) -> bool:
+    down = getattr(module, "down_proj", None)
+    return (
+        hasattr(module, "gate_proj")
+        and hasattr(module, "up_proj")
+        and type(down) is nn.Linear
+        and down.bias is None
+        and suits_onednn(down.weight)
+    )
+
+
+def lean_norms(model: nn.Module) -> dict[nn.Module, Forward]:
+    """Its root-mean-square norms, and what computes them."""
+    found: dict[nn.Module, Forward] = {}
+    for module in filter(looks_like_norm, model.modules()):
+        forward = partial(rms_norm, norm=module)
+        if computes(module, forward, len(module.weight)):  # type: ignore[arg-type]
+            found[module] = forward
+    return found
+
+
+def lean_blocks(model: nn.Module) -> dict[nn.Module, Forward]:
+    """Its gated feed-forward blocks, and what computes them."""
+    found: dict[nn.Module, Forward] = {}
+    for module in filter(looks_gated, model.modules()):
+        forward = partial(gated, block=module)
+        if computes(module, forward, module.down_proj.out_features):  # type: ignore[union-attr,arg-type]
+            found[module] = forward
+    return found
+
+
+@torch.no_grad()
+def computes(module: Any, forward: Forward, width: int) -> bool:
+    """Whether a function does what modules of this class do, tried on random numbers."""
+    kind = (type(module), type(getattr(module, "act_fn", None)))
+    if kind not in _computes:
+        x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
+        own = type(module).forward(module, x)
+        _computes[kind] = bool((own - forward(x)).abs().max() <= 1e-4 * own.abs().max())
+    return _computes[kind]
+
+
+def lean(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it, a forward pass keeps little for its backward, and its products are fast."""
+    return computed_as({**fast_products(model), **lean_norms(model), **lean_blocks(model)})

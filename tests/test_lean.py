@@ -1,0 +1,92 @@
+"""Lean parts of layers compute what transformers' own do, keep less, and step aside elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from grpo.models.lean import lean, lean_blocks, lean_norms
+from grpo.models.products import HAS_ONEDNN, computed_as
+
+pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
+
+
+def kept_bytes(model: PreTrainedModel, tokens: Tensor) -> int:
+    """Memory that a forward pass keeps for its backward, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        model(input_ids=tokens, use_cache=False)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_outputs_and_gradients_are_the_modules_own(name: str) -> None:
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name]().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    modules = {**lean_norms(model), **lean_blocks(model)}
+    assert len(modules) == 3 * 3 + 1  # two norms and a block a layer, and the last norm
+    for module, forward in modules.items():
+        x = torch.randn(1, 5, 32, requires_grad=True)
+        wanted = [x, *module.parameters()]
+        own, ours = module(x), forward(x)
+        assert_close(ours, own)
+        weight = torch.randn_like(own)
+        expected = torch.autograd.grad((own * weight).sum(), wanted)
+        found = torch.autograd.grad((ours * weight).sum(), wanted)
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_forward_pass_keeps_a_third_less() -> None:
+    model = ARCHITECTURES["llama"]().eval()
+    tokens = torch.randint(0, 97, (1, 64))
+    usual = kept_bytes(model, tokens)
+    with lean(model):
+        assert kept_bytes(model, tokens) < 0.7 * usual
+
+
+def test_what_computes_something_else_is_left_alone() -> None:
+    """Gemma's norms add 1 to the weight, its blocks have another activation; GPT-2 has neither."""
+    for name in ("gemma2", "gpt2"):
+        model = ARCHITECTURES[name]().eval()
+        for parameter in model.parameters():
+            parameter.data.normal_()
+        assert lean_norms(model) == {}
+        assert lean_blocks(model) == {}
+    model = ARCHITECTURES["llama"]().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lean_norms(model) == {}
+        assert lean_blocks(model) == {}
+
+
+def test_an_adapted_block_keeps_its_adapter() -> None:
+    model = ARCHITECTURES["llama"]().eval()
+    model.add_adapter(LoraConfig(r=2, target_modules=["down_proj"]))
+    assert lean_blocks(model) == {}
+    model = ARCHITECTURES["llama"]().eval()
+    model.add_adapter(LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False))
+    model.eval()
+    x = torch.randn(1, 3, 32)
+    blocks = lean_blocks(model)
+    assert len(blocks) == 3
+    expected = [block(x) for block in blocks]
+    with computed_as(blocks):
+        for block, own in zip(blocks, expected, strict=True):
+            assert isinstance(block, nn.Module)
+            assert_close(block(x), own)
