@@ -23,6 +23,7 @@ from grpo.models.head import Head, Readout, score_tokens
 from grpo.models.load import LanguageModel, choose_forward
 from grpo.models.pad import pad_left
 from grpo.rollout import Engine, HFEngine, NativeEngine
+from grpo.rollout.draw import draw
 from grpo.types import Example, Prompt, Rollout, Sampling
 from grpo.update import MicroBatch, completions, score_rollout
 
@@ -297,3 +298,38 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(tiny: LanguageModel, en
             shorter = tiny.tokenizer.decode(own[:-1].tolist(), skip_special_tokens=True)
             assert stop not in shorter
         assert not stopped.truncated_N.any()
+
+
+def test_a_row_draws_the_same_whatever_is_drawn_beside_it(
+    small_model: PreTrainedModel, device: Device
+) -> None:
+    """Neither which rows fit in memory together nor which have ended changes what it says."""
+    policy = wrap(small_model, device, end_ids=(2, 5, 50, 80))
+    prompts = prompts_of(7, 3, 5, 4)
+    together = NativeEngine(policy, 10, 10**6).generate(prompts, 5, Sampling(0.9), seed=4)
+    apart = NativeEngine(policy, 10, 1).generate(prompts, 5, Sampling(0.9), seed=4)
+    assert together.lengths_N.tolist() == apart.lengths_N.tolist()
+    assert torch.equal(together.tokens_NC, apart.tokens_NC)
+    assert_close(together.logprobs_NC, apart.logprobs_NC, atol=2e-5, rtol=1e-4)
+
+
+def test_a_token_that_was_cut_is_never_drawn() -> None:
+    """Whatever the uniform number: 0, one just under 1, and rounding at the last token's edge."""
+    logits_NV = torch.tensor([[1.0, 3.0, 2.0, -1.0, 0.5]]).repeat(3, 1)
+    uniform_N = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    for k in (1, 2, 3):
+        token_N, logprob_N = draw(logits_NV, Sampling(1.0, top_k=k), None, uniform_N)
+        kept = logits_NV[0].topk(k).indices
+        assert torch.isin(token_N, kept).all()
+        expected = torch.log_softmax(logits_NV[0][kept], 0)
+        for token, logprob in zip(token_N.tolist(), logprob_N.tolist(), strict=True):
+            assert logprob == pytest.approx(float(expected[kept == token]), abs=1e-6)
+
+
+def test_a_token_is_where_the_cumulated_probabilities_pass_the_number() -> None:
+    """Probabilities 1/2, 1/8, 3/8, by hand."""
+    logits_NV = torch.tensor([[0.5, 0.125, 0.375]]).log().repeat(5, 1)
+    uniform_N = torch.tensor([0.0, 0.49, 0.51, 0.62, 0.63])
+    token_N, logprob_N = draw(logits_NV, Sampling(1.0), None, uniform_N)
+    assert token_N.tolist() == [0, 0, 1, 1, 2]
+    assert_close(logprob_N.exp(), torch.tensor([0.5, 0.5, 0.125, 0.125, 0.375]))
