@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -57,12 +57,10 @@ class NativeEngine:
         with policy.device.autocast(), self._fast(rows):
             return in_shares(policy, prompts, num_generation, width, self.token_budget, sample)
 
-    @contextmanager
-    def _fast(self, rows: int) -> Iterator[None]:
+    def _fast(self, rows: int) -> AbstractContextManager[None]:
         """Within it, the model computes the way that is fast for so many rows, without gradient."""
         model = self.policy.model
-        with computed_as({**laid_out_for(rows, model), **lean_norms(model)}):
-            yield
+        return computed_as({**laid_out_for(rows, model), **lean_norms(model)})
 
     def _sample(
         self, prompts: Sequence[Prompt], uniform_NC: Tensor, sampling: Sampling

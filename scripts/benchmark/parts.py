@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -229,4 +228,4 @@ PARTS = {"rollout": rollout, "update": step_update, "roofline": roofline}
 if __name__ == "__main__":
     part, work, name, out = sys.argv[1:]
     setting = SETTINGS[name]
-    Path(out).write_text(json.dumps(PARTS[part](replace(setting), Path(work))))
+    Path(out).write_text(json.dumps(PARTS[part](setting, Path(work))))
