@@ -22,7 +22,7 @@ from grpo.models.adapter import Adapter, add_adapter, load_adapter, save_adapter
 from grpo.models.find import PACKAGED
 from grpo.models.forward import Completions, Forward, plain, score_completions, shared_prefix
 from grpo.models.head import Head, Readout
-from grpo.models.lean import lean
+from grpo.models.layer import lean
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.reference import reference_of
 from grpo.types import Sampling

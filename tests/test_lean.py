@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from grpo.models.lean import lean, lean_blocks, lean_norms
+from grpo.models.layer import lean
+from grpo.models.lean import lean_blocks, lean_norms
 from grpo.models.products import HAS_ONEDNN, computed_as
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")

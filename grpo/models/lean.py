@@ -6,7 +6,6 @@ taken to be one of these. In fp32 on a CPU alone.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,29 +13,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.products import Forward, by_onednn, computed_as, fast_products, suits_onednn
+from grpo.models.products import Forward, by_onednn, suits_onednn, to_weight
 
 _computes: dict[tuple[type, type], bool] = {}  # by class, and its activation's
 
 
+def rms_factor(x: Tensor, epsilon: float) -> Tensor:
+    """[..., 1] what brings each token to a root mean square of 1."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt_(length.square_().div_(x.shape[-1]).add_(epsilon))
+
+
+def normed(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    return (x * factor).mul_(weight)
+
+
+def normed_by(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) · weight (1910.07467), without gradient."""
+    return normed(x, rms_factor(x, epsilon), weight)
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient by x and by the weight."""
+    normal = x * factor
+    both = grad * normal
+    along = (both @ weight).div_(x.shape[-1])[..., None]
+    to_x = (grad * weight).sub_(normal.mul_(along)).mul_(factor)
+    return to_x, both.flatten(0, -2).sum(dim=0)
+
+
 class RMSNorm(torch.autograd.Function):
-    """x / rms(x) · weight (1910.07467); keeps x, the weight and a factor a token."""
+    """As `normed_by`; keeps x, the weight and a factor a token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        factor = torch.rsqrt_(length.square_().div_(x.shape[-1]).add_(epsilon))
+        factor = rms_factor(x, epsilon)
         ctx.save_for_backward(x, weight, factor)
-        return (x * factor).mul_(weight)
+        return normed(x, factor, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, factor = ctx.saved_tensors
-        normal = x * factor
-        both = grad * normal
-        to_weight = both.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
-        along = (both @ weight).div_(x.shape[-1])[..., None]
-        return (grad * weight).sub_(normal.mul_(along)).mul_(factor), to_weight, None
+        return *norm_backward(grad, *ctx.saved_tensors), None
+
+
+def gated_backward(
+    grad_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, weight: Tensor, weight_needs: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradient of (silu(gate) · up) · weightᵀ by gate, up and the weight."""
+    opened = F.silu(gate_TF)
+    of_weight = to_weight(weight, grad_TD, opened * up_TF) if weight_needs else None
+    back = by_onednn(grad_TD, weight.t())
+    to_up = opened.mul_(back)
+    return torch.ops.aten.silu_backward(back.mul_(up_TF), gate_TF), to_up, of_weight
 
 
 class GatedProduct(torch.autograd.Function):
@@ -50,20 +78,19 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
-        grad_TD = grad.reshape(-1, grad.shape[-1])
-        opened = F.silu(gate)
-        to_weight = None
-        if ctx.needs_input_grad[2]:
-            to_weight = grad_TD.t() @ (opened * up).view(-1, up.shape[-1])
-        back = by_onednn(grad_TD, weight.t()).view(gate.shape)
-        to_up = opened.mul_(back)
-        return torch.ops.aten.silu_backward(back.mul_(up), gate), to_up, to_weight
+        grad_TD, gate_TF, up_TF = (x.reshape(-1, x.shape[-1]) for x in (grad, gate, up))
+        needed = ctx.needs_input_grad[2]
+        to_gate, to_up, of_weight = gated_backward(grad_TD, gate_TF, up_TF, weight, needed)
+        return to_gate.view(gate.shape), to_up.view(up.shape), of_weight
 
 
 def rms_norm(x: Tensor, norm: Any) -> Tensor:
-    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
-    y: Tensor = RMSNorm.apply(x, norm.weight, epsilon)  # type: ignore[no-untyped-call]
+    y: Tensor = RMSNorm.apply(x, norm.weight, epsilon_of(norm))  # type: ignore[no-untyped-call]
     return y
+
+
+def epsilon_of(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def gated(x: Tensor, block: Any) -> Tensor:
@@ -76,12 +103,11 @@ def gated(x: Tensor, block: Any) -> Tensor:
 
 def looks_like_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return (
         type(module).__name__.endswith("RMSNorm")
         and isinstance(weight, Tensor)
         and weight.dim() == 1
-        and isinstance(epsilon, float)
+        and isinstance(epsilon_of(module), float)
         and suits_onednn(weight)
     )
 
@@ -126,8 +152,3 @@ def computes(module: Any, forward: Forward, width: int) -> bool:
         own = type(module).forward(module, x)
         _computes[kind] = bool((own - forward(x)).abs().max() <= 1e-4 * own.abs().max())
     return _computes[kind]
-
-
-def lean(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it, a forward pass keeps little for its backward, and its products are fast."""
-    return computed_as({**fast_products(model), **lean_norms(model), **lean_blocks(model)})

@@ -32,7 +32,7 @@ from grpo.models.forward import (
     shared_prefix,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
-from grpo.models.lean import lean
+from grpo.models.layer import lean
 from grpo.models.recompute import recomputed
 
 log = logging.getLogger(__name__)

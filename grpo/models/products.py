@@ -6,7 +6,7 @@ for one maker's. docs/performance.md says what it brings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Forward = Callable[[Tensor], Tensor]  # of a module
+Forward = Callable[..., Tensor]  # of a module
 
 _mkldnn = torch.ops.mkldnn
 HAS_ONEDNN = (
@@ -49,6 +49,25 @@ def in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     return F.linear(x_TD, weight_VD).float()
 
 
+def plus(total: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """total + x · weightᵀ, in fp32 on a CPU, without gradient."""
+    if total is None:
+        return by_onednn(x, weight)
+    y: Tensor = _mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
+    return y
+
+
+def to_weight(weight: Tensor, grad_TO: Tensor, x_TI: Tensor) -> Tensor | None:
+    """The gradient by a weight; None where it has been added to what the weight has already.
+
+    Micro-batches add up their gradients; in place, none is written out first.
+    """
+    if weight.grad is None:
+        return grad_TO.t() @ x_TI
+    weight.grad.addmm_(grad_TO.t(), x_TI)
+    return None
+
+
 class Product(torch.autograd.Function):
     """A linear layer's product by oneDNN, forward and to its input; to its weight by torch."""
 
@@ -60,11 +79,11 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        to_x, to_weight, to_bias = ctx.needs_input_grad
+        to_x, weight_needs, to_bias = ctx.needs_input_grad
         grad_TO = grad.reshape(-1, grad.shape[-1])
         return (
             by_onednn(grad_TO, weight.t()).view(x.shape) if to_x else None,
-            grad_TO.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None,
+            to_weight(weight, grad_TO, x.reshape(-1, x.shape[-1])) if weight_needs else None,
             grad_TO.sum(dim=0) if to_bias else None,
         )
 
@@ -82,23 +101,35 @@ def fast_products(model: nn.Module) -> dict[nn.Module, Forward]:
     }
 
 
-def laid_out_for(rows: int, model: nn.Module) -> dict[nn.Module, Forward]:
-    """For each fp32 linear layer on a CPU, its forward from a copy of its weights, made here.
+class LaidOut:
+    """Linear layers' product with the same rows, from one copy of their weights, made here.
 
     A product of a few rows, as decoding has them, is bound by how the weights are read; oneDNN can
     lay them out for that once. Without gradient.
-
-    Args:
-        rows: how many the products will mostly have. The weights must not change meanwhile.
     """
-    return {
-        layer: partial(
-            by_onednn,
-            weight=_mkldnn._reorder_linear_weight(layer.weight.detach(), rows),
-            bias=None if layer.bias is None else layer.bias.detach(),
-        )
-        for layer in linear_layers(model)
-    }
+
+    def __init__(self, rows: int, *layers: nn.Linear) -> None:
+        """rows: how many the product will mostly have. The weights must not change meanwhile."""
+        whole = torch.cat([layer.weight.detach() for layer in layers])
+        self.weight = _mkldnn._reorder_linear_weight(whole, rows)
+        self.bias: Tensor | None = None
+        if any(layer.bias is not None for layer in layers):
+            none = whole.new_zeros
+            biases = [none(x.out_features) if x.bias is None else x.bias.detach() for x in layers]
+            self.bias = torch.cat(biases)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What each of the layers would give, end to end."""
+        return by_onednn(x, self.weight, self.bias)
+
+    def plus(self, total: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = _mkldnn._linear_pointwise.binary(x, total, self.weight, self.bias, "add")
+        return y
+
+
+def laid_out_for(rows: int, layers: Iterable[nn.Linear]) -> dict[nn.Module, Forward]:
+    """For each layer, its forward from a copy of its weights; see `LaidOut`."""
+    return {layer: LaidOut(rows, layer) for layer in layers}
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.models.attention import attention_as
-from grpo.models.lean import lean
+from grpo.models.layer import lean
+from grpo.models.products import computed_as
 
 
 def recomputable(model: nn.Module) -> list[nn.Module]:
@@ -28,14 +29,10 @@ def recomputable(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def recomputed(model: PreTrainedModel) -> Iterator[None]:
     """Within it, the decoder layers of a forward pass keep their inputs and nothing else."""
+    config = model.config.get_text_config()
     layers = recomputable(model)
-    for layer in layers:
-        layer.forward = partial(run_again, model.config.get_text_config(), layer, layer.forward)
-    try:
+    with computed_as({x: partial(run_again, config, x, x.forward) for x in layers}):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own again
 
 
 def run_again(

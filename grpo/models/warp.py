@@ -25,7 +25,7 @@ def divide(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Ten
         penalty = sampling.repetition_penalty
         penalised_TV = torch.where(logits_TV < 0, logits_TV * penalty, logits_TV / penalty)
         logits_TV = torch.where(seen_TV, penalised_TV, logits_TV)
-    return logits_TV / (sampling.temperature or 1.0)
+    return logits_TV if sampling.temperature in (0, 1) else logits_TV / sampling.temperature
 
 
 def cut(logits_TV: Tensor, sampling: Sampling) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.models.warp import warp
 from grpo.types import Sampling
+
+BLOCK = 128  # tokens
 
 
 def draw(
@@ -22,17 +25,36 @@ def draw(
         uniform_N: in [0, 1).
     """
     logits_NV = warp(logits_NV, sampling, seen_NV)
-    logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+    probs_NV = torch.softmax(logits_NV, dim=-1)
     if sampling.temperature == 0:
-        token_N1 = logprobs_NV.argmax(dim=-1, keepdim=True)
+        token_N1 = logits_NV.argmax(dim=-1, keepdim=True)
     else:
-        passed_NV = logprobs_NV.exp().cumsum(dim=-1)
-        total_N1 = passed_NV[:, -1:]
-        # Rounded up it could reach the total, and stand behind the last token there is.
-        below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
-        point_N1 = torch.minimum(uniform_N[:, None] * total_N1, below_N1)
-        token_N1 = torch.searchsorted(passed_NV, point_N1, right=True)
-    return token_N1[:, 0], logprobs_NV.gather(1, token_N1)[:, 0]
+        token_N1 = at(uniform_N[:, None], probs_NV)
+    return token_N1[:, 0], probs_NV.gather(1, token_N1)[:, 0].log()
+
+
+def at(share_N1: Tensor, probs_NV: Tensor) -> Tensor:
+    """[N, 1] the first token with which the probabilities pass this share of their sum.
+
+    First the block it is in, then which of the block: a sum over blocks is fast, and a cumulated
+    one is not.
+    """
+    blocks_NKW = F.pad(probs_NV, (0, -probs_NV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums_NK = blocks_NKW.sum(dim=-1)
+    passed_NK = sums_NK.cumsum(dim=-1)
+    point_N1 = share_N1 * passed_NK[:, -1:]
+    block_N1 = first_past(point_N1, passed_NK)
+    before_N1 = passed_NK.gather(1, block_N1) - sums_NK.gather(1, block_N1)
+    inside_NW = blocks_NKW[torch.arange(len(block_N1), device=block_N1.device), block_N1[:, 0]]
+    return block_N1 * BLOCK + first_past(point_N1 - before_N1, inside_NW.cumsum(dim=-1))
+
+
+def first_past(point_N1: Tensor, passed_NK: Tensor) -> Tensor:
+    """[N, 1] the first place past the point; it has a share of its own, whatever rounding does."""
+    total_N1 = passed_NK[:, -1:]
+    below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
+    point_N1 = torch.minimum(point_N1.clamp(min=0.0), below_N1)
+    return torch.searchsorted(passed_NK, point_N1, right=True)
 
 
 def seen_tokens(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -11,9 +10,8 @@ from torch import Tensor
 from grpo.errors import ConfigError
 from grpo.models.attention import Tree, read
 from grpo.models.forward import shared_prefix
-from grpo.models.lean import lean_norms
+from grpo.models.layer import decoding
 from grpo.models.load import LanguageModel
-from grpo.models.products import computed_as, laid_out_for
 from grpo.rollout.cache import Cache, Reading
 from grpo.rollout.draw import draw, seen_tokens
 from grpo.rollout.engine import Row, StopStrings, in_shares
@@ -54,13 +52,8 @@ class NativeEngine:
 
         policy, width = self.policy, self.max_new_tokens
         rows = len(prompts) * num_generation
-        with policy.device.autocast(), self._fast(rows):
+        with policy.device.autocast(), decoding(policy.model, rows):
             return in_shares(policy, prompts, num_generation, width, self.token_budget, sample)
-
-    def _fast(self, rows: int) -> AbstractContextManager[None]:
-        """Within it, the model computes the way that is fast for so many rows, without gradient."""
-        model = self.policy.model
-        return computed_as({**laid_out_for(rows, model), **lean_norms(model)})
 
     def _sample(
         self, prompts: Sequence[Prompt], uniform_NC: Tensor, sampling: Sampling

@@ -34,15 +34,25 @@ from grpo.update import KLTerm, Learned, Objective, score_rollout, update
 ROWS = 32  # at which decoding is measured
 
 
+def once(function: Callable[[], Any], device: Device) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    function()
+    device.synchronize()
+    return time.perf_counter() - began
+
+
 def timed(function: Callable[[], Any], repeats: int, device: Device) -> list[float]:
     """Seconds of each run, after one to warm up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        function()
-        device.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:]
+    return [once(function, device) for _ in range(repeats + 1)][1:]
+
+
+def in_turn(
+    one: Callable[[], Any], other: Callable[[], Any], repeats: int, device: Device
+) -> tuple[list[float], list[float]]:
+    """Seconds of each run of two, one after the other, so that both see the same machine."""
+    pairs = [(once(one, device), once(other, device)) for _ in range(repeats + 1)][1:]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def loaded(setting: Setting, work: Path) -> LanguageModel:
@@ -67,7 +77,6 @@ def rollout(setting: Setting, work: Path) -> dict[str, Any]:
     prompts = prompts_of(policy, setting, work, setting.prompts)
     engine = NativeEngine(policy, setting.tokens, 10**7)
     sampling = Sampling(setting.temperature)
-    ours = timed(lambda: engine.generate(prompts, group, sampling, 0), 3, policy.device)
     prompts_BP, lengths_B = pad_left(
         [prompt.token_ids for prompt in prompts], policy.pad_id, policy.device.torch_device
     )
@@ -86,7 +95,9 @@ def rollout(setting: Setting, work: Path) -> dict[str, Any]:
                 input_ids=prompts_BP, attention_mask=mask_BP, generation_config=config
             )
 
-    theirs = timed(generate, 3, policy.device)
+    ours, theirs = in_turn(
+        lambda: engine.generate(prompts, group, sampling, 0), generate, 3, policy.device
+    )
     tokens = ROWS * setting.tokens
     return {
         "rows": ROWS,
@@ -210,7 +221,7 @@ def roofline(setting: Setting, work: Path) -> dict[str, Any]:
             work_done = 2.0 * rows * layer.weight.numel() / 1e9
             with torch.no_grad(), device.autocast():
                 plain = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
-                with computed_as(laid_out_for(rows, layer)):
+                with computed_as(laid_out_for(rows, [layer])):
                     packed = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
             shape = "x".join(map(str, layer.weight.shape))
             rates = {"plain": work_done / plain, "laid_out": work_done / packed}

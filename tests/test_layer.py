@@ -1,0 +1,141 @@
+"""Layers written out give transformers' own numbers, and step aside for layers of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, SHAPE, VOCABULARY
+from peft import LoraConfig
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from grpo.models.attention import Tree, read
+from grpo.models.layer import decoding, lean, usual_layers
+from grpo.models.products import HAS_ONEDNN
+
+pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
+
+USUAL: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": ARCHITECTURES["llama"],
+    "qwen2": ARCHITECTURES["qwen2"],  # with biases
+    # A window shorter than the way to a completion's end.
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=8, sliding_window=6)),
+}
+TREE = Tree((7, 4), (5, 3, 0, 2))
+TOKENS = torch.randint(0, VOCABULARY, (7 + 4 + 10,), generator=torch.Generator().manual_seed(1))
+
+
+def with_large_weights(made: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = made().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def hidden(model: PreTrainedModel) -> Tensor:
+    return read(model, TOKENS, TREE.positions(torch.device("cpu")), TREE)
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_states_and_gradients_are_those_of_the_models_own_layers(name: str) -> None:
+    model = with_large_weights(USUAL[name])
+    assert len(usual_layers(model)) == SHAPE["num_hidden_layers"]
+    weight = torch.randn(len(TOKENS), SHAPE["hidden_size"])
+
+    def found(within: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        with within():  # type: ignore[attr-defined]
+            for _ in range(2):  # the second time, gradients are added to what is there
+                states = hidden(model)
+                (states * weight).sum().backward()
+        return states, [p.grad for p in model.base_model.parameters() if p.grad is not None]
+
+    own, own_grads = found(nullcontext)
+    ours, our_grads = found(lambda: lean(model))
+    assert_close(ours, own, atol=1e-5, rtol=1e-4)
+    assert len(our_grads) == len(own_grads) == len(list(model.base_model.parameters()))
+    for a, b in zip(our_grads, own_grads, strict=True):
+        assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("frozen", ["embed_tokens", "q_proj", "norm", "mlp"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen: str) -> None:
+    model = with_large_weights(USUAL["qwen2"])
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in parameter_name)
+    hidden(model).sum().backward()
+    own = {n: p.grad for n, p in model.base_model.named_parameters()}
+    model.zero_grad()
+    with lean(model):
+        hidden(model).sum().backward()
+    for parameter_name, parameter in model.base_model.named_parameters():
+        expected = own[parameter_name]
+        assert (parameter.grad is None) == (expected is None) == (frozen in parameter_name)
+        if expected is not None:
+            assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", USUAL)
+def test_weights_laid_out_together_give_the_same(name: str) -> None:
+    model = with_large_weights(USUAL[name])
+    own = hidden(model)
+    with decoding(model, 16):
+        assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_plain_forward_pass_is_as_ever() -> None:
+    model = with_large_weights(USUAL["llama"])
+    own = model(input_ids=TOKENS[None]).logits
+    with lean(model):
+        assert_close(model(input_ids=TOKENS[None]).logits, own, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_of_another_kind_are_left_alone() -> None:
+    """Gemma's add norms, GPT-2's have no gate, Qwen3's norm each head, bf16 is not for a CPU."""
+    others: list[PreTrainedModel] = [
+        ARCHITECTURES["gemma2"](),
+        ARCHITECTURES["gpt2"](),
+        Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8)),
+        ARCHITECTURES["llama"]().to(torch.bfloat16),
+    ]
+    for model in others:
+        assert usual_layers(model.eval()) == []
+
+
+def test_each_layer_is_tried_for_itself() -> None:
+    """Of SmolLM3's layers, all of one class, every fourth has no positions."""
+    shape = {**SHAPE, "num_hidden_layers": 5}
+    model = with_large_weights(lambda: SmolLM3ForCausalLM(SmolLM3Config(**shape)))
+    numbers = [layer.module.self_attn.layer_idx for layer in usual_layers(model)]
+    assert numbers == [0, 1, 2, 4]
+    own = hidden(model)
+    with lean(model):
+        assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_with_an_adapter_keeps_it() -> None:
+    model = with_large_weights(USUAL["llama"])
+    model.add_adapter(LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[0]))
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.normal_()
+    numbers = [layer.module.self_attn.layer_idx for layer in usual_layers(model)]
+    assert numbers == list(range(1, SHAPE["num_hidden_layers"]))
+    own = hidden(model)
+    with lean(model):
+        assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
