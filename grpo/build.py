@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grpo.budget import Budget
 from grpo.data.difficulty import Curriculum
 from grpo.data.order import Order, mixed, one_set
 from grpo.data.prompts import (
@@ -29,6 +30,7 @@ from grpo.evaluate import Evaluation
 from grpo.find import PROMPT_KEYS, Found, FoundSet, bind, check_options, named, plain
 from grpo.hub import from_hub
 from grpo.kl import KLPull, Pull
+from grpo.memory import budget_of, held_by
 from grpo.models.adapter import Adapter, add_adapter
 from grpo.models.load import LanguageModel, fingerprint, load_language_model
 from grpo.models.recompute import recomputable
@@ -54,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 def build_device(cfg: DictConfig) -> Device:
-    return open_device(cfg.device.kind, cfg.device.precision, cfg.device.token_budget)
+    return open_device(cfg.device.kind, cfg.device.precision)
 
 
 def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[LanguageModel, str]:
@@ -78,6 +80,15 @@ def load_model(cfg: DictConfig, folder: Path, device: Device) -> LanguageModel:
     """The model in a folder, in 4 bits where the adapter over it asks for that."""
     adapter = build_adapter(cfg)
     return load_language_model(folder, device, adapter is not None and adapter.quantized)
+
+
+def build_budget(
+    cfg: DictConfig, policy: LanguageModel, longest: int, with_reference: bool
+) -> Budget:
+    """How much is computed at once, given the tokens of the longest prompt and completion."""
+    held = held_by(policy, cfg.max_new_tokens, cfg.optim.name, with_reference)
+    device = policy.device.torch_device
+    return budget_of(device, cfg.device.memory_gb, cfg.device.token_budget, held, longest)
 
 
 def build_adapter(cfg: DictConfig) -> Adapter | None:
@@ -247,7 +258,9 @@ def build_kl_term(cfg: DictConfig) -> KLTerm | None:
     )
 
 
-def build_pull(cfg: DictConfig, policy: LanguageModel, objective: Objective) -> Pull:
+def build_pull(
+    cfg: DictConfig, policy: LanguageModel, objective: Objective, budget: Budget
+) -> Pull:
     if objective.kl is None:
         return Pull()
     return KLPull(
@@ -256,7 +269,7 @@ def build_pull(cfg: DictConfig, policy: LanguageModel, objective: Objective) -> 
         objective.kl,
         AdaptiveWeight(cfg.kl_weight, cfg.kl.target, cfg.kl.horizon),
         objective.sampling,
-        policy.device.token_budget,
+        budget.computed,
         cfg.kl.sync_every,
         cfg.kl.sync_share,
     )

@@ -39,7 +39,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
     for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
         at_least(cfg, key, 1)
-    for key in ("max_steps", "device.token_budget", "rollout.token_budget"):
+    for key in ("max_steps", "device.token_budget"):
         at_least(cfg, key, 1)
     for key in ("eval.every", "eval.samples", "optim.warmup_steps", "log_prompts"):
         at_least(cfg, key, 0)
@@ -47,6 +47,8 @@ def check(cfg: DictConfig) -> None:
         at_least(cfg, key, 0.0)
     for key in ("temperature", "learning_rate"):
         more_than_nothing(cfg, key)
+    if cfg.device.memory_gb is not None:
+        more_than_nothing(cfg, "device.memory_gb")
     check_sampling(cfg)
     check_algorithm(cfg)
     check_kl(cfg)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from grpo.budget import Budget
 from grpo.errors import ConfigError
 from grpo.kl import Pull
 from grpo.models.load import LanguageModel
@@ -42,7 +43,12 @@ class Checkpoints:
         self.keep, self.config = keep, config
 
     def save(
-        self, policy: LanguageModel, optimizer: Optimizer, pull: Pull, progress: Progress
+        self,
+        policy: LanguageModel,
+        optimizer: Optimizer,
+        pull: Pull,
+        budget: Budget,
+        progress: Progress,
     ) -> Path:
         """Writes step_N aside and renames it; a whole one that is there already is left alone."""
         target = self.folder / f"step_{progress.step}"
@@ -53,7 +59,12 @@ class Checkpoints:
         aside = self.folder / f".step_{progress.step}.partial"
         aside.mkdir(parents=True)
         policy.save(aside / "model")
-        state = {"optimizer": optimizer.state(), "pull": pull.state(), **vars(progress)}
+        state = {
+            "optimizer": optimizer.state(),
+            "pull": pull.state(),
+            "budget": budget.state(),
+            **vars(progress),
+        }
         torch.save(state, aside / "trainer.pt")
         (aside / "config.json").write_text(json.dumps(self.config, indent=1))
         (aside / "manifest.json").write_text(json.dumps(digests(aside), indent=1))
@@ -70,8 +81,10 @@ class Checkpoints:
             shutil.rmtree(old)
         return target
 
-    def load(self, policy: LanguageModel, optimizer: Optimizer, pull: Pull) -> Progress:
-        """Puts the newest whole checkpoint's state into policy, optimizer and pull.
+    def load(
+        self, policy: LanguageModel, optimizer: Optimizer, pull: Pull, budget: Budget
+    ) -> Progress:
+        """Puts the newest whole checkpoint's state into policy, optimizer, pull and budget.
 
         Raises:
             ConfigError: none is whole.
@@ -84,6 +97,7 @@ class Checkpoints:
             policy.restore(path / "model")
             optimizer.load_state(state.pop("optimizer"))
             pull.load_state(state.pop("pull"))
+            budget.load_state(state.pop("budget"))
             log.info("going on from %s", path)
             return Progress(**state)
         raise ConfigError(

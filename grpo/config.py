@@ -99,6 +99,7 @@ class KLConfig:
 class DeviceConfig:
     kind: str = MISSING
     precision: str = MISSING
+    memory_gb: float | None = None
     token_budget: int | None = None
     gradient_checkpointing: bool = False
 

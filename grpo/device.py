@@ -23,7 +23,6 @@ class Device:
 
     torch_device: torch.device
     autocast_dtype: torch.dtype | None
-    token_budget: int  # prompt and completion tokens in one forward and backward
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of every forward pass: rollout, reference and update alike."""
@@ -67,13 +66,12 @@ def forget_peak(kind: str) -> None:
         (PROC / "clear_refs").write_text("5")
 
 
-def open_device(kind: str, precision: str, token_budget: int | None = None) -> Device:
+def open_device(kind: str, precision: str) -> Device:
     """The device asked for, or `auto`: the best there is.
 
     Args:
         kind: auto, cpu, cuda or mps.
         precision: auto (bf16 where the hardware computes it fast), bf16 or fp32.
-        token_budget: None for what such a device usually holds.
 
     Raises:
         ConfigError: the device is not there.
@@ -94,5 +92,4 @@ def open_device(kind: str, precision: str, token_budget: int | None = None) -> D
     return Device(
         torch_device=torch.device(kind),
         autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
-        token_budget=token_budget or (1024 if kind == "cpu" else 16384),
     )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from grpo.budget import Limit
 from grpo.errors import ConfigError
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
@@ -54,14 +55,14 @@ class KLPull(Pull):
         term: KLTerm,
         weight: AdaptiveWeight,
         sampling: Sampling,
-        token_budget: int,
+        limit: Limit,
         sync_every: int,
         sync_share: float,
     ) -> None:
         """sync_every: steps between moves of the reference, 0: none; sync_share: of the way."""
         self.policy, self.term, self.weight = policy, term, weight
         self.reference: Reference = reference
-        self.sampling, self.token_budget = sampling, token_budget
+        self.sampling, self.limit = sampling, limit
         self.sync_every, self.sync_share = sync_every, sync_share
         self.moved = False  # the reference is no longer the model that training began with
 
@@ -80,7 +81,7 @@ class KLPull(Pull):
         """[N, C] the reference's log-probabilities."""
         plain = Readout(Sampling(self.sampling.temperature))
         with self.reference.within():
-            return score_rollout(self.reference.model, rollout, plain, self.token_budget).plain
+            return score_rollout(self.reference.model, rollout, plain, self.limit).plain
 
     def _of_sampler(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """[N, C] the reference's log-probabilities, and the divergence of the policy as it was."""
@@ -88,7 +89,7 @@ class KLPull(Pull):
             reference_NC = self._reference(rollout)
             return reference_NC, self.term.estimator(rollout.logprobs_NC, reference_NC)
         readout = Readout(self.sampling, divergence=self.term.divergence)
-        scored = score_rollout(self.policy, rollout, readout, self.token_budget, self.reference)
+        scored = score_rollout(self.policy, rollout, readout, self.limit, self.reference)
         exact = self.term.divergence is not None
         reference_NC = scored.reference if exact else self._reference(rollout)
         return reference_NC, self.term.tokens(scored, reference_NC)

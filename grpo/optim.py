@@ -89,13 +89,17 @@ class Optimizer:
             for group in self.adamw.param_groups:
                 group["lr"] = rate
             self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.forget()
         self.steps_done += 1
         return {
             "optim/learning_rate": rate,
             "optim/grad_norm": norm,
             "optim/skipped": float(skipped),
         }
+
+    def forget(self) -> None:
+        """Frees the gradients that have gathered."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
         return {"name": self.name, "adamw": self.adamw.state_dict(), "steps_done": self.steps_done}

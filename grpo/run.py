@@ -12,8 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from grpo.budget import Budget
 from grpo.build import (
     build_advantage,
+    build_budget,
     build_curriculum,
     build_device,
     build_evaluation,
@@ -94,8 +96,11 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     formats = [prompt_format(own) for own in found.sets]
     model = load_model(cfg, found.model(), device)
     prompts = build_prompts(found, formats, model.tokenizer).evaluation
-    check_fits(cfg, model, prompts)
-    engine = bind(cfg.rollout, "rollout")(policy=model, max_new_tokens=cfg.max_new_tokens)
+    longest = check_fits(cfg, model, prompts)
+    model.model.requires_grad_(False)
+    budget = build_budget(cfg, model, longest, with_reference=False)
+    make_engine = bind(cfg.rollout, "rollout")
+    engine = make_engine(policy=model, max_new_tokens=cfg.max_new_tokens, budget=budget)
     evaluation = build_evaluation(cfg, engine, prompts, rewards)
     try:
         greedy, sampled = evaluation.answer()
@@ -123,9 +128,11 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
     formats = [prompt_format(own) for own in found.sets]
     policy, base = build_policy(cfg, found, device)
-    engine = make_engine(policy=policy, max_new_tokens=cfg.max_new_tokens)
     prompts = build_prompts(found, formats, policy.tokenizer)
-    check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
+    longest = check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
+    copied = objective.kl is not None and cfg.adapter is None
+    budget = build_budget(cfg, policy, longest, with_reference=copied)
+    engine = make_engine(policy=policy, max_new_tokens=cfg.max_new_tokens, budget=budget)
     train_prompts, curriculum = prompts.train, build_curriculum(cfg)
     if curriculum.samples:
         how = objective.sampling
@@ -134,11 +141,11 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     order = build_order(train_prompts, found, cfg)
 
     # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
-    pull = build_pull(cfg, policy, objective)
+    pull = build_pull(cfg, policy, objective, budget)
     steps = total_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
     checkpoints = Checkpoints(folder, cfg.checkpoint.keep, plain(cfg))
-    start = starting_point(cfg, checkpoints, policy, optimizer, pull, steps, base)
+    start = starting_point(cfg, checkpoints, policy, optimizer, pull, budget, steps, base)
     info = run_info(cfg, folder, start, steps)
     # Those that may refuse come first: until then nothing of the run is on disk.
     sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
@@ -168,7 +175,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         tracker=Tracker(sinks),
         checkpoints=checkpoints,
         device=device,
-        token_budget=device.token_budget,
+        budget=budget,
         seed=cfg.seed,
         total_steps=steps,
         eval_every=cfg.eval.every,
@@ -178,13 +185,15 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     return run, Standing(start)
 
 
-def check_fits(cfg: DictConfig, policy: LanguageModel, prompts: Sequence[Prompt]) -> None:
+def check_fits(cfg: DictConfig, policy: LanguageModel, prompts: Sequence[Prompt]) -> int:
+    """Tokens of the longest prompt and its completion."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if longest + cfg.max_new_tokens > policy.context:
         raise ConfigError(
             f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
             f"than the model's context of {policy.context}; lower it or dataset.max_prompt_tokens."
         )
+    return longest + int(cfg.max_new_tokens)
 
 
 def starting_point(
@@ -193,6 +202,7 @@ def starting_point(
     policy: LanguageModel,
     optimizer: Optimizer,
     pull: Pull,
+    budget: Budget,
     steps: int,
     base: str,
 ) -> Progress:
@@ -202,7 +212,7 @@ def starting_point(
         if cfg.resume == "auto":
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
         return Progress(step=0, run_id=uuid.uuid4().hex[:8], base=base, unlogged={})
-    start = checkpoints.load(policy, optimizer, pull)
+    start = checkpoints.load(policy, optimizer, pull, budget)
     if start.base != base:
         raise ConfigError(
             f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "

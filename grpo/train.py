@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from grpo.budget import Budget
 from grpo.checkpoint import Checkpoints, Progress
 from grpo.clock import Clock
 from grpo.collect import Collector
@@ -35,7 +36,7 @@ class Training:
     tracker: Tracker
     checkpoints: Checkpoints
     device: Device
-    token_budget: int
+    budget: Budget
     seed: int
     total_steps: int
     eval_every: int
@@ -64,7 +65,7 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> None:
         )
 
     def save() -> None:
-        run.checkpoints.save(run.policy, run.optimizer, run.pull, standing.progress)
+        run.checkpoints.save(run.policy, run.optimizer, run.pull, run.budget, standing.progress)
 
     start, owed = standing.progress.step, standing.progress.unlogged
     try:
@@ -106,7 +107,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
             pulled.reference_NC,
             0.0 if pulled.divergence_BG is not None else pulled.weight,
         ),
-        run.token_budget,
+        run.budget.computed,
         seed=run.seed * 1_000_003 + step,
     )
     stats |= run.pull.follow(step, stats, len(batch.rollout.texts))

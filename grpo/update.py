@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo.budget import Limit
 from grpo.models.forward import Completions
 from grpo.models.head import Features, Readout, TokenScores
 from grpo.models.load import LanguageModel
@@ -78,41 +79,57 @@ class MicroBatch:
 
     prompts: list[int]  # indices into B
     rows: Tensor  # indices into N, in order
+    tokens: int  # of the prompts and of the rows
 
 
 def micro_batches(
-    rollout: Rollout, token_budget: int, prompts: Sequence[int] | None = None
+    rollout: Rollout, limit: Limit, prompts: Sequence[int] | None = None
 ) -> Iterator[MicroBatch]:
-    """Whole groups in length order up to the budget; a group over the budget is cut into rows.
+    """Whole groups in length order, evenly spread; one that is over the limit is cut into rows.
 
     Args:
-        token_budget: prompt and completion tokens computed at once, padding counted.
         prompts: indices into B; None for all.
     """
     group = rollout.num_generation
-    prompt_lengths = [len(prompt.token_ids) for prompt in rollout.prompts]
-    longest_B = rollout.lengths_N.view(-1, group).amax(dim=1).tolist()
-    chosen = range(len(prompt_lengths)) if prompts is None else prompts
-    order = sorted(chosen, key=lambda b: (longest_B[b], prompt_lengths[b]))
+    lengths_BG = rollout.lengths_N.view(-1, group).tolist()
+    prompt_B = [len(prompt.token_ids) for prompt in rollout.prompts]
 
-    def whole(prompts: list[int]) -> MicroBatch:
-        rows = [torch.arange(b * group, (b + 1) * group) for b in prompts]
-        return MicroBatch(prompts, torch.cat(rows))
+    def cut(b: int, rows: Sequence[int]) -> MicroBatch:
+        own = torch.tensor(rows) + b * group
+        return MicroBatch([b], own, prompt_B[b] + sum(lengths_BG[b][g] for g in rows))
 
-    share: list[int] = []
-    for b in order:
-        width = max(prompt_lengths[i] for i in [*share, b])
-        if share and (len(share) + 1) * (width + group * longest_B[b]) > token_budget:
-            yield whole(share)
-            share = []
-        fitting = (token_budget - prompt_lengths[b]) // longest_B[b]
-        if fitting >= group:
-            share.append(b)
+    whole = []
+    chosen = range(len(prompt_B)) if prompts is None else prompts
+    for b in sorted(chosen, key=lambda b: (max(lengths_BG[b]), prompt_B[b])):
+        one = cut(b, range(group))
+        if one.tokens <= limit.most:
+            whole.append(one)
             continue
-        for rows in torch.arange(b * group, (b + 1) * group).split(max(1, fitting)):
-            yield MicroBatch([b], rows)
-    if share:
-        yield whole(share)
+        fitting = max(1, (limit.most - prompt_B[b]) // max(lengths_BG[b]))
+        pieces = -(-group // fitting)
+        for rows in torch.arange(group).tensor_split(pieces):
+            yield cut(b, rows.tolist())
+    for share in evenly([one.tokens for one in whole], limit.tokens):
+        some = whole[share]
+        yield MicroBatch(
+            [b for one in some for b in one.prompts],
+            torch.cat([one.rows for one in some]),
+            sum(one.tokens for one in some),
+        )
+
+
+def evenly(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Neighbours that have up to `most` together, at least one, and all about the same."""
+    if not sizes:
+        return
+    target = sum(sizes) / -(-sum(sizes) // most)
+    start = total = 0
+    for n, size in enumerate(sizes):
+        if n > start and (total + size > most or total + size / 2 > target):
+            yield slice(start, n)
+            start, total = n, 0
+        total += size
+    yield slice(start, len(sizes))
 
 
 def completions(rollout: Rollout, batch: MicroBatch, policy: LanguageModel) -> Completions:
@@ -144,7 +161,7 @@ def score_rollout(
     model: LanguageModel,
     rollout: Rollout,
     readout: Readout,
-    token_budget: int,
+    limit: Limit,
     reference: Reference | None = None,
 ) -> TokenScores:
     """A model's scores [N, C] of a whole rollout, without gradient.
@@ -152,13 +169,18 @@ def score_rollout(
     reference: what a divergence is measured from, where the readout asks for one.
     """
     scores = TokenScores(*(torch.zeros_like(rollout.logprobs_NC) for _ in TokenScores._fields))
-    for batch in micro_batches(rollout, token_budget):
-        inputs = completions(rollout, batch, model)
-        against = other_side(reference, readout, inputs)
-        rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
-        part = model.score(inputs, readout, against)
-        for whole_NC, part_NC in zip(scores, part, strict=True):
-            whole_NC[rows, :width] = part_NC
+
+    def work() -> None:
+        for batch in micro_batches(rollout, limit):
+            limit.starts(batch.tokens)
+            inputs = completions(rollout, batch, model)
+            against = other_side(reference, readout, inputs)
+            rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
+            part = model.score(inputs, readout, against)
+            for whole_NC, part_NC in zip(scores, part, strict=True):
+                whole_NC[rows, :width] = part_NC
+
+    limit.fitting(work)
     return scores
 
 
@@ -172,7 +194,7 @@ class Minibatch:
 
 
 def minibatches(
-    policy: LanguageModel, objective: Objective, rollout: Rollout, token_budget: int, seed: int
+    policy: LanguageModel, objective: Objective, rollout: Rollout, limit: Limit, seed: int
 ) -> Iterator[Minibatch]:
     """Each of the optimizer steps that a rollout is worth, its groups split at random."""
     mask_NC = rollout.mask_NC
@@ -181,7 +203,7 @@ def minibatches(
     chosen_NC = mask_NC
     if objective.top_entropy < 1 and mask_NC.any():
         readout = Readout(objective.sampling)
-        entropy_NC = score_rollout(policy, rollout, readout, token_budget).entropy
+        entropy_NC = score_rollout(policy, rollout, readout, limit).entropy
         chosen_NC = most_uncertain(entropy_NC, mask_NC, objective.top_entropy)
     for iteration in range(objective.num_iterations):
         minibatch_B = minibatch_of(len(rollout.prompts), objective.minibatches, seed + iteration)
@@ -207,7 +229,7 @@ def update(
     objective: Objective,
     rollout: Rollout,
     learned: Learned,
-    token_budget: int,
+    limit: Limit,
     seed: int = 0,
 ) -> dict[str, float]:
     """Takes `num_iterations` x `minibatches` optimizer steps and says what they were made of.
@@ -219,19 +241,39 @@ def update(
         seed: of the split into minibatches.
     """
     totals = Totals(objective)
-    for minibatch in minibatches(policy, objective, rollout, token_budget, seed):
-        for batch in micro_batches(rollout, token_budget, minibatch.prompts):
-            inputs = completions(rollout, batch, policy)
-            against = other_side(reference, objective.readout, inputs)
-            learns = has_gradient(objective, learned, minibatch, batch.rows)
-            with torch.set_grad_enabled(learns):
-                scored = policy.score(inputs, objective.readout, against)
-                loss = losses(objective, rollout, learned, minibatch, batch.rows, inputs, scored)
-                if learns:
-                    loss.total.backward()
-            totals.add(loss, inputs.mask_NC, scored)
+    for minibatch in minibatches(policy, objective, rollout, limit, seed):
+
+        def work(minibatch: Minibatch = minibatch) -> Totals:
+            return gradients(policy, reference, objective, rollout, learned, minibatch, limit)
+
+        totals.take(limit.fitting(work, undo=optimizer.forget))
         totals.updates.append(optimizer.step())
     return totals.metrics()
+
+
+def gradients(
+    policy: LanguageModel,
+    reference: Reference | None,
+    objective: Objective,
+    rollout: Rollout,
+    learned: Learned,
+    minibatch: Minibatch,
+    limit: Limit,
+) -> Totals:
+    """Adds a minibatch's gradients to what the weights have, and says what the loss was made of."""
+    totals = Totals(objective)
+    for batch in micro_batches(rollout, limit, minibatch.prompts):
+        limit.starts(batch.tokens)
+        inputs = completions(rollout, batch, policy)
+        against = other_side(reference, objective.readout, inputs)
+        learns = has_gradient(objective, learned, minibatch, batch.rows)
+        with torch.set_grad_enabled(learns):
+            scored = policy.score(inputs, objective.readout, against)
+            loss = losses(objective, rollout, learned, minibatch, batch.rows, inputs, scored)
+            if learns:
+                loss.total.backward()
+        totals.add(loss, inputs.mask_NC, scored)
+    return totals
 
 
 def has_gradient(
@@ -328,6 +370,14 @@ class Totals:
             self.sums[f"kl/{name}"] += float(estimator(plain_T, reference_T).sum())
         if self.objective.readout.divergence is not None:
             self.sums["kl/full"] += float(scored.divergence[mask_NC].double().sum())
+
+    def take(self, others: Totals) -> None:
+        """Those of a minibatch."""
+        self.tokens += others.tokens
+        self.ratio_max = max(self.ratio_max, others.ratio_max)
+        for own, more in ((self.sums, others.sums), (self.losses, others.losses)):
+            for name, value in more.items():
+                own[name] += value
 
     def metrics(self) -> dict[str, float]:
         """Means over tokens, and over updates; the largest ratio of all."""

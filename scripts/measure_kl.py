@@ -25,6 +25,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from grpo import config
+from grpo.budget import Budget
 from grpo.build import build_objective, build_prompts, prompt_format
 from grpo.device import open_device
 from grpo.find import find_for_training
@@ -39,7 +40,8 @@ from grpo.tracking.files import read_lines
 from grpo.types import Rollout
 from grpo.update import KLTerm, Learned, score_rollout, update
 
-PROMPTS, COMPLETIONS, BUDGET = 16, 8, 4096
+PROMPTS, COMPLETIONS = 16, 8
+BUDGET = Budget.of(4096, cached=32768)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Bench:
         nothing = torch.zeros(len(rollout.texts))
         learned = Learned(nothing, reference_NC, 1.0)
         own = type(objective)(**{**vars(objective), "kl": term})
-        update(self.policy, self.reference, kept, own, rollout, learned, BUDGET)
+        update(self.policy, self.reference, kept, own, rollout, learned, BUDGET.computed)
         return kept.flat
 
 
@@ -106,7 +108,7 @@ def measure(run: Path, batches: int) -> dict[str, Any]:
     base = load_language_model(found.model(), device)
     bench = Bench(cfg, policy, Reference(base, nullcontext, []))
     sampling = build_objective(cfg).sampling
-    engine = NativeEngine(policy, cfg.max_new_tokens, 32768)
+    engine = NativeEngine(policy, cfg.max_new_tokens, BUDGET)
     formats = [prompt_format(own) for own in found.sets]
     prompts = build_prompts(found, formats, policy.tokenizer).train
     exact_terms = {d: KLTerm(None, f, False, False) for d, f in DIVERGENCES.items()}
@@ -118,10 +120,10 @@ def measure(run: Path, batches: int) -> dict[str, Any]:
         chosen = [prompts[(batch * PROMPTS + n) % len(prompts)] for n in range(PROMPTS)]
         rollout = engine.generate(chosen, COMPLETIONS, sampling, seed=10_000 + batch)
         mask_NC = rollout.mask_NC
-        reference_NC = score_rollout(base, rollout, Readout(sampling), BUDGET).plain
+        reference_NC = score_rollout(base, rollout, Readout(sampling), BUDGET.computed).plain
         for direction, divergence in DIVERGENCES.items():
             readout = Readout(sampling, divergence=divergence)
-            scored = score_rollout(policy, rollout, readout, BUDGET, bench.reference)
+            scored = score_rollout(policy, rollout, readout, BUDGET.computed, bench.reference)
             truth_T = scored.divergence[mask_NC].double()
             exact.setdefault(direction, []).append(truth_T)
             for name, estimator in ESTIMATORS[direction].items():

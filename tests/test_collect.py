@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from grpo.budget import Budget
 from grpo.collect import Collector
 from grpo.data.order import one_set
 from grpo.models.load import LanguageModel
@@ -24,7 +25,7 @@ def collector(tiny: LanguageModel, reward: object, resample: int, rows: int = 40
         example = Example(question, str(n), lambda text: 0.0, columns={"n": n})
         prompts.append(Prompt(question, tuple(tiny.tokenizer.encode(question)), example))
     return Collector(
-        engine=NativeEngine(tiny, 6, 10**6),
+        engine=NativeEngine(tiny, 6, Budget.of(10**6)),
         rewards={"mine": WeightedReward(reward, 1.0)},  # type: ignore[arg-type]
         prompts=prompts,
         order=one_set(rows, seed=0),

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from grpo.budget import Budget
 from grpo.device import Device
 from grpo.models.forward import Completions, left_mask, plain, score_completions
 from grpo.models.head import Head, Readout, score_tokens
@@ -29,6 +30,8 @@ from grpo.update import MicroBatch, completions, score_rollout
 
 ENGINES = {"native": NativeEngine, "hf": HFEngine}
 MakeEngine = Callable[..., Engine]
+
+ROOM = Budget.of(10**6)
 
 
 class Letters:
@@ -58,7 +61,7 @@ def prompts_of(*lengths: int) -> list[Prompt]:
 
 def policy_logprobs(policy: LanguageModel, rollout: Rollout, sampling: Sampling) -> Tensor:
     """The plain forward's log-probabilities of what was sampled, all rows at once."""
-    everything = MicroBatch(list(range(len(rollout.prompts))), torch.arange(len(rollout.texts)))
+    everything = MicroBatch(list(range(len(rollout.prompts))), torch.arange(len(rollout.texts)), 0)
     inputs = completions(rollout, everything, policy)
     with torch.no_grad():
         features = plain(policy.model, policy.head, inputs)
@@ -70,7 +73,7 @@ def test_logprobs_are_the_policys_at_the_temperature(
     small_model: PreTrainedModel, device: Device, engine: str
 ) -> None:
     policy = wrap(small_model, device, end_ids=(2, 5, 50, 80))
-    rollout = ENGINES[engine](policy, 9, 10**6).generate(
+    rollout = ENGINES[engine](policy, 9, ROOM).generate(
         prompts_of(7, 3, 5), 6, Sampling(0.7), seed=1
     )
     assert_close(
@@ -85,7 +88,7 @@ def test_greedy_tokens_equal_transformers_generate(
 ) -> None:
     policy = wrap(small_model, device)
     prompts = prompts_of(7, 3, 5)
-    rollout = ENGINES[engine](policy, 12, 10**6).generate(prompts, 2, Sampling(0.0), seed=0)
+    rollout = ENGINES[engine](policy, 12, ROOM).generate(prompts, 2, Sampling(0.0), seed=0)
     for n, prompt in enumerate(p for p in prompts for _ in range(2)):
         alone = torch.tensor([prompt.token_ids])
         expected = small_model.generate(
@@ -104,7 +107,7 @@ def test_samples_follow_the_models_own_softmax(
     """
     small_model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=2.0)
     policy, prompt = wrap(small_model, device), prompts_of(6)
-    rollout = ENGINES[engine](policy, 1, 10**6).generate(prompt, 4000, Sampling(1.3), seed=5)
+    rollout = ENGINES[engine](policy, 1, ROOM).generate(prompt, 4000, Sampling(1.3), seed=5)
     logits = small_model(torch.tensor([prompt[0].token_ids])).logits[0, -1]
     expected = torch.softmax(logits / 1.3, dim=-1).detach() * 4000
     counts = torch.bincount(rollout.tokens_NC[:, 0], minlength=97)
@@ -122,9 +125,7 @@ def test_every_end_token_ends_and_is_kept(
     """Ends are common here, and one of them is the padding token as well."""
     ends = (0, *range(60, 76))
     policy = wrap(small_model, device, end_ids=ends)
-    rollout = ENGINES[engine](policy, 8, 10**6).generate(
-        prompts_of(4, 6), 40, Sampling(1.0), seed=2
-    )
+    rollout = ENGINES[engine](policy, 8, ROOM).generate(prompts_of(4, 6), 40, Sampling(1.0), seed=2)
     ended = ~rollout.truncated_N
     assert 5 < ended.sum() < 80
     for n in range(80):
@@ -139,7 +140,7 @@ def test_pad_that_is_also_the_end_is_trained_once(
 ) -> None:
     """pad = eos: the first one is an action and in the mask, the padding after it is not."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 2)))
-    rollout = NativeEngine(policy, 6, 10**6).generate(prompts_of(5), 50, Sampling(1.0), seed=0)
+    rollout = NativeEngine(policy, 6, ROOM).generate(prompts_of(5), 50, Sampling(1.0), seed=0)
     short = (rollout.lengths_N < rollout.tokens_NC.shape[1]).nonzero()[:, 0]
     assert len(short) > 10
     for n in short.tolist():
@@ -154,8 +155,8 @@ def test_budget_and_finished_rows_change_no_greedy_token(
     """One prompt at a time, all at once, and with rows leaving the batch: the same completions."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 3)))
     prompts = prompts_of(7, 3, 5, 9, 2)
-    at_once = NativeEngine(policy, 10, 10**6).generate(prompts, 2, Sampling(0.0), seed=0)
-    one_by_one = NativeEngine(policy, 10, 1).generate(prompts, 2, Sampling(0.0), seed=0)
+    at_once = NativeEngine(policy, 10, ROOM).generate(prompts, 2, Sampling(0.0), seed=0)
+    one_by_one = NativeEngine(policy, 10, Budget.of(1)).generate(prompts, 2, Sampling(0.0), seed=0)
     assert at_once.texts == one_by_one.texts
     assert len(set(at_once.lengths_N.tolist())) > 1
     assert_close(at_once.logprobs_NC, one_by_one.logprobs_NC, atol=2e-5, rtol=1e-4)
@@ -165,7 +166,7 @@ def test_budget_and_finished_rows_change_no_greedy_token(
 def test_a_seed_gives_the_same_completions_and_another_seed_others(
     tiny: LanguageModel, engine: str
 ) -> None:
-    make = ENGINES[engine](tiny, 20, 10**6)
+    make = ENGINES[engine](tiny, 20, ROOM)
     prompts = [
         Prompt("q", tuple(tiny.tokenizer.encode("What is 3 + 4?")), Example("q", "7", float))
     ]
@@ -184,8 +185,8 @@ def test_left_padding_marks_the_prompts_own_tokens() -> None:
 
 def test_completions_are_cut_from_a_rollout_by_whole_groups(tiny: LanguageModel) -> None:
     prompts = prompts_of(3, 5)
-    rollout = NativeEngine(tiny, 6, 10**6).generate(prompts, 2, Sampling(1.0), seed=0)
-    part = completions(rollout, MicroBatch([1], torch.tensor([2, 3])), tiny)
+    rollout = NativeEngine(tiny, 6, ROOM).generate(prompts, 2, Sampling(1.0), seed=0)
+    part = completions(rollout, MicroBatch([1], torch.tensor([2, 3]), 17), tiny)
     assert isinstance(part, Completions)
     assert part.prompts_BP.tolist() == [list(prompts[1].token_ids)]
     assert part.rows_a_prompt == 2
@@ -227,14 +228,14 @@ def test_logprobs_are_those_of_the_distribution_that_was_cut(
     for the update, so that the ratio is 1."""
     policy, sampling = wrap(small_model, device, end_ids=(2, 5, 50, 80)), CUTS[cut]
     prompts = prompts_of(7, 3)
-    rollout = ENGINES[engine](policy, 6, 10**6).generate(prompts, 3, sampling, seed=1)
+    rollout = ENGINES[engine](policy, 6, ROOM).generate(prompts, 3, sampling, seed=1)
     for n, prompt in enumerate(p for p in prompts for _ in range(3)):
         for c in range(int(rollout.lengths_N[n])):
             seen = torch.cat([torch.tensor(prompt.token_ids), rollout.tokens_NC[n, :c]])
             logits = small_model(seen[None]).logits[0, -1].detach()
             expected = theirs(sampling, seen, logits)[rollout.tokens_NC[n, c]]
             assert_close(rollout.logprobs_NC[n, c], expected, atol=5e-5, rtol=1e-4)
-    scored = score_rollout(policy, rollout, Readout(sampling), 10**6)
+    scored = score_rollout(policy, rollout, Readout(sampling), ROOM.computed)
     assert_close(scored.logprobs, rollout.logprobs_NC, atol=5e-5, rtol=1e-4)
     uncut = policy_logprobs(policy, rollout, Sampling(sampling.temperature))
     assert_close(scored.plain, uncut, atol=5e-5, rtol=1e-4)
@@ -246,7 +247,7 @@ def test_cut_samples_follow_the_cut_distribution(
     small_model: PreTrainedModel, device: Device, engine: str, cut: str
 ) -> None:
     policy, prompt, sampling = wrap(small_model, device), prompts_of(6), CUTS[cut]
-    rollout = ENGINES[engine](policy, 1, 10**6).generate(prompt, 4000, sampling, seed=5)
+    rollout = ENGINES[engine](policy, 1, ROOM).generate(prompt, 4000, sampling, seed=5)
     tokens = torch.tensor(prompt[0].token_ids)
     logits = small_model(tokens[None]).logits[0, -1].detach()
     expected = theirs(sampling, tokens, logits).exp() * 4000
@@ -263,8 +264,8 @@ def test_a_token_that_the_moved_policy_would_cut_still_has_a_logprob(
 ) -> None:
     """Sampled from all, scored as from the likeliest: it joins them, so nothing is -inf."""
     policy = wrap(small_model, device)
-    rollout = NativeEngine(policy, 8, 10**6).generate(prompts_of(5), 20, Sampling(2.0), seed=0)
-    scored = score_rollout(policy, rollout, Readout(Sampling(2.0, top_k=1)), 10**6)
+    rollout = NativeEngine(policy, 8, ROOM).generate(prompts_of(5), 20, Sampling(2.0), seed=0)
+    scored = score_rollout(policy, rollout, Readout(Sampling(2.0, top_k=1)), ROOM.computed)
     assert scored.logprobs.isfinite().all()
     assert (scored.logprobs[rollout.mask_NC] < -1).any()
     likeliest = scored.plain[rollout.mask_NC] > -0.5
@@ -285,7 +286,7 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(tiny: LanguageModel, en
     question = "<|im_start|>user\nWhat is 47 + 38?<|im_end|>\n<|im_start|>assistant\n"
     example = Example("q", "85", float)
     prompts = [Prompt("q", tuple(tiny.tokenizer.encode(question)), example)]
-    make = ENGINES[engine](tiny, 24, 10**6)
+    make = ENGINES[engine](tiny, 24, ROOM)
     free = make.generate(prompts, 8, Sampling(1.0), seed=0)
     assert all("</answer>" in text for text in free.texts)
     for stop in ("</think>", "er>", "k><a", "<answer>"):
@@ -306,8 +307,8 @@ def test_a_row_draws_the_same_whatever_is_drawn_beside_it(
     """Neither which rows fit in memory together nor which have ended changes what it says."""
     policy = wrap(small_model, device, end_ids=(2, 5, 50, 80))
     prompts = prompts_of(7, 3, 5, 4)
-    together = NativeEngine(policy, 10, 10**6).generate(prompts, 5, Sampling(0.9), seed=4)
-    apart = NativeEngine(policy, 10, 1).generate(prompts, 5, Sampling(0.9), seed=4)
+    together = NativeEngine(policy, 10, ROOM).generate(prompts, 5, Sampling(0.9), seed=4)
+    apart = NativeEngine(policy, 10, Budget.of(1)).generate(prompts, 5, Sampling(0.9), seed=4)
     assert together.lengths_N.tolist() == apart.lengths_N.tolist()
     assert torch.equal(together.tokens_NC, apart.tokens_NC)
     assert_close(together.logprobs_NC, apart.logprobs_NC, atol=2e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from grpo.budget import Budget, Limit
 from grpo.device import Device, open_device
 from grpo.kl import KLPull
 from grpo.models import head as head_module
@@ -39,6 +40,7 @@ from grpo.update import update as update_learned
 from tests.test_rollout import prompts_of, wrap
 
 SAMPLING = Sampling(temperature=1.3)
+ROOM = Budget.of(10**6)
 KL = KLTerm(estimator=k3, divergence=None, in_reward=False, unbiased_gradient=False)
 OBJECTIVE = Objective(
     RATIOS["token"], clipped_surrogate, AVERAGINGS["sequence_mean"], KL, SAMPLING, max_tokens=16
@@ -56,16 +58,16 @@ def update(
     objective: Objective,
     rollout: Rollout,
     advantages_BG: Tensor,
-    token_budget: int,
+    tokens: int,
 ) -> dict[str, float]:
-    """One update with kl_weight 0.1 where there is a reference."""
-    reference_NC = None
+    """One update with kl_weight 0.1 where there is a reference, so many tokens at once."""
+    reference_NC, limit = None, Budget.of(tokens).computed
     if reference is not None and objective.kl is not None:
         weight = AdaptiveWeight(0.1, None, 1)
-        pull = KLPull(policy, reference, objective.kl, weight, SAMPLING, token_budget, 0, 1.0)
+        pull = KLPull(policy, reference, objective.kl, weight, SAMPLING, limit, 0, 1.0)
         reference_NC = pull.read(rollout).reference_NC
     learned = Learned(advantages_BG.flatten(), reference_NC, 0.1 if reference else 0.0)
-    return update_learned(policy, reference, optimizer, objective, rollout, learned, token_budget)
+    return update_learned(policy, reference, optimizer, objective, rollout, learned, limit)
 
 
 def optimizer(
@@ -79,7 +81,7 @@ def optimizer(
 
 def rollout_of(policy: LanguageModel, prompts: int, group: int) -> Rollout:
     questions = ["What is 47 + 38?", "What is 5 - 3?", "Hello, you", "1", "What is 90 - 81?"]
-    return NativeEngine(policy, 16, 10**6).generate(
+    return NativeEngine(policy, 16, ROOM).generate(
         [
             Prompt(q, tuple(policy.tokenizer.encode(q)), Example(q, "0", float))
             for q in questions[:prompts]
@@ -141,7 +143,7 @@ def test_loss_and_gradient_are_the_papers_for_every_architecture(
     """The whole update, shared prefix, chunks and micro-batches, against eq. 3 row by row."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 7)))
     reference = reference_of(policy, moves=False)
-    rollout = NativeEngine(policy, 9, 10**6).generate(prompts_of(7, 3, 5), 4, SAMPLING, seed=4)
+    rollout = NativeEngine(policy, 9, ROOM).generate(prompts_of(7, 3, 5), 4, SAMPLING, seed=4)
     same_as_the_paper(shaken(policy), reference, rollout, budget)
 
 
@@ -364,7 +366,7 @@ def test_only_uncertain_tokens_are_trained_on_and_all_are_in_the_kl(tiny: Langua
     rollout, reference = rollout_of(tiny, 4, 3), reference_of(tiny, moves=False)
     shaken(tiny)
     advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
-    entropy_NC = score_rollout(tiny, rollout, Readout(SAMPLING), 10**6).entropy
+    entropy_NC = score_rollout(tiny, rollout, Readout(SAMPLING), ROOM.computed).entropy
     chosen_NC = most_uncertain(entropy_NC, rollout.mask_NC, 0.25)
     assert 0.2 < float(chosen_NC.sum() / rollout.mask_NC.sum()) < 0.3
 
@@ -382,7 +384,7 @@ def test_only_uncertain_tokens_are_trained_on_and_all_are_in_the_kl(tiny: Langua
 def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTrainedModel) -> None:
     """Bitwise the same gradients, with less kept between forward and backward."""
     policy = wrap(small_model, open_device("cpu", "auto"), end_ids=(1,))
-    rollout = NativeEngine(policy, 9, 10**6).generate(prompts_of(7, 3, 5), 4, SAMPLING, seed=4)
+    rollout = NativeEngine(policy, 9, ROOM).generate(prompts_of(7, 3, 5), 4, SAMPLING, seed=4)
     advantages_BG = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
     results = []
     for recompute in (False, True):
@@ -423,7 +425,9 @@ def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageM
         for parameter in tiny.model.parameters():
             parameter.add_(0.01)  # the sampler stays what it was, as in the later updates of a step
     term = KLTerm(k1, None, in_reward=True, unbiased_gradient=False)
-    pull = KLPull(tiny, reference, term, AdaptiveWeight(0.5, None, 1), SAMPLING, 10**6, 0, 1.0)
+    pull = KLPull(
+        tiny, reference, term, AdaptiveWeight(0.5, None, 1), SAMPLING, ROOM.computed, 0, 1.0
+    )
     pulled = pull.read(rollout)
     assert pulled.weight == 0.5
     assert pulled.divergence_BG is not None
@@ -457,15 +461,25 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(
     group_lengths = st.lists(length, min_size=group, max_size=group)
     lengths = data.draw(st.lists(group_lengths, min_size=prompts, max_size=prompts))
     rollout = fake_rollout(prompt_lengths, lengths)
-    batches = list(micro_batches(rollout, budget))
+    batches = list(micro_batches(rollout, Budget.of(budget).computed))
     rows = torch.cat([batch.rows for batch in batches])
     assert sorted(rows.tolist()) == list(range(prompts * group))
     for batch in batches:
-        widest = int(rollout.lengths_N[batch.rows].max())
-        longest_prompt = max(prompt_lengths[b] for b in batch.prompts)
-        cost = len(batch.prompts) * longest_prompt + len(batch.rows) * widest
-        assert cost <= budget or len(batch.rows) == 1
+        of_prompts = sum(prompt_lengths[b] for b in batch.prompts)
+        assert batch.tokens == of_prompts + int(rollout.lengths_N[batch.rows].sum())
+        assert batch.tokens <= budget or len(batch.rows) == 1
         assert (batch.rows // group).unique().tolist() == sorted(batch.prompts)
+
+
+def test_micro_batches_are_even_and_cut_no_group_that_fits() -> None:
+    """Four groups of 30 tokens: two by two, not three and one; a group of 30 is whole at 20."""
+    rollout = fake_rollout([10] * 4, [[10, 10]] * 4)
+    two_by_two = list(micro_batches(rollout, Limit(100, 100)))
+    assert [batch.tokens for batch in two_by_two] == [60, 60]
+    whole = list(micro_batches(rollout, Limit(20, 1000)))
+    assert [batch.rows.tolist() for batch in whole] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    cut = list(micro_batches(rollout, Limit(20, 29)))
+    assert [batch.tokens for batch in cut] == [20] * 8
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tiny: LanguageModel) -> None:

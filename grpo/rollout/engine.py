@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grpo.budget import Limit
 from grpo.models.load import LanguageModel
 from grpo.models.pad import pad_right
 from grpo.types import Prompt, Rollout, Sampling
@@ -61,37 +62,44 @@ def in_shares(
     prompts: Sequence[Prompt],
     num_generation: int,
     max_new_tokens: int,
-    token_budget: int,
+    limit: Limit,
     sample: Callable[[Sequence[int]], list[Row]],
 ) -> Rollout:
-    """A rollout made of as many prompts at once as the budget holds, put back in order.
+    """A rollout made of as many prompts at once as the limit holds, put back in order.
 
-    sample: indices of prompts to the rows of all their completions.
+    Args:
+        limit: of positions, prompts' tokens and the most that their completions may have.
+        sample: indices of prompts to the rows of all their completions.
     """
     rows: dict[int, Row] = {}
-    for share in shares(prompts, num_generation, max_new_tokens, token_budget):
-        sampled = iter(sample(share))
-        for b in share:
+    # In length order, so that what is sampled together is of about the same length.
+    left = sorted(range(len(prompts)), key=lambda b: len(prompts[b].token_ids))
+
+    def share() -> int:
+        count = fitting([prompts[b] for b in left], num_generation, max_new_tokens, limit)
+        sampled = iter(sample(left[:count]))
+        for b in left[:count]:
             for g in range(num_generation):
                 rows[b * num_generation + g] = next(sampled)
+        return count
+
+    while left:
+        left = left[limit.fitting(share) :]
     return assemble(policy, prompts, [rows[n] for n in range(len(rows))])
 
 
-def shares(
-    prompts: Sequence[Prompt], num_generation: int, max_new_tokens: int, token_budget: int
-) -> Iterator[list[int]]:
-    """Prompts in length order, at least one at a time.
-
-    token_budget: tokens of prompts, and the most that their completions may have.
-    """
-    share: list[int] = []
-    for b in sorted(range(len(prompts)), key=lambda b: len(prompts[b].token_ids)):
-        width = len(prompts[b].token_ids) + num_generation * max_new_tokens
-        if share and (len(share) + 1) * width > token_budget:
-            yield share
-            share = []
-        share.append(b)
-    yield share
+def fitting(
+    prompts: Sequence[Prompt], num_generation: int, max_new_tokens: int, limit: Limit
+) -> int:
+    """How many of the first prompts, given in length order, are sampled together; at least one."""
+    count = positions = 0
+    for prompt in prompts:
+        more = (count + 1) * (len(prompt.token_ids) + num_generation * max_new_tokens)
+        if count and more > limit.most:
+            break
+        count, positions = count + 1, more
+    limit.starts(positions)
+    return count
 
 
 def assemble(policy: LanguageModel, prompts: Sequence[Prompt], rows: Sequence[Row]) -> Rollout:

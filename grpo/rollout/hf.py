@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from grpo.budget import Budget
 from grpo.models.forward import Completions, left_mask
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
@@ -20,9 +21,8 @@ from grpo.types import Prompt, Rollout, Sampling
 class HFEngine:
     """`model.generate` with nothing but what was asked for; log-probabilities from the policy."""
 
-    def __init__(self, policy: LanguageModel, max_new_tokens: int, token_budget: int) -> None:
-        """token_budget: rows times prompt and completion tokens at once."""
-        self.policy, self.max_new_tokens, self.token_budget = policy, max_new_tokens, token_budget
+    def __init__(self, policy: LanguageModel, max_new_tokens: int, budget: Budget) -> None:
+        self.policy, self.max_new_tokens, self.budget = policy, max_new_tokens, budget
 
     @torch.no_grad()
     def generate(
@@ -30,7 +30,7 @@ class HFEngine:
     ) -> Rollout:
         """As `Engine.generate` says."""
         # generate penalises the padding before a shorter prompt as if it had been said.
-        token_budget = self.token_budget if sampling.repetition_penalty == 1 else 1
+        together = self.budget.cached if sampling.repetition_penalty == 1 else Budget.of(1).cached
         own = self.policy.model.generation_config
         # A model's own config may cut off top-k or top-p, or penalise repetition, unasked.
         self.policy.model.generation_config = self._neutral(num_generation, sampling)
@@ -42,7 +42,7 @@ class HFEngine:
                     prompts,
                     num_generation,
                     self.max_new_tokens,
-                    token_budget,
+                    together,
                     lambda share: self._sample(
                         [prompts[b] for b in share], num_generation, sampling
                     ),

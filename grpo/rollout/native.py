@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grpo.budget import Budget
 from grpo.errors import ConfigError
 from grpo.models.attention import Tree, read
 from grpo.models.forward import shared_prefix
@@ -23,9 +24,8 @@ COMPACT_AT = 0.85  # drop finished rows once no more than this share is still be
 class NativeEngine:
     """Samples from the policy itself, with the weights it has at that moment."""
 
-    def __init__(self, policy: LanguageModel, max_new_tokens: int, token_budget: int) -> None:
-        """token_budget: positions held at once: prompts' tokens and the most their rows may write.
-
+    def __init__(self, policy: LanguageModel, max_new_tokens: int, budget: Budget) -> None:
+        """
         Raises:
             ConfigError: the model can't be read with a prompt shared by its completions.
         """
@@ -34,7 +34,7 @@ class NativeEngine:
                 f"rollout=native: {type(policy.model).__name__} can't continue a shared prompt, or "
                 f"changes its logits after the head; use rollout=hf."
             )
-        self.policy, self.max_new_tokens, self.token_budget = policy, max_new_tokens, token_budget
+        self.policy, self.max_new_tokens, self.budget = policy, max_new_tokens, budget
 
     @torch.no_grad()
     def generate(
@@ -53,7 +53,7 @@ class NativeEngine:
         policy, width = self.policy, self.max_new_tokens
         rows = len(prompts) * num_generation
         with policy.device.autocast(), decoding(policy.model, rows):
-            return in_shares(policy, prompts, num_generation, width, self.token_budget, sample)
+            return in_shares(policy, prompts, num_generation, width, self.budget.cached, sample)
 
     def _sample(
         self, prompts: Sequence[Prompt], uniform_NC: Tensor, sampling: Sampling
@@ -88,7 +88,7 @@ class NativeEngine:
 
     def _read(self, prompts: Sequence[Prompt], cache: Cache) -> Tensor:
         """[B, D] the last hidden state of each prompt, whose keys and values go into the cache."""
-        device, budget = self.policy.device.torch_device, self.policy.device.token_budget
+        device, budget = self.policy.device.torch_device, self.budget.computed.tokens
         last: list[Tensor] = []
         for start, stop in parts([len(prompt.token_ids) for prompt in prompts], budget):
             tokens = [prompt.token_ids for prompt in prompts[start:stop]]

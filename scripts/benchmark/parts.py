@@ -18,7 +18,9 @@ import torch
 from settings import SETTINGS, Setting
 from transformers import GenerationConfig
 
+from grpo.budget import Budget
 from grpo.device import Device, open_device
+from grpo.memory import budget_of, held_by
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.pad import pad_left
 from grpo.models.reference import reference_of
@@ -75,7 +77,7 @@ def rollout(setting: Setting, work: Path) -> dict[str, Any]:
     policy = loaded(setting, work)
     group = ROWS // setting.prompts
     prompts = prompts_of(policy, setting, work, setting.prompts)
-    engine = NativeEngine(policy, setting.tokens, 10**7)
+    engine = NativeEngine(policy, setting.tokens, Budget.of(10**7))
     sampling = Sampling(setting.temperature)
     prompts_BP, lengths_B = pad_left(
         [prompt.token_ids for prompt in prompts], policy.pad_id, policy.device.torch_device
@@ -177,19 +179,21 @@ def step_update(setting: Setting, work: Path) -> dict[str, Any]:
     optimizer = Optimizer(
         policy.model, "adamw", 1e-6, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
     )
-    budget = policy.device.token_budget
+    longest = max(len(p.token_ids) for p in prompts) + width
+    held = held_by(policy, width, "adamw", with_reference=reference is not None)
+    limit = budget_of(device, None, None, held, longest).computed
     read = Objective(token_ratio, clipped_surrogate, sequence_mean, None, sampling, width).readout
     reference_NC = None
     reference_seconds: list[float] = []
     if reference is not None:
         model = reference.model
-        reference_NC = score_rollout(model, written, read, budget).plain
+        reference_NC = score_rollout(model, written, read, limit).plain
         reference_seconds = timed(
-            lambda: score_rollout(model, written, read, budget), 3, policy.device
+            lambda: score_rollout(model, written, read, limit), 3, policy.device
         )
     learned = Learned(advantages_N, reference_NC, setting.kl_weight)
     seconds = timed(
-        lambda: update(policy, reference, optimizer, objective, written, learned, budget),
+        lambda: update(policy, reference, optimizer, objective, written, learned, limit),
         4, policy.device,
     )  # fmt: skip
     forward = operations(policy, [len(p.token_ids) for p in prompts], setting.group, width)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from settings import SETTINGS
 
+from grpo.budget import Budget
 from grpo.device import open_device
 from grpo.models.load import load_language_model
 from grpo.models.reference import reference_of
@@ -22,6 +23,8 @@ from grpo.objective.weights import sequence_mean
 from grpo.optim import SCHEDULES, Optimizer
 from grpo.types import Example, Prompt, Rollout, Sampling
 from grpo.update import KLTerm, Learned, Objective, score_rollout, update
+
+LIMIT = Budget.of(2048).computed
 
 
 def main(work: Path, name: str, peer: Path, out: Path) -> None:
@@ -55,14 +58,14 @@ def main(work: Path, name: str, peer: Path, out: Path) -> None:
     kl = term if setting.kl_weight else None
     objective = Objective(token_ratio, clipped_surrogate, sequence_mean, kl, sampling, width)
     # The peer counts its own log-probabilities as old: the ratio is 1.
-    scored = score_rollout(policy, rollout, objective.readout, device.token_budget)
+    scored = score_rollout(policy, rollout, objective.readout, LIMIT)
     rollout.logprobs_NC.copy_(scored.logprobs)
     optimizer = Optimizer(
         policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.999), 1.0
     )
     advantages_N = torch.stack([row[2] for row in rows]).to(device.torch_device)
     learned = Learned(advantages_N, scored.plain if kl else None, setting.kl_weight)
-    stats = update(policy, reference, optimizer, objective, rollout, learned, device.token_budget)
+    stats = update(policy, reference, optimizer, objective, rollout, learned, LIMIT)
     out.write_text(json.dumps({"loss": stats["loss/total"], "grad_norm": stats["optim/grad_norm"]}))
 
 

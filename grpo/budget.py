@@ -1,0 +1,110 @@
+"""How much is computed at once, and how it goes on with less once memory has run out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from grpo.allocator import give_back_freed_memory
+from grpo.errors import RunError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class Limit:
+    """So many tokens at once; half of what was too much, once memory has run out."""
+
+    tokens: int  # where there is a choice
+    most: int  # that there may be: only what can't be divided has more
+    name: str = "tokens in one forward and backward pass"
+    under_way: int = 0
+
+    def starts(self, tokens: int) -> None:
+        """To be told before so many are computed together."""
+        self.under_way = tokens
+
+    def fitting(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+        """What `work` gives; it begins anew, with half as much at once, where memory runs out.
+
+        undo: takes back what a work that was broken off has left.
+
+        Raises:
+            RunError: it was as little as can be computed at once.
+        """
+        while True:
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # Out of the handler, whose traceback holds the tensors of the work.
+            undo()
+            gc.collect()
+            give_back_freed_memory()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.halve(reason)
+
+    def halve(self, reason: str) -> None:
+        if self.under_way > self.most or self.under_way <= 1:
+            raise RunError(
+                f"out of memory with {self.under_way} {self.name}, and fewer can't be ({reason}): "
+                f"lower max_new_tokens or dataset.max_prompt_tokens, or set "
+                f"device.gradient_checkpointing=true, adapter=lora, or another device."
+            )
+        self.most = self.under_way // 2
+        self.tokens = min(self.tokens, self.most)
+        log.warning(
+            "out of memory with %d %s: from here on at most %d.",
+            self.under_way, self.name, self.most,
+        )  # fmt: skip
+
+
+@dataclass
+class Budget:
+    """What is held at once; shared by all that compute, kept in checkpoints."""
+
+    computed: Limit
+    cached: Limit
+    asked: tuple[float | None, int | None] = (None, None)  # GB and tokens, by the config
+
+    @classmethod
+    def of(cls, tokens: int, cached: int | None = None) -> Budget:
+        """So many, whatever they take."""
+        return cls(
+            Limit(tokens, tokens),
+            Limit(cached or tokens, cached or tokens, "positions in a rollout's cache"),
+        )
+
+    def state(self) -> dict[str, Any]:
+        limits = [self.computed.tokens, self.computed.most, self.cached.tokens, self.cached.most]
+        return {"asked": self.asked, "limits": limits}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Divides as before, unless something else is asked for now.
+
+        Sums over other micro-batches differ in the last bit, and a resumed run should not.
+        """
+        if tuple(state["asked"]) == self.asked:
+            self.computed.tokens, self.computed.most = state["limits"][:2]
+            self.cached.tokens, self.cached.most = state["limits"][2:]
+
+
+# What torch and the libraries under it say; only for a GPU is there a class for that.
+SAID = ("out of memory", "can't allocate memory", "alloc_failed", "could not create a primitive")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it says that there was no memory left."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in said for words in SAID
+    )
