@@ -1,4 +1,4 @@
-"""How the process holds memory on a CPU: what was freed is kept, in large pages.
+"""How the process holds memory on a CPU: what was freed is kept.
 
 By default glibc gives a large block back to the system as soon as it is freed, and the next one is
 cleared anew, page by page: a third of a step's time went into that.
@@ -15,7 +15,6 @@ LARGEST = 2**30
 
 def keep_freed_memory() -> None:
     """To be called before torch is imported; does nothing where the C library is not glibc."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for pages of 2 MB
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST)

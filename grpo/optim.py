@@ -32,6 +32,7 @@ def adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, floa
     return optimizer
 
 
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
 OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
 
 
@@ -63,10 +64,21 @@ class Optimizer:
             {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
         self.adamw = OPTIMIZERS[name](groups, learning_rate, betas)
+        if name == "adamw":
+            self._make_room()
         self.learning_rate, self.total_steps = learning_rate, total_steps
         self.schedule, self.warmup_steps = schedule, warmup_steps
         self.max_grad_norm = max_grad_norm or math.inf
         self.steps_done = 0
+
+    def _make_room(self) -> None:
+        """Makes Adam's state now, beside the weights, and not where activations come and go."""
+        state = {
+            n: {"step": torch.tensor(0.0), **{name: torch.zeros_like(p) for name in ADAM_STATE}}
+            for n, p in enumerate(p for group in self.adamw.param_groups for p in group["params"])
+        }
+        options = self.adamw.state_dict()["param_groups"]
+        self.adamw.load_state_dict({"state": state, "param_groups": options})
 
     def rate(self) -> float:
         """The learning rate of the step that comes next."""

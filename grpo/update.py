@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.budget import Limit
 from grpo.models.forward import Completions
@@ -267,6 +267,8 @@ def gradients(
         inputs = completions(rollout, batch, policy)
         against = other_side(reference, objective.readout, inputs)
         learns = has_gradient(objective, learned, minibatch, batch.rows)
+        if learns:
+            make_room(policy.model)
         with torch.set_grad_enabled(learns):
             scored = policy.score(inputs, objective.readout, against)
             loss = losses(objective, rollout, learned, minibatch, batch.rows, inputs, scored)
@@ -274,6 +276,17 @@ def gradients(
                 loss.total.backward()
         totals.add(loss, inputs.mask_NC, scored)
     return totals
+
+
+def make_room(model: nn.Module) -> None:
+    """Gives each trained weight a gradient of zeros, where it has none.
+
+    Gradients are added up in place; made here, they don't lie scattered among the activations,
+    whose memory the next micro-batch takes as a whole.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def has_gradient(
