@@ -65,6 +65,7 @@ class KLPull(Pull):
         self.sampling, self.limit = sampling, limit
         self.sync_every, self.sync_share = sync_every, sync_share
         self.moved = False  # the reference is no longer the model that training began with
+        self.same = True  # the policy is still what the reference is
 
     def read(self, rollout: Rollout) -> Pulled:
         if not self.term.in_reward:
@@ -78,7 +79,9 @@ class KLPull(Pull):
         return Pulled(reference_NC, divergence_BG, self.weight.weight)
 
     def _reference(self, rollout: Rollout) -> Tensor:
-        """[N, C] the reference's log-probabilities."""
+        """[N, C] the reference's log-probabilities; the sampler's own while they are the same."""
+        if self.same and not self.sampling.cuts:
+            return rollout.logprobs_NC
         plain = Readout(Sampling(self.sampling.temperature))
         with self.reference.within():
             return score_rollout(self.reference.model, rollout, plain, self.limit).plain
@@ -97,16 +100,18 @@ class KLPull(Pull):
     def follow(self, step: int, metrics: dict[str, float], completions: int) -> dict[str, float]:
         weight = self.weight.weight
         self.weight.observe(metrics["kl/mean"], completions)
+        self.same = False
         if self.sync_every and step % self.sync_every == 0:
             self.reference.move(self.sync_share)
-            self.moved = True
+            self.moved, self.same = True, self.sync_share == 1
         return {"kl/weight": weight}
 
     def state(self) -> dict[str, Any]:
         moved = {"reference": self.reference.state()} if self.moved else {}
-        return {"weight": self.weight.weight, **moved}
+        return {"weight": self.weight.weight, "same": self.same, **moved}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self.same = state.get("same", False)
         if self.weight.target is not None:
             self.weight.weight = state.get("weight", self.weight.weight)
         if "reference" not in state:

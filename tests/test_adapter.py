@@ -222,8 +222,7 @@ def test_a_moved_reference_is_not_forgotten(grpo: Grpo, tmp_path: Path) -> None:
         code, printed = grpo("resume=run", "kl.sync_every=0", f"max_steps={steps}")
         assert code == 0, printed
     kls = [row["kl/k2"] for row in lines(tmp_path / "run/metrics.jsonl")[1:]]
-    assert kls[2] == 0.0  # the reference had just been moved to where the policy was
-    assert kls[3] > 0
+    assert kls[2] < 1e-9 < kls[3]  # the reference had just been moved to where the policy was
     kept = [
         torch.load(tmp_path / f"run/checkpoints/step_{step}/trainer.pt", weights_only=True)
         for step in (3, 4)

@@ -65,6 +65,7 @@ def update(
     if reference is not None and objective.kl is not None:
         weight = AdaptiveWeight(0.1, None, 1)
         pull = KLPull(policy, reference, objective.kl, weight, SAMPLING, limit, 0, 1.0)
+        pull.same = False  # the policy is one that has been trained
         reference_NC = pull.read(rollout).reference_NC
     learned = Learned(advantages_BG.flatten(), reference_NC, 0.1 if reference else 0.0)
     return update_learned(policy, reference, optimizer, objective, rollout, learned, limit)
@@ -428,6 +429,7 @@ def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageM
     pull = KLPull(
         tiny, reference, term, AdaptiveWeight(0.5, None, 1), SAMPLING, ROOM.computed, 0, 1.0
     )
+    pull.same = False
     pulled = pull.read(rollout)
     assert pulled.weight == 0.5
     assert pulled.divergence_BG is not None
@@ -436,6 +438,35 @@ def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageM
         base = full_logprobs(reference.model, rollout, n).gather(1, own)[:, 0]
         expected = (rollout.logprobs_NC[n, : len(own)] - base).sum()
         assert_close(pulled.divergence_BG.flatten()[n], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_while_the_policy_is_the_reference_the_samplers_numbers_are_its(
+    tiny: LanguageModel,
+) -> None:
+    """Before the first update and after each copying, the reference is not read at all."""
+    rollout, reference = rollout_of(tiny, 3, 3), reference_of(tiny, moves=True)
+
+    def pull_of(sampling: Sampling, share: float) -> KLPull:
+        weight = AdaptiveWeight(0.1, None, 1)
+        return KLPull(tiny, reference, KL, weight, sampling, ROOM.computed, 2, share)
+
+    pull = pull_of(SAMPLING, 1.0)
+    assert pull.read(rollout).reference_NC is rollout.logprobs_NC
+    pull.follow(1, {"kl/mean": 0.0}, 9)
+    computed = pull.read(rollout).reference_NC
+    assert computed is not rollout.logprobs_NC
+    assert_close(computed, rollout.logprobs_NC, atol=1e-5, rtol=1e-5)
+    resumed = pull_of(SAMPLING, 1.0)
+    resumed.load_state(pull.state())
+    assert resumed.read(rollout).reference_NC is not rollout.logprobs_NC
+    pull.follow(2, {"kl/mean": 0.0}, 9)  # copied
+    assert pull.read(rollout).reference_NC is rollout.logprobs_NC
+    halfway = pull_of(SAMPLING, 0.5)
+    halfway.follow(2, {"kl/mean": 0.0}, 9)
+    assert halfway.read(rollout).reference_NC is not rollout.logprobs_NC
+    # What top-k leaves out is not in the sampler's log-probabilities, which the KL is not taken of.
+    cut = pull_of(replace(SAMPLING, top_k=5), 1.0)
+    assert cut.read(rollout).reference_NC is not rollout.logprobs_NC
 
 
 def fake_rollout(prompt_lengths: list[int], lengths: list[list[int]]) -> Rollout:
