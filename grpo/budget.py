@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -96,6 +96,20 @@ class Budget:
         if tuple(state["asked"]) == self.asked:
             self.computed.tokens, self.computed.most = state["limits"][:2]
             self.cached.tokens, self.cached.most = state["limits"][2:]
+
+
+def evenly(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Neighbours that have up to `most` together, at least one, and all about the same."""
+    if not sizes:
+        return
+    target = sum(sizes) / -(-sum(sizes) // most)
+    start = total = 0
+    for n, size in enumerate(sizes):
+        if n > start and (total + size > most or total + size / 2 > target):
+            yield slice(start, n)
+            start, total = n, 0
+        total += size
+    yield slice(start, len(sizes))
 
 
 # What torch and the libraries under it say; only for a GPU is there a class for that.

@@ -97,7 +97,7 @@ class Checkpoints:
             policy.restore(path / "model")
             optimizer.load_state(state.pop("optimizer"))
             pull.load_state(state.pop("pull"))
-            budget.load_state(state.pop("budget"))
+            budget.load_state(state.pop("budget", budget.state()))  # older ones have none
             log.info("going on from %s", path)
             return Progress(**state)
         raise ConfigError(

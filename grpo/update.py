@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grpo.budget import Limit
+from grpo.budget import Limit, evenly
 from grpo.models.forward import Completions
 from grpo.models.head import Features, Readout, TokenScores
 from grpo.models.load import LanguageModel
@@ -116,20 +116,6 @@ def micro_batches(
             torch.cat([one.rows for one in some]),
             sum(one.tokens for one in some),
         )
-
-
-def evenly(sizes: Sequence[int], most: int) -> Iterator[slice]:
-    """Neighbours that have up to `most` together, at least one, and all about the same."""
-    if not sizes:
-        return
-    target = sum(sizes) / -(-sum(sizes) // most)
-    start = total = 0
-    for n, size in enumerate(sizes):
-        if n > start and (total + size > most or total + size / 2 > target):
-            yield slice(start, n)
-            start, total = n, 0
-        total += size
-    yield slice(start, len(sizes))
 
 
 def completions(rollout: Rollout, batch: MicroBatch, policy: LanguageModel) -> Completions:

@@ -2,7 +2,7 @@
 
 Such a layer is x + attention(norm(x)), and then that + gated(norm(that)), with rotary positions:
 2302.13971; Qwen2, Mistral and SmolLM2 are of this kind. In fp32 on a CPU alone, and only where it
-gives the numbers of transformers' own layer, which is tried once for each class.
+gives the numbers of transformers' own layer, which is tried once for each layer.
 
 Shape letters as in `attention.py`; F is the width of the gated block.
 """
@@ -113,14 +113,13 @@ class Asked(torch.autograd.Function):
         y_TD = normed(x_TD, factor_T1, norm)
         turn = ctx.rotation.turn_back
         to_asked = [x.flatten(1) for x in (turn(grads[0]), turn(grads[1]), grads[2])]
-        to_y_TD = None
+        to_y_TD = torch.zeros_like(y_TD)
         to_weights: list[Tensor | None] = []
         needed = ctx.needs_input_grad[5:]
         for n, (grad, weight) in enumerate(zip(to_asked, weights, strict=True)):
             to_y_TD = plus(to_y_TD, grad, weight.t())
             to_weights.append(to_weight(weight, grad, y_TD) if needed[2 * n] else None)
             to_weights.append(grad.sum(dim=0) if needed[2 * n + 1] else None)
-        assert to_y_TD is not None
         to_x_TD, to_norm = norm_backward(to_y_TD, x_TD, norm, factor_T1)
         return to_x_TD, to_norm, None, None, None, *to_weights
 

@@ -72,7 +72,12 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, targets_T, normalizer_T = ctx.saved_tensors
         to_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        to_weight_VD = gathered(weight_VD) if ctx.needs_input_grad[1] else None
+        # Added up in what the weight has of its gradient already, if it has any.
+        needed = ctx.needs_input_grad[1]
+        there_VD = weight_VD.grad if needed and weight_VD.is_leaf else None
+        to_weight_VD = there_VD
+        if needed and there_VD is None:
+            to_weight_VD = torch.zeros_like(weight_VD)
         for chunk in slices(len(hidden_TD), ctx.shape.rows):
             logits_TV = logits(hidden_TD[chunk], weight_VD, ctx.shape)
             for block in blocks(logits_TV):
@@ -85,15 +90,7 @@ class TokenLogprobs(torch.autograd.Function):
                 to_hidden_TD[chunk] = product(grad_TV, weight_VD)
             if to_weight_VD is not None:
                 to_weight_VD.addmm_(grad_TV.t(), hidden_TD[chunk])
-        if to_weight_VD is weight_VD.grad:
-            to_weight_VD = None  # it is there already
-        return to_hidden_TD, to_weight_VD, None, None
-
-
-def gathered(weight: Tensor) -> Tensor:
-    """Where its gradient is added up: what it has of it, or zeros."""
-    there = weight.grad if weight.is_leaf else None
-    return torch.zeros_like(weight) if there is None else there
+        return to_hidden_TD, to_weight_VD if there_VD is None else None, None, None
 
 
 def slices(total: int, size: int) -> Iterator[slice]:

@@ -49,11 +49,9 @@ def in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     return F.linear(x_TD, weight_VD).float()
 
 
-def plus(total: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    """total + x · weightᵀ, in fp32 on a CPU, without gradient."""
-    if total is None:
-        return by_onednn(x, weight)
-    y: Tensor = _mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
+def plus(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """total + x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
+    y: Tensor = _mkldnn._linear_pointwise.binary(x, total, weight, bias, "add")
     return y
 
 
@@ -123,8 +121,7 @@ class LaidOut:
         return by_onednn(x, self.weight, self.bias)
 
     def plus(self, total: Tensor, x: Tensor) -> Tensor:
-        y: Tensor = _mkldnn._linear_pointwise.binary(x, total, self.weight, self.bias, "add")
-        return y
+        return plus(total, x, self.weight, self.bias)
 
 
 def laid_out_for(rows: int, layers: Iterable[nn.Linear]) -> dict[nn.Module, Forward]:

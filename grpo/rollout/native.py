@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo.budget import Budget
+from grpo.budget import Budget, evenly
 from grpo.errors import ConfigError
 from grpo.models.attention import Tree, read
 from grpo.models.forward import shared_prefix
@@ -90,25 +90,14 @@ class NativeEngine:
         """[B, D] the last hidden state of each prompt, whose keys and values go into the cache."""
         device, budget = self.policy.device.torch_device, self.budget.computed.tokens
         last: list[Tensor] = []
-        for start, stop in parts([len(prompt.token_ids) for prompt in prompts], budget):
-            tokens = [prompt.token_ids for prompt in prompts[start:stop]]
+        for part in evenly([len(prompt.token_ids) for prompt in prompts], budget):
+            tokens = [prompt.token_ids for prompt in prompts[part]]
             tree = Tree(tuple(map(len, tokens)), ())
             tokens_T = torch.tensor([token for own in tokens for token in own], device=device)
-            plan = Reading(cache, start, tree)
+            plan = Reading(cache, part.start, tree)
             hidden_TD = read(self.policy.model, tokens_T, tree.positions(device), plan)
             last += [hidden_TD[own.stop - 1] for own in tree.prompts]
         return torch.stack(last)
-
-
-def parts(lengths: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Neighbours of up to so many tokens together, at least one: where a part starts and ends."""
-    found, start, total = [], 0, 0
-    for b, length in enumerate(lengths):
-        if b > start and total + length > budget:
-            found.append((start, b))
-            start, total = b, 0
-        total += length
-    return [*found, (start, len(lengths))]
 
 
 class Draft:
