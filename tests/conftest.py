@@ -41,8 +41,9 @@ SHAPE = {
     "pad_token_id": 0,
 }
 ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    # Heads as wide as compiled attention wants them; Gemma's are not.
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, head_dim=16)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=16)),
     # A soft cap low enough to bite, and a window shorter than the prompts.
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(**SHAPE, head_dim=8, sliding_window=6, final_logit_softcapping=2.0)

@@ -21,6 +21,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from grpo.models import compiled
 from grpo.models.attention import Tree, read
 from grpo.models.layer import decoding, lean, usual_layers
 from grpo.models.products import HAS_ONEDNN
@@ -31,7 +32,7 @@ USUAL: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": ARCHITECTURES["llama"],
     "qwen2": ARCHITECTURES["qwen2"],  # with biases
     # A window shorter than the way to a completion's end.
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=8, sliding_window=6)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=16, sliding_window=6)),
 }
 TREE = Tree((7, 4), (5, 3, 0, 2))
 TOKENS = torch.randint(0, VOCABULARY, (7 + 4 + 10,), generator=torch.Generator().manual_seed(1))
@@ -89,10 +90,15 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compiles", [True, False])
 @pytest.mark.parametrize("name", USUAL)
-def test_weights_laid_out_together_give_the_same(name: str) -> None:
+def test_weights_laid_out_together_give_the_same(
+    name: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = with_large_weights(USUAL[name])
     own = hidden(model)
+    if not compiles:
+        monkeypatch.setattr(compiled, "kernel", lambda: None)
     with decoding(model, 16):
         assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
     assert all("forward" not in module.__dict__ for module in model.modules())

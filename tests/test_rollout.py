@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers.generation.logits_process import (
 
 from grpo.budget import Budget
 from grpo.device import Device
+from grpo.models import compiled
 from grpo.models.forward import Completions, left_mask, plain, score_completions
 from grpo.models.head import Head, Readout, score_tokens
 from grpo.models.load import LanguageModel, choose_forward
@@ -28,7 +30,17 @@ from grpo.rollout.draw import draw
 from grpo.types import Example, Prompt, Rollout, Sampling
 from grpo.update import MicroBatch, completions, score_rollout
 
-ENGINES = {"native": NativeEngine, "hf": HFEngine}
+
+class Uncompiled(NativeEngine):
+    """As where no C compiler is there."""
+
+    def generate(self, *wanted: Any, **named: Any) -> Rollout:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled, "kernel", lambda: None)
+            return super().generate(*wanted, **named)
+
+
+ENGINES = {"native": NativeEngine, "uncompiled": Uncompiled, "hf": HFEngine}
 MakeEngine = Callable[..., Engine]
 
 ROOM = Budget.of(10**6)
@@ -149,14 +161,15 @@ def test_pad_that_is_also_the_end_is_trained_once(
         assert rollout.mask_NC[n].sum() == length
 
 
+@pytest.mark.parametrize("engine", [NativeEngine, Uncompiled])
 def test_budget_and_finished_rows_change_no_greedy_token(
-    small_model: PreTrainedModel, device: Device
+    small_model: PreTrainedModel, device: Device, engine: type[NativeEngine]
 ) -> None:
     """One prompt at a time, all at once, and with rows leaving the batch: the same completions."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 3)))
     prompts = prompts_of(7, 3, 5, 9, 2)
-    at_once = NativeEngine(policy, 10, ROOM).generate(prompts, 2, Sampling(0.0), seed=0)
-    one_by_one = NativeEngine(policy, 10, Budget.of(1)).generate(prompts, 2, Sampling(0.0), seed=0)
+    at_once = engine(policy, 10, ROOM).generate(prompts, 2, Sampling(0.0), seed=0)
+    one_by_one = engine(policy, 10, Budget.of(1)).generate(prompts, 2, Sampling(0.0), seed=0)
     assert at_once.texts == one_by_one.texts
     assert len(set(at_once.lengths_N.tolist())) > 1
     assert_close(at_once.logprobs_NC, one_by_one.logprobs_NC, atol=2e-5, rtol=1e-4)

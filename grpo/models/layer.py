@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grpo.models import compiled
 from grpo.models.attention import NAME, Plan, Scoring, Tree, attention_as
 from grpo.models.lean import (
     epsilon_of,
@@ -207,6 +208,12 @@ class WithGradient:
         return done_TD[None]
 
 
+def gated_by(gate_up: Tensor) -> Tensor:
+    """As `compiled.gated`."""
+    gate_TF, up_TF = gate_up.chunk(2, dim=-1)
+    return F.silu(gate_TF).mul_(up_TF)
+
+
 class ForFewRows:
     """A layer's forward without gradient, from copies of its weights that are laid out together."""
 
@@ -220,12 +227,15 @@ class ForFewRows:
         self.out = LaidOut(rows, attention.o_proj)
         self.gate_up = LaidOut(rows, block.gate_proj, block.up_proj)
         self.down = LaidOut(rows, block.down_proj)
+        compiles = compiled.kernel() is not None
+        self.norm = compiled.normed if compiles else normed_by
+        self.gated = compiled.gated if compiles else gated_by
 
     def __call__(self, hidden: Tensor, *, plan: Plan, position_embeddings: Positions) -> Tensor:
         """[1, T, D]"""
         x_TD = hidden[0]
         first, second = self.layer.norms
-        asked_TXd = self.ask(normed_by(x_TD, *first)).unflatten(-1, (-1, self.width))
+        asked_TXd = self.ask(self.norm(x_TD, *first)).unflatten(-1, (-1, self.width))
         self.rotations.of(position_embeddings).turn_(asked_TXd[:, : self.turned])
         taken_TX = self.layer.attend(
             plan,
@@ -234,8 +244,7 @@ class ForFewRows:
             asked_TXd[:, self.turned :],
         )
         x_TD = self.out.plus(x_TD, taken_TX)
-        gate_TF, up_TF = self.gate_up(normed_by(x_TD, *second)).chunk(2, dim=-1)
-        return self.down.plus(x_TD, F.silu(gate_TF).mul_(up_TF))[None]
+        return self.down.plus(x_TD, self.gated(self.gate_up(self.norm(x_TD, *second))))[None]
 
 
 def in_place_of(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grpo.models.compiled import Packed
+
 Forward = Callable[..., Tensor]  # of a module
 
 _mkldnn = torch.ops.mkldnn
@@ -102,26 +104,30 @@ def fast_products(model: nn.Module) -> dict[nn.Module, Forward]:
 class LaidOut:
     """Linear layers' product with the same rows, from one copy of their weights, made here.
 
-    A product of a few rows, as decoding has them, is bound by how the weights are read; oneDNN can
-    lay them out for that once. Without gradient.
+    A product of a few rows, as decoding has them, is bound by how the weights are read; they can be
+    laid out for that once. Without gradient.
     """
 
     def __init__(self, rows: int, *layers: nn.Linear) -> None:
         """rows: how many the product will mostly have. The weights must not change meanwhile."""
         whole = torch.cat([layer.weight.detach() for layer in layers])
-        self.weight = _mkldnn._reorder_linear_weight(whole, rows)
-        self.bias: Tensor | None = None
+        bias: Tensor | None = None
         if any(layer.bias is not None for layer in layers):
             none = whole.new_zeros
             biases = [none(x.out_features) if x.bias is None else x.bias.detach() for x in layers]
-            self.bias = torch.cat(biases)
+            bias = torch.cat(biases)
+        self.packed = Packed(whole, bias) if Packed.fits(whole) else None
+        if self.packed is None:
+            self.weight, self.bias = _mkldnn._reorder_linear_weight(whole, rows), bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """What each of the layers would give, end to end."""
-        return by_onednn(x, self.weight, self.bias)
+        return by_onednn(x, self.weight, self.bias) if self.packed is None else self.packed(x)
 
     def plus(self, total: Tensor, x: Tensor) -> Tensor:
-        return plus(total, x, self.weight, self.bias)
+        if self.packed is None:
+            return plus(total, x, self.weight, self.bias)
+        return self.packed(x, total)
 
 
 def laid_out_for(rows: int, layers: Iterable[nn.Linear]) -> dict[nn.Module, Forward]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo.models import compiled
 from grpo.models.attention import Scoring, Seen, Tree, padded, sees, weighted
 
 
@@ -68,8 +69,8 @@ class Cache:
         for layer in self.layers.values():
             if dropped:
                 longest = int(self.lengths_B.max())
-                layer.prompt_keys = layer.prompt_keys[prompts, :, :longest]
-                layer.prompt_values = layer.prompt_values[prompts, :, :longest]
+                layer.prompt_keys = layer.prompt_keys[prompts, :, :longest].contiguous()
+                layer.prompt_values = layer.prompt_values[prompts, :, :longest].contiguous()
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 new = old.new_empty(len(rows), *old.shape[1:])
@@ -101,6 +102,13 @@ class Cache:
     ) -> Tensor:
         """[N, H, d] as `Plan.attend` says, for one token a row."""
         own, column = self.layers[layer], self.written
+        if self._suits_kernel(own, how):
+            keys = compiled.Keys(
+                own.prompt_keys, own.prompt_values, own.keys, own.values,
+                self.prompt_N, self.lengths_B,
+            )  # fmt: skip
+            asked, key, value = (x.transpose(0, 1) for x in (queries_HTd, keys_KTd, values_KTd))
+            return keys.attend(asked, key, value, column, how.scale, how.window)
         own.keys[:, :, column] = keys_KTd.transpose(0, 1)
         own.values[:, :, column] = values_KTd.transpose(0, 1)
         count, heads = queries_HTd.shape[1], keys_KTd.shape[0]
@@ -116,6 +124,15 @@ class Cache:
         share_NKr = torch.sigmoid(self._rows(prompt_NKr[..., None]) - own_NKr[..., None])
         out: Tensor = torch.lerp(to_own, self._rows(to_prompt), share_NKr.to(to_own.dtype))
         return out.reshape(count, -1, out.shape[-1])
+
+    @staticmethod
+    def _suits_kernel(own: Layer, how: Scoring) -> bool:
+        keys = own.keys
+        return (
+            (keys.device.type, keys.dtype, how.softcap) == ("cpu", torch.float32, None)
+            and keys.shape[-1] % compiled.MOST_LANES == 0
+            and compiled.kernel() is not None
+        )
 
     def _seen(self, window: int | None) -> tuple[Seen | None, Seen | None]:
         """Of its prompt and of its own tokens, what the next token of a row sees; None: all."""

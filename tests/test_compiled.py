@@ -1,0 +1,153 @@
+"""Compiled code gives torch's numbers, and where it can't be compiled the same comes from torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from grpo.models import compiled
+from grpo.models.compiled import Keys, Packed, gated, normed
+from grpo.models.gguf import cache_folder
+
+needs_compiler = pytest.mark.skipif(compiled.kernel() is None, reason="no C compiler is there")
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", range(1, 27))  # what is left of a tile is of every size
+@settings(deadline=None, max_examples=8)
+@given(
+    inputs=st.integers(1, 70), columns=st.integers(1, 4), biased=st.booleans(), added=st.booleans()
+)
+def test_a_product_is_torchs(
+    rows: int, inputs: int, columns: int, biased: bool, added: bool
+) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    weight = torch.randn(32 * columns, inputs, generator=generator)
+    bias = torch.randn(32 * columns, generator=generator) if biased else None
+    total = torch.randn(rows, 32 * columns, generator=generator) if added else None
+    x = torch.randn(rows, inputs + 3, generator=generator)[:, 3:]  # rows with gaps between them
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    expected = expected if total is None else total + expected
+    assert_close(Packed(weight, bias)(x, total).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+def test_only_whole_blocks_of_outputs_fit() -> None:
+    assert Packed.fits(torch.empty(64, 5))
+    assert not Packed.fits(torch.empty(97, 5))
+
+
+@needs_compiler
+def test_norm_and_gate_are_torchs_also_far_out() -> None:
+    x = torch.tensor([1e-4, 1.0, 30.0, 200.0])[:, None] * torch.randn(4, 96)
+    weight = torch.randn(96)
+    assert_close(normed(x, weight, 1e-5), F.rms_norm(x, (96,), weight, 1e-5))
+    expected = F.silu(x[:, :48]) * x[:, 48:]
+    assert_close(gated(x), expected, rtol=1e-5, atol=1e-30)
+
+
+def plain_attention(keys: Keys, asked: Tensor, written: int, scale: float, window: int) -> Tensor:
+    """One row and one head at a time, in double."""
+    out = torch.empty_like(asked)
+    repeats = asked.shape[1] // keys.keys.shape[1]
+    for n in range(asked.shape[0]):
+        b = int(keys.prompt_N[n])
+        for h in range(asked.shape[1]):
+            k = h // repeats
+            seen, taken = (
+                torch.cat([of_prompt[b, k, : keys.lengths_B[b]], own[n, k, : written + 1]])
+                for of_prompt, own in (
+                    (keys.prompt_keys, keys.keys), (keys.prompt_values, keys.values)
+                )
+            )  # fmt: skip
+            scores = seen[-window:].double() @ asked[n, h].double() * scale
+            out[n, h] = (scores.softmax(0) @ taken[-window:].double()).float()
+    return out
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (2, 3), (3, 2), (2, 7)]),
+    width=st.sampled_from([16, 64, 80, 128]),
+    written=st.integers(0, 35),
+    window=st.one_of(st.none(), st.integers(1, 50)),
+)
+def test_attention_is_a_softmax_over_prompt_and_own(
+    lengths: list[int],
+    rows: list[int],
+    heads: tuple[int, int],
+    width: int,
+    written: int,
+    window: int | None,
+) -> None:
+    generator = torch.Generator().manual_seed(written)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    prompt_N = torch.tensor([row % len(lengths) for row in rows])
+    (kv_heads, repeats), longest = heads, max(lengths)
+    keys = Keys(
+        *(random(len(lengths), kv_heads, longest, width) for _ in range(2)),
+        *(random(len(rows), kv_heads, 36, width) for _ in range(2)),
+        prompt_N,
+        torch.tensor(lengths),
+    )
+    before = [x.clone() for x in (keys.keys, keys.values)]
+    together = random(len(rows), kv_heads * (repeats + 2), width)  # as one product makes them
+    asked, key, value = together.split([kv_heads * repeats, kv_heads, kv_heads], dim=1)
+    found = keys.attend(asked, key, value, written, 0.3, window)
+    for now, old, new in zip((keys.keys, keys.values), before, (key, value), strict=True):
+        old[:, :, written] = new
+        assert torch.equal(now, old)  # the newest is added, and nothing else is written
+    expected = plain_attention(keys, asked, written, 0.3, window or 10**6)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing compiled yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_compiler_that_fails_is_said_and_done_without(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = fresh / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'no room left' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    caplog.set_level(logging.INFO)
+    assert compiled.kernel.__wrapped__() is None
+    assert "without compiled code: no room left" in caplog.text
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_no_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert compiled.kernel.__wrapped__() is None
+
+
+@needs_compiler
+def test_processes_that_compile_at_once_do_not_disturb_each_other(fresh: Path) -> None:
+    program = "from grpo.models.compiled import kernel; assert kernel().wide() > 0"
+    running = [
+        subprocess.Popen([sys.executable, "-c", program], env=os.environ.copy()) for _ in range(3)
+    ]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert [path.suffix for path in cache_folder().iterdir()] == [".so"]
