@@ -223,6 +223,7 @@ def build_objective(cfg: DictConfig) -> Objective:
         entropy_weight=algorithm.entropy_weight,
         mask_truncated=algorithm.mask_truncated,
         top_entropy=algorithm.top_entropy,
+        importance_cap=algorithm.importance_cap,
         num_iterations=algorithm.num_iterations,
         minibatches=algorithm.minibatches,
     )

@@ -62,6 +62,7 @@ def check(cfg: DictConfig) -> None:
     check_model(cfg.model)
     check_rewards(cfg.reward)
     check_adapter(cfg)
+    check_installed(cfg)
     check_curriculum(cfg)
     if not (cfg.eval.greedy or cfg.eval.samples):
         raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
@@ -102,11 +103,20 @@ def check_adapter(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"adapter.target={target}: should be all-linear, or the names of modules."
             )
-    for key, wanted in (("adapter.quantized", True), ("optim.name", "adamw_8bit")):
-        if OmegaConf.select(cfg, key) == wanted and find_spec("bitsandbytes") is None:
+
+
+def check_installed(cfg: DictConfig) -> None:
+    """What an extra brings."""
+    needs = (
+        ("adapter.quantized", True, "adapter.quantized=True", "bitsandbytes", "quantized"),
+        ("optim.name", "adamw_8bit", "optim.name=adamw_8bit", "bitsandbytes", "quantized"),
+        ("rollout._target_", "grpo.rollout.vllm.VLLMEngine", "rollout=vllm", "vllm", "vllm"),
+    )
+    for key, wanted, said, package, extra in needs:
+        if OmegaConf.select(cfg, key) == wanted and find_spec(package) is None:
             raise ConfigError(
-                f"{key}={wanted}: needs bitsandbytes, which is not installed: "
-                f"pip install 'grpo-bench[quantized]'"
+                f"{said}: needs {package}, which is not installed: "
+                f"pip install 'grpo-bench[{extra}]'"
             )
 
 
@@ -163,6 +173,7 @@ def check_algorithm(cfg: DictConfig) -> None:
     for key in ("algorithm.resample", "algorithm.entropy_weight"):
         at_least(cfg, key, 0)
     more_than_nothing(cfg, "algorithm.top_entropy", most=1.0)
+    at_least(cfg, "algorithm.importance_cap", 1.0)
     algorithm = cfg.algorithm
     if algorithm.minibatches > cfg.batch_size:
         raise ConfigError(

@@ -77,6 +77,7 @@ class AlgorithmConfig:
     averaging: str = MISSING
     mask_truncated: bool = MISSING
     top_entropy: float = MISSING
+    importance_cap: float = MISSING
     entropy_weight: float = MISSING
     num_iterations: int = MISSING
     minibatches: int = MISSING

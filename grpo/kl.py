@@ -12,8 +12,9 @@ from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.reference import Reference
 from grpo.objective import AdaptiveWeight
+from grpo.pieces import score_rollout
 from grpo.types import Rollout, Sampling
-from grpo.update import KLTerm, score_rollout
+from grpo.update import KLTerm
 
 
 class Pulled(NamedTuple):

@@ -68,10 +68,18 @@ class Rollout:
 
     prompts: tuple[Prompt, ...]  # B
     tokens_NC: Tensor  # int64; what stands past a row's length is padding
-    logprobs_NC: Tensor  # float32, under the distribution sampled from; 0 past a row's length
+    logprobs_NC: Tensor  # float32, the policy's, of what is sampled from; 0 past a row's length
     lengths_N: Tensor  # int64, the end-of-sequence token counted
     truncated_N: Tensor  # bool: stopped by max_new_tokens, not by an end-of-sequence token
     texts: tuple[str, ...]  # N, special tokens left out
+    # The sampler's log-probabilities, where that was not the policy itself but a copy of it that
+    # computes in another way.
+    sampler_NC: Tensor | None = None
+
+    @property
+    def importance_NC(self) -> Tensor | None:
+        """How much likelier each token is to the policy than to the sampler; 1 past a row."""
+        return None if self.sampler_NC is None else (self.logprobs_NC - self.sampler_NC).exp()
 
     @property
     def num_generation(self) -> int:
@@ -83,6 +91,18 @@ class Rollout:
             "completion/length_mean": float(lengths_N.mean()),
             "completion/length_max": float(lengths_N.max()),
             "completion/truncated": float(self.truncated_N.float().mean()),
+            **self._mismatch(),
+        }
+
+    def _mismatch(self) -> dict[str, float]:
+        """How far the sampler was from the policy, where it was another."""
+        if self.sampler_NC is None or self.importance_NC is None:
+            return {}
+        ratio_T, log_T = self.importance_NC[self.mask_NC], self.sampler_NC - self.logprobs_NC
+        return {
+            "sampler/kl": float(log_T[self.mask_NC].mean()),  # nats a token, from what it sampled
+            "sampler/importance_min": float(ratio_T.min()),
+            "sampler/importance_max": float(ratio_T.max()),
         }
 
     @property

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from grpo.budget import Limit, evenly
+from grpo.budget import Limit
 from grpo.models.forward import Completions
-from grpo.models.head import Features, Readout, TokenScores
+from grpo.models.head import Readout, TokenScores
 from grpo.models.load import LanguageModel
-from grpo.models.pad import pad_left
 from grpo.models.reference import Reference
 from grpo.objective import ESTIMATORS, PolicyLoss, Tokens, most_uncertain
 from grpo.objective.kl import Divergence, Estimator
 from grpo.objective.ratios import Ratio
 from grpo.objective.weights import Averaging
 from grpo.optim import Optimizer
+from grpo.pieces import completions, micro_batches, other_side, score_rollout
 from grpo.types import Rollout, Sampling
 
 CHEAP_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on
@@ -54,6 +54,7 @@ class Objective:
     entropy_weight: float = 0.0
     mask_truncated: bool = False  # completions that were cut off are not trained on
     top_entropy: float = 1.0  # only this share of the tokens, the least certain, is trained on
+    importance_cap: float = 2.0  # what a token counts for at most, where another model sampled it
     num_iterations: int = 1  # passes over a rollout
     minibatches: int = 1  # optimizer steps a pass
 
@@ -71,103 +72,6 @@ class Learned:
     advantages_N: Tensor
     reference_NC: Tensor | None  # the reference's log-probabilities; None where the update has them
     kl_weight: float  # of the KL in the loss
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The same number of rows of each of some prompts: what one forward and backward holds."""
-
-    prompts: list[int]  # indices into B
-    rows: Tensor  # indices into N, in order
-    tokens: int  # of the prompts and of the rows
-
-
-def micro_batches(
-    rollout: Rollout, limit: Limit, prompts: Sequence[int] | None = None
-) -> Iterator[MicroBatch]:
-    """Whole groups in length order, evenly spread; one that is over the limit is cut into rows.
-
-    Args:
-        prompts: indices into B; None for all.
-    """
-    group = rollout.num_generation
-    lengths_BG = rollout.lengths_N.view(-1, group).tolist()
-    prompt_B = [len(prompt.token_ids) for prompt in rollout.prompts]
-
-    def cut(b: int, rows: Sequence[int]) -> MicroBatch:
-        own = torch.tensor(rows) + b * group
-        return MicroBatch([b], own, prompt_B[b] + sum(lengths_BG[b][g] for g in rows))
-
-    whole = []
-    chosen = range(len(prompt_B)) if prompts is None else prompts
-    for b in sorted(chosen, key=lambda b: (max(lengths_BG[b]), prompt_B[b])):
-        one = cut(b, range(group))
-        if one.tokens <= limit.most:
-            whole.append(one)
-            continue
-        fitting = max(1, (limit.most - prompt_B[b]) // max(lengths_BG[b]))
-        pieces = -(-group // fitting)
-        for rows in torch.arange(group).tensor_split(pieces):
-            yield cut(b, rows.tolist())
-    for share in evenly([one.tokens for one in whole], limit.tokens):
-        some = whole[share]
-        yield MicroBatch(
-            [b for one in some for b in one.prompts],
-            torch.cat([one.rows for one in some]),
-            sum(one.tokens for one in some),
-        )
-
-
-def completions(rollout: Rollout, batch: MicroBatch, policy: LanguageModel) -> Completions:
-    """A micro-batch's tensors, cut to its own longest prompt and completion."""
-    rows = batch.rows.to(rollout.tokens_NC.device)
-    width = int(rollout.lengths_N[rows].max())
-    prompts_BP, lengths_B = pad_left(
-        [rollout.prompts[b].token_ids for b in batch.prompts], policy.pad_id, rows.device
-    )
-    return Completions(
-        prompts_BP=prompts_BP,
-        prompt_lengths_B=lengths_B,
-        tokens_NC=rollout.tokens_NC[rows, :width],
-        mask_NC=rollout.mask_NC[rows, :width],
-    )
-
-
-def other_side(
-    reference: Reference | None, readout: Readout, inputs: Completions
-) -> Features | None:
-    """What a divergence is measured from, where the readout asks for one."""
-    if reference is None or readout.divergence is None:
-        return None
-    return reference.features(inputs)
-
-
-@torch.no_grad()
-def score_rollout(
-    model: LanguageModel,
-    rollout: Rollout,
-    readout: Readout,
-    limit: Limit,
-    reference: Reference | None = None,
-) -> TokenScores:
-    """A model's scores [N, C] of a whole rollout, without gradient.
-
-    reference: what a divergence is measured from, where the readout asks for one.
-    """
-    scores = TokenScores(*(torch.zeros_like(rollout.logprobs_NC) for _ in TokenScores._fields))
-
-    def work() -> None:
-        for batch in micro_batches(rollout, limit):
-            limit.starts(batch.tokens)
-            inputs = completions(rollout, batch, model)
-            against = other_side(reference, readout, inputs)
-            rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
-            part = model.score(inputs, readout, against)
-            for whole_NC, part_NC in zip(scores, part, strict=True):
-                whole_NC[rows, :width] = part_NC
-
-    limit.fitting(work)
-    return scores
 
 
 @dataclass(frozen=True)
@@ -220,8 +124,9 @@ def update(
 ) -> dict[str, float]:
     """Takes `num_iterations` x `minibatches` optimizer steps and says what they were made of.
 
-    The old log-probabilities are the sampler's, so `policy/ratio_max` shows any mismatch. Groups
-    that nothing gives a gradient are read for the metrics, and cost no backward.
+    The old log-probabilities are the policy's at the time of the rollout, so `policy/ratio_max`
+    shows any difference between sampling and training. Groups that nothing gives a gradient are
+    read for the metrics, and cost no backward.
 
     Args:
         seed: of the split into minibatches.
@@ -315,6 +220,10 @@ def losses(
     old_NC = rollout.logprobs_NC[rows, :width]
     weights_NC = minibatch.weights_NC[rows, :width]
     chosen_NC = weights_NC * minibatch.chosen_NC[rows, :width]
+    importance_NC = rollout.importance_NC
+    policy_NC = chosen_NC
+    if importance_NC is not None:
+        policy_NC = chosen_NC * importance_NC[rows, :width].clamp(max=objective.importance_cap)
     ratio = objective.ratio(scored.logprobs, old_NC, inputs.mask_NC)
     token = objective.policy_loss(ratio, scored.logprobs, learned.advantages_N[rows, None])
     token_ratio_NC = torch.exp(scored.logprobs - old_NC)
@@ -329,7 +238,7 @@ def losses(
         weighed_NC = kl_NC * token_ratio_NC if objective.kl.unbiased_gradient else kl_NC
         kl_loss = learned.kl_weight * (weights_NC * weighed_NC).sum()
     return MicroLoss(
-        policy=(chosen_NC * token.loss).sum(),
+        policy=(policy_NC * token.loss).sum(),
         kl=kl_loss,
         entropy=-objective.entropy_weight * (chosen_NC * scored.entropy).sum(),
         ratio_NC=token_ratio_NC.detach(),

@@ -35,10 +35,11 @@ from grpo.models.reference import Reference
 from grpo.objective import DIVERGENCES, ESTIMATORS
 from grpo.optim import SCHEDULES, Optimizer
 from grpo.past import model_of_checkpoint
+from grpo.pieces import score_rollout
 from grpo.rollout import NativeEngine
 from grpo.tracking.files import read_lines
 from grpo.types import Rollout
-from grpo.update import KLTerm, Learned, score_rollout, update
+from grpo.update import KLTerm, Learned, update
 
 PROMPTS, COMPLETIONS = 16, 8
 BUDGET = Budget.of(4096, cached=32768)

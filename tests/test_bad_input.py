@@ -88,6 +88,7 @@ CASES = {
     "no iterations": (["algorithm.num_iterations=0"], "num_iterations=0", "at least 1"),
     "no tokens": (["algorithm.top_entropy=0"], "algorithm.top_entropy=0", "more than 0"),
     "too many tokens": (["algorithm.top_entropy=2"], "algorithm.top_entropy=2", "at most 1"),
+    "a cap below one": (["algorithm.importance_cap=0.5"], "importance_cap=0.5", "at least 1"),
     "negative bonus": (["algorithm.entropy_weight=-1"], "entropy_weight=-1", "at least 0"),
     "unknown estimator": (["kl.estimator=k4"], "kl.estimator=k4", "k1, k2, k3, full"),
     "unknown direction": (["kl.direction=backward"], "kl.direction=backward", "forward"),
@@ -106,6 +107,7 @@ CASES = {
     "min p": (["sampling.min_p=2"], "sampling.min_p=2", "at most 1"),
     "no penalty": (["sampling.repetition_penalty=0"], "repetition_penalty=0", "more than 0"),
     "empty stop": (["sampling.stop=['']"], "sampling.stop", "empty"),
+    "no vLLM": (["rollout=vllm"], "rollout=vllm: needs vllm", "grpo-bench[vllm]"),
     "no rank": (["adapter=lora", "adapter.rank=0"], "adapter.rank=0", "at least 1"),
     "no such modules": (
         ["adapter=lora", "adapter.target=[nowhere]"],

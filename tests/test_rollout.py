@@ -25,10 +25,10 @@ from grpo.models.forward import Completions, left_mask, plain, score_completions
 from grpo.models.head import Head, Readout, score_tokens
 from grpo.models.load import LanguageModel, choose_forward
 from grpo.models.pad import pad_left
+from grpo.pieces import MicroBatch, completions, score_rollout
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.rollout.draw import draw
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import MicroBatch, completions, score_rollout
 
 
 class Uncompiled(NativeEngine):

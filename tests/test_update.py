@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,12 +37,14 @@ from grpo.objective import (
 from grpo.objective.advantages import group_mean, group_std
 from grpo.objective.kl import k1, k3
 from grpo.optim import SCHEDULES, Optimizer
+from grpo.pieces import micro_batches, score_rollout
 from grpo.rollout import NativeEngine
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective, micro_batches, score_rollout
+from grpo.update import KLTerm, Learned, Objective
 from grpo.update import update as update_learned
 from tests.test_rollout import prompts_of, wrap
 
+ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = Sampling(temperature=1.3)
 ROOM = Budget.of(10**6)
 KL = KLTerm(estimator=k3, divergence=None, in_reward=False, unbiased_gradient=False)
@@ -382,6 +388,33 @@ def test_only_uncertain_tokens_are_trained_on_and_all_are_in_the_kl(tiny: Langua
     assert close(ours, [a + b for a, b in zip(policys, kls, strict=True)])
 
 
+def test_what_another_sampler_wrote_counts_by_truncated_importance(tiny: LanguageModel) -> None:
+    """As if each advantage were multiplied by it; the KL is left alone."""
+    rollout, reference = rollout_of(tiny, 2, 3), reference_of(tiny, moves=False)
+    advantages_BG = group_advantages(torch.rand(2, 3, generator=torch.Generator().manual_seed(0)))
+    likelier_N1 = torch.tensor([0.5, 1.0, 1.5, 2.0, 4.0, 0.1])[:, None]  # to the policy
+    sampled = replace(rollout, sampler_NC=rollout.logprobs_NC - likelier_N1.log())
+    counts_BG = torch.tensor([[0.5, 1.0, 1.5], [2.0, 2.0, 0.1]])
+    for term, against in ((None, None), (KL, reference)):
+        capped = replace(OBJECTIVE, kl=term, importance_cap=2.0)
+        _, [ours] = kept_gradients(tiny, capped, sampled, advantages_BG, against)
+        _, [wanted] = kept_gradients(tiny, capped, rollout, advantages_BG * counts_BG, against)
+        assert close(ours, wanted)
+        _, [uncounted] = kept_gradients(tiny, capped, rollout, advantages_BG, against)
+        assert not close(uncounted, wanted)
+
+
+def test_how_far_the_sampler_was_is_logged_where_it_was_another() -> None:
+    rollout = replace(fake_rollout([3], [[2, 1]]), logprobs_NC=torch.tensor([[0.5, 0.1], [0.8, 1]]))
+    assert not any(name.startswith("sampler") for name in rollout.metrics())
+    logprobs_NC = rollout.logprobs_NC.log()
+    sampler_NC = torch.tensor([[0.25, 0.2], [0.8, 0.01]]).log()  # the last is padding
+    found = replace(rollout, logprobs_NC=logprobs_NC, sampler_NC=sampler_NC).metrics()
+    assert found["sampler/importance_max"] == pytest.approx(2.0)
+    assert found["sampler/importance_min"] == pytest.approx(0.5)
+    assert found["sampler/kl"] == pytest.approx(0.0, abs=1e-6)  # (log 1/2 + log 2 + log 1) / 3
+
+
 def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTrainedModel) -> None:
     """Bitwise the same gradients, with less kept between forward and backward."""
     policy = wrap(small_model, open_device("cpu", "auto"), end_ids=(1,))
@@ -567,3 +600,43 @@ def test_the_learning_rate_by_hand(schedule: str, rates: list[float]) -> None:
         seen.append(steps.rate())
         steps.steps_done += 1
     assert_close(torch.tensor(seen), torch.tensor(rates), atol=1e-6, rtol=0)
+
+
+UPDATE_OF = """
+import sys
+from dataclasses import replace
+
+import torch
+from conftest import SHAPE
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo.allocator import keep_freed_memory
+from grpo.device import open_device
+from tests.test_rollout import wrap
+from tests.test_update import OBJECTIVE, fake_rollout, optimizer, update
+
+keep_freed_memory()
+torch.manual_seed(0)
+config = Qwen2Config(**SHAPE | {"vocab_size": 50_000, "max_position_embeddings": 1024})
+policy = wrap(Qwen2ForCausalLM(config).eval(), open_device("cpu", "auto"))
+rollout = fake_rollout([20] * 4, [[int(sys.argv[1])] * 8] * 4)
+objective = replace(OBJECTIVE, kl=None)
+update(policy, None, optimizer(policy), objective, rollout, torch.randn(4, 8), 600)
+print(policy.device.peak_gb())
+"""
+
+
+def test_twice_the_completions_take_no_more_memory() -> None:
+    """Micro-batches are the same; the logits alone would take 0.8 GB, and 1.6."""
+    peaks = []
+    for tokens in (128, 256):
+        command = [sys.executable, "-c", UPDATE_OF, str(tokens)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        peaks.append(float(done.stdout))
+    assert peaks[1] - peaks[0] < 0.05
+    assert peaks[1] < 1.6

@@ -4,6 +4,7 @@
     scripts/bench step note             one step of a setting: peer and project in turn
     scripts/bench rollout long          decoding alone, next to transformers' generate
     scripts/bench update long           the optimizer step alone, next to the machine's matrix rate
+    scripts/bench lengths note          rollout and update at half, once and twice the tokens
     scripts/bench roofline              what the machine can do
     scripts/bench startup               seconds until a command answers
 
@@ -37,7 +38,7 @@ from work import ROOT, gsm8k, prepare
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, {"fp32": 2e-3, "bf16": 5e-2}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing is asked of a network meanwhile
-PARTS = ("step", "rollout", "update", "roofline", "startup")
+PARTS = ("step", "rollout", "update", "lengths", "roofline", "startup")
 
 
 def main(arguments: Sequence[str]) -> None:

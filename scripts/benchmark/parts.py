@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import GenerationConfig
 from grpo.budget import Budget
 from grpo.device import Device, open_device
 from grpo.memory import budget_of, held_by
+from grpo.models.head import Readout
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.pad import pad_left
 from grpo.models.reference import reference_of
@@ -29,9 +31,10 @@ from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
 from grpo.optim import SCHEDULES, Optimizer
+from grpo.pieces import score_rollout
 from grpo.rollout import NativeEngine
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective, score_rollout, update
+from grpo.update import KLTerm, Learned, Objective, update
 
 ROWS = 32  # at which decoding is measured
 
@@ -150,6 +153,55 @@ def matrix_rate(device: Device) -> float:
     return best
 
 
+@dataclass
+class Update:
+    """An optimizer step on completions that nobody wrote, with all that a run's has."""
+
+    policy: LanguageModel
+    setting: Setting
+    prompts: list[Prompt]
+
+    def __post_init__(self) -> None:
+        setting, policy = self.setting, self.policy
+        count, width = setting.prompts * setting.group, setting.tokens
+        generator, device = torch.Generator().manual_seed(0), policy.device.torch_device
+        self.written = Rollout(
+            prompts=tuple(self.prompts),
+            tokens_NC=torch.randint(5, 300, (count, width), generator=generator).to(device),
+            logprobs_NC=torch.full((count, width), -1.0, device=device),
+            lengths_N=torch.full((count,), width, device=device),
+            truncated_N=torch.zeros(count, dtype=torch.bool, device=device),
+            texts=("",) * count,
+        )
+        self.advantages_N = torch.randn(count, generator=generator).to(device)
+        term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
+        self.reference = reference_of(policy, moves=False) if setting.kl_weight else None
+        self.objective = Objective(
+            token_ratio, clipped_surrogate, sequence_mean, term if self.reference else None,
+            Sampling(setting.temperature), width,
+        )  # fmt: skip
+        self.optimizer = Optimizer(
+            policy.model, "adamw", 1e-6, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
+        )
+        longest = max(len(p.token_ids) for p in self.prompts) + width
+        held = held_by(policy, width, "adamw", with_reference=self.reference is not None)
+        self.limit = budget_of(device, None, None, held, longest).computed
+        self.reference_NC = self.refer()
+
+    def refer(self) -> torch.Tensor | None:
+        if self.reference is None:
+            return None
+        readout = Readout(self.objective.sampling)
+        return score_rollout(self.reference.model, self.written, readout, self.limit).plain
+
+    def step(self) -> None:
+        learned = Learned(self.advantages_N, self.reference_NC, self.setting.kl_weight)
+        update(
+            self.policy, self.reference, self.optimizer, self.objective, self.written, learned,
+            self.limit,
+        )  # fmt: skip
+
+
 def step_update(setting: Setting, work: Path) -> dict[str, Any]:
     """Seconds of an optimizer step, and the share of the matrix rate on useful operations.
 
@@ -158,45 +210,11 @@ def step_update(setting: Setting, work: Path) -> dict[str, Any]:
     """
     policy = loaded(setting, work)
     prompts = prompts_of(policy, setting, work, setting.prompts)
-    count, width = setting.prompts * setting.group, setting.tokens
-    generator = torch.Generator().manual_seed(0)
-    device = policy.device.torch_device
-    written = Rollout(
-        prompts=tuple(prompts),
-        tokens_NC=torch.randint(5, 300, (count, width), generator=generator).to(device),
-        logprobs_NC=torch.full((count, width), -1.0, device=device),
-        lengths_N=torch.full((count,), width, device=device),
-        truncated_N=torch.zeros(count, dtype=torch.bool, device=device),
-        texts=("",) * count,
-    )
-    advantages_N = torch.randn(count, generator=generator).to(device)
-    term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
-    reference = reference_of(policy, moves=False) if setting.kl_weight else None
-    sampling = Sampling(setting.temperature)
-    objective = Objective(
-        token_ratio, clipped_surrogate, sequence_mean, term if reference else None, sampling, width
-    )
-    optimizer = Optimizer(
-        policy.model, "adamw", 1e-6, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
-    )
-    longest = max(len(p.token_ids) for p in prompts) + width
-    held = held_by(policy, width, "adamw", with_reference=reference is not None)
-    limit = budget_of(device, None, None, held, longest).computed
-    read = Objective(token_ratio, clipped_surrogate, sequence_mean, None, sampling, width).readout
-    reference_NC = None
-    reference_seconds: list[float] = []
-    if reference is not None:
-        model = reference.model
-        reference_NC = score_rollout(model, written, read, limit).plain
-        reference_seconds = timed(
-            lambda: score_rollout(model, written, read, limit), 3, policy.device
-        )
-    learned = Learned(advantages_N, reference_NC, setting.kl_weight)
-    seconds = timed(
-        lambda: update(policy, reference, optimizer, objective, written, learned, limit),
-        4, policy.device,
-    )  # fmt: skip
-    forward = operations(policy, [len(p.token_ids) for p in prompts], setting.group, width)
+    own = Update(policy, setting, prompts)
+    reference_seconds = timed(own.refer, 3, policy.device) if own.reference else []
+    seconds = timed(own.step, 4, policy.device)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    forward = operations(policy, lengths, setting.group, setting.tokens)
     rate = matrix_rate(policy.device)
     return {
         "seconds": seconds,
@@ -209,6 +227,34 @@ def step_update(setting: Setting, work: Path) -> dict[str, Any]:
         ),
         "peak_gb": policy.device.peak_gb(),
     }
+
+
+def lengths(setting: Setting, work: Path) -> dict[str, Any]:
+    """Seconds of rollout and update at half, once and twice the completion tokens."""
+    policy = loaded(setting, work)
+    prompts = prompts_of(policy, setting, work, setting.prompts)
+    found = []
+    for tokens in (setting.tokens // 2, setting.tokens, setting.tokens * 2):
+        own = Update(policy, replace(setting, tokens=tokens), prompts)
+        engine = NativeEngine(policy, tokens, Budget.of(10**7))
+        sampling = Sampling(setting.temperature)
+
+        def sample(engine: NativeEngine = engine, sampling: Sampling = sampling) -> None:
+            engine.generate(prompts, setting.group, sampling, 0)
+
+        total = tokens * setting.group * setting.prompts
+        rollout_seconds = median(timed(sample, 3, policy.device))
+        update_seconds = median(timed(own.step, 3, policy.device))
+        found.append(
+            {
+                "completion_tokens": total,
+                "rollout_seconds": rollout_seconds,
+                "update_seconds": update_seconds,
+                "milliseconds_a_token": 1e3 * (rollout_seconds + update_seconds) / total,
+                "peak_gb": policy.device.peak_gb(),
+            }
+        )
+    return {"by_length": found}
 
 
 def roofline(setting: Setting, work: Path) -> dict[str, Any]:
@@ -237,7 +283,7 @@ def roofline(setting: Setting, work: Path) -> dict[str, Any]:
     return found
 
 
-PARTS = {"rollout": rollout, "update": step_update, "roofline": roofline}
+PARTS = {"rollout": rollout, "update": step_update, "lengths": lengths, "roofline": roofline}
 
 
 if __name__ == "__main__":

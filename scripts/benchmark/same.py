@@ -21,8 +21,9 @@ from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
 from grpo.optim import SCHEDULES, Optimizer
+from grpo.pieces import score_rollout
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective, score_rollout, update
+from grpo.update import KLTerm, Learned, Objective, update
 
 LIMIT = Budget.of(2048).computed
 

@@ -1,0 +1,180 @@
+"""vLLM (2309.06180) in this process: it samples from a copy of the policy, made anew each time.
+
+Its kernels and its precision are others, so its log-probabilities are not quite the policy's: both
+are kept, and a token counts by their ratio, up to a cap: truncated importance weights, as IMPALA's
+(1802.01561).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo.budget import Budget
+from grpo.errors import ConfigError
+from grpo.memory import cached_by_position
+from grpo.models.adapter import has_adapter, merged
+from grpo.models.head import Readout
+from grpo.models.load import LanguageModel
+from grpo.pieces import score_rollout
+from grpo.rollout.engine import Row, assemble
+from grpo.types import Prompt, Rollout, Sampling
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where the weights are
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are the training's too
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VLLMEngine:
+    """`vllm.LLM`; on a GPU it sleeps, and holds no memory, while the policy is trained."""
+
+    def __init__(self, policy: LanguageModel, max_new_tokens: int, budget: Budget) -> None:
+        """
+        Raises:
+            ConfigError: vLLM is not installed, or can't run this model.
+        """
+        if getattr(policy.model, "is_quantized", False):
+            raise ConfigError(
+                "rollout=vllm: weights in 4 bits can't be handed over; use rollout=native."
+            )
+        self.policy, self.max_new_tokens, self.budget = policy, max_new_tokens, budget
+        self.sleeps = policy.device.torch_device.type == "cuda"
+        os.environ.update(ENVIRONMENT)
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ConfigError(
+                f"rollout=vllm: vLLM can't be imported ({error}): pip install 'grpo-bench[vllm]'"
+            ) from error
+        try:
+            with tempfile.TemporaryDirectory() as folder, undisturbed():
+                policy.model.config.save_pretrained(folder)
+                policy.tokenizer.save_pretrained(folder)
+                self.llm: Any = LLM(folder, **self._settings())
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"rollout=vllm: vLLM can't run {type(policy.model).__name__}: {error}; use "
+                f"rollout=native."
+            ) from error
+        self._sleep()
+
+    def _settings(self) -> dict[str, Any]:
+        dtype = self.policy.device.autocast_dtype or torch.float32
+        longest = min(self.policy.context, self.budget.cached.most)
+        share = dtype.itemsize / torch.float32.itemsize
+        return {
+            "load_format": "dummy",  # the weights are handed over before each rollout
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": longest,
+            "kv_cache_memory_bytes": int(
+                cached_by_position(self.policy) * share * self.budget.cached.most
+            ),
+            # A prompt read in pieces steps back in its seeded generator; a CPU's can't (vLLM 0.32).
+            "enable_chunked_prefill": self.sleeps,
+            "max_num_batched_tokens": max(8192, longest),
+            "enforce_eager": not self.sleeps,
+            "enable_sleep_mode": self.sleeps,
+            "logprobs_mode": "processed_logprobs",  # of what is sampled from
+            "generation_config": "vllm",  # nothing of a model's own, which may cut off top-k
+        }
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
+    ) -> Rollout:
+        """As `Engine.generate` says."""
+        asked = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        generator = torch.Generator().manual_seed(seed)
+        seeds_B = torch.randint(0, 2**31, (len(prompts),), generator=generator).tolist()
+        group = num_generation if sampling.temperature else 1  # greedy ones are all the same
+        parameters = [self._parameters(sampling, group, own) for own in seeds_B]
+        with undisturbed():
+            self._wake()
+            written = self.llm.generate(asked, parameters, use_tqdm=False)
+            self._sleep()
+        rows = [
+            self._row(completion)
+            for prompt in written
+            for completion in prompt.outputs * (num_generation // group)
+        ]
+        sampled = assemble(self.policy, prompts, rows)
+        readout, limit = Readout(sampling), self.budget.computed
+        logprobs_NC = score_rollout(self.policy, sampled, readout, limit).logprobs
+        sampler_NC = sampled.logprobs_NC if sampling.temperature else logprobs_NC
+        return replace(sampled, logprobs_NC=logprobs_NC, sampler_NC=sampler_NC)
+
+    def _parameters(self, sampling: Sampling, group: int, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=group,
+            seed=seed,
+            temperature=sampling.temperature,
+            repetition_penalty=sampling.repetition_penalty,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            stop_token_ids=list(self.policy.end_ids),
+            ignore_eos=True,  # what ends is said above
+            max_tokens=self.max_new_tokens,
+            logprobs=0,  # of the sampled token alone
+            detokenize=bool(sampling.stop),
+            skip_special_tokens=False,
+        )
+
+    def _row(self, completion: Any) -> Row:
+        device = self.policy.device.torch_device
+        tokens = list(completion.token_ids)
+        of_each = zip(completion.logprobs, tokens, strict=True)
+        logprobs = [choices[token].logprob for choices, token in of_each]
+        return Row(
+            torch.tensor(tokens, device=device),
+            torch.tensor(logprobs, dtype=torch.float32, device=device),
+            completion.finish_reason == "stop",
+        )
+
+    def _wake(self) -> None:
+        """Gives it the policy's weights as they are now."""
+        if self.sleeps:
+            self.llm.wake_up(tags=["weights"])
+        # Not the model's own `load_weights`: vLLM may have packed its weights since it loaded them.
+        weights = plain_weights(self.policy.model)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def _sleep(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=2)
+
+
+def plain_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights as a checkpoint of the model alone has them, an adapter added in."""
+    plain: nn.Module = merged(model) if has_adapter(model) else model
+    for name, weight in plain.named_parameters():
+        yield name, weight.detach()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within it, vLLM may seed torch's generators and settle its threads; then all is put back."""
+    threads, setter = torch.get_num_threads(), torch.set_num_threads
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = setter  # on a CPU vLLM puts one there that does nothing
+            torch.set_num_threads(threads)
