@@ -123,8 +123,9 @@ def budget_of(
     if tokens is None and there < needed:
         given = f"null ({there:.1f} GB here)" if memory is None else f"{memory:g}"
         raise ConfigError(
-            f"device.memory_gb={given}: weights, gradients, optimizer and one completion with its "
-            f"prompt, up to {longest} tokens, take {needed:.1f} GB; give that much, or take less: "
+            f"device.memory_gb={given}: libraries, weights, gradients, optimizer and one "
+            f"completion with its prompt, up to {longest} tokens, take {needed:.1f} GB; give that "
+            f"much, or take less: "
             f"device.gradient_checkpointing=true, optim.name=adamw_8bit, adapter=lora."
         )
     most = tokens or int((there - base) * 1e9 / max(held.token, 1.0))

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.models.adapter import Adapter, add_adapter, load_adapter, save_adapter
+from grpo.models.fast import lean
 from grpo.models.find import PACKAGED
 from grpo.models.forward import Completions, Forward, plain, score_completions, shared_prefix
 from grpo.models.head import Head, Readout
-from grpo.models.layer import lean
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.reference import reference_of
 from grpo.types import Sampling

@@ -23,7 +23,7 @@ from transformers import (
 
 from grpo.models import compiled
 from grpo.models.attention import Tree, read
-from grpo.models.layer import decoding, lean, usual_layers
+from grpo.models.fast import decoding, lean, usual_layers
 from grpo.models.products import HAS_ONEDNN
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")

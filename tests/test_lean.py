@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grpo.models.layer import lean
+from grpo.models.fast import lean
 from grpo.models.lean import lean_blocks, lean_norms
 from grpo.models.products import HAS_ONEDNN, computed_as
 

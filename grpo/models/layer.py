@@ -9,24 +9,18 @@ Shape letters as in `attention.py`; F is the width of the gated block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.models import compiled
-from grpo.models.attention import NAME, Plan, Scoring, Tree, attention_as
+from grpo.models.attention import Plan, Scoring
 from grpo.models.lean import (
     epsilon_of,
     gated_backward,
-    lean_blocks,
-    lean_norms,
-    looks_like_norm,
     norm_backward,
     normed,
     normed_by,
@@ -35,18 +29,9 @@ from grpo.models.lean import (
 from grpo.models.products import (
     LaidOut,
     by_onednn,
-    computed_as,
-    fast_products,
-    laid_out_for,
-    linear_layers,
     plus,
-    suits_onednn,
     to_weight,
 )
-
-LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-BLOCK = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 Positions = tuple[Tensor, Tensor]  # cosines and sines [1, T, d], as transformers gives its layers
 
@@ -245,110 +230,3 @@ class ForFewRows:
         )
         x_TD = self.out.plus(x_TD, taken_TX)
         return self.down.plus(x_TD, self.gated(self.gate_up(self.norm(x_TD, *second))))[None]
-
-
-def in_place_of(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A layer's forward that is written out where a tree is read, and the class's own elsewhere."""
-
-    def chosen(hidden: Tensor, **named: Any) -> Tensor:
-        if "plan" not in named:
-            own: Tensor = type(module).forward(module, hidden, **named)
-            return own
-        position_embeddings = named["position_embeddings"]
-        return forward(hidden, plan=named["plan"], position_embeddings=position_embeddings)
-
-    return chosen
-
-
-_layers: WeakKeyDictionary[nn.Module, Scoring | None] = WeakKeyDictionary()
-
-
-def usual_layers(model: nn.Module) -> list[Layer]:
-    """The model's layers that can be computed here."""
-    found = []
-    for module in filter(looks_usual, model.modules()):
-        if module not in _layers:
-            _layers[module] = scoring_of(module)
-        how = _layers[module]
-        if how is not None:
-            found.append(Layer(module, how))
-    return found
-
-
-def looks_usual(module: Any) -> bool:
-    """Whether it has the parts of such a layer, all of them plain."""
-    if {name for name, _ in module.named_children()} != LAYER:
-        return False
-    attention, block = module.self_attn, module.mlp
-    if {name for name, _ in attention.named_children()} != ATTENTION:
-        return False
-    if {name for name, _ in block.named_children()} != BLOCK:
-        return False
-    linear = [getattr(attention, name) for name in sorted(ATTENTION)]
-    linear += [block.gate_proj, block.up_proj, block.down_proj]
-    return (
-        looks_like_norm(module.input_layernorm)
-        and looks_like_norm(module.post_attention_layernorm)
-        and all(type(part) is nn.Linear and suits_onednn(part.weight) for part in linear)
-        and all(part.bias is None for part in (attention.o_proj, *linear[4:]))
-        and all(hasattr(attention, name) for name in ("head_dim", "layer_idx", "config"))
-    )
-
-
-class Overheard:
-    """A plan that notes how a layer scores its keys."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.tree, self.how = tree, Scoring(0.0)
-
-    def attend(
-        self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
-    ) -> Tensor:
-        """As `Plan.attend` says."""
-        self.how = how
-        return self.tree.attend(layer, queries_HTd, keys_KTd, values_KTd, how)
-
-
-@torch.no_grad()
-def scoring_of(module: Any) -> Scoring | None:
-    """How a layer scores its keys, if what is written here gives its numbers; else None.
-
-    Tried on random numbers: a layer may leave out its positions, or scale what it adds, and
-    nothing but its code says so.
-    """
-    generator = torch.Generator().manual_seed(0)
-    attention = module.self_attn
-    x = torch.randn(1, 4, attention.q_proj.in_features, generator=generator)
-    angles = torch.rand(1, 4, attention.head_dim // 2, generator=generator).repeat(1, 1, 2)
-    positions = (angles.cos(), angles.sin())
-    plan = Overheard(Tree((4,), ()))
-    try:
-        with attention_as(attention.config, NAME):
-            own = type(module).forward(module, x, position_embeddings=positions, plan=plan)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # it wants something else than such layers do
-    forward = WithGradient(Layer(module, plan.how), Rotations())
-    written = forward(x, plan=plan, position_embeddings=positions)
-    same = isinstance(own, Tensor) and torch.allclose(own, written, rtol=1e-4, atol=1e-4)
-    return plan.how if same else None
-
-
-def lean(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it, a forward pass keeps little for its backward, and its products are fast."""
-    rotations = Rotations()
-    whole = {
-        x.module: in_place_of(x.module, WithGradient(x, rotations)) for x in usual_layers(model)
-    }
-    return computed_as({**fast_products(model), **lean_norms(model), **lean_blocks(model), **whole})
-
-
-def decoding(model: nn.Module, rows: int) -> AbstractContextManager[None]:
-    """Within it, a forward pass of few tokens is fast, and without gradient.
-
-    rows: how many tokens there will mostly be. The weights must not change meanwhile.
-    """
-    whole, rotations = usual_layers(model), Rotations()
-    inside = {part for layer in whole for part in layer.module.modules()}
-    rest = [part for part in linear_layers(model) if part not in inside]
-    few = {x.module: in_place_of(x.module, ForFewRows(x, rotations, rows)) for x in whole}
-    return computed_as({**laid_out_for(rows, rest), **lean_norms(model), **few})

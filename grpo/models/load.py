@@ -22,6 +22,7 @@ from transformers import (
 from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.models.adapter import has_adapter, load_adapter, save_adapter
+from grpo.models.fast import lean
 from grpo.models.find import base_folder
 from grpo.models.forward import (
     Completions,
@@ -32,7 +33,6 @@ from grpo.models.forward import (
     shared_prefix,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
-from grpo.models.layer import lean
 from grpo.models.recompute import recomputed
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.models.attention import attention_as
-from grpo.models.layer import lean
+from grpo.models.fast import lean
 from grpo.models.products import computed_as
 
 

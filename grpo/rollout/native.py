@@ -10,8 +10,8 @@ from torch import Tensor
 from grpo.budget import Budget, evenly
 from grpo.errors import ConfigError
 from grpo.models.attention import Tree, read
+from grpo.models.fast import decoding
 from grpo.models.forward import shared_prefix
-from grpo.models.layer import decoding
 from grpo.models.load import LanguageModel
 from grpo.rollout.cache import Cache, Reading
 from grpo.rollout.draw import draw, seen_tokens
