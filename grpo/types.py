@@ -76,7 +76,7 @@ class Rollout:
     # computes in another way.
     sampler_NC: Tensor | None = None
 
-    @property
+    @cached_property
     def importance_NC(self) -> Tensor | None:
         """How much likelier each token is to the policy than to the sampler; 1 past a row."""
         return None if self.sampler_NC is None else (self.logprobs_NC - self.sampler_NC).exp()
@@ -96,11 +96,11 @@ class Rollout:
 
     def _mismatch(self) -> dict[str, float]:
         """How far the sampler was from the policy, where it was another."""
-        if self.sampler_NC is None or self.importance_NC is None:
+        if self.importance_NC is None:
             return {}
-        ratio_T, log_T = self.importance_NC[self.mask_NC], self.sampler_NC - self.logprobs_NC
+        ratio_T = self.importance_NC[self.mask_NC]
         return {
-            "sampler/kl": float(log_T[self.mask_NC].mean()),  # nats a token, from what it sampled
+            "sampler/kl": -float(ratio_T.log().mean()),  # nats a token, from what it sampled
             "sampler/importance_min": float(ratio_T.min()),
             "sampler/importance_max": float(ratio_T.max()),
         }

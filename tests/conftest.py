@@ -65,9 +65,14 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.fixture(params=list(ARCHITECTURES))
 def small_model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A model of each architecture with random weights, large enough that its logits differ."""
+    """A model of each architecture."""
+    return with_distinct_logits(ARCHITECTURES[request.param])
+
+
+def with_distinct_logits(made: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Random weights, large enough that the logits differ."""
     torch.manual_seed(0)
-    model = ARCHITECTURES[request.param]().eval()
+    model = made().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, with_distinct_logits
 from torch.testing import assert_close
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -41,12 +41,7 @@ def model() -> PreTrainedModel:
 
 def made() -> PreTrainedModel:
     """vLLM's attention on a CPU wants heads of 64."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=64)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    return model
+    return with_distinct_logits(lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=64)))
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ class VLLMEngine:
                 policy.model.config.save_pretrained(folder)
                 policy.tokenizer.save_pretrained(folder)
                 self.llm: Any = LLM(folder, **self._settings())
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"rollout=vllm: vLLM can't run {type(policy.model).__name__}: {error}; use "
                 f"rollout=native."
