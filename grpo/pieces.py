@@ -77,6 +77,17 @@ def completions(rollout: Rollout, batch: MicroBatch, policy: LanguageModel) -> C
     )
 
 
+def read_at_once(inputs: Completions, most: int) -> Iterator[tuple[slice, slice]]:
+    """Whole completions of so many tokens together, one at least: their rows, their tokens."""
+    start = begin = end = 0
+    for row, length in enumerate(inputs.mask_NC.sum(dim=1).tolist()):
+        if end + length - begin > most and row > start:
+            yield slice(start, row), slice(begin, end)
+            start, begin = row, end
+        end += length
+    yield slice(start, len(inputs.mask_NC)), slice(begin, end)
+
+
 def other_side(
     reference: Reference | None, readout: Readout, inputs: Completions
 ) -> Features | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from grpo.objective.kl import Divergence, Estimator
 from grpo.objective.ratios import Ratio
 from grpo.objective.weights import Averaging
 from grpo.optim import Optimizer
-from grpo.pieces import completions, micro_batches, other_side, score_rollout
+from grpo.pieces import completions, micro_batches, other_side, read_at_once, score_rollout
 from grpo.types import Rollout, Sampling
 
 CHEAP_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on
@@ -161,11 +162,22 @@ def gradients(
         if learns:
             make_room(policy.model)
         with torch.set_grad_enabled(learns):
-            scored = policy.score(inputs, objective.readout, against)
-            loss = losses(objective, rollout, learned, minibatch, batch.rows, inputs, scored)
+            features = policy.features(inputs)
+            gradient_TX = []
+            # Forward and backward through the head by parts, so that a part's logits serve both.
+            for rows, tokens in read_at_once(inputs, features.rows):
+                own, some = features.cut_off(tokens), inputs.part(rows)
+                other = None if against is None else against.part(tokens)
+                scored = policy.read(own, some, objective.readout, other)
+                loss = losses(
+                    objective, rollout, learned, minibatch, batch.rows[rows], some, scored
+                )
+                if learns:
+                    loss.total.backward()
+                    gradient_TX.append(cast(Tensor, own.values_TX.grad))
+                totals.add(loss, some.mask_NC, scored)
             if learns:
-                loss.total.backward()
-        totals.add(loss, inputs.mask_NC, scored)
+                features.values_TX.backward(torch.cat(gradient_TX))
     return totals
 
 
@@ -191,7 +203,7 @@ def has_gradient(
 
 @dataclass(frozen=True)
 class MicroLoss:
-    """A micro-batch's share of the loss, and what it was made of."""
+    """Some completions' share of the loss, and what it was made of."""
 
     policy: Tensor
     kl: Tensor  # weighed

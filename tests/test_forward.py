@@ -19,6 +19,7 @@ from grpo.models.forward import (
 )
 from grpo.models.head import Head, Readout, TokenScores
 from grpo.models.load import choose_forward
+from grpo.pieces import read_at_once
 from grpo.types import Sampling
 
 TEMPERATURE = 0.7
@@ -80,6 +81,32 @@ def test_scores_and_gradients_equal_the_plain_forwards(
     assert len(our_gradients) == len(their_gradients) > 10
     for a, b in zip(our_gradients, their_gradients, strict=True):
         assert relative(a, b) <= 1e-5
+
+
+def test_a_part_of_a_batch_is_a_batch(small_model: PreTrainedModel) -> None:
+    """Its rows have their own prompts, which a repetition penalty asks for."""
+    batch, head = random_batch(), Head(small_model)
+    readout = Readout(Sampling(temperature=0.8, repetition_penalty=1.5))
+    features = shared_prefix(small_model, head, batch)
+    whole = score_completions(features, batch, readout)
+    for rows, tokens in read_at_once(batch, 20):
+        own, part = features.cut_off(tokens), batch.part(rows)
+        scores = score_completions(own, part, readout)
+        again = score_completions(plain(small_model, head, part), part, readout)
+        for a, b, c in zip(whole, scores, again, strict=True):
+            assert_close(b, a[rows])
+            assert_close(b, c, atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_backward_pass_is_the_first_again(small_model: PreTrainedModel) -> None:
+    """The first overwrites the logits that it was given."""
+    batch = random_batch()
+    total = scored(shared_prefix, small_model, batch).logprobs.sum()
+    wanted = [p for p in small_model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
+    again = torch.autograd.grad(total, wanted, allow_unused=True)
+    for a, b in zip(first, again, strict=True):
+        assert a is b is None or relative(a, b) <= 1e-6
 
 
 def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:

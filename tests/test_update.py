@@ -22,6 +22,7 @@ from grpo.budget import Budget, Limit
 from grpo.device import Device, open_device
 from grpo.kl import KLPull
 from grpo.models import head as head_module
+from grpo.models.forward import Completions
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.reference import Reference, reference_of
@@ -37,7 +38,7 @@ from grpo.objective import (
 from grpo.objective.advantages import group_mean, group_std
 from grpo.objective.kl import k1, k3
 from grpo.optim import SCHEDULES, Optimizer
-from grpo.pieces import micro_batches, score_rollout
+from grpo.pieces import micro_batches, read_at_once, score_rollout
 from grpo.rollout import NativeEngine
 from grpo.types import Example, Prompt, Rollout, Sampling
 from grpo.update import KLTerm, Learned, Objective
@@ -290,9 +291,14 @@ def test_groups_without_advantage_cost_no_backward_and_change_nothing(
     advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
     advantages_BG[[0, 2]] = 0.0
     objective = replace(OBJECTIVE, kl=None)
-    backwards = []
+    backwards = []  # through the layers: the head's part has one of its own, from the loss
     original = Tensor.backward
-    monkeypatch.setattr(Tensor, "backward", lambda self: (backwards.append(1), original(self)))
+
+    def backward(self: Tensor, *gradient: Tensor) -> None:
+        backwards.extend(gradient)
+        original(self, *gradient)
+
+    monkeypatch.setattr(Tensor, "backward", backward)
     stats, [skipped] = kept_gradients(tiny, objective, rollout, advantages_BG, budget=1)
     assert len(backwards) == 2 * 3  # rows of the two groups that teach, one at a time
     with_bonus = replace(objective, entropy_weight=1e-12)  # everything has a gradient of nothing
@@ -353,6 +359,33 @@ def test_the_exact_divergence_and_its_gradient_by_whole_distributions(
     assert stats["loss/kl"] == pytest.approx(0.1 * float(total.detach()), rel=1e-5)
     assert stats["kl/full"] == stats["kl/mean"] > 0.01
     assert close(ours, gradients(tiny))
+
+
+@pytest.mark.parametrize("rows", [1, 20], ids=["a row over and over", "some rows at once"])
+def test_in_how_many_parts_the_head_is_read_changes_no_number(
+    tiny: LanguageModel, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that a readout may ask for, with completions longer than a part and shorter ones."""
+    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 3, 3)
+    shaken(tiny)
+    cut = Sampling(temperature=1.3, top_p=0.9, repetition_penalty=1.2)
+    exact = KLTerm(None, DIVERGENCES["reverse"], in_reward=False, unbiased_gradient=False)
+    advantages_BG = group_advantages(torch.rand(3, 3, generator=torch.Generator().manual_seed(0)))
+    for objective in (
+        OBJECTIVE,
+        replace(OBJECTIVE, ratio=RATIOS["sequence"]),
+        replace(OBJECTIVE, sampling=cut, kl=exact, entropy_weight=0.1),
+    ):
+        results = []
+        for chunk in (rows * tiny.head.vocabulary, 10**9):
+            monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk)
+            tiny.model.zero_grad()
+            results.append(
+                kept_gradients(tiny, objective, rollout, advantages_BG, reference, budget=200)
+            )
+        (stats, [ours]), (whole_stats, [whole]) = results
+        assert stats == pytest.approx(whole_stats, rel=1e-5, abs=1e-8)
+        assert close(ours, whole)
 
 
 def test_the_entropy_bonus_has_the_entropys_gradient(tiny: LanguageModel) -> None:
@@ -533,6 +566,24 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(
         assert batch.tokens == of_prompts + int(rollout.lengths_N[batch.rows].sum())
         assert batch.tokens <= budget or len(batch.rows) == 1
         assert (batch.rows // group).unique().tolist() == sorted(batch.prompts)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 20))
+def test_the_head_reads_whole_completions_as_many_as_fit(lengths: list[int], most: int) -> None:
+    tokens_NC = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask_NC = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    inputs = Completions(tokens_NC[:, :1], torch.ones(len(lengths)), tokens_NC, mask_NC)
+    parts = list(read_at_once(inputs, most))
+    rows = [row for part, _ in parts for row in range(part.start, part.stop)]
+    tokens = [token for _, part in parts for token in range(part.start, part.stop)]
+    assert rows == list(range(len(lengths)))
+    assert tokens == list(range(sum(lengths)))
+    for row_slice, token_slice in parts:
+        own = sum(lengths[row_slice])
+        assert token_slice.stop - token_slice.start == own
+        assert own <= most or row_slice.stop - row_slice.start == 1
+        if row_slice.stop < len(lengths):
+            assert own + lengths[row_slice.stop] > most
 
 
 def test_micro_batches_are_even_and_cut_no_group_that_fits() -> None:

@@ -34,6 +34,17 @@ class Completions:
     def rows_a_prompt(self) -> int:
         return self.tokens_NC.shape[0] // self.prompts_BP.shape[0]
 
+    def part(self, rows: slice) -> Completions:
+        """Some of the rows, each with a copy of its prompt for itself."""
+        prompt_N = torch.arange(len(self.tokens_NC), device=self.tokens_NC.device)[rows]
+        prompt_N //= self.rows_a_prompt
+        return Completions(
+            self.prompts_BP[prompt_N],
+            self.prompt_lengths_B[prompt_N],
+            self.tokens_NC[rows],
+            self.mask_NC[rows],
+        )
+
     def seen(self, chunk: slice, vocabulary: int) -> Tensor:
         """[T', V] bool: what stood before each of a chunk of the completion tokens, as masked."""
         row_T, column_T = (index[chunk] for index in self.mask_NC.nonzero(as_tuple=True))

@@ -14,7 +14,7 @@ from grpo.models.logprobs import Shape, token_logprobs
 from grpo.models.warp import cut, divide
 from grpo.types import Sampling
 
-CHUNK_LOGITS = 2**23  # logits held at once: 32 MB in fp32
+CHUNK_LOGITS = 2**25  # logits held at once: 64 MB in fp32
 
 
 class Head:
@@ -50,6 +50,19 @@ class Features(NamedTuple):
     logits: Callable[[Tensor], Tensor]
     vocabulary: int
 
+    @property
+    def rows(self) -> int:
+        """Tokens whose logits are held at once."""
+        return max(1, CHUNK_LOGITS // self.vocabulary)
+
+    def part(self, tokens: slice) -> Features:
+        return self._replace(values_TX=self.values_TX[tokens])
+
+    def cut_off(self, tokens: slice) -> Features:
+        """A part whose gradient goes no further than its own values."""
+        values_TX = self.values_TX[tokens].detach()
+        return self._replace(values_TX=values_TX.requires_grad_(self.values_TX.requires_grad))
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -84,14 +97,14 @@ def score(
 ) -> TokenScores:
     """Scores [T] of the tokens that were sampled.
 
-    The rows are read in chunks whose logits are made again in the backward pass, so memory does not
-    grow with T times V.
+    The rows are read in chunks; where there is more than one, their logits are made again in the
+    backward pass, so memory does not grow with T times V.
 
     Args:
         seen: for a slice of T, which tokens stood before each: [T', V] bool; for a penalty.
         reference: the same tokens as the reference sees them; for a divergence.
     """
-    rows = max(1, CHUNK_LOGITS // features.vocabulary)
+    rows = features.rows
     if isinstance(features.logits, Head) and features.logits.weight is not None and readout.usual:
         head, weight_VD = features.logits, features.logits.weight
         shape = Shape(head.scale, head.cap, readout.sampling.temperature or 1.0, rows)
@@ -114,7 +127,7 @@ def score(
     for start in range(0, len(targets_T), rows):
         chunk = slice(start, start + rows)
         values_TX = features.values_TX[chunk]
-        if values_TX.requires_grad:
+        if values_TX.requires_grad and len(targets_T) > rows:
             chunks.append(checkpoint(read, values_TX, chunk, use_reentrant=False))
         else:
             chunks.append(read(values_TX, chunk))

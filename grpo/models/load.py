@@ -85,8 +85,18 @@ class LanguageModel:
         self, batch: Completions, readout: Readout, reference: Features | None = None
     ) -> TokenScores:
         """Scores [N, C] of completion tokens; zeros on padding."""
+        return self.read(self.features(batch), batch, readout, reference)
+
+    def read(
+        self,
+        features: Features,
+        batch: Completions,
+        readout: Readout,
+        reference: Features | None = None,
+    ) -> TokenScores:
+        """As `score`, of what a forward pass knows already."""
         with self.device.autocast():
-            return score_completions(self.features(batch), batch, readout, reference)
+            return score_completions(features, batch, readout, reference)
 
 
 def load_language_model(folder: Path, device: Device, quantized: bool = False) -> LanguageModel:

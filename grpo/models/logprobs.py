@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens straight from hidden states, for the usual softmax head.
 
-The same numbers as `head.score_tokens` on whole logits, with a backward pass written out: a chunk's
-logits are made in one buffer, and made again there, overwritten by their own gradient. What the
-gradient of log softmax(z)_t is, one knows: onehot(t) - softmax(z).
+The same numbers as `head.score_tokens` on whole logits, with a backward pass written out: logits
+are overwritten by their own gradient. Where they are one chunk, it is held from the forward pass to
+the backward; where they are more, each is made again. What the gradient of log softmax(z)_t is, one
+knows: onehot(t) - softmax(z).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def token_logprobs(
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """As `token_logprobs` says; keeps the hidden states and a log-sum-exp for each."""
+    """As `token_logprobs` says; keeps the hidden states, a log-sum-exp for each, and one chunk."""
 
     @staticmethod
     def forward(
@@ -65,6 +66,8 @@ class TokenLogprobs(torch.autograd.Function):
                 entropy_T[own] = -torch.einsum("tv,tv->t", all_TV.exp(), all_TV)
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, normalizer_T)
         ctx.shape = shape
+        held = any(ctx.needs_input_grad) and len(hidden_TD) <= shape.rows
+        ctx.held_TV = logits_TV if held else None
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
@@ -79,7 +82,9 @@ class TokenLogprobs(torch.autograd.Function):
         if needed and there_VD is None:
             to_weight_VD = torch.zeros_like(weight_VD)
         for chunk in slices(len(hidden_TD), ctx.shape.rows):
-            logits_TV = logits(hidden_TD[chunk], weight_VD, ctx.shape)
+            logits_TV, ctx.held_TV = ctx.held_TV, None
+            if logits_TV is None:
+                logits_TV = logits(hidden_TD[chunk], weight_VD, ctx.shape)
             for block in blocks(logits_TV):
                 own = slice(chunk.start + block.start, chunk.start + block.stop)
                 overwrite(
