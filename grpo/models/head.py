@@ -14,7 +14,7 @@ from grpo.models.logprobs import Shape, token_logprobs
 from grpo.models.warp import cut, divide
 from grpo.types import Sampling
 
-CHUNK_LOGITS = 2**25  # logits held at once: 64 MB in fp32
+CHUNK_LOGITS = 2**23  # logits held at once: 32 MB in fp32
 
 
 class Head:
