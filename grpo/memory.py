@@ -50,7 +50,7 @@ def held_by(
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
     held = weights * (2 if with_reference else 1) + trained * OPTIMIZER_BYTES[optimizer]
     head = (
-        2 * 4 * CHUNK_LOGITS
+        3 * 4 * CHUNK_LOGITS[policy.device.torch_device.type]
         + 4 * policy.head.vocabulary * model.config.get_text_config().hidden_size
     )
     return Held(

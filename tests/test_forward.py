@@ -65,7 +65,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 def test_scores_and_gradients_equal_the_plain_forwards(
     small_model: PreTrainedModel, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", chunk_logits)
     batch = random_batch()
     weights_NC = torch.randn(12, 11, generator=torch.Generator().manual_seed(2)) * batch.mask_NC
     results = []

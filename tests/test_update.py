@@ -340,7 +340,7 @@ def test_the_exact_divergence_and_its_gradient_by_whole_distributions(
     tiny: LanguageModel, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks of a few rows, against a loop that holds every distribution at once."""
-    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 319 * 5)
+    monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", 319 * 5)
     reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 3, 3)
     shaken(tiny)
     divergence = DIVERGENCES[direction]
@@ -378,7 +378,7 @@ def test_in_how_many_parts_the_head_is_read_changes_no_number(
     ):
         results = []
         for chunk in (rows * tiny.head.vocabulary, 10**9):
-            monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk)
+            monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", chunk)
             tiny.model.zero_grad()
             results.append(
                 kept_gradients(tiny, objective, rollout, advantages_BG, reference, budget=200)

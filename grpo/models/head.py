@@ -14,7 +14,8 @@ from grpo.models.logprobs import Shape, token_logprobs
 from grpo.models.warp import cut, divide
 from grpo.types import Sampling
 
-CHUNK_LOGITS = 2**23  # logits held at once: 32 MB in fp32
+# Logits held at once, in fp32: a GPU's memory is large, and its products want many rows.
+CHUNK_LOGITS = {"cpu": 2**23, "mps": 2**23, "cuda": 2**26}
 
 
 class Head:
@@ -53,7 +54,7 @@ class Features(NamedTuple):
     @property
     def rows(self) -> int:
         """Tokens whose logits are held at once."""
-        return max(1, CHUNK_LOGITS // self.vocabulary)
+        return max(1, CHUNK_LOGITS[self.values_TX.device.type] // self.vocabulary)
 
     def part(self, tokens: slice) -> Features:
         return self._replace(values_TX=self.values_TX[tokens])
