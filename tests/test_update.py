@@ -678,9 +678,9 @@ print(policy.device.peak_gb())
 
 
 def test_twice_the_completions_take_no_more_memory() -> None:
-    """Micro-batches are the same; the logits alone would take 0.8 GB, and 1.6."""
+    """Micro-batches hold as many tokens; the logits alone would take 1.6 GB, and 3.3."""
     peaks = []
-    for tokens in (128, 256):
+    for tokens in (256, 512):
         command = [sys.executable, "-c", UPDATE_OF, str(tokens)]
         environment = {
             **os.environ,
@@ -689,5 +689,5 @@ def test_twice_the_completions_take_no_more_memory() -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert not done.returncode, done.stderr
         peaks.append(float(done.stdout))
-    assert peaks[1] - peaks[0] < 0.05
-    assert peaks[1] < 1.6
+    assert peaks[1] - peaks[0] < 0.15  # what an allocator keeps varies by 0.05
+    assert peaks[1] < 1.0
