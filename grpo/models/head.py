@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from grpo.models.logprobs import Shape, token_logprobs
+from grpo.models.logprobs import Shape, slices, token_logprobs
 from grpo.models.warp import cut, divide
 from grpo.types import Sampling
 
@@ -125,8 +125,7 @@ def score(
         )
 
     chunks = []
-    for start in range(0, len(targets_T), rows):
-        chunk = slice(start, start + rows)
+    for chunk in slices(len(targets_T), rows):
         values_TX = features.values_TX[chunk]
         if values_TX.requires_grad and len(targets_T) > rows:
             chunks.append(checkpoint(read, values_TX, chunk, use_reentrant=False))

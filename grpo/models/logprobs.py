@@ -54,6 +54,7 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs_T, entropy_T, normalizer_T = (
             hidden_TD.new_empty(len(hidden_TD), dtype=torch.float32) for _ in range(3)
         )
+        ctx.held_TV = None
         for chunk in slices(len(hidden_TD), shape.rows):
             logits_TV = logits(hidden_TD[chunk], weight_VD, shape)
             for block in blocks(logits_TV):
@@ -64,10 +65,11 @@ class TokenLogprobs(torch.autograd.Function):
                 target_logit_T = logits_TV[block].gather(1, target_T1)[:, 0]
                 normalizer_T[own] = target_logit_T - logprobs_T[own]
                 entropy_T[own] = -torch.einsum("tv,tv->t", all_TV.exp(), all_TV)
+            if any(ctx.needs_input_grad) and len(hidden_TD) <= shape.rows:
+                ctx.held_TV = logits_TV
+            del logits_TV  # before the next chunk's are made
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, normalizer_T)
         ctx.shape = shape
-        held = any(ctx.needs_input_grad) and len(hidden_TD) <= shape.rows
-        ctx.held_TV = logits_TV if held else None
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
@@ -95,12 +97,15 @@ class TokenLogprobs(torch.autograd.Function):
                 to_hidden_TD[chunk] = product(grad_TV, weight_VD)
             if to_weight_VD is not None:
                 to_weight_VD.addmm_(grad_TV.t(), hidden_TD[chunk])
+            del logits_TV, grad_TV  # before the next chunk's are made
         return to_hidden_TD, to_weight_VD if there_VD is None else None, None, None
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+    """As few as are no longer than `size`, alike, so that one's memory is right for the next."""
+    length = -(-total // -(-total // size)) if total else size
+    for start in range(0, total, length):
+        yield slice(start, min(start + length, total))
 
 
 def blocks(logits_TV: Tensor) -> Iterator[slice]:
