@@ -9,7 +9,7 @@ import torch
 
 from grpo.clock import Clock
 from grpo.data.order import Order
-from grpo.models.pad import pad_right
+from grpo.models.rows import pad_right
 from grpo.objective.advantages import agrees
 from grpo.rewards import WeightedReward, score
 from grpo.rewards.score import stop_where_all_failed

@@ -12,8 +12,8 @@ from grpo.budget import Limit, evenly
 from grpo.models.forward import Completions
 from grpo.models.head import Features, Readout, TokenScores
 from grpo.models.load import LanguageModel
-from grpo.models.pad import pad_left
 from grpo.models.reference import Reference
+from grpo.models.rows import pad_left
 from grpo.types import Rollout
 
 

@@ -109,6 +109,32 @@ def test_a_second_backward_pass_is_the_first_again(small_model: PreTrainedModel)
         assert a is b is None or relative(a, b) <= 1e-6
 
 
+def test_gradients_are_bit_for_bit_repeatable(small_model: PreTrainedModel) -> None:
+    """Whatever the threads do: many completions add to the gradient of their prompt's last token.
+
+    As many as make torch split the sum over threads, with and without a window.
+    """
+    generator = torch.Generator().manual_seed(1)
+    completions = 1000
+    batch = Completions(
+        prompts_BP=torch.randint(0, 97, (1, 6), generator=generator),
+        prompt_lengths_B=torch.tensor([6]),
+        tokens_NC=torch.randint(0, 97, (completions, 2), generator=generator),
+        mask_NC=torch.ones(completions, 2, dtype=torch.bool),
+    )
+    by_NC = torch.randn(completions, 2, generator=generator)
+
+    def gradients() -> list[Tensor]:
+        small_model.zero_grad()
+        (scored(shared_prefix, small_model, batch).logprobs * by_NC).sum().backward()
+        return [p.grad.clone() for p in small_model.parameters() if p.grad is not None]
+
+    first = gradients()
+    assert all(
+        torch.equal(a, b) for _ in range(10) for a, b in zip(first, gradients(), strict=True)
+    )
+
+
 def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
     """Each row scored in the batch equals that row scored alone, without any padding."""
     batch = random_batch()

@@ -24,7 +24,7 @@ from grpo.models import compiled
 from grpo.models.forward import Completions, left_mask, plain, score_completions
 from grpo.models.head import Head, Readout, score_tokens
 from grpo.models.load import LanguageModel, choose_forward
-from grpo.models.pad import pad_left
+from grpo.models.rows import pad_left
 from grpo.pieces import MicroBatch, completions, score_rollout
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.rollout.draw import draw

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from grpo.models.rows import taken
+
 NAME = "grpo_tree"  # under which transformers finds `attend`
 
 
@@ -322,8 +324,8 @@ def expanded(
     to_own = sees(from_N, lengths_N11 + columns_C, how.window)
     out_own = dense(
         more_queries,
-        torch.cat([keys[prompt_N], more_keys], dim=2),
-        torch.cat([values[prompt_N], more_values], dim=2),
+        torch.cat([taken(keys, prompt_N), more_keys], dim=2),
+        torch.cat([taken(values, prompt_N), more_values], dim=2),
         torch.cat([to_prompt, to_own], dim=2),
         how,
     )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo.models.attention import Tree, read
 from grpo.models.head import Features, Head, Readout, TokenScores, score
+from grpo.models.rows import taken
 from grpo.types import Sampling
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def shared_prefix(model: PreTrainedModel, head: Head, batch: Completions) -> Fea
     tree = Tree(tuple(batch.prompt_lengths_B.tolist()), tuple(read_NC.sum(dim=1).tolist()))
     tokens_T = torch.cat([batch.prompts_BP[prompt_mask_BP], batch.tokens_NC[:, :-1][read_NC]])
     hidden_TD = read(model, tokens_T, tree.positions(tokens_T.device), tree)
-    return Features(hidden_TD[predictors(tree, batch.mask_NC)], head, head.vocabulary)
+    return Features(taken(hidden_TD, predictors(tree, batch.mask_NC)), head, head.vocabulary)
 
 
 def predictors(tree: Tree, mask_NC: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.budget import Limit
 from grpo.models.load import LanguageModel
-from grpo.models.pad import pad_right
+from grpo.models.rows import pad_right
 from grpo.types import Prompt, Rollout, Sampling
 
 

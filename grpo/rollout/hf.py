@@ -13,7 +13,7 @@ from grpo.budget import Budget
 from grpo.models.forward import Completions, left_mask
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
-from grpo.models.pad import pad_left
+from grpo.models.rows import pad_left
 from grpo.rollout.engine import Row, StopStrings, in_shares
 from grpo.types import Prompt, Rollout, Sampling
 

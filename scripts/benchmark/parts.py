@@ -24,8 +24,8 @@ from grpo.device import Device, open_device
 from grpo.memory import budget_of, held_by
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel, load_language_model
-from grpo.models.pad import pad_left
 from grpo.models.reference import reference_of
+from grpo.models.rows import pad_left
 from grpo.objective.kl import k3
 from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
