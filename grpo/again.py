@@ -12,6 +12,7 @@ from hydra._internal.utils import get_args_parser
 
 from grpo.errors import ConfigError
 from grpo.past import is_finished, is_locked, locked, newest_step, run_of
+from grpo.sweep.folder import read_record
 
 NOT_THE_EXPERIMENT = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, not what it is
 
@@ -28,6 +29,8 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
     several = bool({"-m", "--multirun"} & set(flags))
     if job == "eval" and several:
         raise ConfigError("grpo eval takes one checkpoint at a time: leave out -m.")
+    if job == "train" and (sweep_dir := value_of("sweep_dir", given)):
+        return with_past_sweep(Path(sweep_dir).expanduser(), arguments)
     if job == "eval":
         checkpoint = value_of("checkpoint", given)
         run = run_of(Path(checkpoint).expanduser()) if checkpoint else None
@@ -52,10 +55,33 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
     ]
 
 
+def with_past_sweep(sweep: Path, arguments: Sequence[str]) -> list[str]:
+    """The arguments with those of the sweep in that folder put before them, if one is there.
+
+    Raises:
+        ConfigError: there is none, and none is to be started.
+    """
+    given, flags = overrides_and_flags(arguments)
+    several = {"-m", "--multirun"} & set(flags)
+    record = read_record(sweep)
+    if record is None:
+        if not several and value_of("sweep", given) is None:
+            raise ConfigError(f"sweep_dir={sweep}: holds no sweep; -m starts one.")
+        return list(arguments)
+    if record.config_dir is not None and not names_config_dir(flags):
+        flags = [*flags, "--config-dir", record.config_dir]
+    return [*([] if several else ["-m"]), *flags, *merged(record.arguments, given)]
+
+
 def run_dir(run: Path) -> str:
     """The override that sends a run to a folder, whatever signs are in its name."""
-    quoted = str(run).replace("'", "\\'")
-    return f"hydra.run.dir='{quoted}'"
+    return f"hydra.run.dir={quoted(run)}"
+
+
+def quoted(value: object) -> str:
+    """As a value in an override, whatever signs are in it."""
+    inside = str(value).replace("'", "\\'")
+    return f"'{inside}'"
 
 
 def resumable(resume: str) -> Path:
@@ -107,12 +133,16 @@ def past_overrides(run: Path) -> list[str]:
 
 def past_flags(run: Path, given: Sequence[str]) -> list[str]:
     """The --config-dir that a run was started with, unless one is given now."""
-    if any(flag.startswith(("--config-dir", "-cd")) for flag in given):
+    if names_config_dir(given):
         return []
     written = read_yaml(run / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
     sources = written["hydra"]["runtime"].get("config_sources", [])
     own = [source["path"] for source in sources if source["provider"] == "command-line"]
     return ["--config-dir", own[0]] if own else []
+
+
+def names_config_dir(flags: Sequence[str]) -> bool:
+    return any(flag.startswith(("--config-dir", "-cd")) for flag in flags)
 
 
 def read_yaml(file: Path) -> Any:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from grpo.config import at_least, more_than_nothing, one_of
+from grpo.config import at_least, more_than_nothing, nearest, one_of
 from grpo.errors import ConfigError
 
 EVAL_METRICS = (
@@ -25,6 +25,12 @@ REWARD_METRICS = (
     "unsolved_groups",
     "zero_variance_groups",
     "resampled_groups",
+)
+STEP_METRICS = (
+    *("loss/total", "loss/policy", "loss/kl", "kl/mean", "kl/k1", "kl/k2", "kl/k3"),
+    *("policy/entropy", "policy/clip_fraction", "policy/ratio_max"),
+    *("completion/length_mean", "completion/length_max", "completion/truncated"),
+    *("optim/grad_norm", "time/step", "perf/completion_tokens_per_second", "memory/peak_gb"),
 )
 
 
@@ -66,6 +72,14 @@ def check(cfg: DictConfig) -> None:
     check_curriculum(cfg)
     if not (cfg.eval.greedy or cfg.eval.samples):
         raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
+
+
+def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
+    """Refuses a metric that no run logs."""
+    rewards = [f"reward/{name}" for name in (*REWARD_METRICS, *cfg.reward)]
+    known = [*EVAL_METRICS, *rewards, *STEP_METRICS]
+    if metric not in known:
+        raise ConfigError(f"{key}.{metric}: no run logs this{nearest(metric, known)}")
 
 
 def check_training(cfg: DictConfig) -> None:

@@ -5,6 +5,7 @@ Nothing heavy is imported until a job really starts, so help and refusals answer
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -34,8 +35,12 @@ from grpo.allocator import keep_freed_memory
 from grpo.check import check, check_training
 from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text
+from grpo.sweep.launch import NOT_THE_JOB
+
+log = logging.getLogger(__name__)
 
 JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
+WITHOUT_CONFIG = ("report",)
 Argv = Sequence[str]
 
 
@@ -48,6 +53,10 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
     try:
         job, overrides = split_job(sys.argv[1:])
+        if job == "report":
+            from grpo.report.command import report
+
+            return report(overrides)
         overrides = again.with_past_overrides(job, overrides)
     except ConfigError as error:
         refuse(error)
@@ -77,9 +86,10 @@ def split_job(arguments: Argv) -> tuple[str, list[str]]:
     if not arguments or arguments[0].startswith(("-", "~")) or "=" in arguments[0]:
         return "train", list(arguments)
     job = arguments[0]
-    if job not in JOBS:
+    known = (*JOBS, *WITHOUT_CONFIG)
+    if job not in known:
         raise ConfigError(
-            f"{job}: no such job; there are {', '.join(JOBS)}{config.nearest(job, JOBS)} "
+            f"{job}: no such job; there are {', '.join(known)}{config.nearest(job, known)} "
             f"An override is written key=value."
         )
     return job, list(arguments[1:])
@@ -118,17 +128,29 @@ def told() -> Iterator[Path]:
     """A job's folder; alone, its error ends the process, in a sweep it is the sweep's to report."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    if in_sweep:
+        own = [o for o in hydra_config.overrides.task if again.key_of(o) not in NOT_THE_JOB]
+        print(f"\njob {folder.name}: {' '.join(own)}", flush=True)
     keep_freed_memory()  # before anything imports torch
     try:
         yield folder
     except (ConfigError, RunError) as error:
-        if hydra_config.mode == RunMode.MULTIRUN:
+        if in_sweep:
+            past.note_failure(folder, str(error))
             # Hydra keeps the error to the sweep's end; its frames would keep the job's models.
             raise error.with_traceback(None) from None
         if isinstance(error, ConfigError):
             past.forget_unstarted(folder)
             refuse(error)
         stop(str(error))
+    except Exception as error:
+        if not in_sweep:
+            raise
+        # A fault, which ends this job and none of the others.
+        log.exception("job %s failed", folder.name)
+        past.note_failure(folder, f"{type(error).__name__}: {error}")
+        raise error.with_traceback(None) from None
 
 
 def refuse(error: ConfigError) -> NoReturn:

@@ -214,15 +214,15 @@ class CheckBeforeRun(Callback):
             check(cfg)
             folder = Path(config.hydra.run.dir)
             past.check_folder(folder, config.resume, config.model, config.adapter)
-            writable(folder)
+            writable(folder, "hydra.run.dir")
         except ConfigError as error:
             refuse(error)
         except OmegaConfBaseException as error:  # an interpolation to what is not there
             refuse(ConfigError(str(error).splitlines()[0]))
 
 
-def writable(folder: Path) -> None:
-    """Refuses a run folder that can't be made or written."""
+def writable(folder: Path, key: str) -> None:
+    """Refuses a folder that can't be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -230,5 +230,5 @@ def writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"hydra.run.dir={folder}: this run's folder can't be written ({error.strerror})."
+            f"{key}={folder}: this folder can't be made or written ({error.strerror})."
         ) from error

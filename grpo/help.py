@@ -14,6 +14,8 @@ grpo: train a language model by group-relative policy optimization (GRPO)
   grpo -m kl_weight=0,0.02 seed=0,1,2     train once for each combination
   grpo eval checkpoint=DIR [overrides]    evaluate a run or a model
   grpo resume=DIR                         go on with a run
+  grpo -m sweep_dir=DIR                   go on with a sweep
+  grpo report SWEEP                       what a sweep says: report.html, results.csv, best.yaml
 
   --cfg job               the config with these overrides, as YAML
   --info defaults-tree    the files it comes from

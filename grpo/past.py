@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,9 @@ from grpo.errors import ConfigError
 from grpo.hub import holds_adapter, holds_model
 from grpo.models.find import check_reachable, local_folder, model_folder
 
+log = logging.getLogger(__name__)
+
+ENDED = ("finished", "pruned")  # the statuses of runs of which nothing is left to do
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -39,11 +43,28 @@ def newest_step(run: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
-def is_finished(run: Path) -> bool:
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """A run's summary.json; None where there is none that can be read."""
     try:
-        return bool(json.loads((run / "summary.json").read_text())["status"] == "finished")
-    except (OSError, ValueError, KeyError):
-        return False
+        content = json.loads((run / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def is_finished(run: Path) -> bool:
+    return (read_summary(run) or {}).get("status") == "finished"
+
+
+def note_failure(run: Path, reason: str) -> None:
+    """Says in a run's summary.json that it failed, where it can be written."""
+    content = {**(read_summary(run) or {}), "status": "failed", "error": reason}
+    aside = run / "summary.tmp"
+    try:
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        aside.replace(run / "summary.json")
+    except OSError as error:
+        log.warning("%s can't be written (%s).", run / "summary.json", error.strerror)
 
 
 @contextmanager

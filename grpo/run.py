@@ -42,6 +42,7 @@ from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.past import is_finished, newest_step
 from grpo.summary import Summary
+from grpo.sweep.trial import never, watcher_of
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import figures_table
 from grpo.tracking.files import encode, finite
@@ -66,9 +67,7 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
     status, error = "failed", "ended from outside"
     try:
         with Interrupt() as interrupt:
-            train(run, standing, interrupt)
-        done = standing.progress.step >= run.total_steps
-        status, error = ("finished" if done else "interrupted"), ""
+            status, error = train(run, standing, interrupt), ""
     except KeyboardInterrupt:
         status, error = "interrupted", ""
         raise
@@ -84,7 +83,7 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
         content = summary.write(status, standing.progress, error)
         run.tracker.close(status, content)
     print(summary.closing(content), flush=True)
-    if status == "interrupted":
+    if interrupt.requested and (status != "finished" or in_sweep()):  # a sweep stops there
         raise SystemExit(130)
     return summary.objective(content)
 
@@ -181,6 +180,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         eval_every=cfg.eval.every,
         checkpoint_every=cfg.checkpoint.every,
         log_prompts=cfg.log_prompts,
+        hopeless=watcher_of(folder) if in_sweep() else never,
     )
     return run, Standing(start)
 
@@ -209,7 +209,7 @@ def starting_point(
     """Step 0 of a new run, or the newest whole checkpoint of this one."""
     run = checkpoints.run
     if cfg.resume is None or (cfg.resume == "auto" and newest_step(run) is None):
-        if cfg.resume == "auto":
+        if cfg.resume == "auto" and not in_sweep():
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
         return Progress(step=0, run_id=uuid.uuid4().hex[:8], base=base, unlogged={})
     start = checkpoints.load(policy, optimizer, pull, budget)
@@ -226,16 +226,19 @@ def starting_point(
     return start
 
 
+def in_sweep() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
 def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:
     hydra = HydraConfig.get()
     name = cfg.name or f"{cfg.model.name}-{hydra.runtime.choices['dataset']}"
-    in_sweep = hydra.mode == RunMode.MULTIRUN
     return RunInfo(
         id=start.run_id,
-        name=f"{name}-{hydra.job.num}" if in_sweep else name,
+        name=f"{name}-{folder.name}" if in_sweep() else name,
         folder=folder,
         config=plain(cfg),
-        group=Path(hydra.sweep.dir).name if in_sweep else None,
+        group=Path(hydra.sweep.dir).name if in_sweep() else None,
         first_step=start.step,
         logged_step=start.step if start.unlogged is None else start.step - 1,
         total_steps=steps,

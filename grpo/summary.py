@@ -25,7 +25,7 @@ class Summary:
         self.started = time.time()
 
     def write(self, status: str, progress: Progress, error: str = "") -> dict[str, Any]:
-        """status: running, finished, interrupted or failed. Returns what was written."""
+        """status: running, finished, pruned, interrupted or failed. Returns what was written."""
         evaluations = [
             {key: value for key, value in line.items() if key == "step" or key.startswith("eval/")}
             for line in read_lines(self.folder / "metrics.jsonl")

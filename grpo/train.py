@@ -42,6 +42,7 @@ class Training:
     eval_every: int
     checkpoint_every: int
     log_prompts: int
+    hopeless: Callable[[int, dict[str, float]], bool]  # a step and its metrics
 
 
 @dataclass
@@ -51,8 +52,11 @@ class Standing:
     progress: Progress
 
 
-def train(run: Training, standing: Standing, interrupt: Interrupt) -> None:
-    """Trains from where it stands to the last step, or to where it is interrupted; then saves.
+def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
+    """Trains from where it stands to the last step, or to where it is stopped; then saves.
+
+    Returns:
+        finished, pruned (a search has given it up) or interrupted.
 
     Raises:
         RunError: a reward failed; all steps done before are in a checkpoint.
@@ -79,14 +83,17 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> None:
                 metrics = metrics | run.evaluation.run()
             run.tracker.log(step, metrics)
             reached(step, None)
-            last = step == run.total_steps or interrupt.requested
+            done = step == run.total_steps
+            pruned = not done and run.hopeless(step, metrics)
+            last = done or pruned or interrupt.requested
             if last or due(step, run.checkpoint_every):
                 save()
             if last:
-                break
+                return "finished" if done else "pruned" if pruned else "interrupted"
     except RunError:
         save()
         raise
+    return "finished"  # there was nothing left to do
 
 
 def train_step(run: Training, step: int) -> dict[str, float]:

@@ -191,16 +191,6 @@ def test_jobs_of_a_sweep_share_nothing(grpo: Grpo, tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_bad_job_of_a_sweep_stops_no_other(grpo: Grpo, tmp_path: Path) -> None:
-    code, printed = grpo(
-        "-m", "experiment=smoke", "max_steps=1", "num_generation=1,2", "tracking=none",
-        "sweep_dir=sweep",
-    )  # fmt: skip
-    assert code == 2
-    assert "num_generation=1" in printed
-    assert json.loads((tmp_path / "sweep/1/summary.json").read_text())["status"] == "finished"
-
-
 OWN_REWARD = '''
 class Brief:
     """A class with an option."""

@@ -173,7 +173,8 @@ def test_a_worker_that_is_killed_costs_one_answer_and_no_more() -> None:
 
 ORPHAN = f"""
 if __name__ == "__main__":
-    import multiprocessing, threading
+    import multiprocessing, signal, threading
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell may be deaf to it
     from grpo.rewards.math import Math
     from grpo.types import Example, Sample
     reward = Math(seconds=600, workers=2)

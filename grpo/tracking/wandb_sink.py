@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.errors import ConfigError
+from grpo.past import ENDED
 from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,6 @@ class WandB(Sink):
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         folder = self.run.dir
         self.run.summary.update({"status": status, "objective": summary["objective"]["value"]})
-        self.run.finish(exit_code=0 if status == "finished" else 1)
+        self.run.finish(exit_code=0 if status in ENDED else 1)
         if self.mode == "offline":
             log.info("W&B ran offline; to upload: wandb sync %s", folder.removesuffix("/files"))

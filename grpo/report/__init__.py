@@ -1,0 +1,1 @@
+"""`grpo report`: what a sweep says, from its jobs' folders alone."""

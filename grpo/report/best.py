@@ -1,0 +1,62 @@
+"""best.yaml: the best setting as an experiment file, which gives the same run again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from grpo.config import conf_folder
+from grpo.errors import ConfigError
+
+LEFT_OUT = ("sweep", "sweep_dir", "resume", "name")
+
+
+def write_best(sweep: Path, overrides: Sequence[str], why: str, own_configs: str | None) -> str:
+    """Writes SWEEP/experiment/best.yaml and returns the command that runs it.
+
+    Args:
+        overrides: those of the best job, its seed among them.
+        own_configs: the --config-dir that the sweep was started with.
+
+    Raises:
+        ConfigError: an override takes a key away, which a file can't.
+    """
+    file = sweep / "experiment" / "best.yaml"
+    file.parent.mkdir(exist_ok=True)
+    comment = "\n".join(f"# {line}" for line in why.splitlines())
+    file.write_text(f"# @package _global_\n{comment}\n{experiment(overrides, own_configs)}")
+    if own_configs is None:
+        return f"grpo --config-dir {sweep} experiment=best"
+    where = sweep.absolute()
+    return f"grpo --config-dir {own_configs} 'hydra.searchpath=[file://{where}]' experiment=best"
+
+
+def experiment(overrides: Sequence[str], own_configs: str | None) -> str:
+    """Overrides as YAML: choices of groups as a defaults list, values as keys."""
+    folders = [conf_folder(), *([Path(own_configs)] if own_configs else [])]
+    base: list[Any] = []
+    defaults: list[Any] = []  # those that override, which Hydra wants last
+    keys: dict[str, Any] = {}
+    for one in OverridesParser.create().parse_overrides(list(overrides)):
+        name = one.key_or_group
+        if name in LEFT_OUT:
+            continue
+        if one.is_delete():
+            raise ConfigError(f"{one.input_line}: takes a key away, which best.yaml can't repeat.")
+        if any((folder / name).is_dir() for folder in folders):
+            if name == "experiment":
+                base.append(one.value())
+            else:
+                defaults.append({f"override /{name}": one.value()})
+            continue
+        node = keys
+        *sections, last = name.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = one.value()
+    whole = {"defaults": [*base, "_self_", *defaults], **keys}
+    return str(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))

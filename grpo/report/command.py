@@ -1,0 +1,98 @@
+"""`grpo report SWEEP…`: the page, the table and the best setting, in the sweep's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from grpo.errors import ConfigError
+from grpo.report.best import write_best
+from grpo.report.importance import importances
+from grpo.report.page import page
+from grpo.report.pictures import pictures
+from grpo.report.ranking import Ranking, rank
+from grpo.report.read import Sweep, read_sweeps
+from grpo.sweep.folder import STUDY, read_record
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Writes report.html, results.csv and .parquet and experiment/best.yaml, and says where.
+
+    Into the first of the sweeps that are given.
+
+    Raises:
+        ConfigError: there is no sweep where one was named.
+    """
+    folders = [Path(argument).expanduser() for argument in arguments]
+    if not folders:
+        raise ConfigError("grpo report SWEEP…: name one sweep's folder at least.")
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: there is no such folder.")
+    print(written(folders), flush=True)
+
+
+def written(folders: Sequence[Path]) -> str:
+    """Writes the report, and returns the last lines for the terminal."""
+    sweep = read_sweeps(folders)
+    ranking = rank(sweep, minimized=minimizes(folders[0], sweep.objective))
+    folder = folders[0]
+    command = best_of(sweep, ranking, folder) if ranking.settings else ""
+    html = page(sweep, ranking, command, list(pictures(sweep, ranking, importances(sweep))))
+    (folder / "report.html").write_text(html, encoding="utf-8")
+    rows = results(sweep)
+    rows.to_csv(folder / "results.csv", index=False)
+    rows.to_parquet(folder / "results.parquet", index=False)
+    lines = [ranking.verdict, f"  report: {folder}/report.html, results.csv"]
+    return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
+
+
+def minimizes(folder: Path, objective: str) -> bool:
+    """Whether the sweep was a search for less of it."""
+    if not (folder / STUDY).is_file():
+        return False
+    from grpo.sweep.study import StudyFile
+
+    study = StudyFile.read(folder)
+    return study is not None and study.objectives.get(objective) == "minimize"
+
+
+def best_of(sweep: Sweep, ranking: Ranking, folder: Path) -> str:
+    best = ranking.settings[0]
+    job = min(best.jobs, key=lambda job: int(job.values.get("seed") or 0))
+    why = f"The best setting of {folder}: {sweep.objective} {best.mean:.4g}\n"
+    why += f"on {len(best.by_seed)} seed{'s' if len(best.by_seed) > 1 else ''}. {ranking.verdict}"
+    record = read_record(job.folder.parent)
+    return write_best(folder, job.overrides, why, record.config_dir if record else None)
+
+
+def results(sweep: Sweep) -> pd.DataFrame:
+    """A row a job: overrides, status, objective, last metrics, time."""
+    rows = []
+    for job in sweep.jobs:
+        last = {key: value for key, value in job.last.items() if key != "step"}
+        rows.append(
+            {
+                "sweep": job.sweep,
+                "job": job.number,
+                "status": job.status,
+                "reason": job.reason,
+                **{key: cell(value) for key, value in job.values.items()},
+                "objective": job.value,
+                "steps": int(job.last.get("step", 0)),
+                "seconds": job.seconds,
+                **{f"last/{key}": value for key, value in last.items()},
+                "folder": str(job.folder),
+            }
+        )
+    table = pd.DataFrame(rows)
+    for key in table.columns:  # parquet wants one type a column
+        if table[key].map(type).nunique() > 1 and not pd.api.types.is_numeric_dtype(table[key]):
+            table[key] = table[key].map(lambda value: None if value is None else str(value))
+    return table
+
+
+def cell(value: object) -> object:
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -1,0 +1,56 @@
+"""How much of the objective's spread each key explains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo.report.read import Sweep
+
+
+def importances(sweep: Sweep) -> dict[str, float]:
+    """Shares of the variance by key, seed included, most important first; empty where unknown.
+
+    fANOVA (Hutter et al. 2014), by Optuna. Jobs of different seeds are jobs of their own, so the
+    seed's share says how much is luck.
+    """
+    jobs = [job for job in sweep.jobs if job.value is not None]
+    keys = [*sweep.keys, *(["seed"] if len({str(j.values.get("seed")) for j in jobs}) > 1 else [])]
+    keys = [key for key in keys if len({str(job.values[key]) for job in jobs}) > 1]
+    rows = [{key: job.values[key] for key in keys} for job in jobs]
+    outcomes = [float(job.value or 0.0) for job in jobs]
+    if len(set(outcomes)) < 2 or len(rows) < 4 or not keys:
+        return {}
+    return fanova(rows, outcomes)
+
+
+def fanova(rows: Sequence[Mapping[str, Any]], outcomes: Sequence[float]) -> dict[str, float]:
+    import optuna
+    from optuna.distributions import (
+        BaseDistribution,
+        CategoricalDistribution,
+        FloatDistribution,
+    )
+
+    space: dict[str, BaseDistribution] = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            space[key] = FloatDistribution(min(values), max(values))
+        else:
+            space[key] = CategoricalDistribution(sorted(set(map(str, values))))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize")
+    for row, outcome in zip(rows, outcomes, strict=True):
+        params = {
+            key: str(row[key]) if isinstance(own, CategoricalDistribution) else float(row[key])
+            for key, own in space.items()
+        }
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=space, value=outcome)
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))

@@ -1,0 +1,147 @@
+"""The jobs of sweeps, read from their folders; a half-finished sweep is read like a whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from grpo.again import read_yaml
+from grpo.errors import ConfigError
+from grpo.past import read_summary
+from grpo.sweep.folder import RECORD, read_record, standing
+from grpo.tracking.files import read_lines
+
+UNMARKED = ("seed", "sweep", "name")  # overrides that don't make a setting
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep, as far as it came."""
+
+    sweep: str
+    number: int
+    folder: Path
+    status: str
+    reason: str
+    overrides: list[str]
+    values: dict[str, Any]  # of every key that any job overrides
+    objective: str
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    seconds: float
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line.get(self.objective) is not None]
+
+    @property
+    def value(self) -> float | None:
+        """The objective at its end; None where it hasn't come to it."""
+        if self.status != "finished" or not self.evaluations:
+            return None
+        return float(self.evaluations[-1][self.objective])
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last value of each metric."""
+        found: dict[str, float] = {}
+        for line in self.lines:
+            found |= {key: value for key, value in line.items() if value is not None}
+        return found
+
+    @property
+    def tokens(self) -> float:
+        """Completion tokens trained on."""
+        return sum(
+            (line.get("perf/completion_tokens_per_second") or 0) * (line.get("time/step") or 0)
+            for line in self.lines
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All jobs of one or several sweeps."""
+
+    folders: list[Path]
+    jobs: list[Job]
+
+    @property
+    def objective(self) -> str:
+        return self.jobs[0].objective
+
+    @property
+    def keys(self) -> list[str]:
+        """Those in which jobs differ, the seed aside."""
+        keys = [key for key in self.jobs[0].values if key not in UNMARKED]
+        return [key for key in keys if len({str(job.values[key]) for job in self.jobs}) > 1]
+
+    def setting(self, job: Job) -> tuple[Any, ...]:
+        """What jobs have in common that differ in the seed alone."""
+        return tuple(job.values[key] for key in self.keys)
+
+
+def read_sweeps(folders: Sequence[Path]) -> Sweep:
+    """Raises ConfigError where one is no sweep, or their objectives differ."""
+    found: list[tuple[str, int, Path, list[str]]] = []
+    for folder in folders:
+        record = read_record(folder)
+        if record is None:
+            raise ConfigError(f"{folder}: holds no sweep ({RECORD} is not there).")
+        name = folder.name if len(folders) > 1 else ""
+        found += [(name, n, folder, overrides) for n, overrides in enumerate(record.jobs)]
+    given = [parsed(overrides) for _, _, _, overrides in found]
+    keys = list(dict.fromkeys(key for one in given for key in one))
+    jobs = [
+        read_job(name, number, folder, overrides, own, keys)
+        for (name, number, folder, overrides), own in zip(found, given, strict=True)
+    ]
+    objectives = {job.objective for job in jobs}
+    if len(objectives) > 1:
+        raise ConfigError(f"these sweeps have several objectives: {', '.join(sorted(objectives))}.")
+    return Sweep(list(folders), jobs)
+
+
+def parsed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The value that each override gives."""
+    given = OverridesParser.create().parse_overrides(list(overrides))
+    return {one.key_or_group: one.value() for one in given}
+
+
+def read_job(
+    sweep: str,
+    number: int,
+    folder: Path,
+    overrides: list[str],
+    own: dict[str, Any],
+    keys: list[str],
+) -> Job:
+    where = standing(folder, number)
+    config = read_yaml(where.folder / ".hydra" / "config.yaml") or {}
+    hydra = read_yaml(where.folder / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
+    choices = hydra["hydra"]["runtime"].get("choices", {})
+    summary = read_summary(where.folder) or {}
+    objective = (summary.get("objective") or {}).get("name") or config.get("objective")
+    return Job(
+        sweep=sweep,
+        number=number,
+        folder=where.folder,
+        status=where.status,
+        reason=where.reason,
+        overrides=overrides,
+        values={
+            key: own[key] if key in own else choices.get(key, looked_up(config, key))
+            for key in keys
+        },
+        objective=str(objective or "eval/sampled_accuracy"),
+        lines=read_lines(where.folder / "metrics.jsonl"),
+        seconds=float(summary.get("wall_seconds") or 0.0),
+    )
+
+
+def looked_up(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config

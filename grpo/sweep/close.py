@@ -1,0 +1,36 @@
+"""How a sweep ends: in a few lines, and with an error where a job did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.errors import RunError
+from grpo.sweep.folder import Standing
+
+
+def close(folder: Path, after: Sequence[Standing]) -> None:
+    """Says what became of the jobs.
+
+    Raises:
+        RunError: not all have ended well.
+    """
+    from grpo.report.command import written  # only now: it brings the drawing with it
+
+    print(f"\nsweep in {folder}: {counted(after)}", flush=True)
+    print(written([folder]), flush=True)
+    broken = [own for own in after if not own.ended]
+    if broken:
+        lines = "\n".join(f"  {own}; in {own.folder}" for own in broken)
+        raise RunError(
+            f"{len(broken)} of {len(after)} jobs did not end well:\n{lines}\n"
+            f"  go on with what is left: grpo -m sweep_dir={folder}"
+        )
+
+
+def counted(jobs: Sequence[Standing]) -> str:
+    """`3 finished, 1 to run`"""
+    words = {"none": "to run"}
+    counts = Counter(words.get(own.status, own.status) for own in jobs)
+    return ", ".join(f"{count} {status}" for status, count in counts.items())

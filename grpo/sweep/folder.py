@@ -1,0 +1,119 @@
+"""A sweep's folder: which jobs it has, and how far each of them has come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.errors import ConfigError
+from grpo.past import ENDED, is_locked, newest_step, read_summary
+
+RECORD = "sweep.json"
+STUDY = "study.json"  # there too where the sweep is a search
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a sweep was started, and its jobs in order of their numbers; kept in sweep.json."""
+
+    arguments: list[str]
+    config_dir: str | None
+    jobs: list[list[str]]  # the overrides of each
+
+    def write(self, folder: Path) -> None:
+        content = {"arguments": self.arguments, "config_dir": self.config_dir, "jobs": self.jobs}
+        aside = folder / "sweep.tmp"
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+        aside.replace(folder / RECORD)
+
+
+def read_record(folder: Path) -> Record | None:
+    """None where the folder holds no sweep.
+
+    Raises:
+        ConfigError: what is there can't be read.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        return Record(content["arguments"], content["config_dir"], content["jobs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: can't be read, so its jobs aren't known.") from error
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What has become of a job, as its folder says."""
+
+    number: int
+    folder: Path
+    status: str  # finished, pruned, failed, interrupted, killed, running, or none: not begun
+    reason: str  # of a failure
+
+    @property
+    def ended(self) -> bool:
+        """Nothing of it is left to do."""
+        return self.status in ENDED
+
+    def __str__(self) -> str:
+        return f"job {self.number}: {self.reason or self.status}"
+
+
+def standing(sweep: Path, number: int) -> Standing:
+    folder = sweep / str(number)
+    summary = read_summary(folder)
+    if summary is None:
+        status = "none"
+    else:
+        status = str(summary.get("status"))
+        if status == "running" and not is_locked(folder):
+            status = "killed"
+    reason = str((summary or {}).get("error") or "")
+    if status == "killed":
+        step = newest_step(folder)
+        reason = f"ended from outside; {f'saved at {step.name}' if step else 'nothing saved'}"
+    return Standing(number, folder, status, reason)
+
+
+def numbered(record: Record | None, jobs: Sequence[Sequence[str]], sweep: Path) -> list[list[str]]:
+    """All jobs in order of their numbers: those that are there keep theirs, new ones follow.
+
+    Raises:
+        ConfigError: what is there is another sweep.
+    """
+    wanted = {identity(job): list(job) for job in jobs}
+    if len(wanted) < len(jobs):
+        twice = next(job for n, job in enumerate(jobs) if identity(job) in map(identity, jobs[:n]))
+        raise ConfigError(f"{' '.join(twice)}: twice in this sweep; leave one out.")
+    past = [] if record is None else record.jobs
+    gone = [job for job in past if identity(job) not in wanted]
+    if gone:
+        raise ConfigError(
+            f"sweep_dir={sweep}: holds another sweep, with the job {' '.join(gone[0])}; give more "
+            f"values to go on with that one, or another sweep_dir."
+        )
+    there = {identity(job) for job in past}
+    return [*past, *(job for own, job in wanted.items() if own not in there)]
+
+
+def identity(overrides: Sequence[str]) -> tuple[str, ...]:
+    """What tells jobs apart, however they were written."""
+    return tuple(sorted(overrides))
+
+
+def jobs_of(sweep: Path) -> Iterator[Standing]:
+    """Every job that the sweep's record names.
+
+    Raises:
+        ConfigError: the folder holds no sweep.
+    """
+    record = read_record(sweep)
+    if record is None:
+        raise ConfigError(f"{sweep}: holds no sweep ({RECORD} is not there).")
+    for number in range(len(record.jobs)):
+        yield standing(sweep, number)

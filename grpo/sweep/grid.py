@@ -1,0 +1,71 @@
+"""A grid: every combination of the values given, once, and again only what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from grpo.config import writable
+from grpo.errors import ConfigError
+from grpo.past import locked
+from grpo.sweep.close import close, counted
+from grpo.sweep.folder import STUDY, Record, jobs_of, numbered, read_record
+from grpo.sweep.launch import Launch, given
+
+
+def sweep(launch: Launch, params: Mapping[str, object], arguments: Sequence[str]) -> None:
+    """Runs what is left of a grid, and says what became of it.
+
+    Args:
+        params: values to sweep, from a file in conf/sweep/; the arguments win over them.
+        arguments: the overrides of the command line.
+
+    Raises:
+        ConfigError: there is nothing to sweep, a job's config is wrong, or the folder is another's.
+        RunError: jobs failed.
+    """
+    folder = launch.folder
+    if (folder / STUDY).is_file():
+        raise ConfigError(f"sweep_dir={folder}: holds a search; give another sweep_dir.")
+    jobs = numbered(read_record(folder), combinations(launch, params, arguments), folder)
+    for job in jobs:
+        launch.compose(job)
+    writable(folder, "sweep_dir")
+    with locked(folder):
+        Record(launch.arguments, launch.config_dir, jobs).write(folder)
+        before = list(jobs_of(folder))
+        print(f"sweep of {len(jobs)} jobs in {folder}: {counted(before)}", flush=True)
+        try:
+            launch.run([(own.number, jobs[own.number]) for own in before if not own.ended])
+        except (KeyboardInterrupt, SystemExit):
+            print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)
+            raise
+        close(folder, list(jobs_of(folder)))
+
+
+def combinations(
+    launch: Launch, params: Mapping[str, object], arguments: Sequence[str]
+) -> list[list[str]]:
+    """The overrides of each job.
+
+    Raises:
+        ConfigError: no key has several values, or some have no end of them.
+    """
+    parser = OverridesParser.create(launch.context.config_loader)
+    parsed = parser.parse_overrides(given(params, arguments))
+    if not any(override.is_sweep_override() for override in parsed):
+        raise ConfigError(
+            "-m: nothing to sweep; give a key several values (kl_weight=0,0.1), or a sweep=CHOICE."
+        )
+    try:
+        (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    except HydraException as error:
+        endless = next(o for o in parsed if o.is_sweep_override() and not o.is_discrete_sweep())
+        raise ConfigError(
+            f"{endless.input_line}: has no end of values; give some, or search it: "
+            f"hydra/sweeper=optuna."
+        ) from error
+    return jobs

@@ -1,0 +1,85 @@
+"""A sweep's jobs through Hydra: composed and checked before the first of them starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.again import key_of, quoted
+from grpo.check import check, check_training
+from grpo.errors import ConfigError
+
+NOT_THE_JOB = ("sweep_dir", "resume")  # where a sweep goes, not what its jobs are
+
+
+def given(params: Mapping[str, object], arguments: Sequence[str]) -> list[str]:
+    """A sweep's overrides: those of its file, then the command line's.
+
+    Raises:
+        ConfigError: they say where to resume.
+    """
+    for argument in arguments:
+        if key_of(argument) == "resume":
+            raise ConfigError(
+                f"{argument}: a sweep's jobs go on by themselves: grpo -m sweep_dir=FOLDER."
+            )
+    whole = [*(f"{key}={value}" for key, value in params.items()), *arguments]
+    return [argument for argument in whole if key_of(argument) not in NOT_THE_JOB]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What Hydra gives a sweeper to run jobs with."""
+
+    context: HydraContext
+    config: DictConfig
+    launcher: Launcher
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.config.hydra.sweep.dir)).expanduser()
+
+    @property
+    def config_dir(self) -> str | None:
+        """The --config-dir, if one was given."""
+        sources = self.config.hydra.runtime.config_sources
+        own = [str(source.path) for source in sources if source.provider == "command-line"]
+        return own[0] if own else None
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command's own overrides, Hydra's and the experiment's."""
+        given = self.config.hydra.overrides
+        return [o for o in (*given.hydra, *given.task) if key_of(o) not in NOT_THE_JOB]
+
+    def compose(self, job: Sequence[str]) -> DictConfig:
+        """The config of a job.
+
+        Raises:
+            ConfigError: it is wrong; or Hydra's own errors, where it can't be composed.
+        """
+        whole = self.context.config_loader.load_sweep_config(self.config, list(job))
+        own = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        try:
+            check(own)
+            check_training(own)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (the job {' '.join(job)})") from error
+        return own
+
+    def run(self, jobs: Sequence[tuple[int, Sequence[str]]]) -> None:
+        """Runs jobs in the folders of their numbers, each from its checkpoint if it has one.
+
+        Their results lie in their folders: a job may run anywhere, and die there.
+        """
+        where = f"hydra.sweep.dir={quoted(self.folder.absolute())}"
+        batch = [
+            [*job, "resume=auto", where, f"hydra.sweep.subdir={number}"] for number, job in jobs
+        ]
+        if batch:
+            self.launcher.launch(batch, initial_job_idx=jobs[0][0])

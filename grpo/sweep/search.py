@@ -1,0 +1,322 @@
+"""A search: each trial a job, its values chosen by Optuna from what the others came to.
+
+Optuna only ever says what to try (ask) and hears what came of it (tell). What came of it is read
+from the job's folder, so it doesn't matter where the job ran, nor whether this process lived.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection as Direction
+from optuna.trial import FrozenTrial, TrialState
+
+from grpo.check import check_metric
+from grpo.config import writable
+from grpo.errors import ConfigError
+from grpo.past import is_locked, locked, read_summary
+from grpo.sweep.close import close, counted
+from grpo.sweep.folder import STUDY, Record, Standing, read_record, standing
+from grpo.sweep.launch import Launch, given
+from grpo.sweep.space import Space, combinations, corners, space_of, written
+from grpo.sweep.study import Options, StudyFile, open_storage, quiet, shown, spelled
+from grpo.tracking.files import read_lines
+
+
+def search(
+    launch: Launch, params: Mapping[str, object], arguments: Sequence[str], options: Options
+) -> None:
+    """Runs trials until there are `n_trials` in all, and says what came of them.
+
+    Args:
+        params: what to search, from a file in conf/sweep/; the arguments win over them.
+        arguments: the overrides of the command line.
+
+    Raises:
+        ConfigError: it can't be searched as asked, or the study is another one's.
+        RunError: trials failed.
+    """
+    quiet()
+    overrides = OverridesParser.create(launch.context.config_loader).parse_overrides(
+        given(params, arguments)
+    )
+    space, fixed = space_of(overrides), fixed_of(overrides)
+    if not space:
+        raise ConfigError(
+            "-m: nothing to search; give a key an interval, a range or a choice "
+            "(kl_weight=interval(0,0.1)), or a sweep=CHOICE."
+        )
+    options.check_space(space)
+    objectives = check_objectives(options, [launch.compose(jobs) for jobs in ends(fixed, space)])
+    folder = launch.folder
+    record = read_record(folder)
+    if record is not None and not (folder / STUDY).is_file():
+        raise ConfigError(f"sweep_dir={folder}: holds a grid; give another sweep_dir.")
+    new = not folder.is_dir()
+    writable(folder, "sweep_dir")
+    try:
+        study = open_study(options, objectives, space, fixed, folder)
+    except ConfigError:
+        if new:
+            for file in (*folder.iterdir(), folder):
+                file.rmdir() if file.is_dir() else file.unlink()
+        raise
+    Search(launch, options, study, space, fixed, list(objectives), folder).run()
+
+
+def fixed_of(overrides: Sequence[Override]) -> list[str]:
+    """The overrides that all trials share."""
+    return [
+        f"{o.get_key_element()}={o.get_value_element_as_str()}"
+        for o in {o.get_key_element(): o for o in overrides}.values()
+        if not o.is_sweep_override()
+    ]
+
+
+def ends(fixed: Sequence[str], space: Space) -> Iterator[list[str]]:
+    for values in corners(space):
+        yield job_of(fixed, values)
+
+
+def job_of(fixed: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    return [*fixed, *(written(key, value) for key, value in values.items())]
+
+
+def check_objectives(options: Options, configs: Sequence[DictConfig]) -> dict[str, str]:
+    """The metrics that count, and which way.
+
+    Raises:
+        ConfigError: no run logs one, or a pruner has nothing to go by.
+    """
+    objectives = dict(options.objectives or {str(configs[0].objective): "maximize"})
+    for metric in objectives:
+        check_metric(configs[0], metric, "hydra.sweeper.objectives")
+    if options.pruner != "none":
+        (metric,) = objectives
+        if not metric.startswith("eval/"):
+            raise ConfigError(
+                f"hydra.sweeper.pruner={options.pruner}: goes by evaluations; {metric} is not one."
+            )
+        if not configs[0].eval.every:
+            raise ConfigError(
+                f"hydra.sweeper.pruner={options.pruner} eval.every=0: goes by evaluations during "
+                f"training; set eval.every."
+            )
+    return objectives
+
+
+def open_study(
+    options: Options, objectives: dict[str, str], space: Space, fixed: Sequence[str], folder: Path
+) -> optuna.Study:
+    """The study, made or found again.
+
+    Raises:
+        ConfigError: its storage can't be had, or it is a study of something else.
+    """
+    storage = open_storage(options.storage, folder)
+    name = options.study_name or f"{folder.absolute().parent.name}/{folder.name}"
+    file = StudyFile(
+        options.storage, name, objectives, options.pruner, dict(options.pruner_options)
+    )
+    with reached(options.storage), turn(folder):
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=[Direction[way.upper()] for way in objectives.values()],
+            pruner=options.make_pruner(),
+            load_if_exists=True,
+        )
+        check_same(study, storage, objectives, space, fixed)
+        if options.sampler == "grid":
+            for values in combinations(space)[: options.n_trials]:
+                study.enqueue_trial(values, skip_if_exists=True)
+    file.write(folder)
+    return study
+
+
+@contextmanager
+def reached(url: str | None) -> Iterator[None]:
+    """Tells a storage's own errors in a line."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"hydra.sweeper.storage={shown(str(url))}: {reason}") from error
+
+
+def check_same(
+    study: optuna.Study,
+    storage: BaseStorage,
+    objectives: dict[str, str],
+    space: Space,
+    fixed: Sequence[str],
+) -> None:
+    """Refuses to go on with a study of another space, objective or experiment."""
+    wanted = {"space": spelled(space), "fixed": sorted(fixed), "objectives": objectives}
+    there = study.user_attrs
+    for what, value in wanted.items():
+        if what not in there:
+            study.set_user_attr(what, value)
+        elif there[what] != value:
+            raise ConfigError(
+                f"{study.study_name}: this study's {what} was {there[what]}, and is {value} now; "
+                f"give another sweep_dir or hydra.sweeper.study_name."
+            )
+    minimized = [d == Direction.MINIMIZE for d in study.directions]
+    if minimized != [d == "minimize" for d in objectives.values()]:
+        raise ConfigError(f"{study.study_name}: this study's objectives went another way.")
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """One process at a time, the others wait; the system lets go of it when a process dies."""
+    descriptor = os.open(folder / "sweep.lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Search:
+    """One process's part in a search."""
+
+    launch: Launch
+    options: Options
+    study: optuna.Study
+    space: Space
+    fixed: list[str]
+    objectives: list[str]
+    folder: Path
+
+    def run(self) -> None:
+        """Raises RunError where trials failed."""
+        print(f"search of {self.total} trials in {self.folder}: {self.so_far()}", flush=True)
+        try:
+            while self.some():
+                pass
+        except (KeyboardInterrupt, SystemExit):
+            print(f"search stopped; go on: grpo -m sweep_dir={self.folder}", flush=True)
+            raise
+        print(self.answer(), flush=True)
+        close(self.folder, self.standings())
+
+    @property
+    def total(self) -> int:
+        total = self.options.n_trials
+        return (
+            min(total, len(combinations(self.space))) if self.options.sampler == "grid" else total
+        )
+
+    def so_far(self) -> str:
+        done = self.standings()
+        return counted(done) if done else "none yet"
+
+    def some(self) -> bool:
+        """Runs as many trials as go at once; false where none is left."""
+        with ExitStack() as claims:
+            with turn(self.folder):
+                taken = self.take(claims)
+            if not taken:
+                return False
+            jobs = [(trial.number, job_of(self.fixed, trial.params)) for trial in taken]
+            self.launch.run([job for job in jobs if not standing(self.folder, job[0]).ended])
+            for trial in taken:
+                self.tell(standing(self.folder, trial.number))
+        return True
+
+    def take(self, claims: ExitStack) -> list[FrozenTrial]:
+        """Trials that a process left behind, then new ones; no other process will take them."""
+        here = str(self.folder.absolute())
+        trials = self.study.get_trials(deepcopy=False)
+        begun = [t for t in trials if t.state != TrialState.WAITING]
+        left = [t for t in begun if t.state == TrialState.RUNNING and self.is_left(t, here)]
+        taken = left[: self.options.n_jobs]
+        count = len(begun)
+        while len(taken) < self.options.n_jobs and count < self.total:
+            self.study.sampler = self.options.make_sampler(count)
+            asked = self.study.ask(self.space)
+            asked.set_user_attr("folder", here)
+            taken.append(self.study.trials[asked.number])
+            count += 1
+        for trial in taken:
+            self.claim(trial.number).touch()
+            claims.enter_context(locked(self.claim(trial.number)))
+        jobs = [
+            job_of(self.fixed, trial.params)
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state != TrialState.WAITING
+        ]
+        Record(self.launch.arguments, self.launch.config_dir, jobs).write(self.folder)
+        return taken
+
+    def is_left(self, trial: FrozenTrial, here: str) -> bool:
+        """Whether its process is gone. One of another folder is that folder's to go on with."""
+        claim = self.claim(trial.number)
+        own = trial.user_attrs.get("folder", here) == here
+        return own and not (claim.exists() and is_locked(claim))
+
+    def claim(self, number: int) -> Path:
+        claims = self.folder / ".claims"
+        claims.mkdir(exist_ok=True)
+        return claims / str(number)
+
+    def tell(self, job: Standing) -> None:
+        """What became of a trial; one that can go on is left open."""
+        if job.status == "pruned":
+            self.study.tell(job.number, state=TrialState.PRUNED)
+        elif job.status == "finished":
+            values, missing = reached_values(job.folder, self.objectives)
+            if missing:
+                reason = f"no value of {missing} at its end"
+                self.study.tell(job.number, state=TrialState.FAIL)
+                print(f"job {job.number}: {reason}", flush=True)
+            else:
+                self.study.tell(job.number, values)
+        elif job.status in ("failed", "killed", "none"):
+            self.study.tell(job.number, state=TrialState.FAIL)
+
+    def standings(self) -> list[Standing]:
+        begun = self.study.get_trials(deepcopy=False)
+        return [
+            standing(self.folder, trial.number)
+            for trial in begun
+            if trial.state != TrialState.WAITING
+        ]
+
+    def answer(self) -> str:
+        """The best of all, or those that no other one beats in everything."""
+        try:
+            best = self.study.best_trials if len(self.objectives) > 1 else [self.study.best_trial]
+        except ValueError:
+            return "\nno trial has finished."
+        lines = [
+            f"  job {trial.number}: "
+            + " ".join(f"{m}={v:.4g}" for m, v in zip(self.objectives, trial.values, strict=True))
+            + "  "
+            + " ".join(written(key, value) for key, value in trial.params.items())
+            for trial in best
+        ]
+        return "\nbest:\n" + "\n".join(lines)
+
+
+def reached_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:
+    """The last value of each metric, and the name of one that has none."""
+    last: dict[str, Any] = {}
+    for line in read_lines(job / "metrics.jsonl"):
+        last |= {key: value for key, value in line.items() if value is not None}
+    last |= (read_summary(job) or {}).get("last_evaluation") or {}
+    missing = next((metric for metric in objectives if metric not in last), "")
+    return [float(last[metric]) for metric in objectives if metric in last], missing

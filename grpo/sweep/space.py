@@ -1,0 +1,119 @@
+"""What a search chooses from: Hydra's own syntax for values, as Optuna's distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    QuotedString,
+    RangeSweep,
+    Transformer,
+)
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from grpo.errors import ConfigError
+
+Space = dict[str, BaseDistribution]
+
+
+def space_of(overrides: Sequence[Override]) -> Space:
+    """The distribution of each key that has several values; a later override of a key wins.
+
+    Raises:
+        ConfigError: Optuna can't sample one.
+    """
+    swept = {o.get_key_element(): o for o in overrides}
+    return {key: distribution(o) for key, o in swept.items() if o.is_sweep_override()}
+
+
+def distribution(override: Override) -> BaseDistribution:
+    """Numbers between two ends, or some of them, or a choice.
+
+    Raises:
+        ConfigError: there is nothing between them, or no logarithm.
+    """
+    values, asked = override.value(), override.input_line
+    log = "log" in getattr(values, "tags", set())
+    try:
+        if isinstance(values, IntervalSweep):
+            low, high = values.start, values.end
+            if isinstance(low, int) and isinstance(high, int):
+                return IntDistribution(low, high, log=log)
+            return FloatDistribution(float(low or 0), float(high or 0), log=log)
+        if isinstance(values, RangeSweep):
+            steps = sorted(values.range())
+            if not steps:
+                raise ValueError("there is no value in it")
+            width = abs(values.step)
+            if all(isinstance(step, int) for step in steps):
+                return IntDistribution(steps[0], steps[-1], log=log, step=int(width))
+            return FloatDistribution(steps[0], steps[-1], log=log, step=float(width))
+    except ValueError as error:
+        raise ConfigError(f"{asked}: can't be sampled ({error}).") from error
+    if log:
+        raise ConfigError(f"{asked}: only numbers of an interval or a range have a logarithm.")
+    choices = [plain(value) for value in override.sweep_iterator()]
+    if len(set(map(str, choices))) < len(choices):
+        raise ConfigError(f"{asked}: has the same value twice.")
+    return CategoricalDistribution(choices)
+
+
+def plain(value: object) -> Any:
+    """A choice as Optuna can keep it: what is more than a number or a word, as Hydra writes it."""
+    if isinstance(value, QuotedString):
+        return value.with_quotes()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return Transformer.str(value)  # type: ignore[arg-type]
+
+
+def written(key: str, value: object) -> str:
+    """A value as an override."""
+    if value is None:
+        return f"{key}=null"
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def corners(space: Space) -> list[dict[str, Any]]:
+    """All lowest and all highest values: if these can be run, most of what lies between can."""
+    found: list[dict[str, Any]] = []
+    for first in (True, False):
+        values: dict[str, Any] = {}
+        for key, own in space.items():
+            if isinstance(own, CategoricalDistribution):
+                values[key] = own.choices[0 if first else -1]
+            elif isinstance(own, IntDistribution | FloatDistribution):
+                values[key] = own.low if first else own.high
+        found.append(values)
+    return found
+
+
+def combinations(space: Space) -> list[dict[str, Any]]:
+    """Every combination.
+
+    Raises:
+        ConfigError: one of the keys has no end of values.
+    """
+    found: list[dict[str, Any]] = [{}]
+    for key, own in space.items():
+        found = [{**some, key: value} for some in found for value in values_of(key, own)]
+    return found
+
+
+def values_of(key: str, own: BaseDistribution) -> list[Any]:
+    if isinstance(own, CategoricalDistribution):
+        return list(own.choices)
+    if isinstance(own, IntDistribution) and not own.log:
+        return list(range(own.low, own.high + 1, own.step))
+    if isinstance(own, FloatDistribution) and own.step is not None:
+        count = round((own.high - own.low) / own.step) + 1
+        return [own.low + n * own.step for n in range(count)]
+    raise ConfigError(f"{key}: hydra/sweeper.sampler=grid takes choices and ranges alone.")

@@ -1,0 +1,187 @@
+"""The Optuna study of a search: where it is kept, what samples it, what prunes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution, distribution_to_json
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+from grpo.config import nearest
+from grpo.errors import ConfigError
+from grpo.sweep.folder import STUDY
+from grpo.sweep.space import Space
+
+JOURNAL = "study.journal"
+SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
+PRUNERS = ("none", "median", "hyperband")
+DIRECTIONS = ("maximize", "minimize")
+
+
+@dataclass(frozen=True)
+class Options:
+    """conf/hydra/sweeper/optuna.yaml."""
+
+    n_trials: int
+    n_jobs: int
+    sampler: str
+    sampler_options: Mapping[str, Any]
+    pruner: str
+    pruner_options: Mapping[str, Any]
+    objectives: Mapping[str, str] | None
+    storage: str | None
+    study_name: str | None
+    seed: int
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Raises ConfigError where one can't be."""
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"hydra.sweeper.{key}: no such key{nearest(key, known)}")
+        options = cls(**given)
+        for key in ("n_trials", "n_jobs", "seed"):
+            value, least = getattr(options, key), 0 if key == "seed" else 1
+            if type(value) is not int or value < least:
+                raise ConfigError(
+                    f"hydra.sweeper.{key}={value}: must be a whole number, at least {least}."
+                )
+        for key, choices in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+            value = getattr(options, key)
+            if value not in choices:
+                raise ConfigError(
+                    f"hydra.sweeper.{key}={value}: use one of {', '.join(choices)}"
+                    f"{nearest(str(value), choices)}"
+                )
+        for metric, direction in (options.objectives or {}).items():
+            if direction not in DIRECTIONS:
+                raise ConfigError(
+                    f"hydra.sweeper.objectives.{metric}={direction}: maximize or minimize."
+                )
+        if options.pruner != "none" and len(options.objectives or {}) > 1:
+            raise ConfigError(
+                f"hydra.sweeper.pruner={options.pruner}: which of several objectives a trial falls "
+                f"behind in can't be said; use pruner=none."
+            )
+        options.make_sampler(0)
+        options.make_pruner()
+        return options
+
+    def make_sampler(self, trials: int) -> optuna.samplers.BaseSampler:
+        """Anew for each trial, from how many there were: so a search resumed is the same search."""
+        seed = self.seed * 1_000_003 + trials
+        made: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+            "tpe": optuna.samplers.TPESampler,
+            "gp": optuna.samplers.GPSampler,
+            "cmaes": optuna.samplers.CmaEsSampler,
+            "random": optuna.samplers.RandomSampler,
+            "grid": optuna.samplers.RandomSampler,  # its trials are all said beforehand
+        }
+        own = {"constant_liar": True} if self.sampler == "tpe" else {}  # trials that run count too
+        options = {**own, **self.sampler_options, "seed": seed}
+        sampler: optuna.samplers.BaseSampler = built(made[self.sampler], options, "sampler_options")
+        return sampler
+
+    def make_pruner(self) -> optuna.pruners.BasePruner:
+        return make_pruner(self.pruner, self.pruner_options)
+
+    def check_space(self, space: Space) -> None:
+        """Refuses a space that the sampler can't search."""
+        numbers = [
+            key for key, own in space.items() if not isinstance(own, CategoricalDistribution)
+        ]
+        if self.sampler == "cmaes" and len(numbers) < 2:
+            raise ConfigError(
+                "hydra.sweeper.sampler=cmaes: searches two keys of numbers at least "
+                "(interval or range); use tpe."
+            )
+
+
+def make_pruner(name: str, options: Mapping[str, Any]) -> optuna.pruners.BasePruner:
+    made: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+    }
+    pruner: optuna.pruners.BasePruner = built(made[name], options, "pruner_options")
+    return pruner
+
+
+def built(make: Callable[..., Any], options: Mapping[str, Any], key: str) -> Any:
+    """Raises ConfigError where Optuna's class doesn't take the options."""
+    try:
+        return make(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"hydra.sweeper.{key}={dict(options)}: {error}") from error
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """study.json: what a search's jobs must know of it."""
+
+    storage: str | None
+    study_name: str
+    objectives: dict[str, str]
+    pruner: str
+    pruner_options: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        aside = folder / "study.tmp"
+        aside.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        aside.replace(folder / STUDY)
+
+    @classmethod
+    def read(cls, folder: Path) -> StudyFile | None:
+        file = folder / STUDY
+        return cls(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """A database, or the journal in the sweep's folder.
+
+    Raises:
+        ConfigError: it can't be reached.
+    """
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    try:
+        # Another writer may hold a file for a moment.
+        wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **wait})
+    except ImportError as error:
+        raise ConfigError(f"hydra.sweeper.storage={shown(url)}: {error}") from error
+    except Exception as error:  # each database has its own errors
+        raise ConfigError(
+            f"hydra.sweeper.storage={shown(url)}: can't be opened "
+            f"({str(error.__cause__ or error).splitlines()[0]})."
+        ) from error
+
+
+def shown(url: str) -> str:
+    """A URL without its password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "?"
+
+
+def spelled(space: Space) -> dict[str, Any]:
+    """A space as it can be kept beside a study, and compared."""
+    return {key: json.loads(distribution_to_json(own)) for key, own in sorted(space.items())}
+
+
+def quiet() -> None:
+    """Optuna's own lines would stand between the jobs'."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)

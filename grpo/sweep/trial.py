@@ -1,0 +1,47 @@
+"""A job's view of its search: it reports evaluations, and hears when to give up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+Watcher = Callable[[int, Mapping[str, float]], bool]  # step, metrics -> whether to give up
+
+
+def never(step: int, metrics: Mapping[str, float]) -> bool:
+    return False
+
+
+def watcher_of(job: Path) -> Watcher:
+    """What a job in this folder asks after each step."""
+    from grpo.sweep.folder import STUDY
+
+    if not (job.parent / STUDY).is_file():
+        return never
+    import optuna  # takes seconds, which a grid's jobs don't need
+
+    from grpo.sweep.study import StudyFile, make_pruner, open_storage, quiet
+
+    file = StudyFile.read(job.parent)
+    assert file is not None
+    if len(file.objectives) > 1:  # Optuna takes no values on the way then
+        return never
+    quiet()
+    study = optuna.load_study(
+        study_name=file.study_name,
+        storage=open_storage(file.storage, job.parent),
+        pruner=make_pruner(file.pruner, file.pruner_options),
+    )
+    number = int(job.name)
+    trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
+    reported = set(study.trials[number].intermediate_values)  # before it was resumed
+    (metric,) = file.objectives
+
+    def hopeless(step: int, metrics: Mapping[str, float]) -> bool:
+        if metric not in metrics:
+            return False
+        if step not in reported:
+            trial.report(metrics[metric], step)
+        return trial.should_prune()
+
+    return hopeless

@@ -1,0 +1,1 @@
+"""The project's sweepers, where Hydra looks for them; what they do is in grpo.sweep."""

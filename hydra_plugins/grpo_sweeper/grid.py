@@ -1,0 +1,33 @@
+"""`hydra/sweeper=grid`, what -m does unless told otherwise: conf/hydra/sweeper/grid.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class GridSweeper(Sweeper):
+    """Every combination of the values given; see `grpo.sweep.grid`."""
+
+    def __init__(self, params: Mapping[str, Any] | None) -> None:
+        self.params = params or {}
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        from grpo.sweep.launch import Launch
+
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        self.launch = Launch(hydra_context, config, launcher)
+
+    def sweep(self, arguments: list[str]) -> None:
+        from grpo.sweep.grid import sweep
+
+        sweep(self.launch, self.params, arguments)

@@ -1,0 +1,34 @@
+"""`hydra/sweeper=optuna`: conf/hydra/sweeper/optuna.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class OptunaSweeper(Sweeper):
+    """A search for the best values; see `grpo.sweep.search`."""
+
+    def __init__(self, params: Mapping[str, Any] | None, **options: Any) -> None:
+        self.params, self.options = params or {}, options
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        from grpo.sweep.launch import Launch
+
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        self.launch = Launch(hydra_context, config, launcher)
+
+    def sweep(self, arguments: list[str]) -> None:
+        from grpo.sweep.search import search
+        from grpo.sweep.study import Options
+
+        search(self.launch, self.params, arguments, Options.of(self.options))
