@@ -207,7 +207,7 @@ def build_evaluation(
     prompts: Sequence[Prompt],
     rewards: Mapping[str, WeightedReward],
 ) -> Evaluation:
-    sampling = build_sampling(cfg)
+    sampling = replace(build_sampling(cfg), temperature=cfg.eval.temperature)
     return Evaluation(engine, prompts, rewards, cfg.eval.samples, cfg.eval.greedy, sampling)
 
 

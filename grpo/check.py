@@ -51,7 +51,7 @@ def check(cfg: DictConfig) -> None:
         at_least(cfg, key, 0)
     for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm", "seed"):
         at_least(cfg, key, 0.0)
-    for key in ("temperature", "learning_rate"):
+    for key in ("temperature", "learning_rate", "eval.temperature"):
         more_than_nothing(cfg, key)
     if cfg.device.memory_gb is not None:
         more_than_nothing(cfg, "device.memory_gb")

@@ -48,7 +48,7 @@ def main() -> None:
     """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
     if {"--help", "-h"} & set(sys.argv):
         print(help_text(sys.argv))
-        return
+        return None
     config.register()
     sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
     try:

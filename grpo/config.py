@@ -45,6 +45,7 @@ class OptimConfig:
 class EvalConfig:
     every: int = MISSING
     samples: int = MISSING
+    temperature: float = MISSING
     greedy: bool = MISSING
 
 

@@ -84,7 +84,7 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
             run.tracker.log(step, metrics)
             reached(step, None)
             done = step == run.total_steps
-            pruned = not done and run.hopeless(step, metrics)
+            pruned = run.hopeless(step, metrics) and not done
             last = done or pruned or interrupt.requested
             if last or due(step, run.checkpoint_every):
                 save()

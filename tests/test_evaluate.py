@@ -178,3 +178,20 @@ def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path)
     assert "measured anew" in printed
     trained = [row["prompt"] for row in lines(tmp_path / "run/completions.jsonl")]
     assert trained[16::4] == [row["prompt"] for row in kept[4:8]]
+
+
+def test_the_evaluation_may_have_a_temperature_of_its_own(grpo: Grpo, tmp_path: Path) -> None:
+    """So that runs at several temperatures can be compared."""
+    job = ("experiment=smoke", "tracking=none", "max_steps=1")
+    for folder, more in (
+        ("plain", ()), ("apart", ("temperature=2", "eval.temperature=1")), ("hot", ("temperature=2",)),
+    ):  # fmt: skip
+        code, printed = grpo(*job, *more, f"hydra.run.dir={folder}")
+        assert code == 0, printed
+    plain, apart, hot = (
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])
+        for run in ("plain", "apart", "hot")
+    )
+    assert apart == plain
+    assert hot["eval/sampled_accuracy"] < plain["eval/sampled_accuracy"]
+    assert hot["eval/accuracy"] == plain["eval/accuracy"]

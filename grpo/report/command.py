@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -41,12 +42,19 @@ def written(folders: Sequence[Path]) -> str:
     folder = folders[0]
     command = best_of(sweep, ranking, folder) if ranking.settings else ""
     html = page(sweep, ranking, command, list(pictures(sweep, ranking, importances(sweep))))
-    (folder / "report.html").write_text(html, encoding="utf-8")
     rows = results(sweep)
-    rows.to_csv(folder / "results.csv", index=False)
-    rows.to_parquet(folder / "results.parquet", index=False)
+    put(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
+    put(folder / "results.csv", lambda file: rows.to_csv(file, index=False))
+    put(folder / "results.parquet", lambda file: rows.to_parquet(file, index=False))
     lines = [ranking.verdict, f"  report: {folder}/report.html, results.csv"]
     return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
+
+
+def put(file: Path, write: Callable[[Path], object]) -> None:
+    """At once: another process of the sweep may write it too."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    write(aside)
+    aside.replace(file)
 
 
 def minimizes(folder: Path, objective: str) -> bool:

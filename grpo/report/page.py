@@ -40,7 +40,7 @@ def page(
     for n, (name, meaning, figure) in enumerate(figures):
         drawn = figure.to_html(
             full_html=False, include_plotlyjs=False, div_id=f"figure-{n}",
-            config={"displaylogo": False, "responsive": True},
+            config={"displayModeBar": False, "responsive": True},
         )  # fmt: skip
         parts.append(f"<section><h2>{escape(name)}</h2><p>{escape(meaning)}</p>{drawn}</section>")
     parts.append(jobs_table(sweep))
@@ -103,7 +103,8 @@ def ranking_table(sweep: Sweep, ranking: Ranking) -> str:
 
 
 def jobs_table(sweep: Sweep) -> str:
-    keys = list(sweep.jobs[0].values)
+    seeds = {str(job.values.get("seed")) for job in sweep.jobs}
+    keys = [*sweep.keys, *(["seed"] if len(seeds) > 1 else [])]
     heads = ["job", "status", *keys, sweep.objective, "steps", "minutes"]
     rows = []
     for job in sweep.jobs:

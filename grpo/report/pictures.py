@@ -72,7 +72,7 @@ def pictures(
         yield (
             "Reward against KL",
             "Where each job ended. Up and to the left is better: more reward, nearer to the "
-            "reference.",
+            "reference. Without a reference, at kl_weight=0, the KL is not known.",
             frontier(sweep, ranking, done),
         )
     yield (

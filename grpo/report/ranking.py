@@ -48,6 +48,9 @@ class Ranking:
                 f"{self.named(best)} came out highest, on one seed each: how much of that is luck "
                 f"can't be said. Run the first few on more seeds: seed=0,1,2"
             )
+        second = self.behind[0]
+        if second.mean == 0:
+            return f"{self.named(best)} and {self.named(self.settings[1])} came out alike."
         told = [n for n, p in enumerate(self.p) if p <= 0.05]
         text = f"{self.named(best)} came out highest, and "
         text += (
@@ -55,7 +58,6 @@ class Ranking:
             if len(told) == len(self.p)
             else f"the data tells it from {len(told)} of {len(self.p)} others."
         )
-        second = self.behind[0]
         if self.p[0] > 0.05:
             text += f" From the second, {self.named(self.settings[1])}, it is not told apart"
             if second.more_seeds is None:

@@ -10,17 +10,16 @@ from grpo.errors import RunError
 from grpo.sweep.folder import Standing
 
 
-def close(folder: Path, after: Sequence[Standing]) -> None:
-    """Says what became of the jobs.
+def close(folder: Path, after: Sequence[Standing], broken: Sequence[Standing]) -> None:
+    """Says what became of the jobs, and writes the report.
 
     Raises:
-        RunError: not all have ended well.
+        RunError: some are broken.
     """
     from grpo.report.command import written  # only now: it brings the drawing with it
 
     print(f"\nsweep in {folder}: {counted(after)}", flush=True)
     print(written([folder]), flush=True)
-    broken = [own for own in after if not own.ended]
     if broken:
         lines = "\n".join(f"  {own}; in {own.folder}" for own in broken)
         raise RunError(

@@ -43,7 +43,8 @@ def sweep(launch: Launch, params: Mapping[str, object], arguments: Sequence[str]
         except (KeyboardInterrupt, SystemExit):
             print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)
             raise
-        close(folder, list(jobs_of(folder)))
+        after = list(jobs_of(folder))
+        close(folder, after, [job for job in after if not job.ended])
 
 
 def combinations(

@@ -18,19 +18,18 @@ import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
-from optuna.storages import BaseStorage
 from optuna.study import StudyDirection as Direction
 from optuna.trial import FrozenTrial, TrialState
 
 from grpo.check import check_metric
 from grpo.config import writable
 from grpo.errors import ConfigError
-from grpo.past import is_locked, locked, read_summary
+from grpo.past import is_locked, locked, note_failure, read_summary
 from grpo.sweep.close import close, counted
 from grpo.sweep.folder import STUDY, Record, Standing, read_record, standing
 from grpo.sweep.launch import Launch, given
 from grpo.sweep.space import Space, combinations, corners, space_of, written
-from grpo.sweep.study import Options, StudyFile, open_storage, quiet, shown, spelled
+from grpo.sweep.study import Options, StudyFile, open_storage, quiet, reach, spelled, told
 from grpo.tracking.files import read_lines
 
 
@@ -63,15 +62,10 @@ def search(
     record = read_record(folder)
     if record is not None and not (folder / STUDY).is_file():
         raise ConfigError(f"sweep_dir={folder}: holds a grid; give another sweep_dir.")
-    new = not folder.is_dir()
+    if options.storage is not None:
+        reach(options.storage)
     writable(folder, "sweep_dir")
-    try:
-        study = open_study(options, objectives, space, fixed, folder)
-    except ConfigError:
-        if new:
-            for file in (*folder.iterdir(), folder):
-                file.rmdir() if file.is_dir() else file.unlink()
-        raise
+    study = open_study(options, objectives, space, fixed, folder)
     Search(launch, options, study, space, fixed, list(objectives), folder).run()
 
 
@@ -124,12 +118,12 @@ def open_study(
     Raises:
         ConfigError: its storage can't be had, or it is a study of something else.
     """
-    storage = open_storage(options.storage, folder)
     name = options.study_name or f"{folder.absolute().parent.name}/{folder.name}"
     file = StudyFile(
         options.storage, name, objectives, options.pruner, dict(options.pruner_options)
     )
-    with reached(options.storage), turn(folder):
+    with turn(folder), told(options.storage):
+        storage = open_storage(options.storage, folder)
         study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -137,7 +131,7 @@ def open_study(
             pruner=options.make_pruner(),
             load_if_exists=True,
         )
-        check_same(study, storage, objectives, space, fixed)
+        check_same(study, objectives, space, fixed)
         if options.sampler == "grid":
             for values in combinations(space)[: options.n_trials]:
                 study.enqueue_trial(values, skip_if_exists=True)
@@ -145,19 +139,8 @@ def open_study(
     return study
 
 
-@contextmanager
-def reached(url: str | None) -> Iterator[None]:
-    """Tells a storage's own errors in a line."""
-    try:
-        yield
-    except optuna.exceptions.StorageInternalError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(f"hydra.sweeper.storage={shown(str(url))}: {reason}") from error
-
-
 def check_same(
     study: optuna.Study,
-    storage: BaseStorage,
     objectives: dict[str, str],
     space: Space,
     fixed: Sequence[str],
@@ -211,7 +194,9 @@ class Search:
             print(f"search stopped; go on: grpo -m sweep_dir={self.folder}", flush=True)
             raise
         print(self.answer(), flush=True)
-        close(self.folder, self.standings())
+        failed = [t.number for t in self.study.trials if t.state == TrialState.FAIL]
+        after = self.standings()
+        close(self.folder, after, [after[number] for number in failed])
 
     @property
     def total(self) -> int:
@@ -280,9 +265,8 @@ class Search:
         elif job.status == "finished":
             values, missing = reached_values(job.folder, self.objectives)
             if missing:
-                reason = f"no value of {missing} at its end"
+                note_failure(job.folder, f"{missing}: no value of it at the end")
                 self.study.tell(job.number, state=TrialState.FAIL)
-                print(f"job {job.number}: {reason}", flush=True)
             else:
                 self.study.tell(job.number, values)
         elif job.status in ("failed", "killed", "none"):

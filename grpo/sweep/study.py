@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -148,32 +150,53 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """A database, or the journal in the sweep's folder.
 
     Raises:
-        ConfigError: it can't be reached.
+        ConfigError: it can't be used.
     """
     if url is None:
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    with told(url):
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **patience(url)})
+
+
+def reach(url: str) -> None:
+    """Refuses a database that doesn't answer; changes nothing in it."""
+    with told(url):
+        sqlalchemy.inspect(sqlalchemy.create_engine(url, **patience(url))).get_table_names()
+
+
+def patience(url: str) -> dict[str, Any]:
+    """How long another writer of a file is waited for."""
+    if not url.startswith("sqlite") or "timeout=" in url:
+        return {}
+    return {"connect_args": {"timeout": 30}}
+
+
+@contextmanager
+def told(url: str | None) -> Iterator[None]:
+    """A storage's errors in a line: each database has its own."""
     try:
-        # Another writer may hold a file for a moment.
-        wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **wait})
-    except ImportError as error:
-        raise ConfigError(f"hydra.sweeper.storage={shown(url)}: {error}") from error
-    except Exception as error:  # each database has its own errors
+        yield
+    except (
+        ImportError,
+        OSError,
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        RuntimeError,  # made by another version of Optuna
+    ) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(
-            f"hydra.sweeper.storage={shown(url)}: can't be opened "
-            f"({str(error.__cause__ or error).splitlines()[0]})."
+            f"hydra.sweeper.storage={shown(url)}: can't be opened ({reason})."
         ) from error
 
 
-def shown(url: str) -> str:
+def shown(url: str | None) -> str:
     """A URL without its password."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
+    if url is None:
+        return "null"
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return "?"
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return url
 
 
 def spelled(space: Space) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""The report of a sweep, made from real sweeps' folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+
+from grpo.report.best import experiment
+from grpo.report.command import written
+from grpo.report.importance import fanova
+from grpo.report.ranking import rank
+from grpo.report.read import read_sweeps
+from tests.conftest import grpo_process
+from tests.test_sweep import TWO_STEPS, Grpo, metrics
+
+GRID = (
+    "-m", *TWO_STEPS, "kl_weight=0,0.1", "learning_rate=1e-4,3e-3", "seed=0,1", "eval.every=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cwd = tmp_path_factory.mktemp("reported")
+    done = grpo_process(*GRID, "sweep_dir=sweep", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "best:   grpo --config-dir sweep experiment=best" in done.stdout
+    return cwd / "sweep"
+
+
+@pytest.fixture
+def copy(sweep: Path, tmp_path: Path) -> Path:
+    """A copy to be changed."""
+    shutil.copytree(sweep, tmp_path / "sweep", symlinks=True)
+    return tmp_path / "sweep"
+
+
+def rows(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_a_row_a_job(sweep: Path) -> None:
+    found = rows(sweep)
+    assert len(found) == 8
+    for n, row in enumerate(found):
+        last = metrics(sweep / str(n))[-1]
+        assert int(row["job"]) == n
+        assert row["status"] == "finished"
+        assert float(row["objective"]) == last["eval/sampled_accuracy"]
+        assert float(row["last/kl/mean"] or 0) == last.get("kl/mean", 0)
+        assert float(row["kl_weight"]) == [0, 0, 0, 0, 0.1, 0.1, 0.1, 0.1][n]
+        assert float(row["learning_rate"]) == [1e-4, 1e-4, 3e-3, 3e-3][n % 4]
+        assert int(row["seed"]) == n % 2
+        assert float(row["seconds"]) > 0
+    assert parquet.read_table(sweep / "results.parquet").num_rows == 8
+
+
+def test_seeds_are_folded_and_settings_ranked(sweep: Path) -> None:
+    found = rank(read_sweeps([sweep]))
+    assert found.keys == ["kl_weight", "learning_rate"]
+    assert len(found.settings) == 4
+    by_hand: dict[tuple[float, float], list[float]] = {}
+    for row in rows(sweep):
+        setting = (float(row["kl_weight"]), float(row["learning_rate"]))
+        by_hand.setdefault(setting, []).append(float(row["objective"]))
+    means = {setting: sum(values) / 2 for setting, values in by_hand.items()}
+    for setting in found.settings:
+        assert setting.mean == pytest.approx(means[setting.values])
+        assert sorted(setting.by_seed) == [0, 1]
+    ordered = [setting.mean for setting in found.settings]
+    assert ordered == sorted(means.values(), reverse=True)
+    fewest = rank(read_sweeps([sweep]), minimized=True)
+    assert [setting.mean for setting in fewest.settings] == ordered[::-1]
+
+
+def test_the_best_setting_gives_the_same_run_again(sweep: Path) -> None:
+    best = rank(read_sweeps([sweep])).settings[0]
+    done = grpo_process(
+        "--config-dir", str(sweep), "experiment=best", "hydra.run.dir=again", cwd=sweep.parent
+    )
+    assert done.returncode == 0, done.stderr
+    job = next(job for job in best.jobs if job.values["seed"] == 0)
+    assert metrics(sweep.parent / "again") == metrics(job.folder)
+
+
+def test_the_page_needs_nothing_else(sweep: Path) -> None:
+    page = (sweep / "report.html").read_text()
+    own = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # Plotly itself
+    assert not re.search(r"(src|href)=", own)
+    assert not re.search(r"url\(", own)
+    for title in (
+        "Ranking", "Settings, best first", "The objective by each key", "Two keys at a time",
+        "What matters", "All keys at once", "Learning curves", "Reward against KL",
+        "Time and tokens", "Jobs",
+    ):  # fmt: skip
+        assert f"<h2>{title}</h2>" in page
+
+
+def test_a_half_finished_sweep_has_a_report(copy: Path, grpo: Grpo) -> None:
+    """Jobs that were killed, failed or never began are rows of the table, and of no mean."""
+    shutil.rmtree(copy / "7")
+    for number, status, error in (("5", "running", None), ("6", "failed", "a <b>reason</b>")):
+        file = copy / number / "summary.json"
+        content = json.loads(file.read_text()) | {"status": status, "error": error}
+        file.write_text(json.dumps(content))
+    code, printed = grpo("report", "sweep")
+    assert code == 0, printed
+    assert [row["status"] for row in rows(copy)] == ["finished"] * 5 + ["killed", "failed", "none"]
+    assert [row["objective"] == "" for row in rows(copy)] == [False] * 5 + [True] * 3
+    page = (copy / "report.html").read_text()
+    assert "job 6: a &lt;b&gt;reason&lt;/b&gt;" in page  # text can't become part of the page
+    assert "<b>reason" not in page
+    assert [len(s.by_seed) for s in rank(read_sweeps([copy])).settings].count(2) == 2
+
+
+def test_a_sweep_of_which_nothing_has_finished(copy: Path, grpo: Grpo) -> None:
+    for number in range(8):
+        shutil.rmtree(copy / str(number))
+    code, printed = grpo("report", "sweep")
+    assert code == 0, printed
+    assert "No job has finished yet." in printed
+    assert len(rows(copy)) == 8
+
+
+def test_sweeps_are_reported_together(sweep: Path, copy: Path, grpo: Grpo) -> None:
+    """More seeds run elsewhere are seeds of the same settings."""
+    record = json.loads((copy / "sweep.json").read_text())
+    record["jobs"] = [[o.replace("seed=", "seed=1") for o in job] for job in record["jobs"]]
+    (copy / "sweep.json").write_text(json.dumps(record))
+    code, printed = grpo("report", "sweep", str(sweep))
+    assert code == 0, printed
+    assert len(rows(copy)) == 16
+    found = rank(read_sweeps([copy, sweep]))
+    assert [sorted(setting.by_seed) for setting in found.settings] == [[0, 1, 10, 11]] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [((), "name one"), (("nowhere",), "no such folder"), (("empty",), "holds no sweep")],
+)
+def test_a_report_of_nothing_is_refused(
+    grpo: Grpo, tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    code, printed = grpo("report", *arguments)
+    assert code == 2
+    assert says in printed
+
+
+def test_overrides_become_an_experiment() -> None:
+    overrides = [
+        "sweep=kl_grid", "experiment=smoke", "kl=k1", "reward=[answer,length]", "kl_weight=0.1",
+        "+reward.brief.limit=25", "optim.schedule=cosine", "sampling.stop=['</answer>']", "seed=3",
+        "++resume=null", "sweep_dir=x",
+    ]  # fmt: skip
+    found: dict[str, Any] = yaml.safe_load(experiment(overrides, None))
+    assert found == {
+        "defaults": [
+            "smoke", "_self_", {"override /kl": "k1"}, {"override /reward": ["answer", "length"]},
+        ],
+        "kl_weight": 0.1,
+        "reward": {"brief": {"limit": 25}},
+        "optim": {"schedule": "cosine"},
+        "sampling": {"stop": ["</answer>"]},
+        "seed": 3,
+    }  # fmt: skip
+
+
+def test_the_key_that_matters_is_found() -> None:
+    """y = 10·a + b: a explains nearly all of it; what is constant, nothing."""
+    rows = [{"a": a, "b": b, "c": c} for a in range(4) for b in range(3) for c in ("x", "y")]
+    found = fanova(rows, [10.0 * row["a"] + row["b"] for row in rows])  # type: ignore[operator]
+    assert next(iter(found)) == "a"
+    assert found["a"] > 0.9
+    assert found["c"] < 0.02
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_the_command_prints_what_the_page_says(sweep: Path) -> None:
+    printed = written([sweep])
+    assert rank(read_sweeps([sweep])).verdict in printed

@@ -1,0 +1,349 @@
+"""Searches by Optuna: spaces, samplers, pruning, storages, and what survives a kill."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import TrialState
+
+from grpo.errors import ConfigError
+from grpo.sweep.search import reached_values
+from grpo.sweep.space import combinations, space_of, written
+from grpo.sweep.study import Options
+from tests.conftest import grpo_process
+from tests.test_sweep import TWO_STEPS, Grpo, metrics, start, summary, wait_for_step
+
+SEARCH = ("-m", "hydra/sweeper=optuna", *TWO_STEPS, "kl_weight=interval(0,0.1)")
+
+
+def study_in(sweep: Path) -> optuna.Study:
+    storage = JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def options(**given: Any) -> Options:
+    defaults: dict[str, Any] = {
+        "n_trials": 20, "n_jobs": 1, "sampler": "tpe", "sampler_options": {}, "pruner": "none",
+        "pruner_options": {}, "objectives": None, "storage": None, "study_name": None, "seed": 0,
+    }  # fmt: skip
+    return Options.of({**defaults, **given})
+
+
+# Spaces
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("x=interval(0,1)", FloatDistribution(0.0, 1.0)),
+        ("x=int(interval(1,9))", IntDistribution(1, 9)),
+        ("x=tag(log,interval(1e-6,1e-3))", FloatDistribution(1e-6, 1e-3, log=True)),
+        ("x=tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
+        ("x=range(4,17,4)", IntDistribution(4, 16, step=4)),
+        ("x=range(4,16,4)", IntDistribution(4, 12, step=4)),  # as Hydra's: without its end
+        ("x=range(0,0.5,0.1)", FloatDistribution(0.0, 0.4, step=0.1)),
+        ("x=choice(4,8)", CategoricalDistribution([4, 8])),
+        ("x=4,8", CategoricalDistribution([4, 8])),
+        ("x=k1,k3", CategoricalDistribution(["k1", "k3"])),
+        ("x=null,true", CategoricalDistribution([None, True])),
+        ("x=[a,b],[c]", CategoricalDistribution(["[a,b]", "[c]"])),
+    ],
+)
+def test_hydras_syntax_is_a_distribution(override: str, expected: BaseDistribution) -> None:
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    assert space_of([parsed]) == {"x": expected}
+
+
+@pytest.mark.parametrize("override", ["x=null,true,k3,[a,b],0.1,7,'a b'", "x={a: 1},{a: 2}"])
+def test_a_choice_is_written_as_it_was_read(override: str) -> None:
+    parser = OverridesParser.create()
+    (parsed,) = parser.parse_overrides([override])
+    wanted = [parsed.value() for parsed in parser.parse_overrides(values_in(override))]
+    (own,) = space_of([parsed]).values()
+    assert isinstance(own, CategoricalDistribution)
+    again = parser.parse_overrides([written("x", choice) for choice in own.choices])
+    assert [one.value() for one in again] == wanted
+
+
+def values_in(override: str) -> list[str]:
+    """As a grid writes them."""
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    return [f"x={value}" for value in parsed.sweep_string_iterator()]
+
+
+def test_every_combination_once() -> None:
+    overrides = OverridesParser.create().parse_overrides(["a=1,2", "b=range(0,0.3,0.1)", "c=4"])
+    found = combinations(space_of(overrides))
+    assert found == [{"a": a, "b": pytest.approx(b)} for a in (1, 2) for b in (0.0, 0.1, 0.2)]
+
+
+SPACE: dict[str, BaseDistribution] = {
+    "a": FloatDistribution(1e-5, 1e-2, log=True),
+    "b": IntDistribution(4, 16, step=4),
+    "c": CategoricalDistribution(["k1", "k3"]),
+}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random"])
+def test_a_sampler_goes_on_where_it_was(sampler: str) -> None:
+    """After a restart it asks what it would have asked: values follow from the past."""
+
+    def asked(study: optuna.Study, trials: int) -> None:
+        for _ in range(trials):
+            study.sampler = options(sampler=sampler).make_sampler(len(study.trials))
+            trial = study.ask(SPACE)
+            study.tell(trial, trial.params["a"] * 100 + trial.params["b"])
+
+    at_once, in_two = optuna.create_study(), optuna.create_study()
+    asked(at_once, 14)
+    asked(in_two, 9)
+    asked(in_two, 5)
+    values = [trial.params for trial in at_once.trials]
+    assert values == [trial.params for trial in in_two.trials]
+    assert len({str(value) for value in values}) > 10  # and doesn't ask the same again
+
+
+def test_another_seed_asks_something_else() -> None:
+    first = [options(seed=seed).make_sampler(0) for seed in (0, 1)]
+    studies = [optuna.create_study(sampler=sampler) for sampler in first]
+    assert studies[0].ask(SPACE).params != studies[1].ask(SPACE).params
+
+
+def test_an_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"hydra.sweeper.n_trails.*did you mean n_trials"):
+        options(n_trails=4)
+
+
+# Whole searches
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The search that nobody disturbs."""
+    cwd = tmp_path_factory.mktemp("whole")
+    done = grpo_process(*KILLED, "sweep_dir=x/sweep", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "x/sweep"
+
+
+KILLED = (
+    *SEARCH, "max_steps=6", "eval.every=2", "checkpoint.every=2", "hydra.sweeper.n_trials=5",
+    "hydra.sweeper.pruner=median", "+hydra.sweeper.pruner_options.n_startup_trials=1",
+    "hydra.sweeper.seed=1",
+    "learning_rate=tag(log,interval(1e-4,1e-2))", "num_generation=4,8",
+)  # fmt: skip
+
+
+def told(study: optuna.Study) -> list[Any]:
+    return [(t.state, t.params, t.values, t.intermediate_values) for t in study.trials]
+
+
+def test_a_search_says_what_its_jobs_came_to(whole: Path) -> None:
+    study = study_in(whole)
+    assert len(study.trials) == 5
+    for trial in study.trials:
+        job = whole / str(trial.number)
+        evaluations = {
+            line["step"]: line["eval/sampled_accuracy"]
+            for line in metrics(job)
+            if line["step"] and "eval/sampled_accuracy" in line
+        }
+        if trial.state == TrialState.COMPLETE:
+            assert summary(job)["status"] == "finished"
+            assert trial.value == summary(job)["objective"]["value"]
+            assert trial.value == evaluations[6]
+        else:
+            assert trial.state == TrialState.PRUNED
+            assert summary(job)["status"] == "pruned"
+            assert summary(job)["steps"] == trial.last_step < 6
+            assert (job / "checkpoints/latest/model").is_dir()
+        assert trial.intermediate_values == evaluations
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
+    """No trial is lost, doubled or replayed, and the rest of them are what they would have been."""
+    sweep = tmp_path / "x/sweep"
+    process = start(tmp_path, *KILLED, "sweep_dir=x/sweep")
+    wait_for_step(sweep / "1", 1, process)
+    process.kill()
+    process.wait()
+    states = [trial.state for trial in study_in(sweep).trials]
+    assert states == [TrialState.COMPLETE, TrialState.RUNNING]
+    done = grpo_process("-m", "sweep_dir=x/sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert told(study_in(sweep)) == told(study_in(whole))
+    for number in range(5):
+        assert metrics(sweep / str(number)) == metrics(whole / str(number))
+
+
+def test_n_trials_is_the_total(whole: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "x/sweep"
+    shutil.copytree(whole, sweep, symlinks=True)
+    assert grpo_process("-m", "sweep_dir=x/sweep", cwd=tmp_path).returncode == 0
+    assert told(study_in(sweep)) == told(study_in(whole))  # nothing left to do
+    more = grpo_process("-m", "sweep_dir=x/sweep", "hydra.sweeper.n_trials=6", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert told(study_in(sweep))[:5] == told(study_in(whole))
+    assert len(study_in(sweep).trials) == 6
+
+
+def test_a_study_of_something_else_is_refused(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
+    sweep = tmp_path / "x/sweep"
+    shutil.copytree(whole, sweep, symlinks=True)
+    for other, what in (
+        (("kl_weight=interval(0,0.2)",), "space"),
+        (("batch_size=8",), "fixed"),
+        (("hydra.sweeper.objectives={eval/accuracy: maximize}",), "objectives"),
+    ):
+        code, printed = grpo("-m", "sweep_dir=x/sweep", *other)
+        assert code == 2, printed
+        assert f"this study's {what} was" in printed
+    assert grpo("-m", *TWO_STEPS, "seed=0,1", "sweep_dir=x/sweep")[0] == 2  # a grid
+    assert told(study_in(sweep)) == told(study_in(whole))
+
+
+def test_two_processes_share_a_study(tmp_path: Path) -> None:
+    """No trial is lost or doubled."""
+    command = (*SEARCH, "hydra.sweeper.n_trials=5", "sweep_dir=sweep")
+    processes = [start(tmp_path, *command) for _ in range(2)]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    study = study_in(tmp_path / "sweep")
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 5
+    for trial in study.trials:
+        log = (tmp_path / "sweep" / str(trial.number) / "train.log").read_text()
+        assert log.count("3 steps of") + log.count("2 steps of") == 1
+        assert trial.value == summary(tmp_path / "sweep" / str(trial.number))["objective"]["value"]
+    printed = [log.read_text() for log in tmp_path.glob("process*.log")]
+    ran = [text.count("\njob ") for text in printed]
+    assert sum(ran) == 5
+    assert min(ran) >= 1
+
+
+def test_several_objectives(grpo: Grpo, tmp_path: Path) -> None:
+    code, printed = grpo(
+        *SEARCH, "hydra.sweeper.n_trials=3", "sweep_dir=sweep",
+        "hydra.sweeper.objectives={eval/sampled_accuracy: maximize, kl/mean: minimize}",
+    )  # fmt: skip
+    assert code == 0, printed
+    for trial in study_in(tmp_path / "sweep").trials:
+        last = metrics(tmp_path / "sweep" / str(trial.number))[-1]
+        assert trial.values == [last["eval/sampled_accuracy"], last["kl/mean"]]
+    assert "best:" in printed
+
+
+def test_every_value_of_a_grid_is_tried(grpo: Grpo, tmp_path: Path) -> None:
+    code, printed = grpo(
+        "-m", "hydra/sweeper=optuna", *TWO_STEPS, "max_steps=1", "seed=0,1", "kl=k1,k3",
+        "hydra.sweeper.sampler=grid", "sweep_dir=sweep",
+    )  # fmt: skip
+    assert code == 0, printed
+    tried = [trial.params for trial in study_in(tmp_path / "sweep").trials]
+    assert tried == [{"seed": seed, "kl": kl} for seed in (0, 1) for kl in ("k1", "k3")]
+
+
+def test_a_value_that_is_missing_fails_its_trial(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl/mean": null, "loss/total": 2.0}\n')
+    assert reached_values(tmp_path, ["loss/total"]) == ([2.0], "")
+    assert reached_values(tmp_path, ["loss/total", "kl/mean"]) == ([2.0], "kl/mean")
+
+
+# Storages
+
+
+@pytest.mark.slow
+def test_a_study_in_sqlite(tmp_path: Path) -> None:
+    two_processes_on(f"sqlite:///{tmp_path}/study.db", tmp_path)
+
+
+@pytest.fixture
+def postgresql(tmp_path: Path) -> Iterator[str]:
+    """A server of its own, on a socket in a folder of its own."""
+    found = shutil.which("initdb") or next(
+        map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None
+    )
+    if found is None:
+        pytest.skip("no PostgreSQL is installed")
+    pytest.importorskip("psycopg")
+    binaries = Path(found).resolve().parent
+    cluster = tmp_path / "cluster"
+    as_user: list[str] = []
+    if getpass.getuser() == "root":  # which PostgreSQL refuses to run as
+        as_user = ["runuser", "-u", "postgres", "--"]
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)
+        cluster.mkdir()
+        shutil.chown(cluster, "postgres")
+    run = [*as_user, str(binaries / "initdb"), "-D", str(cluster), "-U", "grpo", "-A", "trust"]
+    subprocess.run(run, check=True, capture_output=True)
+    serve = [
+        *as_user, str(binaries / "pg_ctl"), "-D", str(cluster), "-w", "-l", str(cluster / "log"),
+    ]  # fmt: skip
+    settings = f"-c listen_addresses='' -c unix_socket_directories={cluster}"
+    subprocess.run([*serve, "-o", settings, "start"], check=True, capture_output=True)
+    try:
+        yield f"postgresql+psycopg://grpo@/postgres?host={cluster}"
+    finally:
+        subprocess.run([*serve, "-m", "fast", "stop"], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_a_study_in_postgresql(postgresql: str, tmp_path: Path) -> None:
+    two_processes_on(postgresql, tmp_path)
+
+
+def two_processes_on(url: str, cwd: Path) -> None:
+    """No trial is lost or doubled; the jobs report to it too."""
+    where = (f"hydra.sweeper.storage='{url}'", "hydra.sweeper.n_trials=3", "sweep_dir=sweep")
+    processes = [start(cwd, *SEARCH, "max_steps=1", *where) for _ in range(2)]
+    codes = [process.wait(300) for process in processes]
+    assert codes == [0, 0], [log.read_text()[-2000:] for log in cwd.glob("process*.log")]
+    name = json.loads((cwd / "sweep/study.json").read_text())["study_name"]
+    study = optuna.load_study(study_name=name, storage=url)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    for trial in study.trials:
+        assert trial.value == summary(cwd / "sweep" / str(trial.number))["objective"]["value"]
+        assert list(trial.intermediate_values) == [1]
+
+
+def test_a_locked_database_is_waited_for_or_told(tmp_path: Path, grpo: Grpo) -> None:
+    """A file that another program holds for good."""
+    file = tmp_path / "study.db"
+    holder = (
+        "import sqlite3, sys, time\n"
+        "c = sqlite3.connect(sys.argv[1])\n"
+        "c.execute('create table t(x)')\n"
+        "c.execute('begin exclusive')\n"
+        "print('held', flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(file)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        code, printed = grpo(
+            *SEARCH, f"hydra.sweeper.storage='sqlite:///{file}?timeout=1'", "sweep_dir=sweep"
+        )
+        process.kill()
+    assert code == 2
+    assert "can't be opened" in printed
+    assert "locked" in printed
