@@ -184,7 +184,9 @@ def test_the_evaluation_may_have_a_temperature_of_its_own(grpo: Grpo, tmp_path: 
     """So that runs at several temperatures can be compared."""
     job = ("experiment=smoke", "tracking=none", "max_steps=1")
     for folder, more in (
-        ("plain", ()), ("apart", ("temperature=2", "eval.temperature=1")), ("hot", ("temperature=2",)),
+        ("plain", ()),
+        ("apart", ("temperature=2", "eval.temperature=1")),
+        ("hot", ("temperature=2",)),
     ):  # fmt: skip
         code, printed = grpo(*job, *more, f"hydra.run.dir={folder}")
         assert code == 0, printed
