@@ -35,7 +35,9 @@ from grpo.allocator import keep_freed_memory
 from grpo.check import check, check_training
 from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text
+from grpo.sweep.gpus import take_gpu
 from grpo.sweep.launch import NOT_THE_JOB
+from grpo.sweep.stop import asked_to_stop
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv):
         print(help_text(sys.argv))
         return None
-    config.register()
-    sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
+    prepare()
     try:
         job, overrides = split_job(sys.argv[1:])
         if job == "report":
@@ -81,6 +82,13 @@ def main() -> None:
         refuse(ConfigError(f"{where}: not YAML ({error.problem})."))
 
 
+def prepare() -> None:
+    """Once a process: a sweep's jobs may run in processes of their own."""
+    config.register()
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
+
+
 def split_job(arguments: Argv) -> tuple[str, list[str]]:
     """The job that a first bare word names, and the rest. A word is never a valid override."""
     if not arguments or arguments[0].startswith(("-", "~")) or "=" in arguments[0]:
@@ -97,6 +105,8 @@ def split_job(arguments: Argv) -> tuple[str, list[str]]:
 
 def train_job(cfg: DictConfig) -> float | None:
     """Trains, and returns the objective that a search maximises."""
+    if asked_to_stop():
+        return None
     with told() as folder, past.locked(folder):
         from grpo.find import find_for_training
 
@@ -132,8 +142,11 @@ def told() -> Iterator[Path]:
     if in_sweep:
         own = [o for o in hydra_config.overrides.task if again.key_of(o) not in NOT_THE_JOB]
         print(f"\njob {folder.name}: {' '.join(own)}", flush=True)
+    prepare()
     keep_freed_memory()  # before anything imports torch
     try:
+        if in_sweep and (gpu := take_gpu(folder.parent)):
+            print(f"on GPU {gpu}", flush=True)
         yield folder
     except (ConfigError, RunError) as error:
         if in_sweep:
@@ -147,10 +160,11 @@ def told() -> Iterator[Path]:
     except Exception as error:
         if not in_sweep:
             raise
-        # A fault, which ends this job and none of the others.
+        # A fault, which ends this job and none of the others; it may have to cross to a process.
         log.exception("job %s failed", folder.name)
-        past.note_failure(folder, f"{type(error).__name__}: {error}")
-        raise error.with_traceback(None) from None
+        reason = f"{type(error).__name__}: {error}"
+        past.note_failure(folder, reason)
+        raise RunError(reason) from None
 
 
 def refuse(error: ConfigError) -> NoReturn:

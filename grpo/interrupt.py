@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 log = logging.getLogger(__name__)
@@ -13,9 +14,14 @@ log = logging.getLogger(__name__)
 class Interrupt:
     """Within it, a first signal is a request that the loop reads; a second one ends at once."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, elsewhere: Callable[[], bool] = lambda: False) -> None:
+        """elsewhere: whether the end was asked for in another way."""
+        self.signalled, self.elsewhere = False, elsewhere
         self.previous: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signalled or self.elsewhere()
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -32,7 +38,7 @@ class Interrupt:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.signalled = True
         log.warning("finishing this step, then saving; once more to end at once")
         self._restore()
 

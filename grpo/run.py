@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.past import is_finished, newest_step
 from grpo.summary import Summary
+from grpo.sweep.stop import ask_to_stop, asked_to_stop
 from grpo.sweep.trial import never, watcher_of
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import figures_table
@@ -66,7 +68,7 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
     summary.write("running", standing.progress)
     status, error = "failed", "ended from outside"
     try:
-        with Interrupt() as interrupt:
+        with Interrupt(asked_to_stop) as interrupt:
             status, error = train(run, standing, interrupt), ""
     except KeyboardInterrupt:
         status, error = "interrupted", ""
@@ -83,7 +85,9 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
         content = summary.write(status, standing.progress, error)
         run.tracker.close(status, content)
     print(summary.closing(content), flush=True)
-    if interrupt.requested and (status != "finished" or in_sweep()):  # a sweep stops there
+    if interrupt.requested and in_sweep():
+        ask_to_stop()  # the other jobs; this one has ended well
+    elif status == "interrupted":
         raise SystemExit(130)
     return summary.objective(content)
 
@@ -211,7 +215,9 @@ def starting_point(
     if cfg.resume is None or (cfg.resume == "auto" and newest_step(run) is None):
         if cfg.resume == "auto" and not in_sweep():
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
-        return Progress(step=0, run_id=uuid.uuid4().hex[:8], base=base, unlogged={})
+        # An agent of a W&B sweep has chosen already which run this is.
+        asked = None if in_sweep() else os.environ.get("WANDB_RUN_ID")
+        return Progress(step=0, run_id=asked or uuid.uuid4().hex[:8], base=base, unlogged={})
     start = checkpoints.load(policy, optimizer, pull, budget)
     if start.base != base:
         raise ConfigError(

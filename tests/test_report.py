@@ -22,7 +22,7 @@ from tests.conftest import grpo_process
 from tests.test_sweep import TWO_STEPS, Grpo, metrics
 
 GRID = (
-    "-m", *TWO_STEPS, "kl_weight=0,0.1", "learning_rate=1e-4,3e-3", "seed=0,1", "eval.every=1",
+    "-m", *TWO_STEPS, "max_steps=1", "kl_weight=0,0.1", "learning_rate=1e-4,3e-3", "seed=0,1",
 )  # fmt: skip
 
 

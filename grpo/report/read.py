@@ -91,7 +91,7 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
         if record is None:
             raise ConfigError(f"{folder}: holds no sweep ({RECORD} is not there).")
         name = folder.name if len(folders) > 1 else ""
-        found += [(name, n, folder, overrides) for n, overrides in enumerate(record.jobs)]
+        found += [(name, n, folder, own) for n, own in enumerate(record.jobs) if own]
     given = [parsed(overrides) for _, _, _, overrides in found]
     keys = list(dict.fromkeys(key for one in given for key in one))
     jobs = [

@@ -21,7 +21,7 @@ class Record:
 
     arguments: list[str]
     config_dir: str | None
-    jobs: list[list[str]]  # the overrides of each
+    jobs: list[list[str]]  # the overrides of each; none: a shared study's trial run elsewhere
 
     def write(self, folder: Path) -> None:
         content = {"arguments": self.arguments, "config_dir": self.config_dir, "jobs": self.jobs}
@@ -115,5 +115,6 @@ def jobs_of(sweep: Path) -> Iterator[Standing]:
     record = read_record(sweep)
     if record is None:
         raise ConfigError(f"{sweep}: holds no sweep ({RECORD} is not there).")
-    for number in range(len(record.jobs)):
-        yield standing(sweep, number)
+    for number, job in enumerate(record.jobs):
+        if job:
+            yield standing(sweep, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo.again import key_of, quoted
 from grpo.check import check, check_training
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, RunError
+from grpo.sweep.folder import standing
+from grpo.sweep.stop import stoppable
+
+log = logging.getLogger(__name__)
 
 NOT_THE_JOB = ("sweep_dir", "resume")  # where a sweep goes, not what its jobs are
 
@@ -76,10 +81,22 @@ class Launch:
         """Runs jobs in the folders of their numbers, each from its checkpoint if it has one.
 
         Their results lie in their folders: a job may run anywhere, and die there.
+
+        Raises:
+            SystemExit: 130, after Ctrl-C and when the jobs that ran are saved.
+            RunError: not one of them could be started.
         """
-        where = f"hydra.sweep.dir={quoted(self.folder.absolute())}"
-        batch = [
-            [*job, "resume=auto", where, f"hydra.sweep.subdir={number}"] for number, job in jobs
-        ]
-        if batch:
-            self.launcher.launch(batch, initial_job_idx=jobs[0][0])
+        folder = quoted(self.folder.absolute())
+        where = ("resume=auto", f"sweep_dir={folder}", f"hydra.sweep.dir={folder}")
+        batch = [[*job, *where, f"hydra.sweep.subdir={number}"] for number, job in jobs]
+        if not batch:
+            return
+        try:
+            with stoppable(self.folder):
+                self.launcher.launch(batch, initial_job_idx=jobs[0][0])
+        except Exception as error:  # each launcher has its own way of losing a worker
+            left = [job for job in jobs if standing(self.folder, job[0]).status == "none"]
+            if len(left) == len(jobs):
+                raise RunError(f"hydra/launcher: {type(error).__name__}: {error}") from error
+            log.warning("a worker was lost (%s: %s)", type(error).__name__, error)
+            self.run(left)

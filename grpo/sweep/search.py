@@ -194,9 +194,9 @@ class Search:
             print(f"search stopped; go on: grpo -m sweep_dir={self.folder}", flush=True)
             raise
         print(self.answer(), flush=True)
-        failed = [t.number for t in self.study.trials if t.state == TrialState.FAIL]
+        failed = {t.number for t in self.study.trials if t.state == TrialState.FAIL}
         after = self.standings()
-        close(self.folder, after, [after[number] for number in failed])
+        close(self.folder, after, [job for job in after if job.number in failed])
 
     @property
     def total(self) -> int:
@@ -224,34 +224,40 @@ class Search:
 
     def take(self, claims: ExitStack) -> list[FrozenTrial]:
         """Trials that a process left behind, then new ones; no other process will take them."""
-        here = str(self.folder.absolute())
-        trials = self.study.get_trials(deepcopy=False)
-        begun = [t for t in trials if t.state != TrialState.WAITING]
-        left = [t for t in begun if t.state == TrialState.RUNNING and self.is_left(t, here)]
+        begun = self.begun()
+        left = [t for t in begun if t.state == TrialState.RUNNING and self.is_left(t)]
         taken = left[: self.options.n_jobs]
         count = len(begun)
         while len(taken) < self.options.n_jobs and count < self.total:
             self.study.sampler = self.options.make_sampler(count)
             asked = self.study.ask(self.space)
-            asked.set_user_attr("folder", here)
+            if asked.number >= self.total:  # a process with another folder was faster
+                asked.set_user_attr("folder", "")
+                self.study.tell(asked, state=TrialState.FAIL)
+                break
+            asked.set_user_attr("folder", str(self.folder.absolute()))
             taken.append(self.study.trials[asked.number])
             count += 1
         for trial in taken:
             self.claim(trial.number).touch()
             claims.enter_context(locked(self.claim(trial.number)))
-        jobs = [
-            job_of(self.fixed, trial.params)
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.state != TrialState.WAITING
-        ]
+        jobs = [job_of(self.fixed, t.params) if self.is_here(t) else [] for t in self.begun()]
         Record(self.launch.arguments, self.launch.config_dir, jobs).write(self.folder)
         return taken
 
-    def is_left(self, trial: FrozenTrial, here: str) -> bool:
+    def begun(self) -> list[FrozenTrial]:
+        trials = self.study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.state != TrialState.WAITING]
+
+    def is_here(self, trial: FrozenTrial) -> bool:
+        """Whether its job is in this folder: a study in a database may have several."""
+        here = str(self.folder.absolute())
+        return bool(trial.user_attrs.get("folder", here) == here)
+
+    def is_left(self, trial: FrozenTrial) -> bool:
         """Whether its process is gone. One of another folder is that folder's to go on with."""
         claim = self.claim(trial.number)
-        own = trial.user_attrs.get("folder", here) == here
-        return own and not (claim.exists() and is_locked(claim))
+        return self.is_here(trial) and not (claim.exists() and is_locked(claim))
 
     def claim(self, number: int) -> Path:
         claims = self.folder / ".claims"
@@ -273,12 +279,7 @@ class Search:
             self.study.tell(job.number, state=TrialState.FAIL)
 
     def standings(self) -> list[Standing]:
-        begun = self.study.get_trials(deepcopy=False)
-        return [
-            standing(self.folder, trial.number)
-            for trial in begun
-            if trial.state != TrialState.WAITING
-        ]
+        return [standing(self.folder, t.number) for t in self.begun() if self.is_here(t)]
 
     def answer(self) -> str:
         """The best of all, or those that no other one beats in everything."""

@@ -7,6 +7,7 @@
     scripts/bench lengths note          rollout and update at half, once and twice the tokens
     scripts/bench roofline              what the machine can do
     scripts/bench startup               seconds until a command answers
+    scripts/bench sweep                 what a job of a sweep takes beside its training
 
 Each measurement has a process of its own, and a step to warm up first. Both sides are given the
 same model, prompts and reward, and write every completion to its full length; that they did, and
@@ -38,7 +39,8 @@ from work import ROOT, gsm8k, prepare
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, {"fp32": 2e-3, "bf16": 5e-2}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing is asked of a network meanwhile
-PARTS = ("step", "rollout", "update", "lengths", "roofline", "startup")
+PARTS = ("step", "rollout", "update", "lengths", "roofline", "startup", "sweep")
+WITHOUT_WORK = {"startup", "sweep"}  # those that need no prompts of GSM8K
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,13 +49,13 @@ def main(arguments: Sequence[str]) -> None:
     found: dict[str, Any] = {"started": started, **machine(), "results": []}
     out = options.out or ROOT / "outputs" / "bench" / f"{started}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [] if options.part == "startup" else gsm8k(options.data)
+    rows = [] if options.part in WITHOUT_WORK else gsm8k(options.data)
     for name in options.settings:
         with tempfile.TemporaryDirectory() as temporary:
             work = Path(temporary)
-            if options.part != "startup":
+            if options.part not in WITHOUT_WORK:
                 prepare(SETTINGS[name], rows, work)
-            result = startup() if options.part == "startup" else measure(options.part, name, work)
+            result = measure(options.part, name, work)
             found["results"].append({"part": options.part, "setting": name, **result})
             out.write_text(json.dumps(found, indent=2) + "\n")
             print(told(options.part, name, result), flush=True)
@@ -104,6 +106,10 @@ def machine() -> dict[str, Any]:
 def measure(part: str, name: str, work: Path) -> dict[str, Any]:
     if part == "step":
         return step(name, work)
+    if part == "startup":
+        return startup()
+    if part == "sweep":
+        return sweep(work)
     return child("parts.py", part, work, name)
 
 
@@ -192,6 +198,44 @@ def startup() -> dict[str, Any]:
     return {"seconds": {name: values[1:] for name, values in seconds.items()}}
 
 
+def sweep(work: Path) -> dict[str, Any]:
+    """Seconds that each job of a sweep takes beside its training, with two models.
+
+    Its training is the loop and the checkpoint at its end; the rest is composing, reading rows and
+    weights, building, W&B's start and end. The first job also imports the libraries.
+    """
+    job = ["batch_size=2", "num_generation=2", "max_new_tokens=8", "max_steps=2", "eval.samples=1"]
+    job += ["dataset.eval_slice=:4", "checkpoint.every=0", "tracking.wandb.mode=offline"]
+    found: dict[str, list[float]] = {}
+    for model in ("tiny", "smollm2_135m"):
+        folder = work / model
+        seeds = ["-m", f"model={model}", "seed=0,1,2,3,4", f"sweep_dir={folder}"]
+        began = time.time()
+        quietly([sys.executable, "-m", "grpo", *seeds, *job])
+        found[model] = []
+        for number in range(5):
+            run = folder / str(number)
+            ended = (run / "summary.json").stat().st_mtime
+            trained = json.loads((run / "summary.json").read_text())["wall_seconds"]
+            saved = (run / "checkpoints/latest").lstat().st_mtime
+            saving = saved - (run / "metrics.jsonl").stat().st_mtime
+            found[model].append(ended - began - trained - saving)
+            began = ended
+    return {"seconds": found, "two_jobs": two_jobs(work)}
+
+
+def two_jobs(work: Path) -> dict[str, float]:
+    """Seconds that two runs of the default experiment take, one after the other and at once."""
+    found = {}
+    for launcher in ("basic", "joblib"):
+        command = [sys.executable, "-m", "grpo", "-m", "seed=0,1", f"hydra/launcher={launcher}"]
+        command += ["tracking=none", f"sweep_dir={work / launcher}"]
+        began = time.perf_counter()
+        quietly(command)
+        found[launcher] = time.perf_counter() - began
+    return found
+
+
 def told(part: str, name: str, result: dict[str, Any]) -> str:
     """A result in a few lines."""
     if part == "step":
@@ -209,6 +253,17 @@ def told(part: str, name: str, result: dict[str, Any]) -> str:
         return "\n".join(lines)
     if part == "startup":
         return "\n".join(f"  {k:<20} {median(v):6.2f} s" for k, v in result["seconds"].items())
+    if part == "sweep":
+        lines = [
+            f"  {model:<14} first {first:5.2f} s, then {min(then):.2f} to {max(then):.2f} s a job"
+            for model, (first, *then) in result["seconds"].items()
+        ]
+        basic, joblib = result["two_jobs"]["basic"], result["two_jobs"]["joblib"]
+        lines.append(
+            f"  two default runs: {basic:.0f} s one after the other, {joblib:.0f} s at once by "
+            f"joblib, {basic / joblib:.2f} times as fast"
+        )
+        return "\n".join(lines)
     return f"{part} {name}: " + json.dumps(result, indent=2)
 
 

@@ -1,0 +1,61 @@
+"""One GPU for one job: processes that run beside each other each take one, and keep it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from grpo.errors import ConfigError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def take_gpu(sweep: Path) -> str | None:
+    """Lets this process see one GPU that no other job of the sweep on this machine uses.
+
+    Before anything asks CUDA; the system gives it back when the process ends. With one GPU or none
+    there is nothing to do.
+
+    Returns:
+        Its name among `CUDA_VISIBLE_DEVICES`; None where there is no choice.
+
+    Raises:
+        ConfigError: more jobs run at once than there are GPUs.
+    """
+    devices = visible()
+    return taken(sweep.absolute(), tuple(devices)) if len(devices) > 1 else None
+
+
+@cache  # a process that runs one job after the other keeps its own
+def taken(sweep: Path, devices: tuple[str, ...]) -> str:
+    slots = sweep / ".gpus"
+    slots.mkdir(parents=True, exist_ok=True)
+    for device in devices:
+        descriptor = os.open(slots / f"{os.uname().nodename}-{device}", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        os.environ[VISIBLE] = device  # the descriptor stays open, and with it the lock
+        return device
+    raise ConfigError(
+        f"hydra.launcher.n_jobs: more jobs at once than there are GPUs ({len(devices)}); lower it."
+    )
+
+
+def visible() -> list[str]:
+    """The GPUs that this process may use."""
+    named = os.environ.get(VISIBLE)
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    return listed.stdout.split() if listed.returncode == 0 else []

@@ -1,0 +1,66 @@
+"""Ending a sweep in order: a file that says so, which every job of it looks for, wherever it runs.
+
+A signal reaches one process, or all of a terminal's; a launcher may run jobs in processes of its
+own, or on other machines that share the folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "GRPO_STOP_FILE"  # processes that a launcher starts inherit it
+
+
+def asked_to_stop() -> bool:
+    """Whether the sweep that this job belongs to is to end."""
+    file = os.environ.get(VARIABLE)
+    return file is not None and Path(file).exists()
+
+
+def ask_to_stop() -> None:
+    """Jobs that run finish their step and save; those that have not begun never do."""
+    if file := os.environ.get(VARIABLE):
+        Path(file).touch()
+
+
+@contextmanager
+def stoppable(sweep: Path) -> Iterator[None]:
+    """Within it, a first signal asks the sweep to stop; a second one ends this process at once.
+
+    Raises:
+        SystemExit: 130, at its end, if the sweep was asked to stop.
+    """
+    file = sweep.absolute() / f".stop-{socket.gethostname()}-{os.getpid()}"
+    file.unlink(missing_ok=True)
+    os.environ[VARIABLE] = str(file)
+    previous: dict[signal.Signals, object] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def request(number: int, frame: FrameType | None) -> None:
+        restore()
+        file.touch()
+        log.warning("jobs that run finish their step and save; once more to end at once")
+
+    if threading.current_thread() is threading.main_thread():
+        previous |= {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+        if file.exists():
+            raise SystemExit(130)
+    finally:
+        restore()
+        os.environ.pop(VARIABLE, None)
+        file.unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""Prints a study in conf/sweep/ as the YAML of a W&B sweep, whose agents run `grpo`.
+
+    scripts/wandb_sweep sweep=search [overrides] > sweep.yaml
+    wandb sweep sweep.yaml              # prints the sweep's id
+    wandb agent ENTITY/PROJECT/ID       # on as many machines as you like
+
+What is given beside the study is given to every run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from grpo import config
+from grpo.again import key_of
+from grpo.cli import refuse
+from grpo.errors import ConfigError
+from grpo.sweep.search import fixed_of
+from grpo.sweep.space import space_of, values_of
+
+METHODS = {"random": "random", "grid": "grid"}  # of our samplers; all others learn: bayes
+
+
+def wandb_sweep(overrides: Sequence[str]) -> dict[str, Any]:
+    """Raises ConfigError where there is nothing to sweep."""
+    composed = compose(overrides)
+    sweeper = composed.hydra.sweeper
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    given = [o for o in overrides if not key_of(o).startswith("hydra")]
+    parsed = OverridesParser.create().parse_overrides([*params, *given])
+    space = space_of(parsed)
+    if not space:
+        raise ConfigError("nothing to sweep; name a study: scripts/wandb_sweep sweep=search")
+    searches = "sampler" in sweeper
+    method = METHODS.get(sweeper.sampler, "bayes") if searches else "grid"
+    objectives = (sweeper.get("objectives") if searches else None) or {
+        composed.objective: "maximize"
+    }
+    if len(objectives) > 1:
+        raise ConfigError("hydra.sweeper.objectives: a W&B sweep has one.")
+    (metric, goal), *_ = objectives.items()
+    content = {
+        "program": "grpo",
+        "method": method,
+        "metric": {"name": metric, "goal": goal},
+        "parameters": {key: parameter(key, own, method) for key, own in space.items()},
+        # One run for each; hydra.mode undoes what makes a sweep of the study itself.
+        "command": ["grpo", *fixed_of(parsed), "hydra.mode=RUN", "${args_no_hyphens}"],
+    }
+    if searches:
+        content["run_cap"] = sweeper.n_trials
+        if sweeper.pruner != "none":
+            content["early_terminate"] = {"type": "hyperband", "min_iter": 2}
+    return content
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    config.register()
+    GlobalHydra.instance().clear()
+    whole = [o for o in overrides if not is_swept(o)]
+    with hydra.initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
+        return hydra.compose("config", whole, return_hydra_config=True)
+
+
+def is_swept(override: str) -> bool:
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    return bool(parsed.is_sweep_override())
+
+
+def parameter(key: str, own: BaseDistribution, method: str) -> dict[str, Any]:
+    """A key's values as W&B writes them."""
+    if method == "grid" or isinstance(own, CategoricalDistribution):
+        return {"values": values_of(key, own)}
+    assert isinstance(own, IntDistribution | FloatDistribution)
+    ends = {"min": own.low, "max": own.high}
+    if own.log:
+        return {"distribution": "log_uniform_values", **ends}
+    if isinstance(own, IntDistribution):
+        if own.step == 1:
+            return {"distribution": "int_uniform", **ends}
+        return {"values": values_of(key, own)}
+    if own.step is not None:
+        return {"distribution": "q_uniform", "q": own.step, **ends}
+    return {"distribution": "uniform", **ends}
+
+
+if __name__ == "__main__":
+    try:
+        print(yaml.safe_dump(wandb_sweep(sys.argv[1:]), sort_keys=False), end="")
+    except ConfigError as error:
+        refuse(error)
