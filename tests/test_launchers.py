@@ -65,6 +65,7 @@ def picky(samples, limit):
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_its_own_job_alone(tmp_path: Path) -> None:
     """And at most the one beside it; those that had not begun are run by others."""
     (tmp_path / "my_rewards_of_workers.py").write_text(REWARDS)

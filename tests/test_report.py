@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from grpo.report.best import experiment
-from grpo.report.command import written
+from grpo.report.command import write_report
 from grpo.report.importance import fanova
 from grpo.report.ranking import rank
 from grpo.report.read import read_sweeps
@@ -185,5 +185,5 @@ def test_the_key_that_matters_is_found() -> None:
 
 
 def test_the_command_prints_what_the_page_says(sweep: Path) -> None:
-    printed = written([sweep])
+    printed = write_report([sweep])
     assert rank(read_sweeps([sweep])).verdict in printed

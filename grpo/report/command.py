@@ -32,10 +32,10 @@ def report(arguments: Sequence[str]) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: there is no such folder.")
-    print(written(folders), flush=True)
+    print(write_report(folders), flush=True)
 
 
-def written(folders: Sequence[Path]) -> str:
+def write_report(folders: Sequence[Path]) -> str:
     """Writes the report, and returns the last lines for the terminal."""
     sweep = read_sweeps(folders)
     ranking = rank(sweep, minimized=minimizes(folders[0], sweep.objective))

@@ -16,10 +16,10 @@ def close(folder: Path, after: Sequence[Standing], broken: Sequence[Standing]) -
     Raises:
         RunError: some are broken.
     """
-    from grpo.report.command import written  # only now: it brings the drawing with it
+    from grpo.report.command import write_report  # only now: it brings the drawing with it
 
     print(f"\nsweep in {folder}: {counted(after)}", flush=True)
-    print(written([folder]), flush=True)
+    print(write_report([folder]), flush=True)
     if broken:
         lines = "\n".join(f"  {own}; in {own.folder}" for own in broken)
         raise RunError(
