@@ -157,7 +157,7 @@ def test_a_report_of_nothing_is_refused(
 
 def test_overrides_become_an_experiment() -> None:
     overrides = [
-        "sweep=kl_grid", "experiment=smoke", "kl=k1", "reward=[answer,length]", "kl_weight=0.1",
+        "eval.samples=2", "sweep=search", "experiment=smoke", "kl=k1", "reward=[answer,length]", "kl_weight=0.1",
         "+reward.brief.limit=25", "optim.schedule=cosine", "sampling.stop=['</answer>']", "seed=3",
         "++resume=null", "sweep_dir=x",
     ]  # fmt: skip
@@ -166,6 +166,7 @@ def test_overrides_become_an_experiment() -> None:
         "defaults": [
             "smoke", "_self_", {"override /kl": "k1"}, {"override /reward": ["answer", "length"]},
         ],
+        "eval": {"temperature": 1.0, "samples": 2},  # the first is the study's
         "kl_weight": 0.1,
         "reward": {"brief": {"limit": 25}},
         "optim": {"schedule": "cosine"},

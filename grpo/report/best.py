@@ -41,8 +41,11 @@ def experiment(overrides: Sequence[str], own_configs: str | None) -> str:
     base: list[Any] = []
     defaults: list[Any] = []  # those that override, which Hydra wants last
     keys: dict[str, Any] = {}
-    for one in OverridesParser.create().parse_overrides(list(overrides)):
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for one in sorted(parsed, key=lambda one: one.key_or_group != "sweep"):  # its file comes first
         name = one.key_or_group
+        if name == "sweep":
+            of_study(str(one.value()), folders, defaults, keys)
         if name in LEFT_OUT:
             continue
         if one.is_delete():
@@ -53,10 +56,25 @@ def experiment(overrides: Sequence[str], own_configs: str | None) -> str:
             else:
                 defaults.append({f"override /{name}": one.value()})
             continue
-        node = keys
-        *sections, last = name.split(".")
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = one.value()
+        put(keys, name, one.value())
     whole = {"defaults": [*base, "_self_", *defaults], **keys}
     return str(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+
+
+def put(keys: dict[str, Any], name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        keys = keys.setdefault(section, {})
+    keys[last] = value
+
+
+def of_study(
+    choice: str, folders: Sequence[Path], defaults: list[Any], keys: dict[str, Any]
+) -> None:
+    """What a file in conf/sweep/ says of the experiment, and not of the sweep."""
+    files = [folder / "sweep" / f"{choice}.yaml" for folder in folders]
+    file = next((file for file in reversed(files) if file.is_file()), None)
+    content = (yaml.safe_load(file.read_text()) if file else None) or {}
+    defaults += [one for one in content.pop("defaults", []) if "hydra" not in str(one)]
+    content.pop("hydra", None)
+    keys |= content
