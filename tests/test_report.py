@@ -158,8 +158,8 @@ def test_a_report_of_nothing_is_refused(
 def test_overrides_become_an_experiment() -> None:
     overrides = [
         "eval.samples=2", "sweep=search", "experiment=smoke", "kl=k1", "reward=[answer,length]",
-        "kl_weight=0.1", "+reward.brief.limit=25", "optim.schedule=cosine", "sampling.stop=['</answer>']", "seed=3",
-        "++resume=null", "sweep_dir=x",
+        "kl_weight=0.1", "+reward.brief.limit=25", "optim.schedule=cosine",
+        "sampling.stop=['</answer>']", "seed=3", "++resume=null", "sweep_dir=x",
     ]  # fmt: skip
     found: dict[str, Any] = yaml.safe_load(experiment(overrides, None))
     assert found == {
