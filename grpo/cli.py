@@ -37,7 +37,7 @@ from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text
 from grpo.sweep.gpus import take_gpu
 from grpo.sweep.launch import NOT_THE_JOB
-from grpo.sweep.stop import asked_to_stop
+from grpo.sweep.stop import ask_to_stop, asked_to_stop
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,7 @@ def train_job(cfg: DictConfig) -> float | None:
         from grpo.run import train_from_config
 
         return train_from_config(cfg, folder, found)
+    return None  # stopped before it began
 
 
 def eval_job(cfg: DictConfig) -> float | None:
@@ -157,6 +158,10 @@ def told() -> Iterator[Path]:
             past.forget_unstarted(folder)
             refuse(error)
         stop(str(error))
+    except KeyboardInterrupt:
+        if not in_sweep:
+            raise
+        ask_to_stop()  # nothing is lost: its training had not begun
     except Exception as error:
         if not in_sweep:
             raise

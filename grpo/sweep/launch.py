@@ -59,8 +59,8 @@ class Launch:
     @property
     def arguments(self) -> list[str]:
         """The command's own overrides, Hydra's and the experiment's."""
-        given = self.config.hydra.overrides
-        return [o for o in (*given.hydra, *given.task) if key_of(o) not in NOT_THE_JOB]
+        own = self.config.hydra.overrides
+        return [o for o in (*own.hydra, *own.task) if key_of(o) not in NOT_THE_JOB]
 
     def compose(self, job: Sequence[str]) -> DictConfig:
         """The config of a job.
