@@ -299,6 +299,16 @@ def test_a_whole_study_is_a_file(grpo: Grpo, tmp_path: Path) -> None:
     assert [job.status for job in jobs_of(tmp_path / "sweep")] == ["finished"] * 3
 
 
+def test_what_a_study_fixes_is_fixed(grpo: Grpo) -> None:
+    """Though the page and an experiment say something else; the command line alone wins."""
+    for given, expected in (((), 1.0), (("eval.temperature=0.5",), 0.5)):
+        code, printed = grpo(
+            "sweep=search", "experiment=smoke", "temperature=1.3", *given, "--cfg", "job"
+        )
+        assert code == 0
+        assert f"  temperature: {expected}\n" in printed
+
+
 def test_each_job_is_a_wandb_run_of_the_sweeps_group(grpo: Grpo, tmp_path: Path) -> None:
     job = [o for o in TWO_STEPS if o != "tracking=none"]
     assert grpo("-m", *job, "max_steps=1", "seed=0,1", "sweep_dir=my_sweep")[0] == 0

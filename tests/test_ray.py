@@ -1,0 +1,58 @@
+"""A sweep on a Ray cluster of this machine: scripts/test_ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.sweep.folder import jobs_of
+from tests.conftest import grpo_process
+from tests.test_sweep import QUICK, TWO_STEPS, summary, wait_for_step
+
+pytest.importorskip("ray")
+
+RAY = ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
+
+
+def statuses(sweep: Path) -> list[str]:
+    return [job.status for job in jobs_of(sweep)]
+
+
+def test_a_sweep_runs_on_a_cluster(tmp_path: Path) -> None:
+    """A job that fails stops no other there either."""
+    (tmp_path / "my_rewards_of_ray.py").write_text(
+        "def picky(samples, limit):\n"
+        "    if limit == 1:\n"
+        "        raise ValueError('no more of this')\n"
+        "    return [1.0 for _ in samples]\n"
+    )
+    done = grpo_process(
+        "-m", *TWO_STEPS, *RAY, "+reward.picky._target_=my_rewards_of_ray.picky",
+        "+reward.picky.weight=1", "+reward.picky.limit=0,1,2", "sweep_dir=sweep", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert statuses(tmp_path / "sweep") == ["finished", "failed", "finished"]
+    assert "no more of this" in done.stderr
+
+
+def test_a_sweep_on_a_cluster_stops_in_order(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "grpo", "-m", *QUICK, *RAY, "max_steps=40", "seed=0,1,2",
+             "checkpoint.every=0", "eval.every=0", "sweep_dir=sweep"],
+            cwd=tmp_path, stdout=log, stderr=log,
+        )  # fmt: skip
+    sweep = tmp_path / "sweep"
+    for number in "01":
+        wait_for_step(sweep / number, 2, process)  # type: ignore[arg-type]
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(120) == 130, (tmp_path / "log").read_text()
+    assert statuses(sweep) == ["interrupted", "interrupted", "none"]
+    for number in "01":
+        steps = summary(sweep / number)["steps"]
+        assert (sweep / number / "checkpoints/latest").resolve().name == f"step_{steps}"
