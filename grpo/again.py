@@ -15,6 +15,7 @@ from grpo.past import is_finished, is_locked, locked, newest_step, run_of
 from grpo.sweep.folder import read_record
 
 NOT_THE_EXPERIMENT = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, not what it is
+OTHER_THAN_RUN = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--run", "-r"}
 
 
 def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
@@ -27,6 +28,10 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
     """
     given, flags = overrides_and_flags(arguments)
     several = bool({"-m", "--multirun"} & set(flags))
+    if not (several or OTHER_THAN_RUN & {flag.partition("=")[0] for flag in flags}) and (
+        names_study(job, given)
+    ):
+        arguments, flags, several = ["-m", *arguments], ["-m", *flags], True
     if job == "eval" and several:
         raise ConfigError("grpo eval takes one checkpoint at a time: leave out -m.")
     if job == "train" and (sweep_dir := value_of("sweep_dir", given)):
@@ -53,6 +58,12 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
         *merged(past_overrides(run), given),
         run_dir(run),
     ]
+
+
+def names_study(job: str, given: Sequence[str]) -> bool:
+    """Whether a file in conf/sweep/ is to be run; hydra.mode says otherwise."""
+    chosen = value_of("sweep", given) not in (None, "none")
+    return job == "train" and chosen and value_of("hydra.mode", given) is None
 
 
 def with_past_sweep(sweep: Path, arguments: Sequence[str]) -> list[str]:

@@ -179,6 +179,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
         (("-m", "num_generation=1,2"), "num_generation=1"),
         (("-m", "kl_wieght=0,1"), "kl_weight"),
         (("-m", "seed=0,0"), "twice"),
+        (("sweep=kl_grid", "seed=0,0"), "twice"),  # a study needs no -m
         (("-m", "kl_weight=interval(0,1)"), "hydra/sweeper=optuna"),
         (("-m", "model=tiny,tinny"), "tinny"),
         (("sweep_dir=sweep",), "holds no sweep"),
