@@ -35,7 +35,7 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
     if job == "eval" and several:
         raise ConfigError("grpo eval takes one checkpoint at a time: leave out -m.")
     if job == "train" and (sweep_dir := value_of("sweep_dir", given)):
-        return with_past_sweep(Path(sweep_dir).expanduser(), arguments)
+        return with_past_sweep(Path(sweep_dir).expanduser(), given, flags, several)
     if job == "eval":
         checkpoint = value_of("checkpoint", given)
         run = run_of(Path(checkpoint).expanduser()) if checkpoint else None
@@ -66,19 +66,19 @@ def names_study(job: str, given: Sequence[str]) -> bool:
     return job == "train" and chosen and value_of("hydra.mode", given) is None
 
 
-def with_past_sweep(sweep: Path, arguments: Sequence[str]) -> list[str]:
+def with_past_sweep(
+    sweep: Path, given: Sequence[str], flags: Sequence[str], several: bool
+) -> list[str]:
     """The arguments with those of the sweep in that folder put before them, if one is there.
 
     Raises:
         ConfigError: there is none, and none is to be started.
     """
-    given, flags = overrides_and_flags(arguments)
-    several = {"-m", "--multirun"} & set(flags)
     record = read_record(sweep)
     if record is None:
         if not several and value_of("sweep", given) is None:
             raise ConfigError(f"sweep_dir={sweep}: holds no sweep; -m starts one.")
-        return list(arguments)
+        return [*flags, *given]
     if record.config_dir is not None and not names_config_dir(flags):
         flags = [*flags, "--config-dir", record.config_dir]
     return [*([] if several else ["-m"]), *flags, *merged(record.arguments, given)]

@@ -26,7 +26,6 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,7 +36,7 @@ from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text
 from grpo.sweep.gpus import take_gpu
 from grpo.sweep.launch import NOT_THE_JOB
-from grpo.sweep.stop import ask_to_stop, asked_to_stop
+from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -139,18 +138,18 @@ def told() -> Iterator[Path]:
     """A job's folder; alone, its error ends the process, in a sweep it is the sweep's to report."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    in_sweep = hydra_config.mode == RunMode.MULTIRUN
-    if in_sweep:
+    is_job = in_sweep()
+    if is_job:
         own = [o for o in hydra_config.overrides.task if again.key_of(o) not in NOT_THE_JOB]
         print(f"\njob {folder.name}: {' '.join(own)}", flush=True)
     prepare()
     keep_freed_memory()  # before anything imports torch
     try:
-        if in_sweep and (gpu := take_gpu(folder.parent)):
+        if is_job and (gpu := take_gpu(folder.parent)):
             print(f"on GPU {gpu}", flush=True)
         yield folder
     except (ConfigError, RunError) as error:
-        if in_sweep:
+        if is_job:
             past.note_failure(folder, str(error))
             # Hydra keeps the error to the sweep's end; its frames would keep the job's models.
             raise error.with_traceback(None) from None
@@ -159,11 +158,11 @@ def told() -> Iterator[Path]:
             refuse(error)
         stop(str(error))
     except KeyboardInterrupt:
-        if not in_sweep:
+        if not is_job:
             raise
         ask_to_stop()  # nothing is lost: its training had not begun
     except Exception as error:
-        if not in_sweep:
+        if not is_job:
             raise
         # A fault, which ends this job and none of the others; it may have to cross to a process.
         log.exception("job %s failed", folder.name)

@@ -56,13 +56,18 @@ def is_finished(run: Path) -> bool:
     return (read_summary(run) or {}).get("status") == "finished"
 
 
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """At once: a reader, or a kill, meets the old content or the new."""
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    aside.replace(file)
+
+
 def note_failure(run: Path, reason: str) -> None:
     """Says in a run's summary.json that it failed, where it can be written."""
     content = {**(read_summary(run) or {}), "status": "failed", "error": reason}
-    aside = run / "summary.tmp"
     try:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        aside.replace(run / "summary.json")
+        write_json(run / "summary.json", content)
     except OSError as error:
         log.warning("%s can't be written (%s).", run / "summary.json", error.strerror)
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from grpo.budget import Budget
@@ -43,7 +42,7 @@ from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.past import is_finished, newest_step
 from grpo.summary import Summary
-from grpo.sweep.stop import ask_to_stop, asked_to_stop
+from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 from grpo.sweep.trial import never, watcher_of
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import figures_table
@@ -230,10 +229,6 @@ def starting_point(
             f"num_epochs to go on."
         )
     return start
-
-
-def in_sweep() -> bool:
-    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:

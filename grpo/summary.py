@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from grpo.checkpoint import Progress
 from grpo.device import Device
+from grpo.past import write_json
 from grpo.tracking.files import read_lines
 
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb")
@@ -48,9 +48,7 @@ class Summary:
             "device": self.device.describe(),
             "error": error or None,
         }
-        aside = self.folder / "summary.tmp"
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        aside.replace(self.folder / "summary.json")
+        write_json(self.folder / "summary.json", content)
         return content
 
     def objective(self, content: dict[str, Any]) -> float | None:

@@ -16,8 +16,7 @@ def importances(sweep: Sweep) -> dict[str, float]:
     seed's share says how much is luck.
     """
     jobs = [job for job in sweep.jobs if job.value is not None]
-    keys = [*sweep.keys, *(["seed"] if len({str(j.values.get("seed")) for j in jobs}) > 1 else [])]
-    keys = [key for key in keys if len({str(job.values[key]) for job in jobs}) > 1]
+    keys = [key for key in sweep.keys_and_seed if len({str(job.values[key]) for job in jobs}) > 1]
     rows = [{key: job.values[key] for key in keys} for job in jobs]
     outcomes = [float(job.value or 0.0) for job in jobs]
     if len(set(outcomes)) < 2 or len(rows) < 4 or not keys:

@@ -103,8 +103,7 @@ def ranking_table(sweep: Sweep, ranking: Ranking) -> str:
 
 
 def jobs_table(sweep: Sweep) -> str:
-    seeds = {str(job.values.get("seed")) for job in sweep.jobs}
-    keys = [*sweep.keys, *(["seed"] if len(seeds) > 1 else [])]
+    keys = sweep.keys_and_seed
     heads = ["job", "status", *keys, sweep.objective, "steps", "minutes"]
     rows = []
     for job in sweep.jobs:

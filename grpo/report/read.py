@@ -12,8 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from grpo.again import read_yaml
 from grpo.errors import ConfigError
 from grpo.past import read_summary
-from grpo.sweep.folder import RECORD, read_record, standing
-from grpo.tracking.files import read_lines
+from grpo.sweep.folder import record_of, standing
+from grpo.tracking.files import last_values, read_lines
 
 UNMARKED = ("seed", "sweep", "name")  # overrides that don't make a setting
 
@@ -47,10 +47,7 @@ class Job:
     @property
     def last(self) -> dict[str, float]:
         """The last value of each metric."""
-        found: dict[str, float] = {}
-        for line in self.lines:
-            found |= {key: value for key, value in line.items() if value is not None}
-        return found
+        return last_values(self.lines)
 
     @property
     def tokens(self) -> float:
@@ -78,6 +75,12 @@ class Sweep:
         keys = [key for key in self.jobs[0].values if key not in UNMARKED]
         return [key for key in keys if len({str(job.values[key]) for job in self.jobs}) > 1]
 
+    @property
+    def keys_and_seed(self) -> list[str]:
+        """The same, and the seed where jobs differ in it."""
+        seeds = {str(job.values.get("seed")) for job in self.jobs}
+        return [*self.keys, *(["seed"] if len(seeds) > 1 else [])]
+
     def setting(self, job: Job) -> tuple[Any, ...]:
         """What jobs have in common that differ in the seed alone."""
         return tuple(job.values[key] for key in self.keys)
@@ -87,9 +90,7 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
     """Raises ConfigError where one is no sweep, or their objectives differ."""
     found: list[tuple[str, int, Path, list[str]]] = []
     for folder in folders:
-        record = read_record(folder)
-        if record is None:
-            raise ConfigError(f"{folder}: holds no sweep ({RECORD} is not there).")
+        record = record_of(folder)
         name = folder.name if len(folders) > 1 else ""
         found += [(name, n, folder, own) for n, own in enumerate(record.jobs) if own]
     given = [parsed(overrides) for _, _, _, overrides in found]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError
-from grpo.past import ENDED, is_locked, newest_step, read_summary
+from grpo.past import ENDED, is_locked, newest_step, read_summary, write_json
 
 RECORD = "sweep.json"
 STUDY = "study.json"  # there too where the sweep is a search
@@ -24,10 +24,7 @@ class Record:
     jobs: list[list[str]]  # the overrides of each; none: a shared study's trial run elsewhere
 
     def write(self, folder: Path) -> None:
-        content = {"arguments": self.arguments, "config_dir": self.config_dir, "jobs": self.jobs}
-        aside = folder / "sweep.tmp"
-        aside.write_text(json.dumps(content, indent=2) + "\n")
-        aside.replace(folder / RECORD)
+        write_json(folder / RECORD, asdict(self))
 
 
 def read_record(folder: Path) -> Record | None:
@@ -106,15 +103,20 @@ def identity(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(overrides))
 
 
+def record_of(sweep: Path) -> Record:
+    """Raises ConfigError where the folder holds no sweep."""
+    record = read_record(sweep)
+    if record is None:
+        raise ConfigError(f"{sweep}: holds no sweep ({RECORD} is not there).")
+    return record
+
+
 def jobs_of(sweep: Path) -> Iterator[Standing]:
     """Every job that the sweep's record names.
 
     Raises:
         ConfigError: the folder holds no sweep.
     """
-    record = read_record(sweep)
-    if record is None:
-        raise ConfigError(f"{sweep}: holds no sweep ({RECORD} is not there).")
-    for number, job in enumerate(record.jobs):
+    for number, job in enumerate(record_of(sweep).jobs):
         if job:
             yield standing(sweep, number)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.again import key_of, quoted
@@ -35,6 +36,14 @@ def given(params: Mapping[str, object], arguments: Sequence[str]) -> list[str]:
             )
     whole = [*(f"{key}={value}" for key, value in params.items()), *arguments]
     return [argument for argument in whole if key_of(argument) not in NOT_THE_JOB]
+
+
+def prepared(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launch:
+    """What a sweeper's set-up comes to: Hydra's own launcher, ready to run jobs of this task."""
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=context, task_function=task, config=config
+    )
+    return Launch(context, config, launcher)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from grpo.sweep.folder import STUDY, Record, Standing, read_record, standing
 from grpo.sweep.launch import Launch, given
 from grpo.sweep.space import Space, combinations, corners, space_of, written
 from grpo.sweep.study import Options, StudyFile, open_storage, quiet, reach, spelled, told
-from grpo.tracking.files import read_lines
+from grpo.tracking.files import last_values, read_lines
 
 
 def search(
@@ -299,9 +299,7 @@ class Search:
 
 def reached_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:
     """The last value of each metric, and the name of one that has none."""
-    last: dict[str, Any] = {}
-    for line in read_lines(job / "metrics.jsonl"):
-        last |= {key: value for key, value in line.items() if value is not None}
+    last = last_values(read_lines(job / "metrics.jsonl"))
     last |= (read_summary(job) or {}).get("last_evaluation") or {}
     missing = next((metric for metric in objectives if metric not in last), "")
     return [float(last[metric]) for metric in objectives if metric in last], missing

@@ -16,9 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 log = logging.getLogger(__name__)
 
 VARIABLE = "GRPO_STOP_FILE"  # processes that a launcher starts inherit it
+
+
+def in_sweep() -> bool:
+    """Whether the job under way is one of a sweep."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def asked_to_stop() -> bool:

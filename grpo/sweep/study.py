@@ -18,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 from grpo.config import nearest
 from grpo.errors import ConfigError
+from grpo.past import write_json
 from grpo.sweep.folder import STUDY
 from grpo.sweep.space import Space
 
@@ -136,9 +137,7 @@ class StudyFile:
     pruner_options: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        aside = folder / "study.tmp"
-        aside.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        aside.replace(folder / STUDY)
+        write_json(folder / STUDY, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:

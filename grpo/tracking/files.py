@@ -48,6 +48,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last value of each key that has one."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        found |= {key: value for key, value in line.items() if value is not None}
+    return found
+
+
 def encode(line: Mapping[str, Any]) -> str:
     """One JSON line; what JSON has no number for (inf, nan) is null."""
     return json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n"

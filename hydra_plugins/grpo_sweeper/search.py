@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -20,12 +19,9 @@ class OptunaSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from grpo.sweep.launch import Launch
+        from grpo.sweep.launch import prepared
 
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-        self.launch = Launch(hydra_context, config, launcher)
+        self.launch = prepared(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
         from grpo.sweep.search import search
