@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -226,9 +227,8 @@ def writable(folder: Path, key: str) -> None:
     """Refuses a folder that can't be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=folder):  # its own name: two processes may try at once
+            pass
     except OSError as error:
         raise ConfigError(
             f"{key}={folder}: this folder can't be made or written ({error.strerror})."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +128,35 @@ def grpo_process(
         timeout=timeout,
         env={**os.environ, "WANDB_MODE": "offline"},
     )
+
+
+def start(cwd: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """As `grpo_process`, without waiting for its end; what it prints goes into a file in cwd."""
+    log = (cwd / f"process{time.monotonic_ns()}.log").open("wb")
+    return subprocess.Popen(
+        [sys.executable, "-m", "grpo", *arguments],
+        cwd=cwd,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "WANDB_MODE": "offline"},
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Returns once a step's line is written."""
+    for _ in range(12000):
+        file = run / "metrics.jsonl"
+        if file.is_file() and f'{{"step": {step},' in file.read_text():
+            return
+        assert process.poll() is None, "it ended before it could be disturbed"
+        time.sleep(0.005)
+    raise AssertionError("the step never came")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Every step's metrics, less what a clock or the machine's memory says."""
+    clocks = ("time/", "perf/", "memory/")
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(clocks)}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]

@@ -14,18 +14,13 @@ import pytest
 
 from grpo.errors import ConfigError
 from grpo.sweep import gpus
-from grpo.sweep.folder import jobs_of
-from tests.conftest import grpo_process
-from tests.test_sweep import QUICK, TWO_STEPS, metrics, summary, wait_for_step
+from tests.conftest import grpo_process, metrics, wait_for_step
+from tests.test_sweep import QUICK, TWO_STEPS, is_saved_where_it_stopped, statuses, summary
 
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 LONGER = (
     "-m", *QUICK, *JOBLIB, "max_steps=12", "checkpoint.every=0", "eval.every=0", "seed=0,1,2",
 )  # fmt: skip
-
-
-def statuses(sweep: Path) -> list[str]:
-    return [job.status for job in jobs_of(sweep)]
 
 
 def test_joblib_runs_two_at_once_and_stops_in_order(tmp_path: Path) -> None:
@@ -41,9 +36,7 @@ def test_joblib_runs_two_at_once_and_stops_in_order(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "log").read_text()
     assert statuses(sweep) == ["interrupted", "interrupted", "none"]
-    for number in "01":
-        steps = summary(sweep / number)["steps"]
-        assert (sweep / number / "checkpoints/latest").resolve().name == f"step_{steps}"
+    assert all(is_saved_where_it_stopped(sweep / number) for number in "01")
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert f"{threads} threads" in summary(sweep / "0")["device"]
 

@@ -10,17 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from grpo.sweep.folder import jobs_of
-from tests.conftest import grpo_process
-from tests.test_sweep import QUICK, TWO_STEPS, summary, wait_for_step
+from tests.conftest import grpo_process, wait_for_step
+from tests.test_sweep import QUICK, TWO_STEPS, is_saved_where_it_stopped, statuses
 
 pytest.importorskip("ray")
 
 RAY = ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
-
-
-def statuses(sweep: Path) -> list[str]:
-    return [job.status for job in jobs_of(sweep)]
 
 
 def test_a_sweep_runs_on_a_cluster(tmp_path: Path) -> None:
@@ -53,6 +48,4 @@ def test_a_sweep_on_a_cluster_stops_in_order(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(120) == 130, (tmp_path / "log").read_text()
     assert statuses(sweep) == ["interrupted", "interrupted", "none"]
-    for number in "01":
-        steps = summary(sweep / number)["steps"]
-        assert (sweep / number / "checkpoints/latest").resolve().name == f"step_{steps}"
+    assert all(is_saved_where_it_stopped(sweep / number) for number in "01")

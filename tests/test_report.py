@@ -18,8 +18,8 @@ from grpo.report.command import write_report
 from grpo.report.importance import fanova
 from grpo.report.ranking import rank
 from grpo.report.read import read_sweeps
-from tests.conftest import grpo_process
-from tests.test_sweep import TWO_STEPS, Grpo, metrics
+from tests.conftest import grpo_process, metrics
+from tests.test_sweep import TWO_STEPS, Grpo
 
 GRID = (
     "-m", *TWO_STEPS, "max_steps=1", "kl_weight=0,0.1", "learning_rate=1e-4,3e-3", "seed=0,1",

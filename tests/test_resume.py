@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,18 +14,10 @@ from safetensors.torch import load_file
 
 from grpo import past
 from grpo.checkpoint import digests
+from tests.conftest import metrics, start, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=9", "eval.every=4", "checkpoint.every=2", "tracking=none")
-CLOCKS = ("time/", "perf/", "memory/")
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Every step's metrics, less what a clock or the machine's memory says."""
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(CLOCKS)}
-        for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -51,24 +38,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = start(cwd, *JOB, "hydra.run.dir=run")
     assert process.wait(300) == 0
     return cwd / "run"
-
-
-def start(cwd: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    log = (cwd / f"process{time.monotonic_ns()}.log").open("wb")
-    return subprocess.Popen(
-        [sys.executable, "-m", "grpo", *arguments], cwd=cwd, stdout=log, stderr=log, env=os.environ
-    )
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Returns once a step's line is written."""
-    for _ in range(6000):
-        file = run / "metrics.jsonl"
-        if file.is_file() and f'{{"step": {step},' in file.read_text():
-            return
-        assert process.poll() is None, "the run ended before it could be disturbed"
-        time.sleep(0.005)
-    raise AssertionError("the step never came")
 
 
 def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path) -> None:

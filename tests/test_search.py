@@ -27,8 +27,8 @@ from grpo.errors import ConfigError
 from grpo.sweep.search import reached_values
 from grpo.sweep.space import combinations, space_of, written
 from grpo.sweep.study import Options
-from tests.conftest import grpo_process
-from tests.test_sweep import TWO_STEPS, Grpo, metrics, start, summary, wait_for_step
+from tests.conftest import grpo_process, metrics, start, wait_for_step
+from tests.test_sweep import TWO_STEPS, Grpo, summary
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *TWO_STEPS, "kl_weight=interval(0,0.1)")
 
@@ -206,6 +206,15 @@ def test_n_trials_is_the_total(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
     assert len(study_in(sweep).trials) == 6
 
 
+def test_a_search_may_be_moved(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
+    """Its trials are its own under another name of the folder too."""
+    shutil.copytree(whole, tmp_path / "elsewhere", symlinks=True)
+    code, printed = grpo("-m", "sweep_dir=elsewhere")
+    assert code == 0, printed
+    assert told(study_in(tmp_path / "elsewhere")) == told(study_in(whole))
+    assert len((tmp_path / "elsewhere/results.csv").read_text().splitlines()) == 1 + 5
+
+
 def test_a_study_of_something_else_is_refused(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
     sweep = tmp_path / "x/sweep"
     shutil.copytree(whole, sweep, symlinks=True)
@@ -267,6 +276,21 @@ def test_a_value_that_is_missing_fails_its_trial(tmp_path: Path) -> None:
 
 
 # Storages
+
+
+def test_a_process_that_comes_too_late_ends_well(grpo: Grpo, tmp_path: Path) -> None:
+    """All trials of the study have run elsewhere; there is nothing to report here."""
+    where = (
+        f"hydra.sweeper.storage='sqlite:///{tmp_path}/study.db'", "hydra.sweeper.study_name=ours",
+        "hydra.sweeper.n_trials=1", "max_steps=1",
+    )  # fmt: skip
+    for folder, says in (("a", "1 finished"), ("b", "nothing was left to do for b")):
+        code, printed = grpo(*SEARCH, *where, f"sweep_dir={folder}")
+        assert code == 0, printed
+        assert says in printed
+    code, printed = grpo("report", "b")
+    assert code == 2
+    assert "no job of this sweep has begun" in printed
 
 
 @pytest.mark.slow

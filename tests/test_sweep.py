@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,22 +14,12 @@ from typing import Any
 import pytest
 
 from grpo.sweep.folder import jobs_of, numbered
-from tests.conftest import grpo_process
+from tests.conftest import grpo_process, metrics, start, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
 
 QUICK = ("experiment=smoke", "tracking=none", "eval.samples=1", "dataset.eval_slice=:16")
 TWO_STEPS = (*QUICK, "max_steps=2")
-CLOCKS = ("time/", "perf/", "memory/")
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Without what a clock says."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(CLOCKS)}
-        for line in lines
-    ]
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -39,22 +27,13 @@ def summary(run: Path) -> dict[str, Any]:
     return content
 
 
-def start(cwd: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    log = (cwd / f"process{time.monotonic_ns()}.log").open("wb")
-    return subprocess.Popen(
-        [sys.executable, "-m", "grpo", *arguments], cwd=cwd, stdout=log, stderr=log,
-        env={**os.environ, "WANDB_MODE": "offline"},
-    )  # fmt: skip
+def statuses(sweep: Path) -> list[str]:
+    return [job.status for job in jobs_of(sweep)]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(12000):
-        file = run / "metrics.jsonl"
-        if file.is_file() and f'{{"step": {step},' in file.read_text():
-            return
-        assert process.poll() is None, "the sweep ended before it could be disturbed"
-        time.sleep(0.005)
-    raise AssertionError("the step never came")
+def is_saved_where_it_stopped(run: Path) -> bool:
+    """Its newest checkpoint is of its last step."""
+    return (run / "checkpoints/latest").resolve().name == f"step_{summary(run)['steps']}"
 
 
 # A sweep that is disturbed comes to what it comes to undisturbed.
@@ -78,7 +57,7 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path)
     wait_for_step(sweep / "1", 5, process)
     process.kill()
     process.wait()
-    assert [job.status for job in jobs_of(sweep)] == ["finished", "killed", "none"]
+    assert statuses(sweep) == ["finished", "killed", "none"]
     before = (sweep / "0/metrics.jsonl").stat().st_mtime_ns
     done = grpo_process("sweep_dir=sweep", cwd=tmp_path)  # the -m need not be said
     assert done.returncode == 0, done.stderr
@@ -97,9 +76,8 @@ def test_ctrl_c_ends_a_sweep_in_order(tmp_path: Path) -> None:
     wait_for_step(sweep / "1", 3, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert [job.status for job in jobs_of(sweep)] == ["finished", "interrupted", "none"]
-    steps = summary(sweep / "1")["steps"]
-    assert (sweep / "1/checkpoints/latest").resolve().name == f"step_{steps}"
+    assert statuses(sweep) == ["finished", "interrupted", "none"]
+    assert is_saved_where_it_stopped(sweep / "1")
 
 
 def test_more_seeds_are_added_to_a_sweep(grpo: Grpo, tmp_path: Path) -> None:
@@ -144,7 +122,7 @@ def test_a_job_that_fails_is_reported_at_the_end(grpo: Grpo, tmp_path: Path) -> 
     assert "job 1" in end
     assert "no more of this" in end
     assert "grpo -m sweep_dir=sweep" in end
-    assert [job.status for job in jobs_of(tmp_path / "sweep")] == ["finished", "failed", "finished"]
+    assert statuses(tmp_path / "sweep") == ["finished", "failed", "finished"]
     assert "no more of this" in summary(tmp_path / "sweep/1")["error"]
 
 
@@ -161,7 +139,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
         assert done.returncode == 1
         (end,) = [line for line in done.stderr.splitlines() if line.startswith("  job 0: ")]
         assert "No space left on device" in end
-        assert [job.status for job in jobs_of(tmp_path / "sweep")] == ["failed", "finished"]
+        assert statuses(tmp_path / "sweep") == ["failed", "finished"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     done = grpo_process("-m", "sweep_dir=sweep", cwd=tmp_path)  # with room again
@@ -297,7 +275,7 @@ def test_a_whole_study_is_a_file(grpo: Grpo, tmp_path: Path) -> None:
         "sweep=kl_grid", *TWO_STEPS, "max_steps=1", "seed=0", "num_generation=4", "sweep_dir=sweep"
     )
     assert code == 0, printed
-    assert [job.status for job in jobs_of(tmp_path / "sweep")] == ["finished"] * 3
+    assert statuses(tmp_path / "sweep") == ["finished"] * 3
 
 
 def test_what_a_study_fixes_is_fixed(grpo: Grpo) -> None:

@@ -87,7 +87,7 @@ class Sweep:
 
 
 def read_sweeps(folders: Sequence[Path]) -> Sweep:
-    """Raises ConfigError where one is no sweep, or their objectives differ."""
+    """Raises ConfigError where one is no sweep, none has a job, or their objectives differ."""
     found: list[tuple[str, int, Path, list[str]]] = []
     for folder in folders:
         record = record_of(folder)
@@ -99,6 +99,8 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
         read_job(name, number, folder, overrides, own, keys)
         for (name, number, folder, overrides), own in zip(found, given, strict=True)
     ]
+    if not jobs:
+        raise ConfigError(f"{folders[0]}: no job of this sweep has begun.")
     objectives = {job.objective for job in jobs}
     if len(objectives) > 1:
         raise ConfigError(f"these sweeps have several objectives: {', '.join(sorted(objectives))}.")

@@ -16,6 +16,9 @@ def close(folder: Path, after: Sequence[Standing], broken: Sequence[Standing]) -
     Raises:
         RunError: some are broken.
     """
+    if not after:
+        print(f"\nnothing was left to do for {folder}.", flush=True)
+        return
     from grpo.report.command import write_report  # only now: it brings the drawing with it
 
     print(f"\nsweep in {folder}: {counted(after)}", flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -65,8 +66,8 @@ def search(
     if options.storage is not None:
         reach(options.storage)
     writable(folder, "sweep_dir")
-    study = open_study(options, objectives, space, fixed, folder)
-    Search(launch, options, study, space, fixed, list(objectives), folder).run()
+    study, name = open_study(options, objectives, space, fixed, folder)
+    Search(launch, options, study, space, fixed, list(objectives), folder, name).run()
 
 
 def fixed_of(overrides: Sequence[Override]) -> list[str]:
@@ -112,17 +113,16 @@ def check_objectives(options: Options, configs: Sequence[DictConfig]) -> dict[st
 
 def open_study(
     options: Options, objectives: dict[str, str], space: Space, fixed: Sequence[str], folder: Path
-) -> optuna.Study:
-    """The study, made or found again.
+) -> tuple[optuna.Study, str]:
+    """The study, made or found again, and the name that it knows this folder by.
 
     Raises:
         ConfigError: its storage can't be had, or it is a study of something else.
     """
-    name = options.study_name or f"{folder.absolute().parent.name}/{folder.name}"
-    file = StudyFile(
-        options.storage, name, objectives, options.pruner, dict(options.pruner_options)
-    )
     with turn(folder), told(options.storage):
+        there = StudyFile.read(folder)
+        usual = there.study_name if there else f"{folder.absolute().parent.name}/{folder.name}"
+        name = options.study_name or usual
         storage = open_storage(options.storage, folder)
         study = optuna.create_study(
             storage=storage,
@@ -135,8 +135,10 @@ def open_study(
         if options.sampler == "grid":
             for values in combinations(space)[: options.n_trials]:
                 study.enqueue_trial(values, skip_if_exists=True)
-    file.write(folder)
-    return study
+        place = there.folder if there else uuid.uuid4().hex[:8]
+        pruner = (options.pruner, dict(options.pruner_options))
+        StudyFile(options.storage, name, objectives, *pruner, place).write(folder)
+    return study, place
 
 
 def check_same(
@@ -183,6 +185,7 @@ class Search:
     fixed: list[str]
     objectives: list[str]
     folder: Path
+    place: str  # the folder's name in the study
 
     def run(self) -> None:
         """Raises RunError where trials failed."""
@@ -235,7 +238,7 @@ class Search:
                 asked.set_user_attr("folder", "")
                 self.study.tell(asked, state=TrialState.FAIL)
                 break
-            asked.set_user_attr("folder", str(self.folder.absolute()))
+            asked.set_user_attr("folder", self.place)
             taken.append(self.study.trials[asked.number])
             count += 1
         for trial in taken:
@@ -250,9 +253,13 @@ class Search:
         return [trial for trial in trials if trial.state != TrialState.WAITING]
 
     def is_here(self, trial: FrozenTrial) -> bool:
-        """Whether its job is in this folder: a study in a database may have several."""
-        here = str(self.folder.absolute())
-        return bool(trial.user_attrs.get("folder", here) == here)
+        """Whether its job is in this folder.
+
+        A study in a database may have several folders: there a trial without a name is one that
+        another process is being given just now.
+        """
+        unnamed = self.place if self.options.storage is None else ""
+        return bool(trial.user_attrs.get("folder", unnamed) == self.place)
 
     def is_left(self, trial: FrozenTrial) -> bool:
         """Whether its process is gone. One of another folder is that folder's to go on with."""

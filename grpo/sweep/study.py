@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -135,6 +136,7 @@ class StudyFile:
     objectives: dict[str, str]
     pruner: str
     pruner_options: dict[str, Any]
+    folder: str  # a name for the folder that it keeps wherever it is moved
 
     def write(self, folder: Path) -> None:
         write_json(folder / STUDY, asdict(self))
@@ -153,8 +155,13 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """
     if url is None:
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    options = {"pool_pre_ping": True, **patience(url)}
     with told(url):
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **patience(url)})
+        try:
+            return RDBStorage(url, engine_kwargs=options)
+        except sqlalchemy.exc.SQLAlchemyError:
+            time.sleep(2)  # another process may be making its tables just now
+            return RDBStorage(url, engine_kwargs=options)
 
 
 def reach(url: str) -> None:
