@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grpo.models.fast import lean
-from grpo.models.lean import lean_blocks, lean_norms
+from grpo.models.lean import lean_blocks, lean_lookups, lean_norms
 from grpo.models.products import HAS_ONEDNN, computed_as
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
@@ -52,6 +52,31 @@ def test_outputs_and_gradients_are_the_modules_own(name: str) -> None:
         found = torch.autograd.grad((ours * weight).sum(), wanted)
         for a, b in zip(found, expected, strict=True):
             assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lookups_gradient_is_added_to_what_the_weight_has(
+    padding: int | None, there: bool
+) -> None:
+    torch.manual_seed(0)
+    own, plain = (nn.Embedding(20, 8, padding_idx=padding) for _ in range(2))
+    plain.load_state_dict(own.state_dict())
+    (forward,) = lean_lookups(nn.Sequential(own)).values()
+    tokens = torch.randint(0, 6, (1, 40))  # each several times, padding among them
+    for module, look in ((own, forward), (plain, plain)):
+        module.weight.grad = torch.ones_like(module.weight) if there else None
+        (look(tokens) * torch.arange(40.0)[:, None]).sum().backward()
+    assert own.weight.grad is not None
+    assert plain.weight.grad is not None
+    assert_close(own.weight.grad, plain.weight.grad)
+
+
+def test_an_embedding_that_does_more_is_left_alone() -> None:
+    class Scaled(nn.Embedding):
+        pass
+
+    assert not lean_lookups(nn.Sequential(Scaled(5, 4), nn.Embedding(5, 4, max_norm=1.0)))
 
 
 def test_a_forward_pass_keeps_a_third_less() -> None:

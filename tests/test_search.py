@@ -331,7 +331,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
     as_user: list[str] = []
     if getpass.getuser() == "root":  # which PostgreSQL refuses to run as
         as_user = ["runuser", "-u", "postgres", "--"]
-        for folder in (tmp_path, *tmp_path.parents[:2]):
+        for folder in (tmp_path, *tmp_path.parents[:3]):
             folder.chmod(0o755)
         cluster.mkdir()
         shutil.chown(cluster, "postgres")

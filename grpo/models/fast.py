@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from grpo.models.attention import NAME, Scoring, Tree, attention_as
 from grpo.models.layer import ForFewRows, Layer, Rotations, WithGradient
-from grpo.models.lean import lean_blocks, lean_norms, looks_like_norm
+from grpo.models.lean import lean_blocks, lean_lookups, lean_norms, looks_like_norm
 from grpo.models.products import (
     computed_as,
     fast_products,
@@ -122,7 +122,15 @@ def lean(model: nn.Module) -> AbstractContextManager[None]:
     whole = {
         x.module: in_place_of(x.module, WithGradient(x, rotations)) for x in usual_layers(model)
     }
-    return computed_as({**fast_products(model), **lean_norms(model), **lean_blocks(model), **whole})
+    return computed_as(
+        {
+            **fast_products(model),
+            **lean_norms(model),
+            **lean_blocks(model),
+            **lean_lookups(model),
+            **whole,
+        }
+    )
 
 
 def decoding(model: nn.Module, rows: int) -> AbstractContextManager[None]:

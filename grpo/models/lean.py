@@ -84,6 +84,44 @@ class GatedProduct(torch.autograd.Function):
         return to_gate.view(gate.shape), to_up.view(up.shape), of_weight
 
 
+class Lookup(torch.autograd.Function):
+    """An embedding's rows.
+
+    Their gradient is added up in what the weight has of it already; torch makes one of the
+    weight's size first, of zeros for all tokens that did not occur.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight_VD: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(tokens, weight_VD)
+        ctx.padding = padding
+        return F.embedding(tokens, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight_VD = ctx.saved_tensors
+        there_VD = weight_VD.grad if weight_VD.is_leaf else None
+        if there_VD is None:
+            size = len(weight_VD)
+            return (
+                None,
+                torch.ops.aten.embedding_dense_backward(grad, tokens, size, ctx.padding, False),
+                None,
+            )
+        if ctx.padding >= 0:
+            grad = grad.masked_fill((tokens == ctx.padding)[..., None], 0)
+        used_U, place = tokens.unique(return_inverse=True)
+        sums_UD = torch.ops.aten.embedding_dense_backward(grad, place, len(used_U), -1, False)
+        there_VD.index_add_(0, used_U, sums_UD)  # each row once, so in no order
+        return None, None, None
+
+
+def looked_up(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    padding = -1 if embedding.padding_idx is None else embedding.padding_idx
+    y: Tensor = Lookup.apply(tokens, embedding.weight, padding)  # type: ignore[no-untyped-call]
+    return y
+
+
 def rms_norm(x: Tensor, norm: Any) -> Tensor:
     y: Tensor = RMSNorm.apply(x, norm.weight, epsilon_of(norm))  # type: ignore[no-untyped-call]
     return y
@@ -141,6 +179,18 @@ def lean_blocks(model: nn.Module) -> dict[nn.Module, Forward]:
         if computes(module, forward, module.down_proj.out_features):  # type: ignore[union-attr,arg-type]
             found[module] = forward
     return found
+
+
+def lean_lookups(model: nn.Module) -> dict[nn.Module, Forward]:
+    """Its embeddings; a class of its own may scale them, and is left alone."""
+    return {
+        module: partial(looked_up, embedding=module)
+        for module in model.modules()
+        if type(module) is nn.Embedding
+        and module.max_norm is None
+        and not (module.scale_grad_by_freq or module.sparse)
+        and suits_onednn(module.weight)
+    }
 
 
 @torch.no_grad()
