@@ -206,9 +206,14 @@ def build_evaluation(
     engine: Engine,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, WeightedReward],
+    train: Sequence[Prompt] = (),
 ) -> Evaluation:
     sampling = replace(build_sampling(cfg), temperature=cfg.eval.temperature)
-    return Evaluation(engine, prompts, rewards, cfg.eval.samples, cfg.eval.greedy, sampling)
+    trained = {prompt.example.question for prompt in train}
+    overlap = sum(prompt.example.question in trained for prompt in prompts) / len(prompts)
+    return Evaluation(
+        engine, prompts, rewards, cfg.eval.samples, cfg.eval.greedy, sampling, overlap
+    )
 
 
 def build_objective(cfg: DictConfig) -> Objective:

@@ -70,6 +70,9 @@ def check(cfg: DictConfig) -> None:
     check_adapter(cfg)
     check_installed(cfg)
     check_curriculum(cfg)
+    if cfg.doctor is not None:
+        for key in ("doctor.patience", "doctor.window", "doctor.spikes"):
+            at_least(cfg, key, 1)
     if not (cfg.eval.greedy or cfg.eval.samples):
         raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
 

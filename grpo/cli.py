@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,7 +42,11 @@ from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 log = logging.getLogger(__name__)
 
 JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
-WITHOUT_CONFIG = ("report",)
+WITHOUT_CONFIG = {  # jobs that read what a run left
+    "report": "grpo.report.command",
+    "export": "grpo.export",
+    "chat": "grpo.chat",
+}
 Argv = Sequence[str]
 
 
@@ -53,13 +58,16 @@ def main() -> None:
     prepare()
     try:
         job, overrides = split_job(sys.argv[1:])
-        if job == "report":
-            from grpo.report.command import report
-
-            return report(overrides)
+        if job in WITHOUT_CONFIG:
+            run = getattr(import_module(WITHOUT_CONFIG[job]), job)
+            return run(overrides)  # type: ignore[no-any-return]
         overrides = again.with_past_overrides(job, overrides)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except ConfigError as error:
         refuse(error)
+    except RunError as error:
+        stop(str(error))
     sys.argv = ["grpo", *overrides]
     command = hydra.main(
         version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]

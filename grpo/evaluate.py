@@ -34,10 +34,7 @@ class Evaluation:
     samples: int  # completions a prompt for the sampled figures; 0: none
     greedy: bool  # also the one that the policy thinks likeliest
     sampling: Sampling
-
-    def run(self) -> dict[str, float]:
-        """The figures that are followed during training."""
-        return metrics_of(*self.answer())
+    overlap: float = 0.0  # the share of its questions that are trained on
 
     def answer(self) -> tuple[Answers | None, Answers | None]:
         """Greedy and sampled completions, scored."""

@@ -15,7 +15,9 @@ grpo: train a language model by group-relative policy optimization (GRPO)
   grpo eval checkpoint=DIR [overrides]    evaluate a run or a model
   grpo resume=DIR                         go on with a run
   grpo -m sweep_dir=DIR                   go on with a sweep
-  grpo report SWEEP                       what a sweep says: report.html, results.csv, best.yaml
+  grpo report DIR…                        the page of a run, of runs side by side, or of a sweep
+  grpo chat RUN                           the base and the trained model, side by side
+  grpo export RUN DIR [--push ORG/NAME]   a plain model with a card
 
   --cfg job               the config with these overrides, as YAML
   --info defaults-tree    the files it comes from

@@ -33,6 +33,7 @@ def adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, floa
 
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
+WATCHED = 4096  # weights
 OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
 
 
@@ -70,6 +71,8 @@ class Optimizer:
         self.schedule, self.warmup_steps = schedule, warmup_steps
         self.max_grad_norm = max_grad_norm or math.inf
         self.steps_done = 0
+        # Of the largest matrix, to see whether steps as small as these change anything.
+        self.watched = max(self.parameters, key=torch.numel).detach().view(-1)[:WATCHED]
 
     def _make_room(self) -> None:
         """Makes Adam's state now, beside the weights, and not where activations come and go."""
@@ -96,16 +99,19 @@ class Optimizer:
         """
         rate = self.rate()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
-        skipped = not math.isfinite(norm)
+        skipped, moved = not math.isfinite(norm), 0.0
         if not skipped:
             for group in self.adamw.param_groups:
                 group["lr"] = rate
+            before = self.watched.clone()
             self.adamw.step()
+            moved = float((self.watched != before).float().mean())
         self.forget()
         self.steps_done += 1
         return {
             "optim/learning_rate": rate,
             "optim/grad_norm": norm,
+            "optim/moved": moved,
             "optim/skipped": float(skipped),
         }
 

@@ -33,6 +33,7 @@ from grpo.checkpoint import Checkpoints, Progress
 from grpo.collect import Collector
 from grpo.data.difficulty import solved_shares
 from grpo.data.order import total_steps
+from grpo.doctor import Limits, Watch
 from grpo.errors import ConfigError, RunError
 from grpo.evaluate import metrics_of, report
 from grpo.find import Found, bind, plain
@@ -41,6 +42,7 @@ from grpo.kl import Pull
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.past import is_finished, newest_step
+from grpo.report.run.page import write_run_page
 from grpo.summary import Summary
 from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 from grpo.sweep.trial import never, watcher_of
@@ -83,6 +85,8 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
             reward.close()
         content = summary.write(status, standing.progress, error)
         run.tracker.close(status, content)
+    if standing.progress.step or standing.progress.unlogged is None:
+        write_run_page(folder)
     print(summary.closing(content), flush=True)
     if interrupt.requested and in_sweep():
         ask_to_stop()  # the other jobs; this one has ended well
@@ -151,6 +155,8 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     info = run_info(cfg, folder, start, steps)
     # Those that may refuse come first: until then nothing of the run is on disk.
     sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
+    if cfg.doctor is not None:
+        sinks.append(Watch(info, Limits(**plain(cfg.doctor))))
     log.info(
         "%s: %d steps of %d x %d completions from %d prompts, on %s",
         info.name, steps, cfg.batch_size, cfg.num_generation, len(train_prompts), device.describe(),
@@ -173,7 +179,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         optimizer=optimizer,
         objective=objective,
         advantage=advantage,
-        evaluation=build_evaluation(cfg, engine, prompts.evaluation, rewards),
+        evaluation=build_evaluation(cfg, engine, prompts.evaluation, rewards, train_prompts),
         tracker=Tracker(sinks),
         checkpoints=checkpoints,
         device=device,

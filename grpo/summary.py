@@ -64,7 +64,7 @@ class Summary:
             for label, key in (("greedy", "eval/accuracy"), ("sampled", "eval/sampled_accuracy")):
                 lines.append(f"  {label} accuracy {first[key]:.1%} -> {last[key]:.1%}")
         folder = relative(self.folder)
-        lines.append(f"  in {folder}: metrics.jsonl, completions.jsonl, summary.json")
+        lines.append(f"  in {folder}: report.html, metrics.jsonl, completions.jsonl, summary.json")
         if content["status"] == "interrupted":
             lines.append(f"  go on:    grpo resume={folder}")
         else:

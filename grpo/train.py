@@ -13,12 +13,13 @@ from grpo.clock import Clock
 from grpo.collect import Collector
 from grpo.device import Device
 from grpo.errors import RunError
-from grpo.evaluate import Evaluation
+from grpo.evaluate import Evaluation, metrics_of
 from grpo.interrupt import Interrupt
 from grpo.kl import Pull
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
-from grpo.tracking.tracker import Tracker, completion_rows
+from grpo.tracking.tokens import with_tokens
+from grpo.tracking.tracker import Tracker, answer_rows, completion_rows
 from grpo.update import Learned, Objective, update
 
 
@@ -74,13 +75,13 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
     start, owed = standing.progress.step, standing.progress.unlogged
     try:
         if owed is not None:  # the evaluation before training, or one that a failure cut short
-            run.tracker.log(start, owed | run.evaluation.run())
+            run.tracker.log(start, owed | evaluated(run, start))
             reached(start, None)
         for step in range(start + 1, run.total_steps + 1):
             metrics = train_step(run, step)
             reached(step, metrics)
             if step == run.total_steps or due(step, run.eval_every):
-                metrics = metrics | run.evaluation.run()
+                metrics = metrics | evaluated(run, step)
             run.tracker.log(step, metrics)
             reached(step, None)
             done = step == run.total_steps
@@ -122,7 +123,8 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     update_seconds = clock.lap()
 
     rows = completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
-    run.tracker.completions(rows)
+    spelled = with_tokens(rows, batch.rollout, pulled.reference_NC, run.policy.tokenizer)
+    run.tracker.completions(spelled)
     seconds = clock.seconds()
     return {
         **stats,
@@ -133,6 +135,14 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         "perf/samples_per_second": batch.completions / seconds,
         "memory/peak_gb": run.device.peak_gb(),
     }
+
+
+def evaluated(run: Training, step: int) -> dict[str, float]:
+    """Evaluates the policy; what it answered goes to the tracker."""
+    greedy, sampled = run.evaluation.answer()
+    if greedy is not None:
+        run.tracker.answers(step, answer_rows(greedy.rollout, greedy.scores))
+    return {**metrics_of(greedy, sampled), "eval/overlap": run.evaluation.overlap}
 
 
 def due(step: int, every: int) -> bool:

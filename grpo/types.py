@@ -91,8 +91,15 @@ class Rollout:
             "completion/length_mean": float(lengths_N.mean()),
             "completion/length_max": float(lengths_N.max()),
             "completion/truncated": float(self.truncated_N.float().mean()),
+            "completion/answered": self._answered(),
             **self._mismatch(),
         }
+
+    def _answered(self) -> float:
+        """The share of completions that hold an answer, right or wrong."""
+        size = self.num_generation
+        read = [self.prompts[n // size].example.read(text) for n, text in enumerate(self.texts)]
+        return sum(answer is not None for answer in read) / len(read)
 
     def _mismatch(self) -> dict[str, float]:
         """How far the sampler was from the policy, where it was another."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -167,9 +165,8 @@ def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
     last = lines(tmp_path / "whole/metrics.jsonl")[-1]
     assert evaluated["eval/sampled_accuracy"] == last["eval/sampled_accuracy"]
 
-    merge = [sys.executable, ROOT / "scripts/merge_adapter.py", "whole", "merged"]
-    result = subprocess.run(merge, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    code, printed = grpo("export", "whole", "merged")
+    assert code == 0, printed
     plain_model = load_language_model(tmp_path / "merged", device)
     assert not [name for name in plain_model.model.state_dict() if "lora" in name]
     folder = tmp_path / "whole/checkpoints/latest/model"

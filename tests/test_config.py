@@ -44,7 +44,7 @@ def compose(*overrides: str) -> DictConfig:
 def test_the_groups_are_those_of_the_contract() -> None:
     assert set(GROUPS) == {
         "model", "dataset", "reward", "algorithm", "kl", "adapter", "rollout", "device",
-        "parallel", "tracking", "experiment", "sweep",
+        "parallel", "tracking", "doctor", "experiment", "sweep",
     }  # fmt: skip
 
 
@@ -90,7 +90,9 @@ def test_every_key_of_the_schema_is_read() -> None:
     )
     for key in flat_keys(compose(), ""):
         group, _, name = key.partition(".")
-        if (group in (*BOUND, "device") and name) or key.startswith("algorithm.policy_loss."):
+        if (group in (*BOUND, "device", "doctor") and name) or key.startswith(
+            "algorithm.policy_loss."
+        ):
             continue
         name = key.rpartition(".")[2]
         # Read by Hydra, by the page itself, and the one whose only choice is none.

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from grpo.report.statistics import difference, holm, mean_interval, more_seeds, power
+from grpo.report.sweep.statistics import difference, holm, mean_interval, more_seeds, power
 
 values = st.lists(st.floats(0, 1), min_size=2, max_size=6)
 

@@ -102,7 +102,7 @@ def whole_model(key: str, path: str) -> Path:
     if holds_adapter(folder):
         raise ConfigError(
             f"{key}={path}: holds an adapter alone. To train on from it, resume its run, or make a "
-            f"model of it: python scripts/merge_adapter.py {path} FOLDER"
+            f"model of it: grpo export RUN FOLDER"
         )
     return folder
 

@@ -1,38 +1,50 @@
-"""`grpo report SWEEP…`: the page, the table and the best setting, in the sweep's folder."""
+"""`grpo report DIR…`: the page of a run, of several over each other, or of a sweep."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from grpo.errors import ConfigError
-from grpo.report.best import write_best
-from grpo.report.importance import importances
-from grpo.report.page import page
-from grpo.report.pictures import pictures
-from grpo.report.ranking import Ranking, rank
-from grpo.report.read import Sweep, read_sweeps
+from grpo.report.run.page import runs_page, write_run_page
+from grpo.report.run.read import is_run, read_run
+from grpo.report.shell import put
+from grpo.report.sweep.best import write_best
+from grpo.report.sweep.importance import importances
+from grpo.report.sweep.page import page
+from grpo.report.sweep.pictures import pictures
+from grpo.report.sweep.ranking import Ranking, rank
+from grpo.report.sweep.read import Sweep, read_sweeps
 from grpo.sweep.folder import STUDY, read_record
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Writes report.html, results.csv and .parquet and experiment/best.yaml, and says where.
+    """Writes report.html, of sweeps also results and the best setting, and says where.
 
-    Into the first of the sweeps that are given.
+    Into the first of the folders that are given; of several runs, into runs.html there.
 
     Raises:
-        ConfigError: there is no sweep where one was named.
+        ConfigError: there is no run and no sweep where one was named.
     """
     folders = [Path(argument).expanduser() for argument in arguments]
     if not folders:
-        raise ConfigError("grpo report SWEEP…: name one sweep's folder at least.")
+        raise ConfigError("grpo report DIR…: name the folder of one run or sweep at least.")
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: there is no such folder.")
-    print(write_report(folders), flush=True)
+    runs = [folder for folder in folders if is_run(folder)]
+    if runs and len(runs) < len(folders):
+        raise ConfigError("grpo report: runs and sweeps don't go into one page.")
+    if not runs:
+        print(write_report(folders), flush=True)
+    elif len(runs) == 1:
+        print(f"report: {write_run_page(runs[0])}", flush=True)
+    else:
+        html = runs_page([read_run(folder) for folder in runs])
+        put(runs[0] / "runs.html", lambda file: file.write_text(html, encoding="utf-8"))
+        print(f"report: {runs[0]}/runs.html", flush=True)
 
 
 def write_report(folders: Sequence[Path]) -> str:
@@ -48,13 +60,6 @@ def write_report(folders: Sequence[Path]) -> str:
     put(folder / "results.parquet", lambda file: rows.to_parquet(file, index=False))
     lines = [ranking.verdict, f"  report: {folder}/report.html, results.csv"]
     return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
-
-
-def put(file: Path, write: Callable[[Path], object]) -> None:
-    """At once: another process of the sweep may write it too."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    write(aside)
-    aside.replace(file)
 
 
 def minimizes(folder: Path, objective: str) -> bool:

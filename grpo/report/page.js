@@ -1,19 +1,58 @@
-// Plotly draws for paper of one colour; this gives its figures the page's.
+// A page's data lies in it, packed; figures are drawn when they come into view, in its own colours.
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
-function paint() {
+
+async function unpacked(id) {
+  const letters = atob(document.getElementById(id).textContent);
+  const bytes = Uint8Array.from(letters, (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).text();
+}
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text; // never HTML: completions are anybody's text
+  return made;
+}
+
+function colored(layout) {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--ink"), line = style.getPropertyValue("--line");
-  for (const figure of document.querySelectorAll(".js-plotly-plot")) {
-    const change = { "font.color": ink };
-    for (const name of Object.keys(figure._fullLayout)) {
-      if (/^[xy]axis\d*$/.test(name)) {
-        change[name + ".gridcolor"] = line;
-        change[name + ".linecolor"] = line;
-        change[name + ".zerolinecolor"] = line;
-      }
+  const own = { ...layout, font: { ...layout.font, color: ink } };
+  for (const name of Object.keys(layout)) {
+    if (/^[xy]axis\d*$/.test(name)) {
+      own[name] = { ...layout[name], gridcolor: line, linecolor: line, zerolinecolor: line };
     }
-    Plotly.relayout(figure, change);
   }
+  return own;
 }
-dark.addEventListener("change", paint);
-paint();
+
+const ready = (async () => {
+  const content = JSON.parse(await unpacked("content"));
+  const drawn = new Set();
+  let loaded;
+  function plotly() {
+    loaded ??= unpacked("plotly").then((code) => {
+      const script = element("script");
+      script.textContent = code;
+      document.head.append(script);
+    });
+    return loaded;
+  }
+  async function draw(place) {
+    await plotly();
+    const figure = content.figures[place.dataset.figure];
+    drawn.add(place);
+    await Plotly.react(place, figure.data, colored(figure.layout), { displayModeBar: false, responsive: true });
+  }
+  const places = [...document.querySelectorAll(".plot")];
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (entry.isIntersecting && !drawn.has(entry.target)) draw(entry.target);
+    }
+  }, { rootMargin: "300px" });
+  places.forEach((place) => watcher.observe(place));
+  dark.addEventListener("change", () => drawn.forEach(draw));
+  window.addEventListener("beforeprint", () => places.forEach(draw));
+  return content;
+})();

@@ -1,4 +1,4 @@
-"""metrics.jsonl and completions.jsonl: the record that every other view can be made from."""
+"""metrics.jsonl, completions.jsonl, evaluations.jsonl: what every other view can be made from."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ class JsonlFiles(Sink):
     def __init__(self, info: RunInfo) -> None:
         self.metrics_file = reopen(info.folder / "metrics.jsonl", info.logged_step)
         self.completions_file = reopen(info.folder / "completions.jsonl", info.first_step)
+        self.answers_file = reopen(info.folder / "evaluations.jsonl", info.logged_step)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.metrics_file.write(encode({"step": step, **metrics}))
         self.metrics_file.flush()
 
     def completions(self, rows: Sequence[CompletionRow]) -> None:
-        self.completions_file.writelines(encode(row.flat()) for row in rows)
+        for row in rows:
+            tokens = {"token_ends": list(row.token_ends), "token_kl": list(row.token_kl)}
+            self.completions_file.write(encode({**row.flat(), **tokens}))
         self.completions_file.flush()
+
+    def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.answers_file.writelines(encode({"step": step, **row}) for row in rows)
+        self.answers_file.flush()
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         self.metrics_file.close()
         self.completions_file.close()
+        self.answers_file.close()
 
 
 def reopen(path: Path, last_step: int | None = None) -> TextIO:

@@ -40,10 +40,14 @@ class CompletionRow:
     tokens: int
     truncated: bool
     failed: str  # which rewards could not be worked out, and why; mostly empty
+    token_ends: Sequence[int] = ()  # where in the completion each of its tokens ends
+    token_kl: Sequence[float] = ()  # its log-probability less the reference's, in nats
 
     def flat(self) -> dict[str, Any]:
+        """What can stand in a table."""
         row = asdict(self)
         parts = row.pop("rewards")
+        del row["token_ends"], row["token_kl"]
         return {**row, **{f"reward/{name}": value for name, value in parts.items()}}
 
 
@@ -55,6 +59,9 @@ class Sink:
 
     def completions(self, rows: Sequence[CompletionRow]) -> None:
         """Some of a step's completions."""
+
+    def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The greedy completions of an evaluation."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """The end: finished, interrupted or failed."""
@@ -73,6 +80,10 @@ class Tracker:
     def completions(self, rows: Sequence[CompletionRow]) -> None:
         for sink in self.sinks:
             sink.completions(rows)
+
+    def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for sink in self.sinks:
+            sink.answers(step, rows)
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         for sink in self.sinks:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo.report.read import Sweep
+from grpo.report.sweep.read import Sweep
 
 
 def importances(sweep: Sweep) -> dict[str, float]:

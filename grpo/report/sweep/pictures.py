@@ -10,11 +10,10 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from grpo.report.ranking import Ranking, Setting, shown
-from grpo.report.read import Job, Sweep
+from grpo.report.shell import COLORS, GRAY
+from grpo.report.sweep.ranking import Ranking, Setting, shown
+from grpo.report.sweep.read import Job, Sweep
 
-COLORS = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f"]
-GRAY = "#94a3b8"
 STATUS_COLORS = {
     "finished": "#059669",
     "pruned": "#d97706",

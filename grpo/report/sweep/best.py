@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from grpo.config import conf_folder
 from grpo.errors import ConfigError
 
-LEFT_OUT = ("sweep", "sweep_dir", "resume", "name")
+LEFT_OUT = ("sweep", "sweep_dir", "resume", "name", "tracking")  # change nothing that is measured
 
 
 def write_best(sweep: Path, overrides: Sequence[str], why: str, own_configs: str | None) -> str:
@@ -46,7 +46,7 @@ def experiment(overrides: Sequence[str], own_configs: str | None) -> str:
         name = one.key_or_group
         if name == "sweep":
             of_study(str(one.value()), folders, defaults, keys)
-        if name in LEFT_OUT:
+        if name.partition(".")[0] in LEFT_OUT:
             continue
         if one.is_delete():
             raise ConfigError(f"{one.input_line}: takes a key away, which best.yaml can't repeat.")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo.report.read import Job, Sweep
-from grpo.report.statistics import Difference, Interval, difference, holm, mean_interval
+from grpo.report.sweep.read import Job, Sweep
+from grpo.report.sweep.statistics import Difference, Interval, difference, holm, mean_interval
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,18 @@
-"""A sweep's report as one page that needs nothing else: no network, no other file."""
+"""A sweep's page: verdict, ranking, pictures, jobs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
-from grpo.report.ranking import Ranking, shown
-from grpo.report.read import Job, Sweep
+from grpo.report.shell import Page, row, table
+from grpo.report.sweep.ranking import Ranking, shown
+from grpo.report.sweep.read import Job, Sweep
 from grpo.sweep.close import counted
 from grpo.sweep.folder import Standing
-
-STYLE = Path(__file__).with_name("page.css")
-SCRIPT = Path(__file__).with_name("page.js")
 
 
 def page(
@@ -25,32 +22,22 @@ def page(
     figures: Sequence[tuple[str, str, go.Figure]],
 ) -> str:
     """HTML. command: what runs the best setting again; empty where there is none."""
-    title = ", ".join(folder.name for folder in sweep.folders)
+    made = Page(f"Sweep {', '.join(folder.name for folder in sweep.folders)}")
     whole = [Standing(job.number, job.folder, job.status, job.reason) for job in sweep.jobs]
-    parts = [
-        f"<h1>Sweep {escape(title)}</h1>",
-        f"<p class=lead>{escape(ranking.verdict)}</p>",
-        f"<p>{len(sweep.jobs)} jobs: {escape(counted(whole))}. "
-        f"Objective: <code>{escape(sweep.objective)}</code>.</p>",
-    ]
-    if command:
-        parts.append(f"<p>The best setting again:</p><pre>{escape(command)}</pre>")
-    parts.append(troubles(sweep.jobs))
-    parts.append(ranking_table(sweep, ranking))
-    for n, (name, meaning, figure) in enumerate(figures):
-        drawn = figure.to_html(
-            full_html=False, include_plotlyjs=False, div_id=f"figure-{n}",
-            config={"displayModeBar": False, "responsive": True},
-        )  # fmt: skip
-        parts.append(f"<section><h2>{escape(name)}</h2><p>{escape(meaning)}</p>{drawn}</section>")
-    parts.append(jobs_table(sweep))
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{STYLE.read_text()}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body><main>{''.join(parts)}</main>"
-        f"<script>{SCRIPT.read_text()}</script></body></html>\n"
+    made.add(f"<h1>{escape(made.title)}</h1><p class=lead>{escape(ranking.verdict)}</p>")
+    made.add(
+        f"<p class=facts>{len(sweep.jobs)} jobs: {escape(counted(whole))}. "
+        f"Objective: <code>{escape(sweep.objective)}</code>.</p>"
     )
+    if command:
+        made.add(f"<p>The best setting again:</p><pre>{escape(command)}</pre>")
+    made.add(troubles(sweep.jobs))
+    made.add(ranking_table(sweep, ranking))
+    for name, meaning, figure in figures:
+        drawn = made.figure(name, meaning, json.loads(figure.to_json()))
+        made.add(f"<section>{drawn}</section>")
+    made.add(jobs_table(sweep))
+    return made.html()
 
 
 def troubles(jobs: Sequence[Job]) -> str:
@@ -83,7 +70,7 @@ def ranking_table(sweep: Sweep, ranking: Ranking) -> str:
             behind = f"{abs(one.mean):.3g}"
             if len(setting.by_seed) > 1:
                 p = f"{ranking.p[place - 1]:.3f}"
-                sure = " class=sure" if ranking.p[place - 1] <= 0.05 else ""
+                sure = "sure" if ranking.p[place - 1] <= 0.05 else ""
         cells = [
             *(shown(value) for value in setting.values),
             str(len(setting.by_seed)),
@@ -92,7 +79,7 @@ def ranking_table(sweep: Sweep, ranking: Ranking) -> str:
             behind,
             p,
         ]
-        rows.append(f"<tr{sure}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        rows.append(row(cells, sure))
     if not rows:
         return ""
     note = (
@@ -115,13 +102,5 @@ def jobs_table(sweep: Sweep) -> str:
             str(int(job.last.get("step", 0))),
             f"{job.seconds / 60:.1f}",
         ]
-        rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        rows.append(row(cells))
     return f"<section><h2>Jobs</h2>{table(heads, rows)}</section>"
-
-
-def table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    return (
-        f"<div class=wide><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )

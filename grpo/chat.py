@@ -1,0 +1,175 @@
+"""`grpo chat RUN_OR_MODEL`: the base and the trained model answer side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from grpo.errors import ConfigError
+
+USAGE = "grpo chat RUN_OR_MODEL [temperature=0] [max_new_tokens=256]"
+COMMANDS = "/reset begins anew, /temperature 0.7 sets it, /quit or Ctrl-D ends"
+NARROW = 90  # columns: below, answers stand under each other
+
+
+@dataclass
+class Voice:
+    """One of the models that answer, and what it has heard and said."""
+
+    name: str
+    model: Any  # grpo.models.load.LanguageModel
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Options:
+    temperature: float = 0.0
+    max_new_tokens: int = 256
+
+
+def chat(arguments: Sequence[str]) -> None:
+    """Reads questions, from the terminal or a pipe, and prints every model's answer.
+
+    Raises:
+        ConfigError: there is no such run or model.
+    """
+    places = [argument for argument in arguments if "=" not in argument]
+    if len(places) != 1:
+        raise ConfigError(f"{USAGE}: name one run or model.")
+    options = options_of([argument for argument in arguments if "=" in argument])
+    console = Console()
+    prompt_format, voices = voices_of(places[0])
+    talking = sys.stdin.isatty()
+    if talking:
+        names = " and ".join(voice.name for voice in voices)
+        console.print(f"{names}; {COMMANDS}", style="dim", markup=False)
+    while True:
+        try:
+            said = console.input("\n> ") if talking else next(sys.stdin)
+        except (EOFError, StopIteration):
+            return
+        said = said.strip()
+        if said in ("/quit", "/exit"):
+            return
+        if said == "/reset":
+            for voice in voices:
+                voice.turns.clear()
+        elif said.startswith("/"):
+            console.print(told(said, options), style="dim", markup=False)
+        elif said:
+            show(
+                console,
+                [(voice.name, answer(voice, said, prompt_format, options)) for voice in voices],
+            )
+
+
+def options_of(given: Sequence[str]) -> Options:
+    """Raises ConfigError for what is no option of a chat."""
+    options = Options()
+    for one in given:
+        key, _, value = one.partition("=")
+        try:
+            if key == "temperature" and float(value) >= 0:
+                options.temperature = float(value)
+            elif key == "max_new_tokens" and int(value) >= 1:
+                options.max_new_tokens = int(value)
+            else:
+                raise ConfigError(f"{one}: {USAGE}")
+        except ValueError as error:
+            raise ConfigError(f"{one}: should be a number.") from error
+    return options
+
+
+def told(command: str, options: Options) -> str:
+    """Does what a command says, and says what was done."""
+    name, _, value = command.partition(" ")
+    if name != "/temperature":
+        return COMMANDS
+    try:
+        options.temperature = max(0.0, float(value))
+    except ValueError:
+        return f"{value}: should be a number."
+    return f"temperature {options.temperature:g}"
+
+
+def voices_of(place: str) -> tuple[Any, list[Voice]]:
+    """How a question is put to the models, and the models: a run's base first."""
+    from omegaconf import OmegaConf
+
+    from grpo.again import read_yaml
+    from grpo.data.prompts import PromptFormat
+    from grpo.device import open_device
+    from grpo.models.find import model_folder
+    from grpo.models.load import load_language_model
+    from grpo.past import checkpoint_model, run_of
+
+    device = open_device("auto", "auto")
+    folder = checkpoint_model(place)()
+    run = run_of(Path(place).expanduser())
+    if run is None:
+        plain = PromptFormat(None, (), True, {}, 2**20)
+        return plain, [Voice(place, load_language_model(folder, device))]
+    config = OmegaConf.create(read_yaml(run / ".hydra" / "config.yaml") or {})
+    data = config.dataset
+    if "sets" in data:
+        data = next(iter(data.sets.values()))
+    prompt_format = PromptFormat(
+        data.system_prompt, (), bool(data.chat), dict(data.template_options), 2**20
+    )
+    where = {key: config.model[key] for key in ("id", "path", "packaged", "wheel")}
+    base = model_folder(name=f"model={config.model.name}", **where)
+    quantized = bool(config.adapter and config.adapter.quantized)
+    return prompt_format, [
+        Voice(f"base: {config.model.name}", load_language_model(base, device, quantized)),
+        Voice(f"trained: {place}", load_language_model(folder, device, quantized)),
+    ]
+
+
+def answer(voice: Voice, said: str, prompt_format: Any, options: Options) -> str:
+    """What a model says to it; where it has a chat template, knowing what was said before."""
+    import torch
+
+    from grpo.types import Example
+
+    model, tokenizer = voice.model.model, voice.model.tokenizer
+    if tokenizer.chat_template is None:
+        voice.turns.clear()
+    voice.turns.append({"role": "user", "content": said})
+    asked = Example(said, "", lambda _: 0.0, messages=tuple(voice.turns))
+    _, ids = prompt_format.render(asked, tokenizer)
+    room = min(options.max_new_tokens, voice.model.context - len(ids))
+    if room < 1:
+        voice.turns.clear()
+        return "(this chat is longer than the model can read; it begins anew)"
+    tokens = torch.tensor([ids], device=voice.model.device.torch_device)
+    warm = {"do_sample": True, "temperature": options.temperature, "top_k": 0}
+    with torch.no_grad(), voice.model.device.autocast():
+        written = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=room,
+            eos_token_id=list(voice.model.end_ids), pad_token_id=voice.model.pad_id,
+            **(warm if options.temperature else {"do_sample": False}),
+        )  # fmt: skip
+    text = str(tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
+    voice.turns.append({"role": "assistant", "content": text})
+    return text
+
+
+def show(console: Console, answers: Sequence[tuple[str, str]]) -> None:
+    panels = [Panel(Text(text or "(nothing)"), title=Text(name)) for name, text in answers]
+    if console.width < NARROW:
+        for panel in panels:
+            console.print(panel)
+        return
+    table = Table.grid(expand=True)
+    for _ in panels:
+        table.add_column(ratio=1)
+    table.add_row(*panels)
+    console.print(table)

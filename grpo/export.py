@@ -1,0 +1,167 @@
+"""`grpo export RUN DIR`: a plain model's folder with a card that says where it comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.errors import ConfigError, RunError
+from grpo.past import model_of_checkpoint, run_of
+from grpo.report.run.page import verdict, written
+from grpo.report.run.read import Run, differences, read_run, shipped_config
+
+USAGE = "grpo export RUN DIR [--push ORG/NAME]"
+SHOWN = ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/reward")
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Writes the model of a run, or of one of its checkpoints, merged with its adapter.
+
+    Raises:
+        ConfigError: there is no run, the folder is not empty, or the hub doesn't let one write.
+        RunError: the upload failed; the folder is written.
+    """
+    given, hub_id = hub_id_of(list(arguments))
+    if len(given) != 2:
+        raise ConfigError(f"{USAGE}: name a run and the folder to write.")
+    source, folder = given[0], Path(given[1]).expanduser()
+    home = run_of(Path(source).expanduser())
+    if home is None:
+        raise ConfigError(f"{source}: holds no run; a plain model needs no export.")
+    model = model_of_checkpoint(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: is there already; give a new or an empty folder.")
+    if hub_id is not None:
+        check_hub(hub_id)
+    run = read_run(home)
+    from grpo.models.merge import write_merged
+
+    write_merged(model, folder)
+    (folder / "README.md").write_text(card(run, hub_id or folder.name), encoding="utf-8")
+    print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
+    if hub_id is not None:
+        push(folder, hub_id)
+
+
+def hub_id_of(arguments: list[str]) -> tuple[list[str], str | None]:
+    if "--push" not in arguments:
+        return arguments, None
+    place = arguments.index("--push")
+    if place + 1 >= len(arguments) or not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments[place + 1]):
+        raise ConfigError("--push: needs the model's id on the hub, ORG/NAME.")
+    return arguments[:place] + arguments[place + 2 :], arguments[place + 1]
+
+
+def check_hub(hub_id: str) -> None:
+    """Whether one may write there, before anything is written here."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # not logged in, no network: the library has an error for each
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"--push {hub_id}: {reason} `hf auth login` logs in.") from error
+
+
+def push(folder: Path, hub_id: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(hub_id, exist_ok=True)
+        HfApi().upload_folder(repo_id=hub_id, folder_path=folder)
+    except Exception as error:  # as above
+        raise RunError(f"--push {hub_id}: {error}; {folder} is whole.") from error
+    print(f"pushed to https://huggingface.co/{hub_id}", flush=True)
+
+
+def card(run: Run, name: str) -> str:
+    """README.md: what the model is, of what data, how it was trained and how good it is."""
+    first = run.summary.get("first_evaluation") or {}
+    last = run.summary.get("last_evaluation") or {}
+    rows = [
+        f"| {key} | {first[key]:.4g} | {last[key]:.4g} |"
+        for key in SHOWN
+        if first.get(key) is not None and last.get(key) is not None
+    ]
+    changed = differences([shipped_config(), run.config])
+    config = [f"| `{key}` | {cell(own)} | {cell(usual)} |" for key, (usual, own) in changed.items()]
+    versions = ", ".join(f"{k} {v}" for k, v in (run.summary.get("versions") or {}).items())
+    troubles = [f"- **{one.title}**: {one.evidence}" for one in run.diagnoses]
+    parts = [
+        front_matter(run),
+        f"# {name}",
+        f"`{base_of(run)}`, trained by group-relative policy optimization (GRPO) with grpo-bench. "
+        f"{verdict(run)}",
+        "## Use",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n```',
+        "## Data",
+        listed(plainly(run.config["dataset"])),
+        "## Reward",
+        listed(plainly(run.config["reward"])),
+        "## How good it is",
+        "On the evaluation rows, before and after training.\n\n"
+        "| metric | before | after |\n|---|---|---|\n" + "\n".join(rows)
+        if rows
+        else "Not known.",
+        *(["## What the doctor said", "\n".join(troubles)] if troubles else []),
+        "## How it was trained",
+        f"```bash\ngrpo {' '.join(run.overrides)}\n```",
+        "Keys that differ from the shipped config:\n\n| key | here | as shipped |\n|---|---|---|\n"
+        + "\n".join(config)
+        if config
+        else "With the shipped config.",
+        f"Commit {run.summary.get('git_commit') or 'unknown'}; {versions}; on "
+        f"{run.summary.get('device')}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(run: Run) -> str:
+    """What the hub reads: base model, data, licence of the base where that is known."""
+    model, data = run.config["model"], run.config["dataset"]
+    content: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["grpo", "grpo-bench", "reinforcement-learning"],
+        "license": licence_of(model.get("path")) or "unknown",
+    }
+    if model.get("id"):
+        content["base_model"] = model["id"]
+    if isinstance(data.get("path"), str) and re.fullmatch(r"[\w.-]+/[\w.-]+", data["path"]):
+        content["datasets"] = [data["path"]]
+    return f"---\n{yaml.safe_dump(content, sort_keys=False).rstrip()}\n---"
+
+
+def licence_of(folder: str | None) -> str | None:
+    """What the card in a base model's folder says."""
+    readme = Path(folder or "") / "README.md"
+    if not folder or not readme.is_file():
+        return None
+    found = re.search(r"^license:\s*(\S+)", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else None
+
+
+def base_of(run: Run) -> str:
+    model: Mapping[str, Any] = run.config["model"]
+    return str(model.get("id") or model["name"])
+
+
+def plainly(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value not in (None, [], {})}
+
+
+def listed(config: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"- `{key}`: {json.dumps(value, ensure_ascii=False)}" for key, value in config.items()
+    )
+
+
+def cell(value: object) -> str:
+    return written(value).replace("|", "\\|").replace("\n", " ")

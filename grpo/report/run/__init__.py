@@ -1,0 +1,1 @@
+"""A run's page, and that of several runs laid over each other."""

@@ -1,0 +1,195 @@
+"""A run's charts, by section; laid over each other where there are several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.report.run.read import Run
+from grpo.report.shell import COLORS, Figure
+
+MOST_POINTS = 1000  # of a line: beyond, each point is the mean of several steps
+SMOOTH = 50  # steps from which a noisy line gets its running mean
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Some metrics in one picture."""
+
+    name: str
+    meaning: str
+    metrics: tuple[str, ...]
+    percent: bool = False
+    log: bool = False
+    stacked: bool = False
+
+
+SECTIONS: dict[str, tuple[Chart, ...]] = {
+    "Did it learn": (
+        Chart("Reward", "Mean over a step's completions.", ("reward/mean",)),
+        Chart(
+            "Accuracy",
+            "On the evaluation rows: the likeliest answer, sampled ones, and any of the samples.",
+            ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k"),
+            percent=True,
+        ),
+        Chart("Parts of the reward", "Each before its weight.", ("reward/*",)),
+        Chart(
+            "Groups",
+            "Solved by all their completions, by none, and those whose rewards agree: they teach "
+            "nothing.",
+            ("reward/solved_groups", "reward/unsolved_groups", "reward/zero_variance_groups"),
+            percent=True,
+        ),
+    ),
+    "Away from the reference": (
+        Chart(
+            "KL to the reference",
+            "Nats a token, by each estimator; mean is the one in the loss.",
+            ("kl/mean", "kl/k1", "kl/k2", "kl/k3", "kl/full"),
+        ),
+        Chart("Entropy", "Nats a token: how undecided the policy is.", ("policy/entropy",)),
+        Chart("Clipped tokens", "Share of tokens.", ("policy/clip_fraction",), percent=True),
+        Chart("Largest ratio", "Of a token, new to old policy.", ("policy/ratio_max",)),
+        Chart(
+            "Sampler against policy",
+            "Nats a token between what sampled and what trains.",
+            ("sampler/kl",),
+        ),
+    ),
+    "Completions": (
+        Chart(
+            "Length",
+            "Tokens a completion.",
+            ("completion/length_mean", "completion/length_max", "eval/length_mean"),
+        ),
+        Chart(
+            "Cut off and answered",
+            "Share of completions stopped by max_new_tokens, and of those that hold an answer.",
+            ("completion/truncated", "completion/answered"),
+            percent=True,
+        ),
+    ),
+    "Optimization": (
+        Chart("Loss", "And what it is made of.", ("loss/total", "loss/policy", "loss/kl")),
+        Chart("Gradient norm", "Before it is scaled down.", ("optim/grad_norm",), log=True),
+        Chart("Learning rate", "Of the step.", ("optim/learning_rate",)),
+    ),
+    "Time and memory": (
+        Chart(
+            "Seconds a step",
+            "By stage.",
+            ("time/rollout", "time/reward", "time/update"),
+            stacked=True,
+        ),
+        Chart("Speed", "Completion tokens a second.", ("perf/completion_tokens_per_second",)),
+        Chart("Memory", "Peak, in GB.", ("memory/peak_gb",)),
+    ),
+}
+NOT_PARTS = ("mean", "std", "failed", "solved_groups", "unsolved_groups", "zero_variance_groups")
+
+
+def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[tuple[Chart, Figure]]]]:
+    """Each section's charts, those for which there is something to draw."""
+    for title, charts in SECTIONS.items():
+        drawn = []
+        for chart in charts:
+            metrics = metrics_of(chart, runs)
+            lone = chart.metrics == ("reward/*",) and len(metrics) == 1  # is the reward itself
+            if not metrics or lone:
+                continue
+            drawn.append(
+                (
+                    chart,
+                    over(runs, chart, metrics) if len(runs) > 1 else alone(runs[0], chart, metrics),
+                )
+            )
+        if drawn:
+            yield title, drawn
+
+
+def metrics_of(chart: Chart, runs: Sequence[Run]) -> list[str]:
+    """Those of a chart that some run has."""
+    there = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    found = []
+    for metric in chart.metrics:
+        if metric == "reward/*":
+            parts = [name for name in there if name.startswith("reward/")]
+            found += [name for name in parts if name.partition("/")[2] not in NOT_PARTS]
+        elif metric in there:
+            found.append(metric)
+    return found
+
+
+def alone(run: Run, chart: Chart, metrics: Sequence[str]) -> Figure:
+    """A line for each metric of one run."""
+    traces = []
+    for n, metric in enumerate(metrics):
+        traces += lines(run, chart, metric, COLORS[n % len(COLORS)], metric.partition("/")[2])
+    return {"data": traces, "layout": layout(chart, legend=len(metrics) > 1)}
+
+
+def over(runs: Sequence[Run], chart: Chart, metrics: Sequence[str]) -> Figure:
+    """A line for each run, of the chart's first metric."""
+    traces = []
+    for n, run in enumerate(runs):
+        traces += lines(run, chart, metrics[0], COLORS[n % len(COLORS)], run.name)
+    shown = layout(chart, legend=True)
+    return {"data": traces, "layout": {**shown, "yaxis": {**shown["yaxis"], "title": metrics[0]}}}
+
+
+def lines(run: Run, chart: Chart, metric: str, color: str, name: str) -> list[dict[str, Any]]:
+    steps, values = thinned(*run.series(metric))
+    is_point = metric.startswith("eval/")
+    trace = {
+        "type": "scatter", "x": steps, "y": values, "name": name,
+        "mode": "lines+markers" if is_point or len(steps) < 3 else "lines",
+        "line": {"color": color, "width": 2},
+        "hovertemplate": "step %{x}: " + ("%{y:.1%}" if chart.percent else "%{y:.4g}"),
+    }  # fmt: skip
+    if chart.stacked:
+        return [{**trace, "stackgroup": "all", "mode": "none", "fillcolor": color}]
+    if is_point or len(steps) < SMOOTH:
+        return [trace]
+    noisy = {**trace, "opacity": 0.3, "line": {"color": color, "width": 1}, "showlegend": False}
+    return [noisy, {**trace, "y": smoothed(values), "hoverinfo": "skip", "hovertemplate": None}]
+
+
+def thinned(steps: list[int], values: list[float | None]) -> tuple[list[int], list[float | None]]:
+    """Means of as many neighbours as leave few enough points."""
+    every = -(-len(steps) // MOST_POINTS)
+    if every <= 1:
+        return steps, values
+    means: list[float | None] = []
+    for start in range(0, len(values), every):
+        own = [value for value in values[start : start + every] if value is not None]
+        means.append(sum(own) / len(own) if own else None)
+    return steps[::every], means
+
+
+def smoothed(values: Sequence[float | None], keep: float = 0.9) -> list[float | None]:
+    """Exponential running means, unbiased at their start."""
+    total = weight = 0.0
+    found: list[float | None] = []
+    for value in values:
+        if value is not None:
+            total, weight = keep * total + value, keep * weight + 1
+        found.append(total / weight if weight else None)
+    return found
+
+
+def layout(chart: Chart, legend: bool) -> dict[str, Any]:
+    y: dict[str, Any] = {"automargin": True, "zeroline": False}
+    if chart.percent:
+        y |= {"tickformat": ".0%", "range": [-0.03, 1.03]}
+    if chart.log:
+        y |= {"type": "log", "dtick": 1}
+    return {
+        "height": 250, "margin": {"l": 50, "r": 12, "t": 8, "b": 36}, "showlegend": legend,
+        "font": {"family": "system-ui, sans-serif", "size": 12},
+        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "xaxis": {"title": {"text": "step", "standoff": 4}, "zeroline": False}, "yaxis": y,
+        "hovermode": "x unified" if legend else "closest",
+    }  # fmt: skip

@@ -1,0 +1,126 @@
+"""A run's page: verdict, diagnoses, charts, completions, config. Several runs: laid over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from grpo.report.run.browser import browser
+from grpo.report.run.charts import sections
+from grpo.report.run.read import Run, differences, read_run, shipped_config
+from grpo.report.shell import COLORS, Page, put, row, table
+
+
+def write_run_page(folder: Path) -> Path:
+    """Writes a run's report.html and says where.
+
+    Raises:
+        ConfigError: there is no run, or nothing to show of it.
+    """
+    html = run_page(read_run(folder))
+    put(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
+    return folder / "report.html"
+
+
+def run_page(run: Run) -> str:
+    """HTML of one run."""
+    page = Page(run.name)
+    page.add(f"<h1>{escape(run.name)}</h1><p class=lead>{escape(verdict(run))}</p>")
+    page.add(f"<p class=facts>{escape(facts(run))}</p>")
+    page.add(doctor(run))
+    add_charts(page, [run])
+    page.add(browser(page, run))
+    page.add(changed(run))
+    return page.html(["browser.js"])
+
+
+def runs_page(runs: Sequence[Run]) -> str:
+    """HTML of several runs over each other."""
+    page = Page(", ".join(run.name for run in runs))
+    page.add(f"<h1>{len(runs)} runs</h1>")
+    heads = ["", "run", "verdict"]
+    rows = [
+        f"<tr><td><i class=key style='background:{COLORS[n % len(COLORS)]}'></i></td>"
+        f"<td>{escape(run.name)}</td><td class=long>{escape(verdict(run))}</td></tr>"
+        for n, run in enumerate(runs)
+    ]
+    page.add(f"<section>{table(heads, rows)}</section>")
+    found = differences([run.config for run in runs])
+    body = [row([key, *(written(value) for value in values)]) for key, values in found.items()]
+    what = table(["key", *(run.name for run in runs)], body) if body else "<p>Nothing.</p>"
+    page.add(f"<section><h2>In what they differ</h2>{what}</section>")
+    add_charts(page, runs)
+    return page.html()
+
+
+def add_charts(page: Page, runs: Sequence[Run]) -> None:
+    for title, drawn in sections(runs):
+        figures = "".join(page.figure(c.name, c.meaning, figure) for c, figure in drawn)
+        page.add(f"<section><h2>{escape(title)}</h2><div class=charts>{figures}</div></section>")
+
+
+def verdict(run: Run) -> str:
+    """What came of it, in a sentence or three."""
+    status = str(run.summary.get("status", "unknown"))
+    done = run.lines[-1]["step"]
+    first, last = run.summary.get("first_evaluation"), run.summary.get("last_evaluation")
+    parts = []
+    if first and last and last["step"] > first["step"]:
+        both = [
+            f"{label} accuracy {first[key]:.1%} \u2192 {last[key]:.1%}"
+            for label, key in (("sampled", "eval/sampled_accuracy"), ("greedy", "eval/accuracy"))
+            if first.get(key) is not None and last.get(key) is not None
+        ]
+        parts.append(f"{', '.join(both)} in {last['step']} steps.".capitalize())
+    if status != "finished" or not parts:
+        parts.append(f"{status.capitalize()} at step {done}.")
+    if run.summary.get("error"):
+        parts.append(str(run.summary["error"]))
+    kl = next((line["kl/mean"] for line in reversed(run.steps) if line.get("kl/mean")), None)
+    if kl is not None:
+        parts.append(f"It ended {kl:.2g} nats a token from its reference.")
+    return " ".join(parts)
+
+
+def facts(run: Run) -> str:
+    seconds = run.summary.get("wall_seconds") or sum(line["time/step"] for line in run.steps)
+    shape = f"{run.config['batch_size']} \u00d7 {run.config['num_generation']} completions a step"
+    made = [
+        str(run.config["model"]["name"]), shape, f"{seconds / 60:.1f} minutes",
+        str(run.summary.get("device") or ""), f"commit {str(run.summary['git_commit'])[:8]}"
+        if run.summary.get("git_commit") else "", str(run.summary.get("started") or ""),
+    ]  # fmt: skip
+    return " \u00b7 ".join(part for part in made if part)
+
+
+def doctor(run: Run) -> str:
+    """What is wrong with it, or that nothing was found."""
+    if not run.config.get("doctor"):
+        return ""
+    if not run.diagnoses:
+        few = len(run.steps) < run.config["doctor"]["patience"]
+        said = "The run is too short for a diagnosis." if few else "The doctor found nothing wrong."
+        return f"<p class=well>{said}</p>"
+    rows = [
+        f"<li><h3>{escape(one.title)}</h3><p>{escape(one.evidence)}</p><p>{escape(one.cause)}</p>"
+        f"<p>Try: <code>{escape(one.remedy)}</code></p></li>"
+        for one in run.diagnoses
+    ]
+    return f"<section class=trouble><h2>Diagnoses</h2><ul>{''.join(rows)}</ul></section>"
+
+
+def changed(run: Run) -> str:
+    """What was asked for, and in which keys the config differs from the shipped one."""
+    found = differences([shipped_config(), run.config])
+    rows = [row([key, written(own), written(theirs)]) for key, (theirs, own) in found.items()]
+    typed = " ".join(run.overrides)
+    return (
+        f"<section><h2>Config</h2><pre>grpo {escape(typed)}</pre>"
+        f"<p>{'In these keys it differs from the shipped config.' if rows else 'As shipped.'}</p>"
+        f"{table(['key', 'here', 'as shipped'], rows) if rows else ''}</section>"
+    )
+
+
+def written(value: object) -> str:
+    return "null" if value is None else str(value)

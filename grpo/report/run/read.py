@@ -1,0 +1,118 @@
+"""A run, read from its folder alone; one that is still going is read as far as it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from grpo.again import read_yaml
+from grpo.doctor import Diagnosis, Limits, diagnose
+from grpo.errors import ConfigError
+from grpo.past import read_summary
+from grpo.tracking.files import read_lines
+
+NOT_COMPARED = ("hydra", "sweep_dir", "resume", "name")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run."""
+
+    folder: Path
+    overrides: list[str]
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    completions: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]  # of evaluations.jsonl: greedy answers
+    diagnoses: list[Diagnosis]
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.folder.name)
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "time/step" in line]
+
+    def series(self, metric: str) -> tuple[list[int], list[float | None]]:
+        """Steps and values of a metric, where it was logged; null where it was no number."""
+        own = [line for line in self.lines if metric in line]
+        return [line["step"] for line in own], [line[metric] for line in own]
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(key for line in self.lines for key in line if key != "step"))
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / ".hydra" / "config.yaml").is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """Raises ConfigError where there is no run, or one that hasn't done a step."""
+    config = read_yaml(folder / ".hydra" / "config.yaml")
+    if config is None:
+        raise ConfigError(f"{folder}: holds no run (.hydra/config.yaml is not there).")
+    lines = read_lines(folder / "metrics.jsonl")
+    if not lines:
+        raise ConfigError(f"{folder}: this run has logged nothing yet.")
+    config = resolved(config)
+    limits = config.get("doctor")
+    return Run(
+        folder=folder,
+        overrides=list(read_yaml(folder / ".hydra" / "overrides.yaml") or []),
+        config=config,
+        summary=read_summary(folder) or {},
+        lines=lines,
+        completions=read_lines(folder / "completions.jsonl"),
+        evaluations=read_lines(folder / "evaluations.jsonl"),
+        diagnoses=diagnose(lines, config, Limits(**limits)) if limits else [],
+    )
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """The config without references between its keys."""
+    content = OmegaConf.create({k: v for k, v in config.items() if k not in NOT_COMPARED})
+    made = OmegaConf.to_container(content, resolve=True)
+    assert isinstance(made, dict)
+    return {str(key): value for key, value in made.items()} | {"name": config.get("name")}
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key by its dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
+def differences(configs: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The keys in which configs differ, with the value in each; missing is null."""
+    flats = [flat(config) for config in configs]
+    keys = dict.fromkeys(key for own in flats for key in own)
+    values = {key: [own.get(key) for own in flats] for key in keys if key not in NOT_COMPARED}
+    return {key: own for key, own in values.items() if any(value != own[0] for value in own)}
+
+
+def shipped_config() -> dict[str, Any]:
+    """The config of `grpo` without an override."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+    from hydra.types import RunMode
+
+    from grpo.config import conf_folder, register
+
+    register()
+    loader = ConfigLoaderImpl(create_config_search_path(str(conf_folder())))
+    config = loader.load_configuration("config", [], RunMode.RUN)
+    content = {str(k): v for k, v in config.items_ex(resolve=False) if k != "hydra"}
+    return resolved(content)

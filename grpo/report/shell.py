@@ -1,0 +1,89 @@
+"""The frame of every page: one file that needs nothing else, no network and no other file."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Figure = Mapping[str, Any]  # Plotly's: {"data": …, "layout": …}
+
+COLORS = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f"]
+GRAY = "#94a3b8"
+
+
+class Page:
+    """A page's parts in their order. Whatever text comes into it is escaped, or data."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.parts: list[str] = []
+        self.figures: list[Figure] = []
+        self.payload: dict[str, Any] = {}
+
+    def add(self, html: str) -> None:
+        self.parts.append(html)
+
+    def figure(self, name: str, meaning: str, figure: Figure) -> str:
+        """A figure's place; the browser draws it when it comes into view."""
+        self.figures.append(figure)
+        height = int(figure["layout"].get("height", 260))
+        return (
+            f"<figure><h3>{escape(name)}</h3><p>{escape(meaning)}</p>"
+            f"<div class=plot data-figure={len(self.figures) - 1} style='height:{height}px'></div>"
+            f"</figure>"
+        )
+
+    def html(self, scripts: Sequence[str] = ()) -> str:
+        """scripts: files beside this one that the page needs, after page.js."""
+        code = "\n".join((HERE / name).read_text() for name in ("page.js", *scripts))
+        data = packed(json.dumps({"figures": self.figures, **self.payload}, allow_nan=False))
+        return (
+            "<!doctype html><html lang=en><head><meta charset=utf-8>"
+            "<meta name=viewport content='width=device-width, initial-scale=1'>"
+            f"<title>{escape(self.title)}</title><style>{(HERE / 'page.css').read_text()}</style>"
+            f"</head><body><main>{''.join(self.parts)}</main>"
+            f"<script type=text/plain id=plotly>{plotly()}</script>"
+            f"<script type=text/plain id=content>{data}</script>"
+            f"<script>{code}</script></body></html>\n"
+        )
+
+
+def packed(text: str) -> str:
+    """Compressed, in letters that mean nothing to a page."""
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+@cache
+def plotly() -> str:
+    """Plotly's own script, packed. Its package is not imported, which would take a second."""
+    return packed(files("plotly").joinpath("package_data/plotly.min.js").read_text("utf-8"))
+
+
+def table(heads: Sequence[str], rows: Iterable[str]) -> str:
+    """rows: <tr>…</tr>"""
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    return (
+        f"<div class=wide><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def row(cells: Iterable[str], kind: str = "") -> str:
+    inside = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    return f"<tr{f' class={kind}' if kind else ''}>{inside}</tr>"
+
+
+def put(file: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file at once: another process may write it too."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    write(aside)
+    aside.replace(file)

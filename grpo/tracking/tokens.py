@@ -1,0 +1,67 @@
+"""A completion's tokens in its text, for pages that colour them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grpo.tracking.tracker import CompletionRow
+from grpo.types import Rollout
+
+BROKEN = "\ufffd"  # what a part of a character decodes to
+
+
+def with_tokens(
+    rows: Sequence[CompletionRow],
+    rollout: Rollout,
+    reference_NC: Tensor | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[CompletionRow]:
+    """The rows of a rollout's first completions, with what there is to say of each token.
+
+    Its KL is the log-probability less the reference's, in nats, whose mean is k1; it is left out
+    where there is no reference, or where it is read later.
+    """
+    spelled = []
+    for n, row in enumerate(rows):
+        ids = rollout.tokens_NC[n, : row.tokens].tolist()
+        kl: list[float] = []
+        if reference_NC is not None:
+            kl = (rollout.logprobs_NC[n] - reference_NC[n])[: row.tokens].tolist()
+        ends = token_ends(tokenizer, ids, row.completion)
+        spelled.append(replace(row, token_ends=ends, token_kl=[round(x, 3) for x in kl]))
+    return spelled
+
+
+def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[int]:
+    """Where in a text each of the tokens that it was decoded from ends.
+
+    Special tokens take no place. Nothing where the tokens don't spell the text: a stop string was
+    cut off.
+    """
+    pieces = tokenizer.batch_decode([[one] for one in ids], skip_special_tokens=True)
+    if "".join(pieces) != text:  # characters of several tokens, or spaces that depend on neighbours
+        pieces = one_by_one(tokenizer, ids)
+    ends, end = [], 0
+    for piece in pieces:
+        end += len(piece)
+        ends.append(end)
+    return ends if end == len(text) else []
+
+
+def one_by_one(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before it; the last of a character has it all."""
+    pieces, start, done = [], 0, 0
+    for n in range(1, len(ids) + 1):
+        before, after = (
+            tokenizer.decode(list(ids[start:end]), skip_special_tokens=True) for end in (done, n)
+        )
+        if after.endswith(BROKEN) and n < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(after[len(before) :])
+        start, done = done, n
+    return pieces
