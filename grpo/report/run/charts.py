@@ -168,7 +168,7 @@ def thinned(steps: list[int], values: list[float | None]) -> tuple[list[int], li
     return steps[::every], means
 
 
-def smoothed(values: Sequence[float | None], keep: float = 0.9) -> list[float | None]:
+def smoothed(values: Sequence[float | None], keep: float = 0.8) -> list[float | None]:
     """Exponential running means, unbiased at their start."""
     total = weight = 0.0
     found: list[float | None] = []
