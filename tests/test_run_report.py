@@ -125,7 +125,8 @@ def test_several_runs_lie_over_each_other(run: Path, tmp_path: Path, grpo: Grpo)
     page = (tmp_path / "other/runs.html").read_text()
     assert "<td>kl_weight</td><td>0.0</td><td>0.02</td>" in page
     reward = content(page)["figures"][0]
-    assert [trace["name"] for trace in reward["data"]] == ["smoke", "smoke"]
+    names = [f"smoke ({folder})" for folder in ("other", run)]
+    assert [trace["name"] for trace in reward["data"]] == names
     assert runs_page([read_run(run), read_run(tmp_path / "other")])
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from grpo.errors import ConfigError
 from grpo.report.run.page import runs_page, write_run_page
-from grpo.report.run.read import is_run, read_run
+from grpo.report.run.read import is_run, read_run, told_apart
 from grpo.report.shell import put
 from grpo.report.sweep.best import write_best
 from grpo.report.sweep.importance import importances
@@ -42,7 +42,7 @@ def report(arguments: Sequence[str]) -> None:
     elif len(runs) == 1:
         print(f"report: {write_run_page(runs[0])}", flush=True)
     else:
-        html = runs_page([read_run(folder) for folder in runs])
+        html = runs_page(told_apart([read_run(folder) for folder in runs]))
         put(runs[0] / "runs.html", lambda file: file.write_text(html, encoding="utf-8"))
         print(f"report: {runs[0]}/runs.html", flush=True)
 

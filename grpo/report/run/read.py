@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ NOT_COMPARED = ("hydra", "sweep_dir", "resume", "name")
 class Run:
     """What is known of a run."""
 
+    name: str
     folder: Path
     overrides: list[str]
     config: Mapping[str, Any]
@@ -30,10 +33,6 @@ class Run:
     completions: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]  # of evaluations.jsonl: greedy answers
     diagnoses: list[Diagnosis]
-
-    @property
-    def name(self) -> str:
-        return str(self.config.get("name") or self.folder.name)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -64,6 +63,7 @@ def read_run(folder: Path) -> Run:
     config = resolved(config)
     limits = config.get("doctor")
     return Run(
+        name=str(config.get("name") or folder.absolute().name),
         folder=folder,
         overrides=list(read_yaml(folder / ".hydra" / "overrides.yaml") or []),
         config=config,
@@ -73,6 +73,15 @@ def read_run(folder: Path) -> Run:
         evaluations=read_lines(folder / "evaluations.jsonl"),
         diagnoses=diagnose(lines, config, Limits(**limits)) if limits else [],
     )
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The same, those that share a name with where they lie behind it."""
+    counts = Counter(run.name for run in runs)
+    return [
+        replace(run, name=f"{run.name} ({run.folder})") if counts[run.name] > 1 else run
+        for run in runs
+    ]
 
 
 def resolved(config: Any) -> dict[str, Any]:
@@ -103,6 +112,7 @@ def differences(configs: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: own for key, own in values.items() if any(value != own[0] for value in own)}
 
 
+@cache
 def shipped_config() -> dict[str, Any]:
     """The config of `grpo` without an override."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
