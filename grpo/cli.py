@@ -158,7 +158,10 @@ def told() -> Iterator[Path]:
         yield folder
     except (ConfigError, RunError) as error:
         if is_job:
-            past.note_failure(folder, str(error))
+            if isinstance(error, past.Occupied):
+                print(error, flush=True)  # and nothing into a folder that is another's
+            else:
+                past.note_failure(folder, str(error))
             # Hydra keeps the error to the sweep's end; its frames would keep the job's models.
             raise error.with_traceback(None) from None
         if isinstance(error, ConfigError):

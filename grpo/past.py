@@ -20,6 +20,11 @@ from grpo.models.find import check_reachable, local_folder, model_folder
 
 log = logging.getLogger(__name__)
 
+
+class Occupied(ConfigError):
+    """Another process is in a run's folder, which is that one's to write."""
+
+
 ENDED = ("finished", "pruned")  # the statuses of runs of which nothing is left to do
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -77,14 +82,14 @@ def locked(run: Path) -> Iterator[None]:
     """Keeps other processes out of a run's folder; the system lets go of it when a process dies.
 
     Raises:
-        ConfigError: another one is in it.
+        Occupied: another one is in it.
     """
     descriptor = os.open(run, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise ConfigError(f"{run}: another process is running in this folder.") from error
+        raise Occupied(f"{run}: another process is running in this folder.") from error
     finally:
         os.close(descriptor)
 
@@ -93,7 +98,7 @@ def is_locked(run: Path) -> bool:
     try:
         with locked(run):
             return False
-    except ConfigError:
+    except Occupied:
         return True
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from grpo.past import locked
 from grpo.sweep.folder import jobs_of, numbered
 from tests.conftest import grpo_process, metrics, start, wait_for_step
 
@@ -258,6 +259,21 @@ def test_two_processes_dont_run_one_grid(grpo: Grpo, tmp_path: Path) -> None:
     process.wait()
     assert code == 2
     assert "another process is running in this folder" in printed
+
+
+def test_a_job_that_another_process_goes_on_with_is_left_to_it(grpo: Grpo, tmp_path: Path) -> None:
+    """Its folder is not written to; the others run."""
+    assert grpo("-m", *TWO_STEPS, "max_steps=1", "seed=0,1", "sweep_dir=sweep")[0] == 0
+    for number in "01":
+        file = tmp_path / "sweep" / number / "summary.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "status": "interrupted"}))
+    before = (tmp_path / "sweep/0/summary.json").read_bytes()
+    with locked(tmp_path / "sweep/0"):
+        code, printed = grpo("-m", "sweep_dir=sweep")
+    assert code == 1, printed
+    assert "another process is running in this folder" in printed
+    assert (tmp_path / "sweep/0/summary.json").read_bytes() == before
+    assert statuses(tmp_path / "sweep") == ["interrupted", "finished"]
 
 
 def test_jobs_are_told_apart_however_they_are_written() -> None:
