@@ -27,6 +27,7 @@ STEP_METRICS = {
     "reward/solved_groups", "reward/unsolved_groups", "reward/zero_variance_groups",
     "policy/entropy", "policy/clip_fraction", "policy/ratio_max",
     "completion/length_mean", "completion/length_max", "completion/truncated",
+    "completion/answered", "optim/moved",
     "optim/learning_rate", "optim/grad_norm", "optim/skipped",
     "time/rollout", "time/reward", "time/update", "time/step",
     "perf/completion_tokens_per_second", "perf/samples_per_second", "memory/peak_gb",
@@ -54,8 +55,8 @@ def test_a_run_leaves_what_the_contract_says(smoke: tuple[Path, str]) -> None:
     run, _ = smoke
     names = {path.name for path in run.iterdir()}
     assert names == {
-        ".hydra", "checkpoints", "completions.jsonl", "metrics.jsonl", "summary.json",
-        "train.log", "wandb",
+        ".hydra", "checkpoints", "completions.jsonl", "evaluations.jsonl", "metrics.jsonl",
+        "report.html", "summary.json", "train.log", "wandb",
     }  # fmt: skip
     assert {p.name for p in (run / ".hydra").iterdir()} == {
         "config.yaml", "hydra.yaml", "overrides.yaml"
@@ -68,9 +69,10 @@ def test_every_metric_of_the_contract_is_there_each_step(smoke: tuple[Path, str]
     metrics = lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
     assert all(next(iter(line)) == "step" for line in metrics)
-    assert set(metrics[0]) == {"step"} | EVAL_METRICS
+    evaluated = EVAL_METRICS | {"eval/overlap"}
+    assert set(metrics[0]) == {"step"} | evaluated
     assert set(metrics[1]) == {"step"} | STEP_METRICS
-    assert set(metrics[2]) == set(metrics[3]) == {"step"} | STEP_METRICS | EVAL_METRICS
+    assert set(metrics[2]) == set(metrics[3]) == {"step"} | STEP_METRICS | evaluated
     assert all(math.isfinite(value) for line in metrics for value in line.values())
 
 
@@ -80,7 +82,7 @@ def test_completions_are_kept_with_what_they_got(smoke: tuple[Path, str]) -> Non
     assert len(rows) == 3 * 2 * 4  # steps x log_prompts x num_generation
     assert set(rows[0]) == {
         "step", "prompt", "completion", "answer", "reward", "reward/answer", "advantage", "tokens",
-        "truncated", "failed",
+        "truncated", "failed", "token_ends", "token_kl",
     }  # fmt: skip
     for row in rows:
         right = f"<answer>{row['answer']}</answer>" in row["completion"]
