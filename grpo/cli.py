@@ -56,37 +56,39 @@ def main() -> None:
         print(help_text(sys.argv))
         return None
     prepare()
-    try:
+    with plainly():
         job, overrides = split_job(sys.argv[1:])
         if job in WITHOUT_CONFIG:
             run = getattr(import_module(WITHOUT_CONFIG[job]), job)
             return run(overrides)  # type: ignore[no-any-return]
         overrides = again.with_past_overrides(job, overrides)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except ConfigError as error:
-        refuse(error)
-    except RunError as error:
-        stop(str(error))
-    sys.argv = ["grpo", *overrides]
-    command = hydra.main(
-        version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]
-    )
+        sys.argv = ["grpo", *overrides]
+        command = hydra.main(
+            version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]
+        )
+        try:
+            with again.unchanged_if_refused(overrides):
+                command(train_job if job == "train" else eval_job)()
+        except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
+            refuse(ConfigError(explain(error, job, overrides)))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
+            refuse(ConfigError(f"{where}: not YAML ({error.problem})."))
+    return None
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What the user can do something about ends the process with a line and its exit code."""
     try:
-        with again.unchanged_if_refused(overrides):
-            command(train_job if job == "train" else eval_job)()
+        yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except ConfigError as error:
         refuse(error)
     except RunError as error:
         stop(str(error))
-    except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-        refuse(ConfigError(explain(error, job, overrides)))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
-        refuse(ConfigError(f"{where}: not YAML ({error.problem})."))
 
 
 def prepare() -> None:

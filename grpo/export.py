@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from grpo.errors import ConfigError, RunError
-from grpo.past import model_of_checkpoint, run_of
+from grpo.past import HUB_ID, model_of_checkpoint, run_of
 from grpo.report.run.page import verdict, written
 from grpo.report.run.read import Run, differences, read_run, shipped_config
 
@@ -52,7 +52,7 @@ def hub_id_of(arguments: list[str]) -> tuple[list[str], str | None]:
     if "--push" not in arguments:
         return arguments, None
     place = arguments.index("--push")
-    if place + 1 >= len(arguments) or not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments[place + 1]):
+    if place + 1 >= len(arguments) or not HUB_ID.fullmatch(arguments[place + 1]):
         raise ConfigError("--push: needs the model's id on the hub, ORG/NAME.")
     return arguments[:place] + arguments[place + 2 :], arguments[place + 1]
 
@@ -134,7 +134,7 @@ def front_matter(run: Run) -> str:
     }
     if model.get("id"):
         content["base_model"] = model["id"]
-    if isinstance(data.get("path"), str) and re.fullmatch(r"[\w.-]+/[\w.-]+", data["path"]):
+    if isinstance(data.get("path"), str) and HUB_ID.fullmatch(data["path"]):
         content["datasets"] = [data["path"]]
     return f"---\n{yaml.safe_dump(content, sort_keys=False).rstrip()}\n---"
 

@@ -25,15 +25,18 @@ def with_tokens(
     Its KL is the log-probability less the reference's, in nats, whose mean is k1; it is left out
     where there is no reference, or where it is read later.
     """
-    spelled = []
-    for n, row in enumerate(rows):
-        ids = rollout.tokens_NC[n, : row.tokens].tolist()
-        kl: list[float] = []
-        if reference_NC is not None:
-            kl = (rollout.logprobs_NC[n] - reference_NC[n])[: row.tokens].tolist()
-        ends = token_ends(tokenizer, ids, row.completion)
-        spelled.append(replace(row, token_ends=ends, token_kl=[round(x, 3) for x in kl]))
-    return spelled
+    own = slice(len(rows))
+    kl: list[list[float]] = [[] for _ in rows]
+    if reference_NC is not None:
+        kl = (rollout.logprobs_NC[own] - reference_NC[own]).tolist()
+    return [
+        replace(
+            row,
+            token_ends=token_ends(tokenizer, ids[: row.tokens], row.completion),
+            token_kl=[round(x, 3) for x in logs[: row.tokens]],
+        )
+        for row, ids, logs in zip(rows, rollout.tokens_NC[own].tolist(), kl, strict=True)
+    ]
 
 
 def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[int]:

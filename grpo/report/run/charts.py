@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.check import REWARD_METRICS
 from grpo.report.run.read import Run
 from grpo.report.shell import COLORS, Figure
 
@@ -87,7 +88,6 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("Memory", "Peak, in GB.", ("memory/peak_gb",)),
     ),
 }
-NOT_PARTS = ("mean", "std", "failed", "solved_groups", "unsolved_groups", "zero_variance_groups")
 
 
 def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[tuple[Chart, Figure]]]]:
@@ -116,7 +116,7 @@ def metrics_of(chart: Chart, runs: Sequence[Run]) -> list[str]:
     for metric in chart.metrics:
         if metric == "reward/*":
             parts = [name for name in there if name.startswith("reward/")]
-            found += [name for name in parts if name.partition("/")[2] not in NOT_PARTS]
+            found += [name for name in parts if name.partition("/")[2] not in REWARD_METRICS]
         elif metric in there:
             found.append(metric)
     return found
