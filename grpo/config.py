@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo import past
+from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError
 
 
@@ -118,24 +119,6 @@ class AdapterConfig:
 
 
 @dataclass
-class DoctorConfig:
-    patience: int = MISSING
-    window: int = MISSING
-    agreeing_groups: float = MISSING
-    kl_high: float = MISSING
-    entropy_low: float = MISSING
-    truncated_high: float = MISSING
-    length_low: float = MISSING
-    accuracy_lost: float = MISSING
-    ratio_high: float = MISSING
-    spike: float = MISSING
-    spikes: int = MISSING
-    moved_low: float = MISSING
-    failed_high: float = MISSING
-    overlap_high: float = MISSING
-
-
-@dataclass
 class Config:
     """conf/config.yaml, typed. Parts built from a `_target_` have their own parameters as keys."""
 
@@ -167,7 +150,7 @@ class Config:
     rollout: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
     adapter: AdapterConfig | None = None
-    doctor: DoctorConfig | None = None
+    doctor: Limits | None = None
     parallel: Any = None
 
 

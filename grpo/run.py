@@ -33,7 +33,8 @@ from grpo.checkpoint import Checkpoints, Progress
 from grpo.collect import Collector
 from grpo.data.difficulty import solved_shares
 from grpo.data.order import total_steps
-from grpo.doctor import Limits, Watch
+from grpo.doctor.limits import Limits
+from grpo.doctor.watch import Watch
 from grpo.errors import ConfigError, RunError
 from grpo.evaluate import metrics_of, report
 from grpo.find import Found, bind, plain

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo.doctor import Limits, diagnoses, watch
+from grpo.doctor import diagnoses, watch
 from grpo.doctor.diagnoses import DIAGNOSES
+from grpo.doctor.limits import Limits
 from grpo.report.run.read import read_run
 
 Grpo = Callable[..., tuple[int, str]]

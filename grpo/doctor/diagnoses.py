@@ -11,27 +11,9 @@ from functools import cached_property
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from grpo.doctor.limits import Limits
+
 Line = Mapping[str, Any]  # of metrics.jsonl
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a run is called sick: conf/doctor/watch.yaml."""
-
-    patience: int
-    window: int
-    agreeing_groups: float
-    kl_high: float
-    entropy_low: float
-    truncated_high: float
-    length_low: float
-    accuracy_lost: float
-    ratio_high: float
-    spike: float
-    spikes: int
-    moved_low: float
-    failed_high: float
-    overlap_high: float
 
 
 class Found(NamedTuple):
@@ -81,18 +63,10 @@ class Course:
         values = self.values(metric)[-self.limits.window :]
         return fmean(values) if values else None
 
-    def first(self, metric: str) -> float | None:
-        """Its mean over the first steps."""
-        values = self.values(metric)[: self.limits.window]
-        return fmean(values) if values else None
-
-    def rise(self) -> float:
-        """How much the reward has risen, in standard deviations of the first steps' rewards."""
-        first, last = self.first("reward/mean"), self.lately("reward/mean")
-        spread = self.first("reward/std")
-        if first is None or last is None:
-            return 0.0
-        return (last - first) / max(spread or 0.0, 1e-6)
+    def change(self, metric: str) -> tuple[float, float] | None:
+        """Its mean over the first steps, and over the last; None where it isn't logged."""
+        values, window = self.values(metric), self.limits.window
+        return (fmean(values[:window]), fmean(values[-window:])) if values else None
 
 
 def no_reward(course: Course) -> Found | None:
@@ -160,11 +134,11 @@ def kl_runs_away(course: Course) -> Found | None:
 
 
 def entropy_collapses(course: Course) -> Found | None:
-    now, before = course.lately("policy/entropy"), course.first("policy/entropy")
-    solved = course.lately("reward/solved_groups") or 0.0
-    if now is None or before is None or now > course.limits.entropy_low or solved > 0.5:
+    change, solved = course.change("policy/entropy"), course.lately("reward/solved_groups") or 0.0
+    if change is None or solved > 0.5:
         return None
-    if now > before / 4:  # it was low from the start
+    before, now = change
+    if now > course.limits.entropy_low or now > before / 4:  # or it was low from the start
         return None
     rate = course.config["learning_rate"] / 3
     return Found(
@@ -175,9 +149,7 @@ def entropy_collapses(course: Course) -> Found | None:
 
 
 def lengths_explode(course: Course) -> Found | None:
-    now, before = course.lately("completion/truncated"), course.first("completion/truncated")
-    if now is None or before is None:
-        return None
+    before, now = course.change("completion/truncated") or (0.0, 0.0)
     if now < course.limits.truncated_high or now < before + 0.2:
         return None
     tokens = course.config["max_new_tokens"]
@@ -190,8 +162,11 @@ def lengths_explode(course: Course) -> Found | None:
 
 
 def lengths_vanish(course: Course) -> Found | None:
-    now, before = course.lately("completion/length_mean"), course.first("completion/length_mean")
-    if now is None or before is None or now > course.limits.length_low * before:
+    change = course.change("completion/length_mean")
+    if change is None:
+        return None
+    before, now = change
+    if now > course.limits.length_low * before:
         return None
     accuracy = [line["eval/sampled_accuracy"] for line in course.evaluations]
     if accuracy and accuracy[-1] > accuracy[0]:  # it found a shorter way to be right
@@ -205,13 +180,16 @@ def lengths_vanish(course: Course) -> Found | None:
 
 def reward_is_hacked(course: Course) -> Found | None:
     evaluations = course.evaluations
-    if len(evaluations) < 3 or course.rise() < 0.5:
+    rewards, spreads = course.change("reward/mean"), course.change("reward/std")
+    if len(evaluations) < 3 or rewards is None or spreads is None:
+        return None
+    start, now = rewards
+    if now - start < 0.5 * max(spreads[0], 1e-6):
         return None
     metric = "eval/sampled_accuracy"
     first, last = evaluations[0].get(metric), evaluations[-1].get(metric)
     if first is None or last is None or last > first - course.limits.accuracy_lost:
         return None
-    start, now = course.first("reward/mean"), course.lately("reward/mean")
     return Found(
         f"reward/mean went from {start:.3g} to {now:.3g}, {metric} from {first:.1%} to {last:.1%}.",
         "The policy has found a way to the reward that is not the task.",

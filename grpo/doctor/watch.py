@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from grpo.doctor.diagnoses import Limits, diagnose
+from grpo.doctor.diagnoses import diagnose
+from grpo.doctor.limits import Limits
 from grpo.tracking.files import finite, read_lines
 from grpo.tracking.tracker import Metrics, RunInfo, Sink
 

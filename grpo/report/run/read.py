@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from grpo.again import read_yaml
-from grpo.doctor import Diagnosis, Limits, diagnose
+from grpo.doctor.diagnoses import Diagnosis, diagnose
+from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError
 from grpo.past import read_summary
 from grpo.tracking.files import read_lines
