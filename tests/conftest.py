@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -151,6 +152,29 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
         assert process.poll() is None, "it ended before it could be disturbed"
         time.sleep(0.005)
     raise AssertionError("the step never came")
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps of experiment=smoke, all their completions kept; to be changed in a copy alone."""
+    cwd = tmp_path_factory.mktemp("short")
+    done = grpo_process(
+        "experiment=smoke", "tracking=none", "hydra.run.dir=run", "max_steps=6", "log_prompts=4",
+        cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return cwd / "run"
+
+
+def copy_with_text(run: Path, copy: Path, text: str) -> None:
+    """A run all of whose prompts, completions and answers are this text."""
+    shutil.copytree(run, copy, symlinks=True)
+    for name in ("completions.jsonl", "evaluations.jsonl"):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        for line in lines:
+            line |= {"prompt": text, "completion": text, "answer": text, "token_ends": []}
+            line |= {"failed": text}
+        (copy / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import copy_with_text
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -20,18 +22,6 @@ ALL_DRAWN = (
     "[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('.main-svg'))"
 )
 HOSTILE = "<img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import grpo_process
-
-    cwd = tmp_path_factory.mktemp("browser")
-    done = grpo_process(
-        "experiment=smoke", "tracking=none", "hydra.run.dir=run", "max_steps=6", cwd=cwd
-    )
-    assert done.returncode == 0, done.stderr
-    return cwd / "run"
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +54,8 @@ def opened(browser: Any) -> Iterator[Callable[[Path], Any]]:
     assert not trouble
 
 
-def test_a_runs_charts_are_drawn(run: Path, opened: Callable[[Path], Any]) -> None:
-    page = opened(run / "report.html")
+def test_a_runs_charts_are_drawn(short_run: Path, opened: Callable[[Path], Any]) -> None:
+    page = opened(short_run / "report.html")
     places = page.locator(".plot")
     assert places.count() > 10
     for n in range(places.count()):
@@ -75,10 +65,10 @@ def test_a_runs_charts_are_drawn(run: Path, opened: Callable[[Path], Any]) -> No
     assert drawn.count() == 3
 
 
-def test_completions_are_browsed(run: Path, opened: Callable[[Path], Any]) -> None:
-    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+def test_completions_are_browsed(short_run: Path, opened: Callable[[Path], Any]) -> None:
+    rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["step"] == 6]
-    page = opened(run / "report.html")
+    page = opened(short_run / "report.html")
     section = page.locator("#completions")
     section.locator(".completion").first.wait_for()
     assert section.locator(".completion").count() == len(last)
@@ -110,11 +100,11 @@ def test_completions_are_browsed(run: Path, opened: Callable[[Path], Any]) -> No
     assert section.locator(".found").inner_text() == f"{len(mixed)} of {len(groups)} groups"
 
 
-def test_before_and_after_are_filtered(run: Path, opened: Callable[[Path], Any]) -> None:
-    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+def test_before_and_after_are_filtered(short_run: Path, opened: Callable[[Path], Any]) -> None:
+    rows = [json.loads(line) for line in (short_run / "evaluations.jsonl").read_text().splitlines()]
     before, after = ([row["right"] for row in rows if row["step"] == step] for step in (0, 6))
     both = sum(a and b for a, b in zip(before, after, strict=True))
-    page = opened(run / "report.html")
+    page = opened(short_run / "report.html")
     section = page.locator("#answers")
     section.get_by_role("combobox", name="Prompts", exact=True).select_option("right")
     label = section.locator("option[value=right]").inner_text()
@@ -126,18 +116,11 @@ def test_before_and_after_are_filtered(run: Path, opened: Callable[[Path], Any])
 
 
 def test_hostile_text_does_nothing(
-    run: Path, tmp_path: Path, opened: Callable[[Path], Any]
+    short_run: Path, tmp_path: Path, opened: Callable[[Path], Any]
 ) -> None:
     from grpo.report.run.page import write_run_page
 
-    shutil.copytree(run, tmp_path / "run", symlinks=True)
-    for name in ("completions.jsonl", "evaluations.jsonl"):
-        file = tmp_path / "run" / name
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        for line in lines:
-            line |= {"prompt": HOSTILE, "completion": HOSTILE, "answer": HOSTILE}
-            line |= {"token_ends": [], "failed": HOSTILE}
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    copy_with_text(short_run, tmp_path / "run", HOSTILE)
     page = opened(write_run_page(tmp_path / "run"))
     page.locator("#completions .completion").first.wait_for()
     assert page.locator("#completions .completion .text").first.inner_text().strip() == HOSTILE
@@ -145,8 +128,10 @@ def test_hostile_text_does_nothing(
     assert page.locator("img").count() == 0
 
 
-def test_a_narrow_page_does_not_scroll_sideways(run: Path, opened: Callable[[Path], Any]) -> None:
-    page = opened(run / "report.html")
+def test_a_narrow_page_does_not_scroll_sideways(
+    short_run: Path, opened: Callable[[Path], Any]
+) -> None:
+    page = opened(short_run / "report.html")
     page.set_viewport_size({"width": 390, "height": 800})
     page.locator("#completions .completion").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -169,14 +154,14 @@ def test_a_sweeps_page_is_drawn(tmp_path: Path, opened: Callable[[Path], Any]) -
 
 
 def test_a_long_run_makes_a_page_of_bearable_size(
-    run: Path, tmp_path: Path, opened: Callable[[Path], Any]
+    short_run: Path, tmp_path: Path, opened: Callable[[Path], Any]
 ) -> None:
     """2,000 steps and 20,000 completions: at most 15 MB."""
     from grpo.report.run.page import write_run_page
 
-    shutil.copytree(run, tmp_path / "run", symlinks=True)
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    shutil.copytree(short_run, tmp_path / "run", symlinks=True)
+    metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
     steps = [line for line in metrics if "reward/mean" in line]
     with (tmp_path / "run/metrics.jsonl").open("w") as file:
         for n in range(1, 2001):

@@ -19,6 +19,7 @@ from grpo.report.run.charts import smoothed, thinned
 from grpo.report.run.page import runs_page, write_run_page
 from grpo.report.run.read import differences, flat, read_run
 from grpo.tracking.tokens import token_ends
+from tests.conftest import copy_with_text
 
 Grpo = Callable[..., tuple[int, str]]
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>&lt;`${1}`"
@@ -32,22 +33,9 @@ def content(page: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run as the command leaves it."""
-    from conftest import grpo_process
-
-    cwd = tmp_path_factory.mktemp("report")
-    done = grpo_process(
-        "experiment=smoke", "tracking=none", "hydra.run.dir=run", "max_steps=6", cwd=cwd
-    )
-    assert done.returncode == 0, done.stderr
-    return cwd / "run"
-
-
-def test_a_run_ends_with_its_page(run: Path) -> None:
-    page = (run / "report.html").read_text()
-    summary = json.loads((run / "summary.json").read_text())
+def test_a_run_ends_with_its_page(short_run: Path) -> None:
+    page = (short_run / "report.html").read_text()
+    summary = json.loads((short_run / "summary.json").read_text())
     first, last = summary["first_evaluation"], summary["last_evaluation"]
     change = f"{first['eval/sampled_accuracy']:.1%} \u2192 {last['eval/sampled_accuracy']:.1%}"
     assert change in page
@@ -55,37 +43,34 @@ def test_a_run_ends_with_its_page(run: Path) -> None:
     assert len(page) < 3e6
 
 
-def test_its_data_is_that_of_the_files(run: Path) -> None:
-    data = content((run / "report.html").read_text())
-    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+def test_its_data_is_that_of_the_files(short_run: Path) -> None:
+    data = content((short_run / "report.html").read_text())
+    rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
     assert len(data["completions"]["rows"]) == len(rows)
     for packed, row in zip(data["completions"]["rows"], rows, strict=True):
         assert data["completions"]["prompts"][packed[1]] == row["prompt"]
         assert packed[3] == row["completion"]
         assert sum(packed[10]) == len(row["completion"])  # the tokens spell it
         assert len(packed[11]) == row["tokens"]  # each with its KL
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward/mean"] for line in metrics if "reward/mean" in line]
     drawn = [trace["y"] for figure in data["figures"] for trace in figure["data"]]
     assert rewards in drawn
 
 
-def test_the_kl_of_its_tokens_is_k1(run: Path) -> None:
-    """Of a step whose completions are all kept, their mean is what the update measured."""
-    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_the_kl_of_its_tokens_is_k1(short_run: Path) -> None:
+    """Their mean over a step, whose completions are all kept, is what the update measured."""
+    rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     step = metrics[-1]["step"]
     own = [x for row in rows if row["step"] == step for x in row["token_kl"]]
-    kept = len({row["prompt"] for row in rows if row["step"] == step})
-    assert own
-    if kept == 4:
-        (k1,) = [line["kl/k1"] for line in metrics if line["step"] == step]
-        assert sum(own) / len(own) == pytest.approx(k1, abs=1e-3)
+    (k1,) = [line["kl/k1"] for line in metrics if line["step"] == step]
+    assert sum(own) / len(own) == pytest.approx(k1, abs=1e-3)
 
 
-def test_before_and_after_are_the_first_and_the_last_evaluation(run: Path) -> None:
-    answers = content((run / "report.html").read_text())["answers"]
-    summary = json.loads((run / "summary.json").read_text())
+def test_before_and_after_are_the_first_and_the_last_evaluation(short_run: Path) -> None:
+    answers = content((short_run / "report.html").read_text())["answers"]
+    summary = json.loads((short_run / "summary.json").read_text())
     assert (answers["first"], answers["last"]) == (0, summary["steps"])
     assert len(answers["rows"]) == 128
     for place, key in ((3, "first_evaluation"), (5, "last_evaluation")):
@@ -93,14 +78,8 @@ def test_before_and_after_are_the_first_and_the_last_evaluation(run: Path) -> No
         assert sum(right) / len(right) == pytest.approx(summary[key]["eval/accuracy"])
 
 
-def test_hostile_text_stays_text(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run", symlinks=True)
-    for name in ("completions.jsonl", "evaluations.jsonl"):
-        file = tmp_path / "run" / name
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        for line in lines:
-            line |= {"prompt": HOSTILE, "completion": HOSTILE, "answer": HOSTILE}
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_hostile_text_stays_text(short_run: Path, tmp_path: Path) -> None:
+    copy_with_text(short_run, tmp_path / "run", HOSTILE)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     (tmp_path / "run/summary.json").write_text(json.dumps({**summary, "error": HOSTILE}))
     page = write_run_page(tmp_path / "run").read_text()
@@ -109,25 +88,25 @@ def test_hostile_text_stays_text(run: Path, tmp_path: Path) -> None:
     assert content(page)["completions"]["rows"][0][3] == HOSTILE
 
 
-def test_a_run_that_still_goes_is_read_as_far_as_it_is(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run", symlinks=True)
+def test_a_run_that_still_goes_is_read_as_far_as_it_is(short_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(short_run, tmp_path / "run", symlinks=True)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run/metrics.jsonl").write_text("".join(lines[:3]) + '{"step": 3, "rewa')
     (tmp_path / "run/summary.json").unlink()
     assert "at step 2" in write_run_page(tmp_path / "run").read_text()
 
 
-def test_several_runs_lie_over_each_other(run: Path, tmp_path: Path, grpo: Grpo) -> None:
+def test_several_runs_lie_over_each_other(short_run: Path, tmp_path: Path, grpo: Grpo) -> None:
     other = ("experiment=smoke", "tracking=none", "kl_weight=0", "hydra.run.dir=other")
     assert grpo(*other)[0] == 0
-    code, printed = grpo("report", "other", str(run))
+    code, printed = grpo("report", "other", str(short_run))
     assert code == 0, printed
     page = (tmp_path / "other/runs.html").read_text()
     assert "<td>kl_weight</td><td>0.0</td><td>0.02</td>" in page
     reward = content(page)["figures"][0]
-    names = [f"smoke ({folder})" for folder in ("other", run)]
+    names = [f"smoke ({folder})" for folder in ("other", short_run)]
     assert [trace["name"] for trace in reward["data"]] == names
-    assert runs_page([read_run(run), read_run(tmp_path / "other")])
+    assert runs_page([read_run(short_run), read_run(tmp_path / "other")])
 
 
 @pytest.mark.parametrize(
