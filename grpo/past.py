@@ -61,11 +61,17 @@ def is_finished(run: Path) -> bool:
     return (read_summary(run) or {}).get("status") == "finished"
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """At once: a reader, or a kill, meets the old content or the new."""
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def put(file: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file at once: a reader, a kill or another writer meets the old one or the new."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    write(aside)
     aside.replace(file)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """As `put`."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    put(file, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def note_failure(run: Path, reason: str) -> None:

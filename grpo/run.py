@@ -100,7 +100,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
-    formats = [prompt_format(own) for own in found.sets]
+    formats = [prompt_format(own.options, own.key) for own in found.sets]
     model = load_model(cfg, found.model(), device)
     prompts = build_prompts(found, formats, model.tokenizer).evaluation
     longest = check_fits(cfg, model, prompts)
@@ -133,7 +133,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     objective, advantage = build_objective(cfg), build_advantage(cfg)
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
-    formats = [prompt_format(own) for own in found.sets]
+    formats = [prompt_format(own.options, own.key) for own in found.sets]
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
     longest = check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])

@@ -110,7 +110,7 @@ def measure(run: Path, batches: int) -> dict[str, Any]:
     bench = Bench(cfg, policy, Reference(base, nullcontext, []))
     sampling = build_objective(cfg).sampling
     engine = NativeEngine(policy, cfg.max_new_tokens, BUDGET)
-    formats = [prompt_format(own) for own in found.sets]
+    formats = [prompt_format(own.options, own.key) for own in found.sets]
     prompts = build_prompts(found, formats, policy.tokenizer).train
     exact_terms = {d: KLTerm(None, f, False, False) for d, f in DIVERGENCES.items()}
 

@@ -233,7 +233,9 @@ def prompts_of(source: Source, tokenizer: object, **options: object) -> PromptSe
     keys = OmegaConf.merge(base, {"system_prompt": None, **options})
     train, evaluation = EVERYTHING.train(source), EVERYTHING.evaluation(source)
     found = Found([FoundSet("dataset", "", 1.0, train, evaluation, keys)], Path)  # type: ignore[arg-type]
-    return build_prompts(found, [prompt_format(own) for own in found.sets], tokenizer)  # type: ignore[arg-type]
+    return build_prompts(
+        found, [prompt_format(own.options, own.key) for own in found.sets], tokenizer
+    )  # type: ignore[arg-type]
 
 
 def asking(question: str) -> Example:

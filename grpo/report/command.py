@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.errors import ConfigError
+from grpo.past import put
 from grpo.report.run.page import runs_page, write_run_page
 from grpo.report.run.read import is_run, read_run, told_apart
-from grpo.report.shell import put
 from grpo.report.sweep.best import write_best
 from grpo.report.sweep.importance import importances
 from grpo.report.sweep.page import page

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -80,10 +79,3 @@ def table(heads: Sequence[str], rows: Iterable[str]) -> str:
 def row(cells: Iterable[str], kind: str = "") -> str:
     inside = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
     return f"<tr{f' class={kind}' if kind else ''}>{inside}</tr>"
-
-
-def put(file: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file at once: another process may write it too."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    write(aside)
-    aside.replace(file)

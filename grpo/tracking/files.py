@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from grpo.past import put
 from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
 
 
@@ -42,9 +43,7 @@ class JsonlFiles(Sink):
 def reopen(path: Path, last_step: int | None = None) -> TextIO:
     """A .jsonl file to append to, with its whole lines, up to a step where they have one."""
     kept = [line for line in read_lines(path) if last_step is None or line["step"] <= last_step]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(encode(line) for line in kept), encoding="utf-8")
-    aside.replace(path)
+    put(path, lambda aside: aside.write_text("".join(map(encode, kept)), encoding="utf-8"))
     return path.open("a", encoding="utf-8")
 
 
