@@ -47,7 +47,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     started = time.strftime("%Y-%m-%dT%H-%M-%S")
     found: dict[str, Any] = {"started": started, **machine(), "results": []}
-    out = options.out or ROOT / "outputs" / "bench" / f"{started}.json"
+    out = options.out or ROOT / "outputs" / "bench"
+    out = out if out.suffix == ".json" else out / f"{started}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [] if options.part in WITHOUT_WORK else gsm8k(options.data)
     for name in options.settings:
@@ -69,7 +70,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("part", nargs="?", default="step", choices=PARTS)
     parser.add_argument("settings", nargs="*", help=", ".join(SETTINGS))
     parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl; without it, from the hub")
-    parser.add_argument("--out", type=Path, help="where the JSON goes; outputs/bench by default")
+    parser.add_argument("--out", type=Path, help="a .json, or a folder for it; outputs/bench by default")
     options = parser.parse_args(arguments)
     for name in options.settings:
         if name not in SETTINGS:
