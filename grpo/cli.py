@@ -37,7 +37,7 @@ from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text
 from grpo.sweep.gpus import take_gpu
 from grpo.sweep.launch import NOT_THE_JOB
-from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
+from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep, leave_terminal
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ WITHOUT_CONFIG = {  # jobs that read what a run left
     "report": "grpo.report.command",
     "export": "grpo.export",
     "chat": "grpo.chat",
+    "dashboard": "grpo.dashboard.command",
 }
 Argv = Sequence[str]
 
@@ -150,6 +151,7 @@ def told() -> Iterator[Path]:
     folder = Path(hydra_config.runtime.output_dir)
     is_job = in_sweep()
     if is_job:
+        leave_terminal()
         own = [o for o in hydra_config.overrides.task if again.key_of(o) not in NOT_THE_JOB]
         print(f"\njob {folder.name}: {' '.join(own)}", flush=True)
     prepare()

@@ -55,7 +55,8 @@ class Device:
         kind = self.torch_device.type
         name = torch.cuda.get_device_name(self.torch_device) if kind == "cuda" else kind
         precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
-        return f"{name}, {torch.get_num_threads()} threads, {precision}"
+        threads = torch.get_num_threads()
+        return f"{name}, {threads} thread{'' if threads == 1 else 's'}, {precision}"
 
 
 def forget_peak(kind: str) -> None:

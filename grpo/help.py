@@ -16,6 +16,7 @@ grpo: train a language model by group-relative policy optimization (GRPO)
   grpo resume=DIR                         go on with a run
   grpo -m sweep_dir=DIR                   go on with a sweep
   grpo report DIR…                        the page of a run, of runs side by side, or of a sweep
+  grpo dashboard [FOLDER]                 runs, sweeps and studies in the browser
   grpo chat RUN                           the base and the trained model, side by side
   grpo export RUN DIR [--push ORG/NAME]   a plain model with a card
 

@@ -25,6 +25,7 @@ class Occupied(ConfigError):
     """Another process is in a run's folder, which is that one's to write."""
 
 
+RUNNING = "running"  # also of a run that was killed
 ENDED = ("finished", "pruned")  # the statuses of runs of which nothing is left to do
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -42,9 +42,9 @@ from grpo.interrupt import Interrupt
 from grpo.kl import Pull
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
-from grpo.past import is_finished, newest_step
+from grpo.past import RUNNING, is_finished, newest_step
 from grpo.report.run.page import write_run_page
-from grpo.summary import Summary
+from grpo.summary import Summary, git_commit
 from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 from grpo.sweep.trial import never, watcher_of
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
@@ -66,8 +66,8 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
         SystemExit: 130, it was interrupted and is saved.
     """
     run, standing = build_training(cfg, folder, found)
-    summary = Summary(folder, cfg.objective, run.device)
-    summary.write("running", standing.progress)
+    summary = Summary(folder, cfg.objective, run.device, run.total_steps)
+    summary.write(RUNNING, standing.progress)
     status, error = "failed", "ended from outside"
     try:
         with Interrupt(asked_to_stop) as interrupt:
@@ -86,14 +86,22 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
             reward.close()
         content = summary.write(status, standing.progress, error)
         run.tracker.close(status, content)
-    if standing.progress.step or standing.progress.unlogged is None:
-        write_run_page(folder)
+        if standing.progress.step or standing.progress.unlogged is None:
+            write_page(folder)
     print(summary.closing(content), flush=True)
     if interrupt.requested and in_sweep():
         ask_to_stop()  # the other jobs; this one has ended well
     elif status == "interrupted":
         raise SystemExit(130)
     return summary.objective(content)
+
+
+def write_page(folder: Path) -> None:
+    """report.html, however the run ended. A full disk then must not hide why."""
+    try:
+        write_run_page(folder)
+    except OSError as error:
+        log.warning("report.html could not be written: %s; grpo report %s", error, folder)
 
 
 def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:
@@ -250,4 +258,5 @@ def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunI
         first_step=start.step,
         logged_step=start.step if start.unlogged is None else start.step - 1,
         total_steps=steps,
+        commit=git_commit(),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wan
 class Summary:
     """Written when a run starts and anew when it ends, so a killed run still says `running`."""
 
-    def __init__(self, folder: Path, objective: str, device: Device) -> None:
+    def __init__(self, folder: Path, objective: str, device: Device, total_steps: int) -> None:
         self.folder, self.metric, self.device = folder, objective, device
+        self.total_steps = total_steps
         self.started = time.time()
 
     def write(self, status: str, progress: Progress, error: str = "") -> dict[str, Any]:
@@ -41,6 +43,7 @@ class Summary:
             "first_evaluation": evaluations[0] if evaluations else None,
             "last_evaluation": last or None,
             "steps": progress.step,
+            "total_steps": self.total_steps,
             "wall_seconds": round(progress.seconds, 3),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
@@ -78,6 +81,7 @@ def relative(folder: Path) -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
+@cache
 def git_commit() -> str | None:
     """The commit the package was run from, where it is a checkout; with + if it was changed."""
     here = Path(__file__).parent

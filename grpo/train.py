@@ -104,7 +104,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     clock.lap()
     pulled = run.pull.read(batch.rollout)
     advantages_BG = run.advantage(*batch.scores.stacked(pulled.divergence_BG, pulled.weight))
-    stats = update(
+    updated = update(
         run.policy,
         run.pull.reference,
         run.optimizer,
@@ -118,6 +118,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         run.budget.computed,
         seed=run.seed * 1_000_003 + step,
     )
+    stats = updated.metrics
     stats |= run.pull.follow(step, stats, len(batch.rollout.texts))
     run.device.synchronize()
     update_seconds = clock.lap()
@@ -125,6 +126,15 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     rows = completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
     spelled = with_tokens(rows, batch.rollout, pulled.reference_NC, run.policy.tokenizer)
     run.tracker.completions(spelled)
+    run.tracker.distributions(
+        step,
+        {
+            "histogram/reward": batch.scores.total_BG,
+            "histogram/advantage": advantages_BG,
+            "histogram/length": batch.rollout.lengths_N,
+            "histogram/ratio": updated.ratios_T,
+        },
+    )
     seconds = clock.seconds()
     return {
         **stats,

@@ -76,6 +76,14 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Updated:
+    """What an update was made of."""
+
+    metrics: dict[str, float]
+    ratios_T: Tensor  # of every completion token, as often as it was read, on the CPU
+
+
+@dataclass(frozen=True)
 class Minibatch:
     """The groups of one optimizer step, and what each token of the rollout counts in its loss."""
 
@@ -122,7 +130,7 @@ def update(
     learned: Learned,
     limit: Limit,
     seed: int = 0,
-) -> dict[str, float]:
+) -> Updated:
     """Takes `num_iterations` x `minibatches` optimizer steps and says what they were made of.
 
     The old log-probabilities are the policy's at the time of the rollout, so `policy/ratio_max`
@@ -140,7 +148,7 @@ def update(
 
         totals.take(limit.fitting(work, undo=optimizer.forget))
         totals.updates.append(optimizer.step())
-    return totals.metrics()
+    return totals.updated()
 
 
 def gradients(
@@ -268,7 +276,7 @@ class Totals:
         self.tokens = 0
         self.sums: dict[str, float] = defaultdict(float)
         self.losses: dict[str, float] = defaultdict(float)
-        self.ratio_max = 0.0
+        self.ratios: list[Tensor] = []
         self.updates: list[dict[str, float]] = []  # what the optimizer said of each
 
     @torch.no_grad()
@@ -279,7 +287,7 @@ class Totals:
         self.losses["loss/kl"] += float(loss.kl)
         if self.objective.entropy_weight > 0:
             self.losses["loss/entropy"] += float(loss.entropy)
-        self.ratio_max = max(self.ratio_max, float(loss.ratio_NC[mask_NC].max()))
+        self.ratios.append(loss.ratio_NC[mask_NC].cpu())
         self.sums["policy/entropy"] += float(scored.entropy[mask_NC].double().sum())
         self.sums["policy/clip_fraction"] += float(loss.clipped_NC[mask_NC].sum())
         if loss.kl_NC is None or loss.reference_NC is None:
@@ -294,17 +302,18 @@ class Totals:
     def take(self, others: Totals) -> None:
         """Those of a minibatch."""
         self.tokens += others.tokens
-        self.ratio_max = max(self.ratio_max, others.ratio_max)
+        self.ratios += others.ratios
         for own, more in ((self.sums, others.sums), (self.losses, others.losses)):
             for name, value in more.items():
                 own[name] += value
 
-    def metrics(self) -> dict[str, float]:
+    def updated(self) -> Updated:
         """Means over tokens, and over updates; the largest ratio of all."""
-        steps = len(self.updates)
-        return {
+        steps, ratios_T = len(self.updates), torch.cat(self.ratios)
+        metrics = {
             **{name: total / steps for name, total in self.losses.items()},
             **{name: total / self.tokens for name, total in self.sums.items()},
-            "policy/ratio_max": self.ratio_max,
+            "policy/ratio_max": float(ratios_T.max()),
             **{name: sum(u[name] for u in self.updates) / steps for name in self.updates[0]},
         }
+        return Updated(metrics, ratios_T)

@@ -17,7 +17,9 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -27,17 +29,17 @@ from optuna.distributions import (
 
 from grpo import config
 from grpo.again import key_of
-from grpo.cli import refuse
+from grpo.cli import explain, refuse
 from grpo.errors import ConfigError
 from grpo.sweep.search import fixed_of
-from grpo.sweep.space import space_of, values_of
+from grpo.sweep.space import corners, space_of, values_of, written
 
 METHODS = {"random": "random", "grid": "grid"}  # of our samplers; all others learn: bayes
 
 
 def wandb_sweep(overrides: Sequence[str]) -> dict[str, Any]:
     """Raises ConfigError where there is nothing to sweep."""
-    composed = compose(overrides)
+    composed = compose([o for o in overrides if not is_swept(o)])
     sweeper = composed.hydra.sweeper
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     given = [o for o in overrides if not key_of(o).startswith("hydra")]
@@ -45,6 +47,10 @@ def wandb_sweep(overrides: Sequence[str]) -> dict[str, Any]:
     space = space_of(parsed)
     if not space:
         raise ConfigError("nothing to sweep; name a study: scripts/wandb_sweep sweep=search")
+    for values in corners(
+        space
+    ):  # an agent would find a wrong key or value one run after the other
+        compose([*fixed_of(parsed), *(written(key, value) for key, value in values.items())])
     searches = "sampler" in sweeper
     method = METHODS.get(sweeper.sampler, "bayes") if searches else "grid"
     objectives = (sweeper.get("objectives") if searches else None) or {
@@ -71,9 +77,11 @@ def wandb_sweep(overrides: Sequence[str]) -> dict[str, Any]:
 def compose(overrides: Sequence[str]) -> DictConfig:
     config.register()
     GlobalHydra.instance().clear()
-    whole = [o for o in overrides if not is_swept(o)]
     with hydra.initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
-        return hydra.compose("config", whole, return_hydra_config=True)
+        try:
+            return hydra.compose("config", list(overrides), return_hydra_config=True)
+        except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error, "train", overrides)) from error
 
 
 def is_swept(override: str) -> bool:

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import copy_with_text
+from tests.test_dashboard import outputs, serving
+
+__all__ = ["outputs"]  # a fixture
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -21,6 +24,7 @@ pytestmark = [
 ALL_DRAWN = (
     "[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('.main-svg'))"
 )
+ROOT = Path(__file__).parents[1]
 HOSTILE = "<img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>"
 
 
@@ -33,20 +37,26 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(browser: Any) -> Iterator[Callable[[Path], Any]]:
-    """Opens a page; at the end, its console must have no error and nothing was asked for."""
+def opened(browser: Any) -> Iterator[Callable[[Path | str], Any]]:
+    """Opens a page; at the end, its console must have no error and nothing was asked for.
+
+    Of one that is served, nothing must be asked of another address.
+    """
     context = browser.new_context()
     trouble: list[str] = []
+    inside = ["file://", "blob:", "data:"]
 
-    def go(file: Path) -> Any:
+    def go(place: Path | str) -> Any:
+        if isinstance(place, str):
+            inside.append(place)
         page = context.new_page()
         page.on("console", lambda m: m.type == "error" and trouble.append(m.text))
         page.on("pageerror", lambda error: trouble.append(str(error)))
         page.on(
             "request",
-            lambda r: r.url.startswith(("file://", "blob:", "data:")) or trouble.append(r.url),
+            lambda r: r.url.startswith(tuple(inside)) or trouble.append(r.url),
         )
-        page.goto(file.absolute().as_uri())
+        page.goto(place if isinstance(place, str) else place.absolute().as_uri())
         return page
 
     yield go
@@ -128,6 +138,22 @@ def test_hostile_text_does_nothing(
     assert page.locator("img").count() == 0
 
 
+def test_colours_keep_to_their_tokens_behind_any_letter(
+    short_run: Path, tmp_path: Path, opened: Callable[[Path], Any]
+) -> None:
+    from grpo.report.run.page import write_run_page
+
+    copy_with_text(short_run, tmp_path / "run", "\U0001f600 is good")
+    file = tmp_path / "run/completions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    tokens = {"token_ends": [1, 4, 9], "token_kl": [0.5, -0.5, 1.0], "tokens": 3}
+    file.write_text("".join(json.dumps(row | tokens) + "\n" for row in rows))
+    page = opened(write_run_page(tmp_path / "run"))
+    first = page.locator("#completions .completion .text").first
+    first.wait_for()
+    assert first.locator("span").all_inner_texts() == ["\U0001f600", " is", " good"]
+
+
 def test_a_narrow_page_does_not_scroll_sideways(
     short_run: Path, opened: Callable[[Path], Any]
 ) -> None:
@@ -153,28 +179,43 @@ def test_a_sweeps_page_is_drawn(tmp_path: Path, opened: Callable[[Path], Any]) -
     assert page.locator("h2", has_text="Ranking").count() == 1
 
 
+def test_the_dashboard_leads_to_every_page(
+    outputs: Path, opened: Callable[[Path | str], Any]
+) -> None:
+    with serving(outputs) as address:
+        page = opened(address)
+        page.get_by_role("link", name="day/run", exact=True).click()
+        page.locator("#completions .completion").first.wait_for()
+        page.wait_for_selector(".plot .main-svg")
+        page.go_back()
+        page.get_by_role("link", name="sweeps/day/search", exact=True).click()
+        page.locator("h2", has_text="Ranking").wait_for()
+        page.go_back()
+        page.get_by_role("link", name="1", exact=True).click()
+        page.wait_for_selector(".plot .main-svg")
+        page.go_back()
+        page.get_by_role("link", name="in optuna-dashboard", exact=True).click()
+        page.get_by_text("sweeps/day/search").first.wait_for()
+        page.wait_for_selector(".js-plotly-plot .main-svg")
+        page.goto(address)
+        page.get_by_role("link", name="Runs in Trackio").click()
+        page.get_by_text("smoke-").first.wait_for()
+        page.close()  # it asks again and again
+
+
 def test_a_long_run_makes_a_page_of_bearable_size(
-    short_run: Path, tmp_path: Path, opened: Callable[[Path], Any]
+    short_run: Path,
+    tmp_path: Path,
+    opened: Callable[[Path], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """2,000 steps and 20,000 completions: at most 15 MB."""
     from grpo.report.run.page import write_run_page
 
-    shutil.copytree(short_run, tmp_path / "run", symlinks=True)
-    metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
-    steps = [line for line in metrics if "reward/mean" in line]
-    with (tmp_path / "run/metrics.jsonl").open("w") as file:
-        for n in range(1, 2001):
-            line = {**steps[n % len(steps)], "step": n}
-            line |= {k: v * (1 + n % 97 / 1000) for k, v in line.items() if isinstance(v, float)}
-            file.write(json.dumps(line) + "\n")
-    with (tmp_path / "run/completions.jsonl").open("w") as file:
-        for n in range(20_000):
-            row = rows[n % len(rows)]
-            kl = [round(x + (n * 7 + k * 13) % 101 / 300, 3) for k, x in enumerate(row["token_kl"])]
-            words = f"{row['completion']} {n * 7919 % 100_003}"
-            own = {**row, "step": 1 + n // 10, "token_kl": kl, "completion": words}
-            file.write(json.dumps(own) + "\n")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmark"))
+    from pages import stretch
+
+    stretch(short_run, tmp_path / "run")
     report = write_run_page(tmp_path / "run")
     assert report.stat().st_size <= 15e6
     page = opened(report)

@@ -38,7 +38,7 @@ def test_joblib_runs_two_at_once_and_stops_in_order(tmp_path: Path) -> None:
     assert statuses(sweep) == ["interrupted", "interrupted", "none"]
     assert all(is_saved_where_it_stopped(sweep / number) for number in "01")
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert f"{threads} threads" in summary(sweep / "0")["device"]
+    assert f" {threads} thread" in summary(sweep / "0")["device"]
 
     done = grpo_process("-m", "sweep_dir=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -235,6 +235,7 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("failed", 4)
     assert metrics(tmp_path / "run")[-1]["step"] == 3
+    assert "Failed at step 3." in (tmp_path / "run/report.html").read_text()
     (tmp_path / "mended").touch()
     assert start(tmp_path, "resume=run").wait(300) == 0
     assert start(tmp_path, *job, "hydra.run.dir=undisturbed").wait(300) == 0

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from grpo.config import flat
 from grpo.models.find import PACKAGED
 from grpo.report.run.charts import smoothed, thinned
 from grpo.report.run.page import runs_page, write_run_page
-from grpo.report.run.read import differences, flat, read_run
+from grpo.report.run.read import differences, read_run
 from grpo.tracking.tokens import token_ends
 from tests.conftest import copy_with_text
 

@@ -75,7 +75,7 @@ def update(
         pull.same = False  # the policy is one that has been trained
         reference_NC = pull.read(rollout).reference_NC
     learned = Learned(advantages_BG.flatten(), reference_NC, 0.1 if reference else 0.0)
-    return update_learned(policy, reference, optimizer, objective, rollout, learned, limit)
+    return update_learned(policy, reference, optimizer, objective, rollout, learned, limit).metrics
 
 
 def optimizer(

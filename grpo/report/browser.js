@@ -59,17 +59,18 @@ function written(row, by) {
     text.textContent = row[TEXT] || "(nothing)";
     return text;
   }
+  const letters = [...row[TEXT]]; // as widths count them: one for what UTF-16 takes two for
   let start = 0;
   row[WIDTHS].forEach((width, n) => {
     if (!width) return;
-    const token = element("span", "", row[TEXT].slice(start, start + width));
+    const token = element("span", "", letters.slice(start, start + width).join(""));
     const nats = row[KL][n] / 100;
     token.style.background = shade(nats, 2);
     token.title = `${nats.toFixed(2)} nats likelier than to the reference`;
     text.append(token);
     start += width;
   });
-  text.append(row[TEXT].slice(start));
+  text.append(letters.slice(start).join(""));
   return text;
 }
 

@@ -27,9 +27,14 @@ class Page:
         self.parts: list[str] = []
         self.figures: list[Figure] = []
         self.payload: dict[str, Any] = {}
+        self.head = ""
 
     def add(self, html: str) -> None:
         self.parts.append(html)
+
+    def reload(self, seconds: int) -> None:
+        """The browser fetches it anew after this time."""
+        self.head = f"<meta http-equiv=refresh content={seconds}>"
 
     def figure(self, name: str, meaning: str, figure: Figure) -> str:
         """A figure's place; the browser draws it when it comes into view."""
@@ -48,9 +53,10 @@ class Page:
         return (
             "<!doctype html><html lang=en><head><meta charset=utf-8>"
             "<meta name=viewport content='width=device-width, initial-scale=1'>"
-            f"<title>{escape(self.title)}</title><style>{(HERE / 'page.css').read_text()}</style>"
+            f"{self.head}<title>{escape(self.title)}</title>"
+            f"<style>{(HERE / 'page.css').read_text()}</style>"
             f"</head><body><main>{''.join(self.parts)}</main>"
-            f"<script type=text/plain id=plotly>{plotly()}</script>"
+            f"<script type=text/plain id=plotly>{plotly() if self.figures else ''}</script>"
             f"<script type=text/plain id=content>{data}</script>"
             f"<script>{code}</script></body></html>\n"
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError
-from grpo.past import ENDED, is_locked, newest_step, read_summary, write_json
+from grpo.past import ENDED, RUNNING, is_locked, newest_step, read_summary, write_json
 
 RECORD = "sweep.json"
 STUDY = "study.json"  # there too where the sweep is a search
@@ -64,17 +64,26 @@ class Standing:
 def standing(sweep: Path, number: int) -> Standing:
     folder = sweep / str(number)
     summary = read_summary(folder)
-    if summary is None:
-        status = "none"
-    else:
-        status = str(summary.get("status"))
-        if status == "running" and not is_locked(folder):
-            status = "killed"
+    status = status_of(folder, summary)
     reason = str((summary or {}).get("error") or "")
     if status == "killed":
         step = newest_step(folder)
         reason = f"ended from outside; {f'saved at {step.name}' if step else 'nothing saved'}"
     return Standing(number, folder, status, reason)
+
+
+def objective_value(job: Standing) -> float | None:
+    """What a job came to by its own objective."""
+    value = ((read_summary(job.folder) or {}).get("objective") or {}).get("value")
+    return None if value is None else float(value)
+
+
+def status_of(run: Path, summary: Mapping[str, Any] | None) -> str:
+    """What has become of a run; a killed one still says that it runs."""
+    if summary is None:
+        return "none"
+    status = str(summary.get("status"))
+    return "killed" if status == RUNNING and not is_locked(run) else status
 
 
 def numbered(record: Record | None, jobs: Sequence[Sequence[str]], sweep: Path) -> list[list[str]]:

@@ -12,8 +12,16 @@ from grpo.config import writable
 from grpo.errors import ConfigError
 from grpo.past import locked
 from grpo.sweep.close import close, counted
-from grpo.sweep.folder import STUDY, Record, jobs_of, numbered, read_record
+from grpo.sweep.folder import (
+    STUDY,
+    Record,
+    jobs_of,
+    numbered,
+    objective_value,
+    read_record,
+)
 from grpo.sweep.launch import Launch, given
+from grpo.sweep.view import viewed
 
 
 def sweep(launch: Launch, params: Mapping[str, object], arguments: Sequence[str]) -> None:
@@ -39,7 +47,8 @@ def sweep(launch: Launch, params: Mapping[str, object], arguments: Sequence[str]
         before = list(jobs_of(folder))
         print(f"sweep of {len(jobs)} jobs in {folder}: {counted(before)}", flush=True)
         try:
-            launch.run([(own.number, jobs[own.number]) for own in before if not own.ended])
+            with viewed(folder, len(before), objective_value, minimized=False):
+                launch.run([(own.number, jobs[own.number]) for own in before if not own.ended])
         except (KeyboardInterrupt, SystemExit):
             print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)
             raise

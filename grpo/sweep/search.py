@@ -31,6 +31,7 @@ from grpo.sweep.folder import STUDY, Record, Standing, read_record, standing
 from grpo.sweep.launch import Launch, given
 from grpo.sweep.space import Space, combinations, corners, space_of, written
 from grpo.sweep.study import Options, StudyFile, open_storage, quiet, reach, spelled, told
+from grpo.sweep.view import viewed
 from grpo.tracking.files import last_values, read_lines
 
 
@@ -190,9 +191,11 @@ class Search:
     def run(self) -> None:
         """Raises RunError where trials failed."""
         print(f"search of {self.total} trials in {self.folder}: {self.so_far()}", flush=True)
+        minimized = self.study.directions[0] == Direction.MINIMIZE
         try:
-            while self.some():
-                pass
+            with viewed(self.folder, self.total, self.value_of, minimized):
+                while self.some():
+                    pass
         except (KeyboardInterrupt, SystemExit):
             print(f"search stopped; go on: grpo -m sweep_dir={self.folder}", flush=True)
             raise
@@ -200,6 +203,11 @@ class Search:
         failed = {t.number for t in self.study.trials if t.state == TrialState.FAIL}
         after = self.standings()
         close(self.folder, after, [job for job in after if job.number in failed])
+
+    def value_of(self, job: Standing) -> float | None:
+        """What a finished job came to, by the first objective."""
+        values, _ = reached_values(job.folder, self.objectives[:1])
+        return values[0] if values and job.status == "finished" else None
 
     @property
     def total(self) -> int:

@@ -1,5 +1,6 @@
-"""Ending a sweep in order: a file that says so, which every job of it looks for, wherever it runs.
+"""Between a sweep and its jobs: whether they are to stop, and who has the terminal.
 
+A sweep is ended in order by a file that says so, which every job of it looks for, wherever it runs.
 A signal reaches one process, or all of a terminal's; a launcher may run jobs in processes of its
 own, or on other machines that share the folder.
 """
@@ -10,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from hydra.types import RunMode
 log = logging.getLogger(__name__)
 
 VARIABLE = "GRPO_STOP_FILE"  # processes that a launcher starts inherit it
+VIEW = "GRPO_SWEEP_VIEW"  # so too the process that shows the sweep's progress in the terminal
 
 
 def in_sweep() -> bool:
@@ -33,6 +36,23 @@ def asked_to_stop() -> bool:
     """Whether the sweep that this job belongs to is to end."""
     file = os.environ.get(VARIABLE)
     return file is not None and Path(file).exists()
+
+
+def is_viewed() -> bool:
+    """Whether the sweep shows in the terminal how its jobs come along."""
+    return VIEW in os.environ
+
+
+def leave_terminal() -> None:
+    """In a process of its own, a job leaves the terminal to the sweep's view; its log is whole."""
+    if not is_viewed() or os.environ[VIEW] == str(os.getpid()) or not sys.stdout.isatty():
+        return
+    sys.stdout = nowhere = open(os.devnull, "w")  # noqa: SIM115
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(
+            handler, logging.FileHandler
+        ):
+            handler.setStream(nowhere)
 
 
 def ask_to_stop() -> None:

@@ -3,6 +3,16 @@
 from grpo.tracking.console import Console
 from grpo.tracking.files import JsonlFiles
 from grpo.tracking.tracker import CompletionRow, RunInfo, Sink, Tracker
+from grpo.tracking.trackio_sink import Trackio
 from grpo.tracking.wandb_sink import WandB
 
-__all__ = ["CompletionRow", "Console", "JsonlFiles", "RunInfo", "Sink", "Tracker", "WandB"]
+__all__ = [
+    "CompletionRow",
+    "Console",
+    "JsonlFiles",
+    "RunInfo",
+    "Sink",
+    "Tracker",
+    "Trackio",
+    "WandB",
+]

@@ -1,21 +1,34 @@
-"""The terminal: a live line while it trains, plain lines where the output is a pipe or a file."""
+"""The terminal: a live line while it trains, plain lines where the output is a pipe or a file.
+
+In a wide terminal there are small charts above it; a sweep shows its own lines (sweep/view.py).
+"""
 
 from __future__ import annotations
 
 import io
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from grpo.sweep.stop import is_viewed
+from grpo.tracking.charts import chart
 from grpo.tracking.tracker import Metrics, RunInfo, Sink
 
 SECONDS_BETWEEN_LINES = 1.0  # in a pipe
+CHARTS = {  # drawn where the terminal has this many columns and rows
+    "reward": "reward/mean",
+    "kl": "kl/mean",
+    "length": "completion/length_mean",
+}
+WIDE, TALL, CHART_HEIGHT = 100, 16, 4
 
 
 class Console(Sink):
@@ -25,13 +38,17 @@ class Console(Sink):
         self.total_steps = info.total_steps
         self.console = RichConsole()
         self.live: Live | None = None
-        if self.console.is_terminal:
+        self.viewed = is_viewed() and self.console.is_terminal
+        self.past: dict[str, list[float]] = defaultdict(list)
+        if self.console.is_terminal and not self.viewed:
             self.live = Live(console=self.console, auto_refresh=False, transient=True)
             self.live.start()
         self.last_line = 0.0
         self.seconds_a_step: float | None = None
 
     def log(self, step: int, metrics: Metrics) -> None:
+        if self.viewed:
+            return
         if "eval/accuracy" in metrics:
             self._print(f"evaluation at step {step}: {evaluation_line(metrics)}")
         if "time/step" not in metrics:
@@ -41,7 +58,10 @@ class Console(Sink):
         self.seconds_a_step = 0.8 * previous + 0.2 * seconds
         line = step_line(step, self.total_steps, metrics, self.seconds_a_step)
         if self.live is not None:
-            self.live.update(Text(line, no_wrap=True), refresh=True)
+            for name, metric in CHARTS.items():
+                if metric in metrics:
+                    self.past[name].append(metrics[metric])
+            self.live.update(self._view(line), refresh=True)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total_steps:
             self.last_line = time.monotonic()
             self._print(line)
@@ -49,6 +69,12 @@ class Console(Sink):
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         if self.live is not None:
             self.live.stop()
+
+    def _view(self, line: str) -> RenderableType:
+        below = Text(line, no_wrap=True)
+        if self.console.width < WIDE or self.console.height < TALL:
+            return below
+        return Group(*charts(self.past, self.console.width), below)
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -65,6 +91,18 @@ def step_line(step: int, total: int, metrics: Metrics, seconds_a_step: float) ->
         f"{duration((total - step) * seconds_a_step)} left",
     ]
     return "  ".join(parts)
+
+
+def charts(past: Mapping[str, list[float]], width: int) -> list[Text]:
+    """Curves beside each other, below their names and ends."""
+    each = (width - 2 * (len(past) - 1)) // len(past)
+    columns = []
+    for name, values in past.items():
+        title = f"{name} {values[0]:.3g} \u2192 {values[-1]:.3g}"
+        rows = chart(values, each, CHART_HEIGHT)
+        columns.append([row.ljust(each)[:each] for row in (title, *rows)])
+    lines = zip(*columns, strict=True)
+    return [Text("  ".join(line), no_wrap=True) for line in lines]
 
 
 def evaluation_line(metrics: Metrics) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.types import Rollout, Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Metrics = Mapping[str, float]
 
@@ -24,6 +27,7 @@ class RunInfo:
     first_step: int  # 0, or the step a resumed run goes on from
     logged_step: int  # the last step whose metrics stand; -1 for a new run
     total_steps: int
+    commit: str | None  # of the code it was run with, where that is a checkout
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class Sink:
     def completions(self, rows: Sequence[CompletionRow]) -> None:
         """Some of a step's completions."""
 
+    def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """All values of a step behind a mean: of each completion, or of each token."""
+
     def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The greedy completions of an evaluation."""
 
@@ -81,6 +88,10 @@ class Tracker:
         for sink in self.sinks:
             sink.completions(rows)
 
+    def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
+        for sink in self.sinks:
+            sink.distributions(step, values)
+
     def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for sink in self.sinks:
             sink.answers(step, rows)
@@ -88,6 +99,15 @@ class Tracker:
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         for sink in self.sinks:
             sink.close(status, summary)
+
+
+def values_of(values: Tensor) -> Tensor:
+    """All of them that are numbers, [T] on the CPU, in the precision that NumPy's bins need.
+
+    A reward that doesn't apply is none.
+    """
+    values_T = values.detach().flatten().double().cpu()
+    return values_T[values_T.isfinite()]
 
 
 def completion_rows(

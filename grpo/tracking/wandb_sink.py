@@ -5,13 +5,25 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.errors import ConfigError
 from grpo.past import ENDED
-from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
+from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink, values_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+# W&B makes a section of each, with the training's own step below every chart.
+SECTIONS = (
+    "reward", "kl", "loss", "policy", "completion", "eval",
+    "optim", "sampler", "histogram", "time", "perf", "memory",
+)  # fmt: skip
+BEST_IS_HIGHEST = (  # their best is in the run's summary beside their last
+    "reward/mean", "eval/reward", "eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k",
+)  # fmt: skip
 
 
 class WandB(Sink):
@@ -25,12 +37,14 @@ class WandB(Sink):
         mode: str,
         group: str | None,
         tags: Sequence[str],
+        notes: str | None,
         table_every: int,
+        log_model: bool,
     ) -> None:
         """mode: auto is online where a key is known, else offline. table_every: steps, 0: never."""
         import wandb
 
-        self.info, self.table_every = info, table_every
+        self.info, self.table_every, self.log_model = info, table_every, log_model
         asked = mode
         if asked == "auto":
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
@@ -43,7 +57,8 @@ class WandB(Sink):
             "name": info.name,
             "group": group or info.group,
             "tags": list(tags),
-            "config": dict(info.config),
+            "notes": notes,
+            "config": {**info.config, "git_commit": info.commit},
             "dir": str(info.folder),
             "resume": "allow" if self.mode == "online" else None,
             "reinit": "finish_previous",
@@ -57,9 +72,12 @@ class WandB(Sink):
             log.warning("W&B can't be reached (%s); this run is recorded offline.", error)
             self.mode = "offline"
             self.run = wandb.init(**{**arguments, "mode": "offline", "resume": None})
-        self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")
-        self.run.define_metric("eval/*", step_metric="step", summary="last,max")
+        self.run.define_metric("step", hidden=True)
+        for section in SECTIONS:
+            self.run.define_metric(f"{section}/*", step_metric="step")
+        for name in BEST_IS_HIGHEST:
+            self.run.define_metric(name, step_metric="step", summary="last,max")
+        self.run.define_metric("completions", step_metric="step")
         self.table: Any = None
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -77,9 +95,23 @@ class WandB(Sink):
             self.table.add_data(*row.values())
         self.run.log({"completions": self.table}, step=rows[0].step)
 
+    def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
+        import wandb
+
+        found = {name: values_of(own) for name, own in values.items()}
+        drawn = {name: wandb.Histogram(own.tolist()) for name, own in found.items() if len(own)}
+        self.run.log(drawn, step=step)
+
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        import wandb
+
         folder = self.run.dir
         self.run.summary.update({"status": status, "objective": summary["objective"]["value"]})
+        if self.log_model and status == "finished":
+            facts = {key: summary[key] for key in ("objective", "last_evaluation", "steps")}
+            artifact = wandb.Artifact(f"model-{self.info.id}", type="model", metadata=facts)
+            artifact.add_dir(str(self.info.folder / "checkpoints" / "latest" / "model"))
+            self.run.log_artifact(artifact)
         self.run.finish(exit_code=0 if status in ENDED else 1)
         if self.mode == "offline":
             log.info("W&B ran offline; to upload: wandb sync %s", folder.removesuffix("/files"))

@@ -8,6 +8,7 @@
     scripts/bench roofline              what the machine can do
     scripts/bench startup               seconds until a command answers
     scripts/bench sweep                 what a job of a sweep takes beside its training
+    scripts/bench page                  how long a large run's page takes to open in a browser
 
 Each measurement has a process of its own, and a step to warm up first. Both sides are given the
 same model, prompts and reward, and write every completion to its full length; that they did, and
@@ -33,14 +34,15 @@ from statistics import median
 from typing import Any
 
 import ours
+import pages
 from settings import ON_CPU, ON_GPU, SETTINGS
 from work import ROOT, gsm8k, prepare
 
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, {"fp32": 2e-3, "bf16": 5e-2}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing is asked of a network meanwhile
-PARTS = ("step", "rollout", "update", "lengths", "roofline", "startup", "sweep")
-WITHOUT_WORK = {"startup", "sweep"}  # those that need no prompts of GSM8K
+PARTS = ("step", "rollout", "update", "lengths", "roofline", "startup", "sweep", "page")
+WITHOUT_WORK = {"startup", "sweep", "page"}  # those that need no prompts of GSM8K
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -70,7 +72,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("part", nargs="?", default="step", choices=PARTS)
     parser.add_argument("settings", nargs="*", help=", ".join(SETTINGS))
     parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl; without it, from the hub")
-    parser.add_argument("--out", type=Path, help="a .json, or a folder for it; outputs/bench by default")
+    parser.add_argument("--out", type=Path, help="a .json, or its folder; outputs/bench by default")
     options = parser.parse_args(arguments)
     for name in options.settings:
         if name not in SETTINGS:
@@ -111,6 +113,8 @@ def measure(part: str, name: str, work: Path) -> dict[str, Any]:
         return startup()
     if part == "sweep":
         return sweep(work)
+    if part == "page":
+        return pages.page(work)
     return child("parts.py", part, work, name)
 
 
@@ -265,6 +269,13 @@ def told(part: str, name: str, result: dict[str, Any]) -> str:
             f"joblib, {basic / joblib:.2f} times as fast"
         )
         return "\n".join(lines)
+    if part == "page":
+        seconds = result["opening"]
+        return (
+            f"  {result['steps']} steps, {result['completions']} completions: "
+            f"{result['megabytes']:.1f} MB, written in {result['writing']:.1f} s, opened in "
+            f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+        )
     return f"{part} {name}: " + json.dumps(result, indent=2)
 
 

@@ -66,7 +66,7 @@ def main(work: Path, name: str, peer: Path, out: Path) -> None:
     )
     advantages_N = torch.stack([row[2] for row in rows]).to(device.torch_device)
     learned = Learned(advantages_N, scored.plain if kl else None, setting.kl_weight)
-    stats = update(policy, reference, optimizer, objective, rollout, learned, LIMIT)
+    stats = update(policy, reference, optimizer, objective, rollout, learned, LIMIT).metrics
     out.write_text(json.dumps({"loss": stats["loss/total"], "grad_norm": stats["optim/grad_norm"]}))
 
 

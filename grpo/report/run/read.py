@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from grpo.again import read_yaml
+from grpo.config import flat
 from grpo.doctor.diagnoses import Diagnosis, diagnose
 from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError
@@ -91,18 +92,6 @@ def resolved(config: Any) -> dict[str, Any]:
     made = OmegaConf.to_container(content, resolve=True)
     assert isinstance(made, dict)
     return {str(key): value for key, value in made.items()} | {"name": config.get("name")}
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every key by its dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{name}.")
-        else:
-            found[name] = value
-    return found
 
 
 def differences(configs: list[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -1,0 +1,65 @@
+"""`grpo dashboard [FOLDER]`: serves what a folder of outputs holds, until Ctrl-C."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.errors import ConfigError
+
+USAGE = "grpo dashboard [FOLDER] [--host HOST] [--port PORT]"
+FOLDER, HOST, PORT = "outputs", "127.0.0.1", "8265"
+
+
+def dashboard(arguments: Sequence[str]) -> None:
+    """Serves runs, sweeps and studies on one address.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing can listen there.
+    """
+    rest, host = option(list(arguments), "--host", HOST)
+    rest, port = option(rest, "--port", PORT)
+    if len(rest) > 1 or any(word.startswith("-") for word in rest):
+        raise ConfigError(f"{USAGE}: {' '.join(rest)} is not that.")
+    root = Path(rest[0] if rest else FOLDER).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"{root}: there is no such folder; runs make it, or name another one.")
+    listener = listening(host, port)
+    import uvicorn
+
+    from grpo.dashboard.app import LOOPBACK, dashboard_app
+
+    app = dashboard_app(root, host)
+    place = f"[{host}]" if ":" in host else host
+    if host not in LOOPBACK:
+        print(f"whoever reaches {host} can read what is in {root}", flush=True)
+    print(
+        f"dashboard of {root}: http://{place}:{listener.getsockname()[1]}/ (Ctrl-C ends it)",
+        flush=True,
+    )
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+def option(arguments: list[str], name: str, default: str) -> tuple[list[str], str]:
+    """The arguments without an option, and its value."""
+    if name not in arguments:
+        return arguments, default
+    place = arguments.index(name)
+    if place + 1 >= len(arguments):
+        raise ConfigError(f"{USAGE}: {name} needs a value.")
+    return arguments[:place] + arguments[place + 2 :], arguments[place + 1]
+
+
+def listening(host: str, port: str) -> socket.socket:
+    """A socket that listens there; port 0 is any that is free."""
+    if not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"--port {port}: a number up to 65535, or 0 for any that is free.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, int(port)), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: can't listen there ({error.strerror}); "
+            f"another dashboard may; --port 0 takes any port that is free."
+        ) from error

@@ -1,0 +1,60 @@
+"""What there is to see in a folder of outputs, newest first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.again import read_yaml
+from grpo.past import read_summary
+from grpo.report.run.read import is_run
+from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, status_of
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run, as its summary says."""
+
+    folder: Path
+    status: str
+    summary: Mapping[str, Any]
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """A sweep and what has become of its jobs."""
+
+    folder: Path
+    jobs: list[Standing]
+
+    @property
+    def searches(self) -> bool:
+        return (self.folder / STUDY).is_file()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    runs: list[RunFolder]
+    sweeps: list[SweepFolder]
+
+
+def outputs_in(root: Path) -> Outputs:
+    """Runs and sweeps at any depth; the jobs of a sweep are the sweep's."""
+    runs, sweeps = [], []
+    for name, inside, files in os.walk(root):
+        folder = Path(name)
+        if RECORD in files:
+            sweeps.append(SweepFolder(folder, list(jobs_of(folder))))
+        elif is_run(folder) and (summary := read_summary(folder)) is not None:
+            overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
+            runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))
+        else:
+            continue
+        inside.clear()  # what is within it is its own
+    runs.sort(key=lambda run: str(run.summary.get("started")), reverse=True)
+    sweeps.sort(key=lambda sweep: (sweep.folder / RECORD).stat().st_mtime, reverse=True)
+    return Outputs(runs, sweeps)

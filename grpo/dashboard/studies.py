@@ -1,0 +1,93 @@
+"""All searches' studies as one, for optuna-dashboard, which shows one storage."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.trial import FrozenTrial
+
+from grpo.dashboard.found import outputs_in
+from grpo.errors import ConfigError
+from grpo.sweep.study import StudyFile, open_storage, quiet
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Studies:
+    """A copy in memory of the studies in a folder; they themselves are only read."""
+
+    def __init__(self, root: Path) -> None:
+        quiet()
+        self.root, self.storage = root, InMemoryStorage()
+        self.sources: dict[Path, tuple[BaseStorage, int]] = {}  # whence, and its study there
+        self.ids: dict[Path, int] = {}  # the copy's
+        self.unreadable: set[Path] = set()
+        self.looked = -SECONDS_BETWEEN_LOOKS
+        self.lock = threading.Lock()
+
+    def look(self) -> None:
+        """Brings the copy up to date. A storage that can't be reached is left out, and said."""
+        with self.lock:
+            if time.monotonic() - self.looked < SECONDS_BETWEEN_LOOKS:
+                return
+            for sweep in outputs_in(self.root).sweeps:
+                if sweep.searches and sweep.folder not in self.unreadable:
+                    self._follow(sweep.folder)
+            self.looked = time.monotonic()
+
+    def _follow(self, folder: Path) -> None:
+        try:
+            if folder not in self.sources:
+                self._open(folder)
+            storage, there = self.sources[folder]
+            follow(self.storage, self.ids[folder], storage.get_all_trials(there))
+        except (ConfigError, KeyError) as error:
+            log.warning("%s: its study can't be read (%s)", folder, error)
+            self.unreadable.add(folder)
+
+    def _open(self, folder: Path) -> None:
+        file = StudyFile.read(folder)
+        if file is None:
+            raise ConfigError("there is none")
+        storage = open_storage(file.storage, folder)
+        there = storage.get_study_id_from_name(file.study_name)
+        name = str(folder.relative_to(self.root))
+        directions = storage.get_study_directions(there)
+        self.ids[folder] = self.storage.create_new_study(directions, name)
+        for key, value in storage.get_study_user_attrs(there).items():
+            self.storage.set_study_user_attr(self.ids[folder], key, value)
+        for key, value in storage.get_study_system_attrs(there).items():
+            self.storage.set_study_system_attr(self.ids[folder], key, value)
+        self.sources[folder] = storage, there
+
+
+def follow(copy: BaseStorage, study: int, trials: list[FrozenTrial]) -> None:
+    """Makes a study's trials those that are given; they are in the order of their numbers."""
+    own = copy.get_all_trials(study)
+    for old, new in zip(own, trials, strict=False):
+        if not old.state.is_finished():
+            bring(copy, old, new)
+    for new in trials[len(own) :]:
+        copy.create_new_trial(study, template_trial=new)
+
+
+def bring(copy: BaseStorage, old: FrozenTrial, new: FrozenTrial) -> None:
+    """What has been added to a trial that was under way; its end comes last."""
+    trial = old._trial_id
+    for name in new.params.keys() - old.params.keys():
+        own = new.distributions[name]
+        copy.set_trial_param(trial, name, own.to_internal_repr(new.params[name]), own)
+    for step, value in new.intermediate_values.items():
+        copy.set_trial_intermediate_value(trial, step, value)
+    for key, content in new.user_attrs.items():
+        copy.set_trial_user_attr(trial, key, content)
+    for key, content in new.system_attrs.items():
+        copy.set_trial_system_attr(trial, key, content)
+    if new.state != old.state:
+        copy.set_trial_state_values(trial, new.state, new.values)

@@ -1,0 +1,41 @@
+"""Curves drawn in characters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def chart(values: Sequence[float], width: int, height: int = 1) -> list[str]:
+    """Lines from the top, the newest value at the right end, the lowest a single mark high.
+
+    Where there are more values than columns, a column is the mean of its share of them; where
+    there are fewer, the curve is shorter. What is no number leaves its column empty.
+    """
+    columns = averaged(values, width)
+    known = [value for value in columns if value is not None]
+    if not known:
+        return [""] * height
+    low, span = min(known), max(known) - min(known)
+    steps = height * (len(LEVELS) - 1)
+    tall = [
+        0 if value is None else 1 + round((value - low) / span * (steps - 1)) if span else 1
+        for value in columns
+    ]
+    rows = []
+    for row in reversed(range(height)):
+        filled = [max(0, min(len(LEVELS) - 1, own - row * (len(LEVELS) - 1))) for own in tall]
+        rows.append("".join(LEVELS[own] for own in filled))
+    return rows
+
+
+def averaged(values: Sequence[float], count: int) -> list[float | None]:
+    """At most so many, each the mean of its share; none where a share holds no number."""
+    count = min(count, len(values))
+    edges = [len(values) * n // count for n in range(count + 1)] if count else []
+    shares = [values[a:b] for a, b in pairwise(edges)]
+    found = [[value for value in share if math.isfinite(value)] for share in shares]
+    return [sum(own) / len(own) if own else None for own in found]

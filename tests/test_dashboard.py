@@ -1,0 +1,211 @@
+"""`grpo dashboard`, as a process of its own, asked over its address."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from grpo.dashboard.studies import follow
+from tests.conftest import grpo_process
+
+Grpo = Callable[..., tuple[int, str]]
+JOB = ("experiment=smoke", "max_steps=2")
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in Trackio and a search of two trials, where one command would put them."""
+    cwd = tmp_path_factory.mktemp("shown")
+    for command in (
+        (*JOB, "tracking=trackio", "hydra.run.dir=outputs/day/run"),
+        (
+            "-m", *JOB, "tracking=none", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2",
+            "learning_rate=tag(log,interval(1e-4,1e-3))", "sweep_dir=outputs/sweeps/day/search",
+        ),
+    ):  # fmt: skip
+        done = grpo_process(*command, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+    return cwd / "outputs"
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[str]:
+    """The address of a dashboard of this folder, until it is ended by Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo", "dashboard", str(folder), "--port", "0", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        told = process.stdout.readline()
+        yield next(word for word in told.split() if word.startswith("http://")).rstrip("/")
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=30)
+    assert process.returncode in (0, 130), rest
+    assert "Traceback" not in rest
+
+
+@pytest.fixture(scope="module")
+def address(outputs: Path) -> Iterator[str]:
+    with serving(outputs) as found:
+        yield found
+
+
+def ask(address: str, method: str = "GET", host: str = "") -> tuple[int, str]:
+    request = urllib.request.Request(address, method=method, headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_home_names_what_there_is(address: str) -> None:
+    code, page = ask(address)
+    assert code == 200
+    assert "1 run, 1 sweep; nothing runs just now." in page
+    assert "href='/run/day/run'" in page
+    assert "href='/sweep/sweeps/day/search'" in page
+    assert "2 finished" in page
+
+
+def test_reports_are_pages_and_made_anew_where_they_are_old(outputs: Path, address: str) -> None:
+    run = outputs / "day/run"
+    assert ask(f"{address}/run/day/run") == (200, (run / "report.html").read_text())
+    (run / "report.html").unlink()
+    code, page = ask(f"{address}/run/day/run")
+    assert (code, page) == (200, (run / "report.html").read_text())
+    code, page = ask(f"{address}/sweep/sweeps/day/search")
+    assert code == 200
+    assert "learning_rate" in page
+    assert ask(f"{address}/run/sweeps/day/search/1")[0] == 200  # a job is a run
+
+
+def test_trackio_and_optuna_are_there(address: str) -> None:
+    assert "Trackio" in ask(f"{address}/trackio/")[1]
+    code, told = ask(f"{address}/trackio/api/get_all_projects", "POST")
+    assert code == 200
+    assert "grpo-bench" in told
+    assert "Optuna" in ask(f"{address}/dashboard")[1]
+    (study,) = json.loads(ask(f"{address}/api/studies")[1])["study_summaries"]
+    assert study["study_name"] == "sweeps/day/search"
+    detail = json.loads(ask(f"{address}/api/studies/{study['study_id']}?after=0")[1])
+    assert [trial["state"] for trial in detail["trials"]] == ["Complete", "Complete"]
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "code"),
+    [
+        ("/run/nowhere", "GET", 404),
+        ("/run/%2e%2e/%2e%2e", "GET", 404),
+        ("/run/..%2f..%2f..%2fetc", "GET", 404),
+        ("/run/day", "GET", 404),  # no run
+        ("/api/studies/0", "DELETE", 405),
+        ("/api/studies", "POST", 405),
+    ],
+)
+def test_nothing_else_is_shown_or_changed(address: str, path: str, method: str, code: int) -> None:
+    assert ask(address + path, method)[0] == code
+
+
+def test_trackio_is_not_written_through_it(address: str) -> None:
+    code, told = ask(f"{address}/trackio/api/delete_run", "POST")
+    assert code >= 400, told
+
+
+def test_it_answers_to_names_of_this_machine_alone(address: str) -> None:
+    assert ask(address, host="evil.example")[0] == 400
+    assert ask(address, host="localhost")[0] == 200
+
+
+def test_a_new_run_is_seen_and_an_empty_folder_is_no_error(short_run: Path, tmp_path: Path) -> None:
+    with serving(tmp_path) as found:
+        assert "0 runs, 0 sweeps" in ask(found)[1]
+        (tmp_path / "later").symlink_to(short_run)
+        assert ask(f"{found}/run/later")[0] == 404  # it lies elsewhere
+        (tmp_path / "later").unlink()
+        import shutil
+
+        shutil.copytree(short_run, tmp_path / "later", symlinks=True)
+        assert "1 run, 0 sweeps" in ask(found)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nowhere",), "no such folder"),
+        ((".", "--port", "http"), "--port http"),
+        ((".", "--port", "99999"), "--port 99999"),
+        ((".", "--port"), "--port needs a value"),
+        ((".", "--host", "203.0.113.1"), "can't listen"),
+        ((".", "."), "grpo dashboard [FOLDER]"),
+        (("--hots", "x"), "grpo dashboard [FOLDER]"),
+    ],
+)
+def test_what_it_cant_do(arguments: tuple[str, ...], says: str, grpo: Grpo) -> None:
+    code, printed = grpo("dashboard", *arguments)
+    assert code == 2
+    assert says in printed
+    assert "Traceback" not in printed
+
+
+def test_a_port_that_is_taken_is_refused(grpo: Grpo) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, printed = grpo("dashboard", ".", "--port", str(port))
+    assert code == 2
+    assert f"--port {port}" in printed
+
+
+def test_a_studys_copy_follows_it() -> None:
+    """Whatever has happened to the trials between two looks."""
+    study, copy = optuna.create_study(direction="maximize"), InMemoryStorage()
+    own = copy.create_new_study(study.directions, "copy")
+
+    def same() -> None:
+        follow(copy, own, study.trials)
+
+        def shown(trials: list[optuna.trial.FrozenTrial]) -> list[Any]:
+            return [
+                (t.number, t.state, t.params, t.values, t.intermediate_values, t.user_attrs)
+                for t in trials
+            ]
+
+        assert shown(copy.get_all_trials(own)) == shown(study.trials)
+
+    same()
+    study.enqueue_trial({"x": 0.5})
+    same()
+    first = study.ask()
+    same()
+    first.suggest_float("x", 0, 1)
+    first.report(0.1, 1)
+    same()
+    second = study.ask({"x": FloatDistribution(0, 1)})
+    first.report(0.2, 2)
+    first.set_user_attr("folder", "a")
+    same()
+    study.tell(first, 0.7)
+    study.tell(second, state=TrialState.PRUNED)
+    same()
+    study.tell(study.ask(), state=TrialState.FAIL)
+    same()
+    assert [t.state for t in copy.get_all_trials(own)] == [
+        TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL,
+    ]  # fmt: skip

@@ -1,0 +1,203 @@
+"""The sinks: each holds the numbers of metrics.jsonl, and what it alone can show."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.tracking.wandb_sink import BEST_IS_HIGHEST, SECTIONS
+from tests.conftest import grpo_process
+
+Grpo = Callable[..., tuple[int, str]]
+JOB = ("experiment=smoke", "max_steps=4", "num_generation=4")
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a run was recorded by W&B and by Trackio."""
+    cwd = tmp_path_factory.mktemp("both")
+    done = grpo_process(
+        *JOB, "tracking=[wandb,trackio]", "hydra.run.dir=run", "tracking.wandb.notes=why it ran",
+        "tracking.wandb.tags=[first]", "tracking.wandb.log_model=true",
+        "tracking.wandb.table_every=2", "tracking.trackio.table_every=2",
+        cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "wandb sync" in done.stderr
+    assert "to see it: grpo dashboard" in done.stderr
+    return cwd
+
+
+@pytest.fixture(scope="module")
+def records(both: Path) -> list[dict[str, Any]]:
+    """What W&B wrote, as W&B's own reader has it."""
+    (offline,) = (both / "run/wandb").glob("offline-run-*")
+    told = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+def history(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What W&B has of each step."""
+    found: dict[int, dict[str, Any]] = {}
+    for record in of_type(records, "history"):
+        found.setdefault(record["step"].get("num", 0), {}).update(record["item"])
+    return found
+
+
+def test_wandb_has_every_number(both: Path, records: list[dict[str, Any]]) -> None:
+    there = history(records)
+    for line in lines(both / "run/metrics.jsonl"):
+        assert {key: there[line["step"]][key] for key in line} == line
+
+
+def test_wandb_draws_every_metric_over_the_training_step(
+    both: Path, records: list[dict[str, Any]]
+) -> None:
+    logged = {key for line in lines(both / "run/metrics.jsonl") for key in line} - {"step"}
+    assert {key.partition("/")[0] for key in logged} <= set(SECTIONS)
+    metrics = of_type(records, "metric")
+    over = {m.get("glob_name") or m["name"]: m.get("step_metric") for m in metrics}
+    assert all(over[f"{section}/*"] == "step" for section in SECTIONS)
+    best = {m["name"]: m["summary"] for m in metrics if m.get("name") in BEST_IS_HIGHEST}
+    assert best == {name: {"last": True, "max": True} for name in BEST_IS_HIGHEST}
+
+
+def test_wandb_has_the_distributions_behind_the_means(
+    both: Path, records: list[dict[str, Any]]
+) -> None:
+    there, means = history(records), lines(both / "run/metrics.jsonl")[1:]
+    completions = 4 * 4  # a step of experiment=smoke
+    for line in means:
+        own = there[line["step"]]
+        for name in ("reward", "advantage", "length"):
+            assert sum(own[f"histogram/{name}.values"]) == completions
+        tokens = round(line["completion/length_mean"] * completions)
+        assert sum(own["histogram/ratio.values"]) == tokens
+        bins = own["histogram/length.bins"]
+        assert bins[0] <= line["completion/length_mean"] <= bins[-1]
+        assert bins[-1] >= line["completion/length_max"]
+
+
+def test_wandbs_table_keeps_what_it_had(both: Path, records: list[dict[str, Any]]) -> None:
+    """Each log adds its rows to those before, which are named and not sent again."""
+    there = history(records)
+    rows = Counter(line["step"] for line in lines(both / "run/completions.jsonl"))
+    tables = {n: own for n, own in there.items() if own.get("completions._type")}
+    assert list(tables) == [2, 4]
+    assert tables[2]["completions.nrows"] == rows[2]
+    assert tables[4]["completions.increment_num"] == 1
+    assert tables[4]["completions.previous_increments_paths"] == [
+        tables[2]["completions.artifact_path"]
+    ]
+
+
+def test_wandb_knows_why_and_with_what_it_ran(both: Path, records: list[dict[str, Any]]) -> None:
+    (run,) = of_type(records, "run")
+    assert run["notes"] == "why it ran"
+    assert run["tags"] == ["first"]
+    commit = json.loads((both / "run/summary.json").read_text())["git_commit"]
+    assert run["config"]["update"]["git_commit"] == commit
+
+
+def test_the_trained_model_is_an_artifact_where_it_is_wanted(
+    records: list[dict[str, Any]], grpo: Grpo, tmp_path: Path
+) -> None:
+    (artifact,) = (own for own in of_type(records, "artifact") if own["type"] == "model")
+    assert "model.safetensors" in json.dumps(artifact)
+    assert grpo(*JOB, "max_steps=1", "tracking=wandb", "hydra.run.dir=run")[0] == 0
+    (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")
+    assert b"model.safetensors" not in next(offline.glob("*.wandb")).read_bytes()
+
+
+def trackio_logs(cwd: Path) -> dict[str, list[dict[str, Any]]]:
+    """Each run's lines in Trackio's database, read in a process of its own."""
+    code = (
+        "import json; from trackio.sqlite_storage import SQLiteStorage as s\n"
+        "runs = s.get_runs('grpo-bench')\n"
+        "print(json.dumps({r: s.get_logs('grpo-bench', r) for r in runs}, default=str))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "TRACKIO_DIR": str(cwd / "outputs/trackio")},
+    )  # fmt: skip
+    content: dict[str, list[dict[str, Any]]] = json.loads(told.stdout.splitlines()[-1])
+    return content
+
+
+def test_trackio_has_every_number(both: Path) -> None:
+    ((name, logged),) = trackio_logs(both).items()
+    assert name.startswith("smoke-")
+    written = lines(both / "run/metrics.jsonl")
+    assert [line["step"] for line in logged] == [line["step"] for line in written]
+    for there, line in zip(logged, written, strict=True):
+        assert {key: there[key] for key in line} == line
+    assert sum(logged[1]["histogram/reward"]["values"]) == 16
+    assert [line["step"] for line in logged if "completions" in line] == [2, 4]
+
+
+def run(cwd: Path, *arguments: str) -> None:
+    done = grpo_process(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+
+
+def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    """Steps that are done again are there once, and what was before them stays."""
+    job = (*JOB, "tracking=trackio", "hydra.run.dir=run")
+    run(tmp_path, *job, "max_steps=3", "checkpoint.every=2", "checkpoint.keep=9")
+    before = next(iter(trackio_logs(tmp_path).values()))
+    shutil.rmtree(tmp_path / "run/checkpoints/step_3")  # as if it had been killed before
+    (tmp_path / "run/checkpoints/latest").unlink()
+    (tmp_path / "run/checkpoints/latest").symlink_to("step_2")
+    run(tmp_path, "resume=run", "max_steps=5")
+    ((_, logged),) = trackio_logs(tmp_path).items()
+    assert [line["step"] for line in logged] == list(range(6))
+    kept = [{k: v for k, v in line.items() if k != "timestamp"} for line in before]
+    assert [{k: v for k, v in line.items() if k != "timestamp"} for line in logged[:3]] == kept[:3]
+
+
+def test_jobs_of_a_sweep_are_runs_of_their_own_in_trackio(tmp_path: Path) -> None:
+    run(tmp_path, "-m", *JOB, "max_steps=1", "tracking=trackio", "seed=0,1", "sweep_dir=my_sweep")
+    logged = trackio_logs(tmp_path)
+    assert sorted(name.rpartition("-")[0] for name in logged) == [
+        "smoke-0",
+        "smoke-1",
+    ]
+    assert [line["step"] for own in logged.values() for line in own] == [0, 1, 0, 1]
+
+
+def test_jobs_of_one_process_share_trackios_folder(tmp_path: Path) -> None:
+    done = grpo_process(
+        "-m", *JOB, "max_steps=1", "tracking=trackio", "tracking.trackio.folder=one,other",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "tracking.trackio.folder=other: Trackio writes to" in done.stderr
+
+
+def test_a_trackio_folder_that_cant_be_written_is_refused(grpo: Grpo, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    code, printed = grpo(*JOB, "tracking=trackio", "tracking.trackio.folder=taken/trackio")
+    assert code == 2
+    assert "tracking.trackio.folder=" in printed
+    assert "can't be made or written" in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,131 @@
+"""The terminal: curves in characters, a run's live view, a sweep's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.past import locked, write_json
+from grpo.sweep.folder import Record, objective_value
+from grpo.sweep.view import View
+from grpo.tracking.charts import averaged, chart
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "height", "rows"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], 8, 1, ["▁▂▃▄▅▆▇█"]),
+        ([0, 7], 8, 1, ["▁█"]),
+        ([0, 0, 7, 7], 2, 1, ["▁█"]),  # means of two
+        ([0, 15], 9, 2, [" █", "▁█"]),
+        ([3, 3], 4, 2, ["  ", "▁▁"]),  # nothing moves
+        ([1, math.nan, 2], 3, 1, ["▁ █"]),
+        ([], 5, 2, ["", ""]),
+    ],
+)
+def test_curves(values: list[float], width: int, height: int, rows: list[str]) -> None:
+    assert chart(values, width, height) == rows
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(1, 80))
+def test_each_column_is_the_mean_of_its_share(values: list[float], count: int) -> None:
+    columns = averaged(values, count)
+    assert len(columns) == min(count, len(values))
+    known = [own for own in columns if own is not None]
+    assert min(values) - 1e-6 <= min(known) <= max(known) <= max(values) + 1e-6
+    if len(values) % len(columns) == 0:
+        assert sum(known) / len(known) == pytest.approx(sum(values) / len(values), abs=1e-3)
+
+
+def in_terminal(*arguments: str, cwd: Path, columns: int = 120, rows: int = 40) -> str:
+    """All that `grpo …` sends to a terminal of this size."""
+    mine, its = pty.openpty()
+    env = {**os.environ, "COLUMNS": str(columns), "LINES": str(rows), "TERM": "xterm-256color"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo", *arguments],
+        cwd=cwd, stdin=its, stdout=its, stderr=its, env=env, start_new_session=True,
+    )  # fmt: skip
+    os.close(its)
+    told, until = b"", time.monotonic() + 300
+    while time.monotonic() < until:
+        ready, _, _ = select.select([mine], [], [], 0.2)
+        if ready:
+            try:
+                piece = os.read(mine, 65536)
+            except OSError:  # the other end is closed
+                break
+            told += piece
+            if not piece:
+                break
+    assert process.wait(30) == 0, told.decode()
+    os.close(mine)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode())
+
+
+JOB = ("experiment=smoke", "tracking=none", "max_steps=4")
+
+
+def test_a_wide_terminal_has_charts_and_a_narrow_one_a_line(tmp_path: Path) -> None:
+    wide = in_terminal(*JOB, "hydra.run.dir=run", cwd=tmp_path)
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()][1:]
+    rewards = [step["reward/mean"] for step in steps]
+    assert f"reward {rewards[0]:.3g} \u2192 {rewards[-1]:.3g}" in wide
+    assert re.search(r"kl \S+ \u2192 \S+ +length \S+ \u2192", wide)
+    if max(rewards) > min(rewards):
+        assert "█" in wide
+    narrow = in_terminal(*JOB, "hydra.run.dir=narrow", cwd=tmp_path, columns=80)
+    assert "step 4/4" in narrow
+    assert "\u2192 " not in narrow.partition("finished:")[0]
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_shows_its_jobs_and_they_leave_it_the_terminal(
+    launcher: str, tmp_path: Path
+) -> None:
+    told = in_terminal(
+        "-m", "experiment=smoke", "tracking=none", "max_steps=12", "eval.every=0", "seed=0,1",
+        f"hydra/launcher={launcher}", "sweep_dir=sweep", cwd=tmp_path,
+    )  # fmt: skip
+    assert "2 to run" in told
+    assert re.search(r"job [01]  step \d+/12  reward 0\.\d+  [▁▂▃▄▅▆▇█ ]+  .*seed=[01]", told)
+    assert "2 finished" in told
+    assert not re.search(r"step \d+/12  reward \S+  kl", told)  # a job's own live line
+    assert len(list((tmp_path / "sweep").glob("*/report.html"))) == 2
+
+
+def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
+    """Two done in ten seconds and half of a third: each takes four, so six more seconds."""
+    jobs = [["kl_weight=0"], ["kl_weight=0.1"], ["kl_weight=0.2"], ["kl_weight=0.3"]]
+    Record([], None, jobs).write(tmp_path)
+    view = View(tmp_path, 4, objective_value, minimized=False)
+    assert str(view.shown(100).renderables[0]) == "4 to run"
+    for number, value in ((0, 0.25), (1, 0.75)):
+        (tmp_path / str(number)).mkdir()
+        content = {"status": "finished", "objective": {"name": "eval/accuracy", "value": value}}
+        write_json(tmp_path / str(number) / "summary.json", content)
+    running = tmp_path / "2"
+    running.mkdir()
+    write_json(running / "summary.json", {"status": "running", "total_steps": 8})
+    step = {"time/step": 1.0, "reward/mean": 0.5}
+    (running / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n, **step}) + "\n" for n in range(1, 5))
+    )
+    view.started = time.monotonic() - 10
+    with locked(running):
+        head, job = map(str, view.shown(100).renderables)
+    assert head == ("2 finished, 1 running, 1 to run  best 0.75: job 1, kl_weight=0.1  0m06s left")
+    assert job == "  job 2  step 4/8  reward 0.500  ▁▁▁▁  kl_weight=0.2"
+    least = View(tmp_path, 4, objective_value, minimized=True)
+    assert "best 0.25: job 0" in str(least.shown(100).renderables[0])
