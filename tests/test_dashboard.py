@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,10 +141,25 @@ def test_a_new_run_is_seen_and_an_empty_folder_is_no_error(short_run: Path, tmp_
         (tmp_path / "later").symlink_to(short_run)
         assert ask(f"{found}/run/later")[0] == 404  # it lies elsewhere
         (tmp_path / "later").unlink()
-        import shutil
-
         shutil.copytree(short_run, tmp_path / "later", symlinks=True)
         assert "1 run, 0 sweeps" in ask(found)[1]
+
+
+def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(outputs, tmp_path / "outputs", symlinks=True)
+    for name, file in (("odd", "study.json"), ("torn", "sweep.json"), ("gone", "study.journal")):
+        shutil.copytree(outputs / "sweeps/day/search", tmp_path / "outputs/sweeps" / name)
+        (tmp_path / "outputs/sweeps" / name / file).write_text('{"other": 1}')
+    with serving(tmp_path / "outputs") as found:
+        code, page = ask(found)
+        assert code == 200
+        assert "href='/run/day/run'" in page
+        assert "href='/sweep/sweeps/odd'" in page
+        assert "sweeps/torn" not in page
+        names = [
+            s["study_name"] for s in json.loads(ask(f"{found}/api/studies")[1])["study_summaries"]
+        ]
+        assert "sweeps/day/search" in names
 
 
 @pytest.mark.parametrize(

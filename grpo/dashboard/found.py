@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo.again import read_yaml
+from grpo.errors import ConfigError
 from grpo.past import read_summary
 from grpo.report.run.read import is_run
 from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, status_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ def outputs_in(root: Path) -> Outputs:
     for name, inside, files in os.walk(root):
         folder = Path(name)
         if RECORD in files:
-            sweeps.append(SweepFolder(folder, list(jobs_of(folder))))
+            try:
+                sweeps.append(SweepFolder(folder, list(jobs_of(folder))))
+            except ConfigError as error:
+                log.warning("%s", error)  # one that is broken hides no other
         elif is_run(folder) and (summary := read_summary(folder)) is not None:
             overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
             runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))

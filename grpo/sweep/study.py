@@ -143,8 +143,18 @@ class StudyFile:
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
+        """None where the folder holds no search.
+
+        Raises:
+            ConfigError: what is there can't be read.
+        """
         file = folder / STUDY
-        return cls(**json.loads(file.read_text())) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{file}: can't be read, so its study isn't known.") from error
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
