@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from grpo.arguments import option
 from grpo.errors import ConfigError, RunError
 from grpo.past import HUB_ID, model_of_checkpoint, run_of
 from grpo.report.run.page import verdict, written
@@ -26,7 +27,9 @@ def export(arguments: Sequence[str]) -> None:
         ConfigError: there is no run, the folder is not empty, or the hub doesn't let one write.
         RunError: the upload failed; the folder is written.
     """
-    given, hub_id = hub_id_of(list(arguments))
+    given, hub_id = option(arguments, "--push")
+    if hub_id is not None and not HUB_ID.fullmatch(hub_id):
+        raise ConfigError(f"--push {hub_id}: a model's id on the hub is ORG/NAME.")
     if len(given) != 2:
         raise ConfigError(f"{USAGE}: name a run and the folder to write.")
     source, folder = given[0], Path(given[1]).expanduser()
@@ -46,15 +49,6 @@ def export(arguments: Sequence[str]) -> None:
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:
         push(folder, hub_id)
-
-
-def hub_id_of(arguments: list[str]) -> tuple[list[str], str | None]:
-    if "--push" not in arguments:
-        return arguments, None
-    place = arguments.index("--push")
-    if place + 1 >= len(arguments) or not HUB_ID.fullmatch(arguments[place + 1]):
-        raise ConfigError("--push: needs the model's id on the hub, ORG/NAME.")
-    return arguments[:place] + arguments[place + 2 :], arguments[place + 1]
 
 
 def check_hub(hub_id: str) -> None:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo.arguments import option
 from grpo.errors import ConfigError
 
 USAGE = "grpo dashboard [FOLDER] [--host HOST] [--port PORT]"
@@ -18,14 +19,15 @@ def dashboard(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: there is no such folder, or nothing can listen there.
     """
-    rest, host = option(list(arguments), "--host", HOST)
-    rest, port = option(rest, "--port", PORT)
+    rest, host = option(arguments, "--host")
+    rest, port = option(rest, "--port")
     if len(rest) > 1 or any(word.startswith("-") for word in rest):
         raise ConfigError(f"{USAGE}: {' '.join(rest)} is not that.")
     root = Path(rest[0] if rest else FOLDER).expanduser()
     if not root.is_dir():
         raise ConfigError(f"{root}: there is no such folder; runs make it, or name another one.")
-    listener = listening(host, port)
+    host = host or HOST
+    listener = listening(host, port or PORT)
     import uvicorn
 
     from grpo.dashboard.app import LOOPBACK, dashboard_app
@@ -39,16 +41,6 @@ def dashboard(arguments: Sequence[str]) -> None:
         flush=True,
     )
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
-
-
-def option(arguments: list[str], name: str, default: str) -> tuple[list[str], str]:
-    """The arguments without an option, and its value."""
-    if name not in arguments:
-        return arguments, default
-    place = arguments.index(name)
-    if place + 1 >= len(arguments):
-        raise ConfigError(f"{USAGE}: {name} needs a value.")
-    return arguments[:place] + arguments[place + 2 :], arguments[place + 1]
 
 
 def listening(host: str, port: str) -> socket.socket:
