@@ -72,6 +72,10 @@ def main() -> None:
                 command(train_job if job == "train" else eval_job)()
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
             refuse(ConfigError(explain(error, job, overrides)))
+        except AssertionError as error:
+            if not str(error).startswith("Unexpected type for root"):  # OmegaConf's, of `none.key`
+                raise
+            refuse(ConfigError(key_of_nothing(job, overrides)))
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
@@ -242,18 +246,38 @@ def known_choices(group: str) -> list[str]:
     return choices([config.conf_folder()], group)
 
 
+def key_of_nothing(job: str, overrides: Argv) -> str:
+    """Says which key belongs to a part that is none."""
+    composed = of_choices(job, overrides)
+    for own in overrides:
+        part = again.key_of(own).partition(".")[0]
+        if "." in again.key_of(own) and part in composed and composed[part] is None:
+            others = [f"{part}={choice}" for choice in known_choices(part) if choice != "none"]
+            return (
+                f"{own}: {part} is none here, which has no keys; leave it out, or set "
+                f"{' or '.join(others)}."
+            )
+    return "a key is set of a part that is none; leave it out."
+
+
 def known_keys(job: str, overrides: Argv) -> list[str]:
     """Every key that can be set, given the groups chosen, and the groups themselves."""
-    folder = config.conf_folder()
-    groups = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    chosen = [o for o in overrides if o.partition("=")[0] in groups]
+    return [*groups(), *flat_keys(of_choices(job, overrides), "")]
+
+
+def of_choices(job: str, overrides: Argv) -> DictConfig:
+    """The config with the groups chosen, and nothing else that was asked for."""
+    chosen = [o for o in overrides if o.partition("=")[0] in groups()]
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+    with hydra.initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
         try:
-            composed = hydra.compose(JOBS[job], chosen)
+            return hydra.compose(JOBS[job], chosen)
         except HydraException:
-            composed = hydra.compose(JOBS[job])
-    return [*groups, *flat_keys(composed, "")]
+            return hydra.compose(JOBS[job])
+
+
+def groups() -> list[str]:
+    return sorted(path.name for path in config.conf_folder().iterdir() if path.is_dir())
 
 
 def flat_keys(node: DictConfig, prefix: str) -> list[str]:

@@ -50,6 +50,12 @@ CASES = {
     "unknown choice": (["model=tinny"], "model=tinny: no such choice", "tiny"),
     "unknown group": (["modle=tiny"], "modle: no such key", "model"),
     "unknown experiment": (["experiment=smok"], "experiment=smok: no such choice", "smoke"),
+    "key of a part that is off": (["adapter.rank=4"], "adapter.rank=4: adapter is none", "lora"),
+    "key of a part that is switched off": (
+        ["doctor=none", "doctor.window=3"],
+        "doctor.window=3: doctor is none",
+        "doctor=watch",
+    ),
     "unknown job": (["trian"], "trian: no such job", "train"),
     "not an override": (["kl_weight=[1,"], "kl_weight=[1,", "key=value"),
     "a word for a number": (["batch_size=many"], "batch_size", "Integer"),
@@ -394,10 +400,7 @@ def test_a_real_process_says_it_in_one_line_and_exits_2(tmp_path: Path) -> None:
     result = grpo_process("num_generations=4", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == (
-        "grpo: num_generations: no such key; did you mean num_generation or "
-        "algorithm.num_iterations?\n"
-    )
+    assert result.stderr == ("grpo: num_generations: no such key; did you mean num_generation?\n")
     assert list(tmp_path.iterdir()) == []
 
 

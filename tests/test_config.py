@@ -107,6 +107,16 @@ def test_unknown_keys_name_the_nearest() -> None:
     assert config.nearest("kl_wight", keys) == "; did you mean kl_weight?"
     assert config.nearest("warmup_step", keys) == "; did you mean optim.warmup_steps?"
     assert config.nearest("zzz", keys) == ""
+    assert config.nearest("kl_wight", [*keys, "doctor.kl_high"]) == "; did you mean kl_weight?"
+    assert config.nearest("optim.warmup", [*keys, "optim.name", "optim"]) == (
+        "; did you mean optim.warmup_steps?"
+    )
+    assert config.nearest("modle", ["tracking.mode", "model"]) == (
+        "; did you mean model or tracking.mode?"
+    )
+    twins = ["kl.clip_high", "kl.clip_low", "kl.clop", "clip"]
+    assert config.nearest("kl.clip_hgh", twins) == "; did you mean kl.clip_high?"
+    assert config.nearest("kl.clip", twins) == "; did you mean clip?"
 
 
 @pytest.mark.parametrize(
