@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,20 +204,30 @@ def test_the_dashboard_leads_to_every_page(
         page.close()  # it asks again and again
 
 
+@pytest.mark.parametrize("tokens", [200, 800])
 def test_a_long_run_makes_a_page_of_bearable_size(
+    tokens: int,
     short_run: Path,
     tmp_path: Path,
     opened: Callable[[Path], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2,000 steps and 20,000 completions: at most 15 MB."""
+    """2,000 steps and 20,000 completions: at most 15 MB, and any step can be looked at."""
     from grpo.report.run.page import write_run_page
 
     monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmark"))
     from pages import stretch
 
-    stretch(short_run, tmp_path / "run")
+    stretch(short_run, tmp_path / "run", tokens)
     report = write_run_page(tmp_path / "run")
     assert report.stat().st_size <= 15e6
     page = opened(report)
-    page.locator("#completions .completion").first.wait_for()
+    section = page.locator("#completions")
+    section.locator(".completion").first.wait_for()
+    assert section.locator(".step output").inner_text() == "2000"
+    left_out = section.get_by_text("They are of").is_visible()
+    assert left_out == (tokens == 800)
+    section.locator("input[type=range]").fill("0")
+    section.locator("summary b", has_text=re.compile("^step 1$")).first.wait_for()
+    section.get_by_role("combobox", name="In", exact=True).select_option("all")
+    section.locator("button.more").wait_for()  # once all of it is unpacked

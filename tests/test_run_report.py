@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
+import random
 import re
 import shutil
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from grpo.config import flat
 from grpo.models.find import PACKAGED
+from grpo.report.run.browser import FIRST, Block, by_step, levels, packed_blocks, widths
 from grpo.report.run.charts import smoothed, thinned
 from grpo.report.run.page import runs_page, write_run_page
 from grpo.report.run.read import differences, read_run
@@ -28,10 +34,21 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.ha
 
 def content(page: str) -> dict[str, Any]:
     """What a page's script reads."""
-    packed = re.search(r"<script type=text/plain id=content>([^<]*)</script>", page)
-    assert packed is not None
-    found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed[1])))
+    (found,) = unpacked(page, "id=content")
     return found
+
+
+def rows_and_prompts(page: str) -> Iterator[tuple[list[Any], str]]:
+    """The completions that a page has, and the prompt of each."""
+    for block in unpacked(page, "class=block"):
+        for n, facts in enumerate(block["facts"]):
+            own = (block[column][n] for column in ("texts", "widths", "kl"))
+            yield [*facts, *own], block["prompts"][facts[1]]
+
+
+def unpacked(page: str, which: str) -> list[dict[str, Any]]:
+    packed = re.findall(rf"<script type=text/plain {which}>([^<]*)</script>", page)
+    return [json.loads(gzip.decompress(base64.b64decode(own))) for own in packed]
 
 
 def test_a_run_ends_with_its_page(short_run: Path) -> None:
@@ -45,14 +62,15 @@ def test_a_run_ends_with_its_page(short_run: Path) -> None:
 
 
 def test_its_data_is_that_of_the_files(short_run: Path) -> None:
-    data = content((short_run / "report.html").read_text())
+    page = (short_run / "report.html").read_text()
+    data, shown = content(page), list(rows_and_prompts(page))
     rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
-    assert len(data["completions"]["rows"]) == len(rows)
-    for packed, row in zip(data["completions"]["rows"], rows, strict=True):
-        assert data["completions"]["prompts"][packed[1]] == row["prompt"]
-        assert packed[3] == row["completion"]
-        assert sum(packed[10]) == len(row["completion"])  # the tokens spell it
-        assert len(packed[11]) == row["tokens"]  # each with its KL
+    for (packed, prompt), row in zip(shown, rows, strict=True):
+        assert prompt == row["prompt"]
+        *_, text, spans, kl = packed
+        assert text == row["completion"]
+        assert sum(ord(letter) - FIRST for letter in spans) == len(text)  # the tokens spell it
+        assert len(kl) == row["tokens"]  # each with its KL
     metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward/mean"] for line in metrics if "reward/mean" in line]
     drawn = [trace["y"] for figure in data["figures"] for trace in figure["data"]]
@@ -86,7 +104,8 @@ def test_hostile_text_stays_text(short_run: Path, tmp_path: Path) -> None:
     page = write_run_page(tmp_path / "run").read_text()
     assert HOSTILE not in page
     assert "<img" not in page
-    assert content(page)["completions"]["rows"][0][3] == HOSTILE
+    row, _ = next(rows_and_prompts(page))
+    assert HOSTILE in row
 
 
 def test_a_run_that_still_goes_is_read_as_far_as_it_is(short_run: Path, tmp_path: Path) -> None:
@@ -139,10 +158,10 @@ def test_differences_are_of_every_key() -> None:
 
 
 def test_long_lines_are_thinned_to_means() -> None:
-    steps, values = thinned(list(range(2500)), [float(n) for n in range(2500)])
-    assert steps == list(range(0, 2500, 3))
-    assert values[0] == 1.0  # of 0, 1, 2
-    assert values[-1] == 2499.0
+    steps, values = thinned(list(range(3000)), [float(n) for n in range(3000)])
+    assert steps == list(range(0, 3000, 3))
+    assert values == [n + 1.0 for n in steps]  # the first is of 0, 1, 2
+    assert thinned([5, 7], [1.0, None]) == ([5, 7], [1.0, None])
     assert smoothed([1.0, None, 1.0]) == [1.0, 1.0, 1.0]
 
 
@@ -156,3 +175,43 @@ def test_tokens_spell_the_text(text: str) -> None:
     assert ends == sorted(ends)
     assert ends[-1] == len(whole)
     assert token_ends(tokenizer, ids, whole + " and more") == []
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4000), min_size=1, max_size=40),
+    room=st.integers(3_000, 60_000),
+)
+@settings(deadline=None)
+def test_a_page_has_whole_steps_from_the_first_to_the_last(lengths: list[int], room: int) -> None:
+    """As many as there is room for, or the two ends."""
+    noise = random.Random(0)
+    rows = [
+        {
+            "step": step, "prompt": "1 + 1 =", "answer": "2", "reward": 1.0, "advantage": 0.0,
+            "completion": "".join(noise.choices(string.printable, k=length)), "tokens": length,
+            "truncated": False, "failed": None,
+        }
+        for step, length in enumerate(lengths, 1) for _ in range(2)
+    ]  # fmt: skip
+    blocks = packed_blocks(by_step(rows), room)
+    shown = [step for block in blocks for step in block.steps]
+    assert shown == sorted(set(shown))
+    assert {shown[0], shown[-1]} == {1, len(lengths)}
+    packed = [row for block in blocks for row in samples_of(block)["facts"]]
+    assert [row[0] for row in packed] == [step for step in shown for _ in range(2)]
+    size = sum(len(block.packed) for block in blocks)
+    assert size <= room or len(shown) <= 2
+    if len(shown) < len(lengths):
+        assert sum(len(block.packed) for block in packed_blocks(by_step(rows), 10**9)) > room
+        spaces = [after - before for before, after in itertools.pairwise(shown)]
+        assert max(spaces) - min(spaces) <= 1
+
+
+def test_a_letter_a_token_says_its_width_and_its_kl() -> None:
+    assert widths([1, 1, 4]) == "$#&"
+    assert levels([0.0, 0.02, 0.03, -0.5, 7.0, -7.0]) == "PPQFx("
+
+
+def samples_of(block: Block) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(block.packed)))
+    return found

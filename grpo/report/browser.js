@@ -1,5 +1,6 @@
 // The completions browser. Texts come in as text alone: textContent, never HTML.
-const [STEP, PROMPT, ANSWER, TEXT, REWARD, ADVANTAGE, TOKENS, CUT, FAILED, PARTS, WIDTHS, KL] = [...Array(12).keys()];
+const [STEP, PROMPT, ANSWER, REWARD, ADVANTAGE, TOKENS, CUT, FAILED, PARTS, TEXT, WIDTHS, KL] = [...Array(12).keys()];
+const KL_STEP = 0.05, FIRST = "#".charCodeAt(0), NO_KL = "P".charCodeAt(0), MOST = 40; // as browser.py packs them
 const A_PAGE = 12; // groups or prompts shown at once
 
 function picker(label, choices, change) {
@@ -61,17 +62,22 @@ function written(row, by) {
   }
   const letters = [...row[TEXT]]; // as widths count them: one for what UTF-16 takes two for
   let start = 0;
-  row[WIDTHS].forEach((width, n) => {
+  [...row[WIDTHS]].forEach((letter, n) => {
+    const width = letter.charCodeAt(0) - FIRST, steps = row[KL].charCodeAt(n) - NO_KL;
     if (!width) return;
     const token = element("span", "", letters.slice(start, start + width).join(""));
-    const nats = row[KL][n] / 100;
-    token.style.background = shade(nats, 2);
-    token.title = `${nats.toFixed(2)} nats likelier than to the reference`;
+    token.style.background = shade(steps * KL_STEP, MOST * KL_STEP);
+    token.title = likelier(steps);
     text.append(token);
     start += width;
   });
   text.append(letters.slice(start).join(""));
   return text;
+}
+
+function likelier(steps) {
+  const nats = Math.abs(steps * KL_STEP).toFixed(2), open = Math.abs(steps) === MOST ? " or more" : "";
+  return steps ? `${nats} nats${open} ${steps > 0 ? "likelier" : "less likely"} than to the reference` : "as likely as to the reference";
 }
 
 function card(row, parts, by) {
@@ -95,17 +101,27 @@ function number(value) {
   return value === null ? "none" : String(Math.round(value * 1000) / 1000);
 }
 
-function browseCompletions(section, samples) {
-  const steps = [...new Set(samples.rows.map((row) => row[STEP]))];
-  const groups = [];
-  const places = new Map();
-  for (const row of samples.rows) {
+function grouped(samples) {
+  const groups = new Map();
+  samples.facts.forEach((facts, n) => {
+    const row = [...facts, samples.texts[n], samples.widths[n], samples.kl[n]];
     const key = row[STEP] + "/" + row[PROMPT];
-    if (!places.has(key)) {
-      places.set(key, groups.length);
-      groups.push({ step: row[STEP], prompt: samples.prompts[row[PROMPT]], answer: row[ANSWER], rows: [] });
+    if (!groups.has(key)) {
+      groups.set(key, { step: row[STEP], prompt: samples.prompts[row[PROMPT]], answer: row[ANSWER], rows: [] });
     }
-    groups[places.get(key)].rows.push(row);
+    groups.get(key).rows.push(row);
+  });
+  return [...groups.values()];
+}
+
+function browseCompletions(section, samples) {
+  const steps = samples.blocks.flat();
+  const blockOf = samples.blocks.flatMap((own, n) => own.map(() => n)); // of each of these
+  const packed = document.querySelectorAll(".block"), unpackedBlocks = new Map();
+  function block(n) {
+    // The groups of some steps, unpacked when they are first asked for.
+    if (!unpackedBlocks.has(n)) unpackedBlocks.set(n, unpacked(packed[n]).then((text) => grouped(JSON.parse(text))));
+    return unpackedBlocks.get(n);
   }
   const tests = {
     all: () => true,
@@ -135,14 +151,19 @@ function browseCompletions(section, samples) {
   section.append(bar, found, list);
   slider.addEventListener("input", show);
 
-  function show() {
-    const at = steps[slider.value], wanted = search.value.toLowerCase();
+  let asked = 0;
+  async function show() {
+    const mine = ++asked, at = steps[slider.value], wanted = search.value.toLowerCase();
     which.textContent = at;
     slider.disabled = where.value === "all";
+    const needed = where.value === "all" ? [...packed.keys()] : [blockOf[slider.value]];
+    if (needed.some((n) => !unpackedBlocks.has(n))) found.textContent = "Unpacking…";
+    const groups = (await Promise.all(needed.map(block))).flat();
+    if (mine !== asked) return; // something else was asked for meanwhile
     const chosen = groups.filter((g) =>
       (where.value === "all" || g.step === at) && tests[filter.value](g) &&
       (!wanted || g.prompt.toLowerCase().includes(wanted) || g.rows.some((row) => row[TEXT].toLowerCase().includes(wanted))));
-    found.textContent = `${chosen.length} of ${groups.length} groups`;
+    found.textContent = `${chosen.length} of ${samples.groups} groups`;
     pages(list, chosen, (g) => {
       const made = element("div", "group");
       const prompt = element("details");

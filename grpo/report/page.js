@@ -1,8 +1,8 @@
 // A page's data lies in it, packed; figures are drawn when they come into view, in its own colours.
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
-async function unpacked(id) {
-  const letters = atob(document.getElementById(id).textContent);
+async function unpacked(place) {
+  const letters = atob(place.textContent);
   const bytes = Uint8Array.from(letters, (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
@@ -28,11 +28,11 @@ function colored(layout) {
 }
 
 const ready = (async () => {
-  const content = JSON.parse(await unpacked("content"));
+  const content = JSON.parse(await unpacked(document.getElementById("content")));
   const drawn = new Set();
   let loaded;
   function plotly() {
-    loaded ??= unpacked("plotly").then((code) => {
+    loaded ??= unpacked(document.getElementById("plotly")).then((code) => {
       const script = element("script");
       script.textContent = code;
       document.head.append(script);

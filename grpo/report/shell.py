@@ -26,7 +26,8 @@ class Page:
         self.title = title
         self.parts: list[str] = []
         self.figures: list[Figure] = []
-        self.payload: dict[str, Any] = {}
+        self.payload: dict[str, Any] = {}  # unpacked when the page is opened
+        self.blocks: list[str] = []  # packed; each unpacked when it is asked for
         self.head = ""
 
     def add(self, html: str) -> None:
@@ -49,6 +50,9 @@ class Page:
     def html(self, scripts: Sequence[str] = ()) -> str:
         """scripts: files beside this one that the page needs, after page.js."""
         code = "\n".join((HERE / name).read_text() for name in ("page.js", *scripts))
+        blocks = "".join(
+            f"<script type=text/plain class=block>{own}</script>" for own in self.blocks
+        )
         data = packed(json.dumps({"figures": self.figures, **self.payload}, allow_nan=False))
         return (
             "<!doctype html><html lang=en><head><meta charset=utf-8>"
@@ -58,6 +62,7 @@ class Page:
             f"</head><body><main>{''.join(self.parts)}</main>"
             f"<script type=text/plain id=plotly>{plotly() if self.figures else ''}</script>"
             f"<script type=text/plain id=content>{data}</script>"
+            f"{blocks}"
             f"<script>{code}</script></body></html>\n"
         )
 

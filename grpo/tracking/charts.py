@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 LEVELS = " ▁▂▃▄▅▆▇█"
@@ -32,10 +32,16 @@ def chart(values: Sequence[float], width: int, height: int = 1) -> list[str]:
     return rows
 
 
-def averaged(values: Sequence[float], count: int) -> list[float | None]:
+def averaged(values: Sequence[float | None], count: int) -> list[float | None]:
     """At most so many, each the mean of its share; none where a share holds no number."""
-    count = min(count, len(values))
-    edges = [len(values) * n // count for n in range(count + 1)] if count else []
-    shares = [values[a:b] for a, b in pairwise(edges)]
-    found = [[value for value in share if math.isfinite(value)] for share in shares]
-    return [sum(own) / len(own) if own else None for own in found]
+    found: list[float | None] = []
+    for start, end in shares(len(values), count):
+        own = [value for value in values[start:end] if value is not None and math.isfinite(value)]
+        found.append(sum(own) / len(own) if own else None)
+    return found
+
+
+def shares(length: int, count: int) -> Iterable[tuple[int, int]]:
+    """Where each of at most so many shares, alike in size, starts and ends."""
+    count = min(count, length)
+    return pairwise([length * n // count for n in range(count + 1)] if count else [])

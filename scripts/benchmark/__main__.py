@@ -270,12 +270,15 @@ def told(part: str, name: str, result: dict[str, Any]) -> str:
         )
         return "\n".join(lines)
     if part == "page":
-        seconds = result["opening"]
-        return (
-            f"  {result['steps']} steps, {result['completions']} completions: "
-            f"{result['megabytes']:.1f} MB, written in {result['writing']:.1f} s, opened in "
-            f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
-        )
+        lines = [f"  {result['steps']} steps, {result['completions']} completions"]
+        for tokens, own in result["by_tokens"].items():
+            seconds = own["opening"]
+            lines.append(
+                f"  of {tokens} tokens: {own['megabytes']:.1f} MB, written in "
+                f"{own['writing']:.1f} s, opened in {median(seconds):.2f} s "
+                f"({min(seconds):.2f} to {max(seconds):.2f})"
+            )
+        return "\n".join(lines)
     return f"{part} {name}: " + json.dumps(result, indent=2)
 
 

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from grpo.report.run.read import Run
-from grpo.report.shell import Page
+from grpo.report.shell import Page, packed
 
-KL_UNIT = 100  # parts of a nat
+Row = Mapping[str, Any]  # a line of completions.jsonl
+
+FIRST = ord("#")  # the letter of a width of 0
+KL_STEP, MOST = 0.05, 40  # nats, and so many steps up or down: the colours end there
+LEVELS = {step: chr(ord("P") + step) for step in range(-MOST, MOST + 1)}
+BLOCK = 1_000_000  # characters that the page unpacks at once
+ROOM = 12_000_000  # characters of all completions, packed: a page stays below 15 MB
+SAMPLED = 8  # blocks, to tell how well a large run packs
+
+T = TypeVar("T")
 
 
 def browser(page: Page, run: Run) -> str:
     """Its place in the page; the texts go into the page's data."""
-    page.payload["completions"] = samples(run.completions)
+    steps = by_step(run.completions)
+    blocks = packed_blocks(steps, ROOM)
+    page.blocks = [block.packed for block in blocks]
+    page.payload["completions"] = {
+        "parts": parts_of(run.completions),
+        "blocks": [block.steps for block in blocks],
+        "groups": sum(block.groups for block in blocks),
+    }
     page.payload["answers"] = before_and_after(run.evaluations)
     parts = []
-    if run.completions:
+    if blocks:
+        there = sum(len(block.steps) for block in blocks)
+        left_out = (
+            f" They are of {there} of the {len(steps)} steps: all would make this page too large. "
+            f"The others are in completions.jsonl."
+            if there < len(steps)
+            else ""
+        )
         parts.append(
-            "<section id=completions><h2>Completions</h2><p>What the policy wrote in training, a "
-            "group beside each other: the same prompt, and how much better than its group each "
-            "one did.</p></section>"
+            f"<section id=completions><h2>Completions</h2><p>What the policy wrote in training, a "
+            f"group beside each other: the same prompt, and how much better than its group each "
+            f"one did.{left_out}</p></section>"
         )
     if page.payload["answers"]:
         first, last = (page.payload["answers"][key] for key in ("first", "last"))
@@ -31,28 +56,102 @@ def browser(page: Page, run: Run) -> str:
     return "".join(parts)
 
 
-def samples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Columns, with each prompt once."""
+@dataclass(frozen=True)
+class Block:
+    """The completions of some steps that follow each other."""
+
+    steps: list[int]
+    groups: int
+    packed: str
+
+
+def by_step(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["step"], []).append(row)
+    return found
+
+
+def packed_blocks(steps: Mapping[int, Sequence[Row]], room: int) -> list[Block]:
+    """Every step's completions, or as many steps, evenly spread, as there is room for.
+
+    Args:
+        room: characters that all of them may have, packed.
+    """
+    share, whole = 1.0, portions(list(steps), steps)
+    if len(whole) > SAMPLED:  # packing all of a large run to find it too large takes long
+        sampled = sum(len(packed_block(own, steps).packed) for own in spread(whole, SAMPLED))
+        share = min(1.0, room / (sampled * len(whole) / SAMPLED))
+    while True:
+        wanted = spread(list(steps), round(share * len(steps)))
+        blocks = [packed_block(own, steps) for own in portions(wanted, steps)]
+        size = sum(len(block.packed) for block in blocks)
+        if size <= room or len(wanted) <= 2:
+            return blocks
+        share *= 0.97 * room / size
+
+
+def spread(items: list[T], count: int) -> list[T]:
+    """So many, but at least two, evenly from the first to the last."""
+    count = min(len(items), max(2, count))
+    if count < 2:
+        return items
+    return [items[n * (len(items) - 1) // (count - 1)] for n in range(count)]
+
+
+def portions(wanted: Sequence[int], steps: Mapping[int, Sequence[Row]]) -> list[list[int]]:
+    """Steps that are unpacked together."""
+    found: list[list[int]] = []
+    size = BLOCK
+    for step in wanted:
+        if size >= BLOCK:
+            found.append([])
+            size = 0
+        found[-1].append(step)
+        size += sum(len(row["completion"]) + 8 * row["tokens"] for row in steps[step])
+    return found
+
+
+def packed_block(own: Sequence[int], steps: Mapping[int, Sequence[Row]]) -> Block:
+    rows = [row for step in own for row in steps[step]]
+    groups = len({(row["step"], row["prompt"]) for row in rows})
+    return Block(list(own), groups, packed(json.dumps(samples(rows), ensure_ascii=False)))
+
+
+def parts_of(rows: Sequence[Row]) -> list[str]:
+    """The rewards that were summed."""
+    return [key for key in (rows[0] if rows else {}) if key.startswith("reward/")]
+
+
+def samples(rows: Sequence[Row]) -> dict[str, Any]:
+    """Columns, since like packs well with like, and each prompt once."""
     prompts = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
-    parts = [key for key in (rows[0] if rows else {}) if key.startswith("reward/")]
+    parts = parts_of(rows)
     return {
         "prompts": list(prompts),
-        "parts": parts,
-        "rows": [
+        "facts": [
             [
-                row["step"], prompts[row["prompt"]], row["answer"], row["completion"],
-                row["reward"], row["advantage"], row["tokens"], row["truncated"], row["failed"],
-                [row.get(part) for part in parts], widths(row.get("token_ends") or []),
-                [round(x * KL_UNIT) for x in row.get("token_kl") or []],
+                row["step"], prompts[row["prompt"]], row["answer"], row["reward"],
+                row["advantage"], row["tokens"], row["truncated"], row["failed"],
+                [row.get(part) for part in parts],
             ]
             for row in rows
         ],
+        "texts": [row["completion"] for row in rows],
+        "widths": [widths(row.get("token_ends") or []) for row in rows],
+        "kl": [levels(row.get("token_kl") or []) for row in rows],
     }  # fmt: skip
 
 
-def widths(ends: Sequence[int]) -> list[int]:
-    """Characters of each token."""
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+def widths(ends: Sequence[int]) -> str:
+    """How many characters each token has, as a letter each."""
+    starts = [0, *ends]
+    return "".join([chr(FIRST + end - start) for start, end in zip(starts, ends, strict=False)])
+
+
+def levels(kl: Sequence[float]) -> str:
+    """The KL of each token in steps as fine as the colours, as a letter each."""
+    return "".join([LEVELS[max(-MOST, min(MOST, round(x / KL_STEP)))] for x in kl])
 
 
 def before_and_after(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 from grpo.check import REWARD_METRICS
 from grpo.report.run.read import Run
 from grpo.report.shell import COLORS, Figure
+from grpo.tracking.charts import averaged, shares
 
 MOST_POINTS = 1000  # of a line: beyond, each point is the mean of several steps
 SMOOTH = 50  # steps from which a noisy line gets its running mean
@@ -157,15 +158,9 @@ def lines(run: Run, chart: Chart, metric: str, color: str, name: str) -> list[di
 
 
 def thinned(steps: list[int], values: list[float | None]) -> tuple[list[int], list[float | None]]:
-    """Means of as many neighbours as leave few enough points."""
-    every = -(-len(steps) // MOST_POINTS)
-    if every <= 1:
-        return steps, values
-    means: list[float | None] = []
-    for start in range(0, len(values), every):
-        own = [value for value in values[start : start + every] if value is not None]
-        means.append(sum(own) / len(own) if own else None)
-    return steps[::every], means
+    """At most as many points as a line needs: means of neighbours, at the first one's step."""
+    firsts = [steps[start] for start, _ in shares(len(steps), MOST_POINTS)]
+    return firsts, averaged(values, MOST_POINTS)
 
 
 def smoothed(values: Sequence[float | None], keep: float = 0.8) -> list[float | None]:
