@@ -21,7 +21,7 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from grpo.dashboard.studies import follow
+from grpo.dashboard.studies import copy_trials
 from tests.conftest import grpo_process
 
 Grpo = Callable[..., tuple[int, str]]
@@ -48,7 +48,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(folder: Path, *options: str) -> Iterator[str]:
     """The address of a dashboard of this folder, until it is ended by Ctrl-C."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "grpo", "dashboard", str(folder), "--port", "0", *options],
+        [sys.executable, "-m", "grpo", "dashboard", str(folder), "--port=0", *options],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -155,7 +155,9 @@ def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> Non
         assert code == 200
         assert "href='/run/day/run'" in page
         assert "href='/sweep/sweeps/odd'" in page
-        assert "sweeps/torn" not in page
+        assert "href='/sweep/sweeps/torn'" not in page
+        assert "sweeps/torn/sweep.json: can&#x27;t be read" in page
+        assert page.count("<td>can't be read: ") == 2  # the studies of odd and gone
         names = [
             s["study_name"] for s in json.loads(ask(f"{found}/api/studies")[1])["study_summaries"]
         ]
@@ -169,6 +171,7 @@ def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> Non
         ((".", "--port", "http"), "--port http"),
         ((".", "--port", "99999"), "--port 99999"),
         ((".", "--port"), "--port needs a value"),
+        ((".", "--host="), "--host needs a value"),
         ((".", "--host", "203.0.113.1"), "can't listen"),
         ((".", "."), "grpo dashboard [FOLDER]"),
         (("--hots", "x"), "grpo dashboard [FOLDER]"),
@@ -195,7 +198,7 @@ def test_a_studys_copy_follows_it() -> None:
     own = copy.create_new_study(study.directions, "copy")
 
     def same() -> None:
-        follow(copy, own, study.trials)
+        copy_trials(copy, own, study.trials)
 
         def shown(trials: list[optuna.trial.FrozenTrial]) -> list[Any]:
             return [

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_seeds_are_folded_and_settings_ranked(sweep: Path) -> None:
         assert sorted(setting.by_seed) == [0, 1]
     ordered = [setting.mean for setting in found.settings]
     assert ordered == sorted(means.values(), reverse=True)
-    fewest = rank(read_sweeps([sweep]), minimized=True)
+    fewest = rank(replace(read_sweeps([sweep]), objectives={"eval/sampled_accuracy": "minimize"}))
     assert [setting.mean for setting in fewest.settings] == ordered[::-1]
 
 
@@ -119,6 +120,22 @@ def test_a_half_finished_sweep_has_a_report(copy: Path, grpo: Grpo) -> None:
     assert "job 6: a &lt;b&gt;reason&lt;/b&gt;" in page  # text can't become part of the page
     assert "<b>reason" not in page
     assert [len(s.by_seed) for s in rank(read_sweeps([copy])).settings].count(2) == 2
+
+
+def test_on_one_seed_each_nothing_is_said_that_needs_more(sweep: Path, copy: Path) -> None:
+    def heads(page: str) -> list[str]:
+        ranking = page.partition("<h2>Ranking</h2>")[2].partition("</thead>")[0]
+        return re.findall("<th>(.*?)</th>", ranking)
+
+    keys, name = ["kl_weight", "learning_rate", "seeds"], "eval/sampled_accuracy"
+    several = [*keys, f"mean {name}", "95% interval", "behind the best", "p"]
+    assert heads((sweep / "report.html").read_text()) == several
+    for number in (1, 3, 5, 7):
+        shutil.rmtree(copy / str(number))
+    write_report([copy])
+    page = (copy / "report.html").read_text()
+    assert heads(page) == [*keys, name, "behind the best"]
+    assert "t-test" not in page
 
 
 def test_a_sweep_of_which_nothing_has_finished(copy: Path, grpo: Grpo) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -21,9 +24,12 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.storages.journal import JournalFileBackend, JournalStorage
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from grpo.errors import ConfigError
+from grpo.report.sweep.front import unbeaten
+from grpo.report.sweep.ranking import rank
+from grpo.report.sweep.read import read_sweeps
 from grpo.sweep.search import reached_values
 from grpo.sweep.space import combinations, space_of, written
 from grpo.sweep.study import Options
@@ -256,7 +262,40 @@ def test_several_objectives(grpo: Grpo, tmp_path: Path) -> None:
     for trial in study_in(tmp_path / "sweep").trials:
         last = metrics(tmp_path / "sweep" / str(trial.number))[-1]
         assert trial.values == [last["eval/sampled_accuracy"], last["kl/mean"]]
-    assert "best:" in printed
+    _, _, best = printed.rpartition("best:\n")
+    unbeaten = {trial.number for trial in study_in(tmp_path / "sweep").best_trials}
+    assert set(map(int, re.findall(r"^  job (\d+):", best, re.MULTILINE))) == unbeaten
+    page = (tmp_path / "sweep/report.html").read_text()
+    assert "<code>eval/sampled_accuracy</code>; <code>kl/mean</code>, minimized" in page
+    assert "<h3>The objectives against each other</h3>" in page
+
+
+def test_the_report_ranks_by_what_was_searched(grpo: Grpo, tmp_path: Path) -> None:
+    """Which need not be the config's objective, nor something to maximize."""
+    code, printed = grpo(
+        *SEARCH, "hydra.sweeper.n_trials=3", "sweep_dir=sweep",
+        "hydra.sweeper.objectives={kl/mean: minimize}",
+    )  # fmt: skip
+    assert code == 0, printed
+    found = read_sweeps([tmp_path / "sweep"])
+    ends = {n: metrics(tmp_path / "sweep" / str(n))[-1]["kl/mean"] for n in range(3)}
+    assert found.objectives == {"kl/mean": "minimize"}
+    assert [setting.jobs[0].number for setting in rank(found).settings] == sorted(
+        ends, key=lambda n: ends[n]
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12),
+    st.booleans(),
+)
+def test_the_front_is_optunas(points: list[tuple[int, int]], minimized: bool) -> None:
+    directions = ["maximize", "minimize" if minimized else "maximize"]
+    study = optuna.create_study(directions=directions)
+    study.add_trials([create_trial(values=[float(x) for x in point]) for point in points])
+    front = {trial.number for trial in study.best_trials}
+    best = unbeaten(points, [False, minimized])
+    assert {n for n, is_best in enumerate(best) if is_best} == front
 
 
 def test_every_value_of_a_grid_is_tried(grpo: Grpo, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.past import locked, write_json
-from grpo.sweep.folder import Record, objective_value
+from grpo.sweep.folder import Record, Standing, objective_value
 from grpo.sweep.view import View
 from grpo.tracking.charts import averaged, chart
 
@@ -105,27 +105,60 @@ def test_a_sweep_shows_its_jobs_and_they_leave_it_the_terminal(
     assert len(list((tmp_path / "sweep").glob("*/report.html"))) == 2
 
 
+def is_ended(job: Standing) -> bool:
+    return job.ended
+
+
+def put_job(sweep: Path, number: int, steps: int = 0, **summary: object) -> Path:
+    """A job of eight steps that has come so far."""
+    folder = sweep / str(number)
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "summary.json", {"total_steps": 8, **summary})
+    lines = [{"step": n, "time/step": 1.0, "reward/mean": 0.5} for n in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
     """Two done in ten seconds and half of a third: each takes four, so six more seconds."""
     jobs = [["kl_weight=0"], ["kl_weight=0.1"], ["kl_weight=0.2"], ["kl_weight=0.3"]]
     Record([], None, jobs).write(tmp_path)
-    view = View(tmp_path, 4, objective_value, minimized=False)
+    view = View(tmp_path, 4, objective_value, False, is_ended)
     assert str(view.shown(100).renderables[0]) == "4 to run"
     for number, value in ((0, 0.25), (1, 0.75)):
-        (tmp_path / str(number)).mkdir()
-        content = {"status": "finished", "objective": {"name": "eval/accuracy", "value": value}}
-        write_json(tmp_path / str(number) / "summary.json", content)
-    running = tmp_path / "2"
-    running.mkdir()
-    write_json(running / "summary.json", {"status": "running", "total_steps": 8})
-    step = {"time/step": 1.0, "reward/mean": 0.5}
-    (running / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": n, **step}) + "\n" for n in range(1, 5))
-    )
+        objective = {"name": "eval/accuracy", "value": value}
+        put_job(tmp_path, number, status="finished", objective=objective)
+    running = put_job(tmp_path, 2, 4, status="running")
     view.started = time.monotonic() - 10
     with locked(running):
         head, job = map(str, view.shown(100).renderables)
     assert head == ("2 finished, 1 running, 1 to run  best 0.75: job 1, kl_weight=0.1  0m06s left")
     assert job == "  job 2  step 4/8  reward 0.500  ▁▁▁▁  kl_weight=0.2"
-    least = View(tmp_path, 4, objective_value, minimized=True)
+    least = View(tmp_path, 4, objective_value, True, is_ended)
     assert "best 0.25: job 0" in str(least.shown(100).renderables[0])
+
+
+def test_what_the_view_says_of_broken_jobs(tmp_path: Path) -> None:
+    """A sweep that goes on: job 0 failed after 2 of 8 steps, job 1 was killed after 4."""
+    Record([], None, [["seed=0"], ["seed=1"], ["seed=2"]]).write(tmp_path)
+    put_job(tmp_path, 0, 2, status="failed", error="no room on the disk")
+    put_job(tmp_path, 1, 4, status="running")
+    view = View(tmp_path, 3, objective_value, False, is_ended)
+    assert [str(line) for line in view.shown(100).renderables] == ["2 to run again, 1 to run"]
+    assert view.work_before == pytest.approx(0.25 + 0.5)
+
+    # Run again, the first fails once more, and the second has all but one step in 3.75 seconds:
+    # 0.75 + 0.375 more jobs of 3 are done, so each takes 10/3 s, and 1.125 are left.
+    put_job(tmp_path, 0, 2, status="failed", error="no room on the disk\nwhere it was")
+    running = put_job(tmp_path, 1, 7, status="running")
+    view.started = time.monotonic() - 3.75
+    with locked(running):
+        head, failed, job = map(str, view.shown(100).renderables)
+    assert head == "1 failed, 1 running, 1 to run  0m04s left"
+    assert failed == "  job 0  failed: no room on the disk"
+    assert job.startswith("  job 1  step 7/8")
+
+    # In a search, a trial that failed is over.
+    search = View(tmp_path, 3, objective_value, False, lambda own: own.status == "failed")
+    head, failed = map(str, search.shown(100).renderables)
+    assert head == "1 failed, 1 to run again, 1 to run"

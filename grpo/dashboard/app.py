@@ -35,8 +35,8 @@ def dashboard_app(root: Path, host: str) -> Starlette:
 
     def front(request: Request) -> Response:
         outputs = outputs_in(root)
-        studies.look()
-        return HTMLResponse(home(outputs, root, studies.ids))
+        studies.follow(outputs.sweeps)
+        return HTMLResponse(home(outputs, root, studies.ids, studies.unreadable))
 
     def run(request: Request) -> Response:
         return page(folder_of(root, request), ["metrics.jsonl", "summary.json"], write_run_page)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from grpo.errors import ConfigError
 from grpo.past import read_summary
 from grpo.report.run.read import is_run
 from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, status_of
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,19 @@ class SweepFolder:
 class Outputs:
     runs: list[RunFolder]
     sweeps: list[SweepFolder]
+    broken: list[str]  # why a sweep can't be read
 
 
 def outputs_in(root: Path) -> Outputs:
     """Runs and sweeps at any depth; the jobs of a sweep are the sweep's."""
-    runs, sweeps = [], []
+    runs, sweeps, broken = [], [], []
     for name, inside, files in os.walk(root):
         folder = Path(name)
         if RECORD in files:
             try:
                 sweeps.append(SweepFolder(folder, list(jobs_of(folder))))
             except ConfigError as error:
-                log.warning("%s", error)  # one that is broken hides no other
+                broken.append(str(error))  # and it hides no other
         elif is_run(folder) and (summary := read_summary(folder)) is not None:
             overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
             runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))
@@ -64,4 +62,4 @@ def outputs_in(root: Path) -> Outputs:
         inside.clear()  # what is within it is its own
     runs.sort(key=lambda run: str(run.summary.get("started")), reverse=True)
     sweeps.sort(key=lambda sweep: (sweep.folder / RECORD).stat().st_mtime, reverse=True)
-    return Outputs(runs, sweeps)
+    return Outputs(runs, sweeps, broken)

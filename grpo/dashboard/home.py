@@ -17,8 +17,15 @@ from grpo.tracking.console import duration
 SECONDS_BETWEEN_LOADS = 10  # while something runs
 
 
-def home(outputs: Outputs, root: Path, studies: Mapping[Path, int]) -> str:
-    """HTML. studies: a sweep's folder -> its study's number in optuna-dashboard."""
+def home(
+    outputs: Outputs, root: Path, studies: Mapping[Path, int], unreadable: Mapping[Path, str]
+) -> str:
+    """HTML.
+
+    Args:
+        studies: a sweep's folder -> its study's number in optuna-dashboard.
+        unreadable: a sweep's folder -> why its study is not there.
+    """
     page = Page(f"grpo: {root.absolute().name}")
     page.add(f"<h1>{escape(root.absolute().name)}</h1>")
     page.add(f"<p class=lead>{summed_up(outputs)}</p>")
@@ -28,9 +35,13 @@ def home(outputs: Outputs, root: Path, studies: Mapping[Path, int]) -> str:
     if studies:
         links.append("<a href='/dashboard'>Studies in optuna-dashboard</a>")
     page.add(f"<p class=facts>{' &middot; '.join(links)}</p>")
+    if outputs.broken:
+        reasons = "".join(f"<li>{escape(own)}</li>" for own in outputs.broken)
+        page.add(f"<section class=trouble><h2>Broken</h2><ul>{reasons}</ul></section>")
     if outputs.sweeps:
         heads = ["sweep", "jobs", "study", "each job"]
-        rows = [sweep_row(sweep, root, studies) for sweep in outputs.sweeps]
+        cells = [study_cell(own, studies, unreadable) for own in outputs.sweeps]
+        rows = [sweep_row(*own, root) for own in zip(outputs.sweeps, cells, strict=True)]
         page.add(f"<section><h2>Sweeps</h2>{table(heads, rows)}</section>")
     if outputs.runs:
         heads = ["run", "status", "steps", "sampled", "greedy", "time", "overrides"]
@@ -69,14 +80,22 @@ def gain(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, key: s
     return " \u2192 ".join(dict.fromkeys(told))
 
 
-def sweep_row(sweep: SweepFolder, root: Path, studies: Mapping[Path, int]) -> str:
-    study = ""
+def study_cell(
+    sweep: SweepFolder, studies: Mapping[Path, int], unreadable: Mapping[Path, str]
+) -> str:
+    if sweep.folder in unreadable:
+        return f"can't be read: {escape(unreadable[sweep.folder])}"
     if sweep.folder in studies:
-        study = f"<a href='/dashboard/studies/{studies[sweep.folder]}'>in optuna-dashboard</a>"
+        return f"<a href='/dashboard/studies/{studies[sweep.folder]}'>in optuna-dashboard</a>"
+    return ""
+
+
+def sweep_row(sweep: SweepFolder, study: str, root: Path) -> str:
+    counts = counted(job.status for job in sweep.jobs)
     begun = [job for job in sweep.jobs if job.status != "none"]
     jobs = " ".join(link("run", job.folder, root, str(job.number)) for job in begun)
     return (
-        f"<tr><td>{link('sweep', sweep.folder, root)}</td><td>{escape(counted(sweep.jobs))}</td>"
+        f"<tr><td>{link('sweep', sweep.folder, root)}</td><td>{escape(counts)}</td>"
         f"<td>{study}</td><td class=long>{jobs}</td></tr>"
     )
 

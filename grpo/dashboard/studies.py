@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial
 
-from grpo.dashboard.found import outputs_in
+from grpo.dashboard.found import SweepFolder, outputs_in
 from grpo.errors import ConfigError
-from grpo.sweep.study import StudyFile, open_storage, quiet
-
-log = logging.getLogger(__name__)
+from grpo.sweep.folder import StudyFile
+from grpo.sweep.study import open_storage, quiet
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -27,16 +26,19 @@ class Studies:
         self.root, self.storage = root, InMemoryStorage()
         self.sources: dict[Path, tuple[BaseStorage, int]] = {}  # whence, and its study there
         self.ids: dict[Path, int] = {}  # the copy's
-        self.unreadable: set[Path] = set()
+        self.unreadable: dict[Path, str] = {}  # and why
         self.looked = -SECONDS_BETWEEN_LOOKS
         self.lock = threading.Lock()
 
     def look(self) -> None:
-        """Brings the copy up to date. A storage that can't be reached is left out, and said."""
+        """Brings the copy up to date, unless it was a moment ago."""
+        if time.monotonic() - self.looked >= SECONDS_BETWEEN_LOOKS:
+            self.follow(outputs_in(self.root).sweeps)
+
+    def follow(self, sweeps: Iterable[SweepFolder]) -> None:
+        """Makes the copy what these hold; a study that can't be reached is not tried again."""
         with self.lock:
-            if time.monotonic() - self.looked < SECONDS_BETWEEN_LOOKS:
-                return
-            for sweep in outputs_in(self.root).sweeps:
+            for sweep in sweeps:
                 if sweep.searches and sweep.folder not in self.unreadable:
                     self._follow(sweep.folder)
             self.looked = time.monotonic()
@@ -46,10 +48,9 @@ class Studies:
             if folder not in self.sources:
                 self._open(folder)
             storage, there = self.sources[folder]
-            follow(self.storage, self.ids[folder], storage.get_all_trials(there))
+            copy_trials(self.storage, self.ids[folder], storage.get_all_trials(there))
         except (ConfigError, KeyError) as error:
-            log.warning("%s: its study can't be read (%s)", folder, error)
-            self.unreadable.add(folder)
+            self.unreadable[folder] = str(error)
 
     def _open(self, folder: Path) -> None:
         file = StudyFile.read(folder)
@@ -67,7 +68,7 @@ class Studies:
         self.sources[folder] = storage, there
 
 
-def follow(copy: BaseStorage, study: int, trials: list[FrozenTrial]) -> None:
+def copy_trials(copy: BaseStorage, study: int, trials: list[FrozenTrial]) -> None:
     """Makes a study's trials those that are given; they are in the order of their numbers."""
     own = copy.get_all_trials(study)
     for old, new in zip(own, trials, strict=False):

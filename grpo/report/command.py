@@ -17,7 +17,7 @@ from grpo.report.sweep.page import page
 from grpo.report.sweep.pictures import pictures
 from grpo.report.sweep.ranking import Ranking, rank
 from grpo.report.sweep.read import Sweep, read_sweeps
-from grpo.sweep.folder import STUDY, read_record
+from grpo.sweep.folder import read_record
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -50,7 +50,7 @@ def report(arguments: Sequence[str]) -> None:
 def write_report(folders: Sequence[Path]) -> str:
     """Writes the report, and returns the last lines for the terminal."""
     sweep = read_sweeps(folders)
-    ranking = rank(sweep, minimized=minimizes(folders[0], sweep.objective))
+    ranking = rank(sweep)
     folder = folders[0]
     command = best_of(sweep, ranking, folder) if ranking.settings else ""
     html = page(sweep, ranking, command, list(pictures(sweep, ranking, importances(sweep))))
@@ -60,16 +60,6 @@ def write_report(folders: Sequence[Path]) -> str:
     put(folder / "results.parquet", lambda file: rows.to_parquet(file, index=False))
     lines = [ranking.verdict, f"  report: {folder}/report.html, results.csv"]
     return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
-
-
-def minimizes(folder: Path, objective: str) -> bool:
-    """Whether the sweep was a search for less of it."""
-    if not (folder / STUDY).is_file():
-        return False
-    from grpo.sweep.study import StudyFile
-
-    study = StudyFile.read(folder)
-    return study is not None and study.objectives.get(objective) == "minimize"
 
 
 def best_of(sweep: Sweep, ranking: Ranking, folder: Path) -> str:

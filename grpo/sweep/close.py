@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from grpo.errors import RunError
@@ -21,7 +21,7 @@ def close(folder: Path, after: Sequence[Standing], broken: Sequence[Standing]) -
         return
     from grpo.report.command import write_report  # only now: it brings the drawing with it
 
-    print(f"\nsweep in {folder}: {counted(after)}", flush=True)
+    print(f"\nsweep in {folder}: {counted(own.status for own in after)}", flush=True)
     print(write_report([folder]), flush=True)
     if broken:
         lines = "\n".join(f"  {own}; in {own.folder}" for own in broken)
@@ -31,8 +31,8 @@ def close(folder: Path, after: Sequence[Standing], broken: Sequence[Standing]) -
         )
 
 
-def counted(jobs: Sequence[Standing]) -> str:
+def counted(statuses: Iterable[str]) -> str:
     """`3 finished, 1 to run`"""
     words = {"none": "to run"}
-    counts = Counter(words.get(own.status, own.status) for own in jobs)
+    counts = Counter(words.get(status, status) for status in statuses)
     return ", ".join(f"{count} {status}" for status, count in counts.items())

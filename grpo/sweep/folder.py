@@ -44,6 +44,36 @@ def read_record(folder: Path) -> Record | None:
 
 
 @dataclass(frozen=True)
+class StudyFile:
+    """What a search's jobs and its readers must know of it; kept in study.json."""
+
+    storage: str | None
+    study_name: str
+    objectives: dict[str, str]
+    pruner: str
+    pruner_options: dict[str, Any]
+    folder: str  # a name for the folder that it keeps wherever it is moved
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / STUDY, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> StudyFile | None:
+        """None where the folder holds no search.
+
+        Raises:
+            ConfigError: what is there can't be read.
+        """
+        file = folder / STUDY
+        if not file.is_file():
+            return None
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{file}: can't be read, so its study isn't known.") from error
+
+
+@dataclass(frozen=True)
 class Standing:
     """What has become of a job, as its folder says."""
 
@@ -51,6 +81,7 @@ class Standing:
     folder: Path
     status: str  # finished, pruned, failed, interrupted, killed, running, or none: not begun
     reason: str  # of a failure
+    summary: Mapping[str, Any]  # empty where there is none
 
     @property
     def ended(self) -> bool:
@@ -63,24 +94,24 @@ class Standing:
 
 def standing(sweep: Path, number: int) -> Standing:
     folder = sweep / str(number)
-    summary = read_summary(folder)
+    summary = read_summary(folder) or {}
     status = status_of(folder, summary)
-    reason = str((summary or {}).get("error") or "")
+    reason = str(summary.get("error") or "")
     if status == "killed":
         step = newest_step(folder)
         reason = f"ended from outside; {f'saved at {step.name}' if step else 'nothing saved'}"
-    return Standing(number, folder, status, reason)
+    return Standing(number, folder, status, reason, summary)
 
 
 def objective_value(job: Standing) -> float | None:
     """What a job came to by its own objective."""
-    value = ((read_summary(job.folder) or {}).get("objective") or {}).get("value")
+    value = (job.summary.get("objective") or {}).get("value")
     return None if value is None else float(value)
 
 
-def status_of(run: Path, summary: Mapping[str, Any] | None) -> str:
+def status_of(run: Path, summary: Mapping[str, Any]) -> str:
     """What has become of a run; a killed one still says that it runs."""
-    if summary is None:
+    if not summary:
         return "none"
     status = str(summary.get("status"))
     return "killed" if status == RUNNING and not is_locked(run) else status

@@ -45,9 +45,10 @@ def sweep(launch: Launch, params: Mapping[str, object], arguments: Sequence[str]
     with locked(folder):
         Record(launch.arguments, launch.config_dir, jobs).write(folder)
         before = list(jobs_of(folder))
-        print(f"sweep of {len(jobs)} jobs in {folder}: {counted(before)}", flush=True)
+        counts = counted(own.status for own in before)
+        print(f"sweep of {len(jobs)} jobs in {folder}: {counts}", flush=True)
         try:
-            with viewed(folder, len(before), objective_value, minimized=False):
+            with viewed(folder, len(before), objective_value, False, lambda own: own.ended):
                 launch.run([(own.number, jobs[own.number]) for own in before if not own.ended])
         except (KeyboardInterrupt, SystemExit):
             print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)

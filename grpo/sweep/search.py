@@ -27,10 +27,10 @@ from grpo.config import writable
 from grpo.errors import ConfigError
 from grpo.past import is_locked, locked, note_failure, read_summary
 from grpo.sweep.close import close, counted
-from grpo.sweep.folder import STUDY, Record, Standing, read_record, standing
+from grpo.sweep.folder import STUDY, Record, Standing, StudyFile, read_record, standing
 from grpo.sweep.launch import Launch, given
 from grpo.sweep.space import Space, combinations, corners, space_of, written
-from grpo.sweep.study import Options, StudyFile, open_storage, quiet, reach, spelled, told
+from grpo.sweep.study import Options, open_storage, quiet, reach, spelled, told
 from grpo.sweep.view import viewed
 from grpo.tracking.files import last_values, read_lines
 
@@ -193,7 +193,7 @@ class Search:
         print(f"search of {self.total} trials in {self.folder}: {self.so_far()}", flush=True)
         minimized = self.study.directions[0] == Direction.MINIMIZE
         try:
-            with viewed(self.folder, self.total, self.value_of, minimized):
+            with viewed(self.folder, self.total, self.value_of, minimized, is_over):
                 while self.some():
                     pass
         except (KeyboardInterrupt, SystemExit):
@@ -218,7 +218,7 @@ class Search:
 
     def so_far(self) -> str:
         done = self.standings()
-        return counted(done) if done else "none yet"
+        return counted(own.status for own in done) if done else "none yet"
 
     def some(self) -> bool:
         """Runs as many trials as go at once; false where none is left."""
@@ -310,6 +310,11 @@ class Search:
             for trial in best
         ]
         return "\nbest:\n" + "\n".join(lines)
+
+
+def is_over(job: Standing) -> bool:
+    """Whether a trial is not run again; one that failed has told the study enough."""
+    return job.ended or job.status == "failed"
 
 
 def reached_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:

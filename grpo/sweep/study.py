@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 from grpo.config import nearest
 from grpo.errors import ConfigError
-from grpo.past import write_json
-from grpo.sweep.folder import STUDY
 from grpo.sweep.space import Space
 
 JOURNAL = "study.journal"
@@ -125,36 +123,6 @@ def built(make: Callable[..., Any], options: Mapping[str, Any], key: str) -> Any
         return make(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"hydra.sweeper.{key}={dict(options)}: {error}") from error
-
-
-@dataclass(frozen=True)
-class StudyFile:
-    """study.json: what a search's jobs must know of it."""
-
-    storage: str | None
-    study_name: str
-    objectives: dict[str, str]
-    pruner: str
-    pruner_options: dict[str, Any]
-    folder: str  # a name for the folder that it keeps wherever it is moved
-
-    def write(self, folder: Path) -> None:
-        write_json(folder / STUDY, asdict(self))
-
-    @classmethod
-    def read(cls, folder: Path) -> StudyFile | None:
-        """None where the folder holds no search.
-
-        Raises:
-            ConfigError: what is there can't be read.
-        """
-        file = folder / STUDY
-        if not file.is_file():
-            return None
-        try:
-            return cls(**json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{file}: can't be read, so its study isn't known.") from error
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:

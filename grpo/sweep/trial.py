@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from grpo.sweep.folder import StudyFile
+
 Watcher = Callable[[int, Mapping[str, float]], bool]  # step, metrics -> whether to give up
 
 
@@ -14,18 +16,13 @@ def never(step: int, metrics: Mapping[str, float]) -> bool:
 
 def watcher_of(job: Path) -> Watcher:
     """What a job in this folder asks after each step."""
-    from grpo.sweep.folder import STUDY
-
-    if not (job.parent / STUDY).is_file():
+    file = StudyFile.read(job.parent)
+    if file is None or len(file.objectives) > 1:  # Optuna takes no values on the way to several
         return never
     import optuna  # takes seconds, which a grid's jobs don't need
 
-    from grpo.sweep.study import StudyFile, make_pruner, open_storage, quiet
+    from grpo.sweep.study import make_pruner, open_storage, quiet
 
-    file = StudyFile.read(job.parent)
-    assert file is not None
-    if len(file.objectives) > 1:  # Optuna takes no values on the way then
-        return never
     quiet()
     study = optuna.load_study(
         study_name=file.study_name,

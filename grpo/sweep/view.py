@@ -7,14 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from grpo.past import ENDED, RUNNING, read_summary
+from grpo.past import ENDED, RUNNING
 from grpo.sweep.folder import Standing, read_record, standing
 from grpo.sweep.stop import VIEW
 from grpo.tracking.charts import chart
@@ -23,11 +23,12 @@ from grpo.tracking.files import read_lines
 
 LOOKS_A_SECOND = 0.5
 CHART_WIDTH = 24
+MOST_FAILURES = 3  # whose reasons are shown; all are told at the end
 
 
 @dataclass(frozen=True)
 class Course:
-    """How a job that runs comes along."""
+    """How far a job has come."""
 
     job: Standing
     step: int
@@ -41,7 +42,11 @@ class Course:
 
 @contextmanager
 def viewed(
-    folder: Path, total: int, value_of: Callable[[Standing], float | None], minimized: bool
+    folder: Path,
+    total: int,
+    value_of: Callable[[Standing], float | None],
+    minimized: bool,
+    is_over: Callable[[Standing], bool],
 ) -> Iterator[None]:
     """Within it, a terminal shows the sweep; elsewhere its jobs write their own plain lines.
 
@@ -49,12 +54,13 @@ def viewed(
         total: jobs in all, begun or not.
         value_of: what a finished job came to.
         minimized: whether less of it is better.
+        is_over: whether a job that was there at the start will not be run again.
     """
     console = Console()
     if not console.is_terminal:
         yield
         return
-    view = View(folder, total, value_of, minimized)
+    view = View(folder, total, value_of, minimized, is_over)
     os.environ[VIEW] = str(os.getpid())
     live = Live(
         get_renderable=lambda: view.shown(console.width),
@@ -78,60 +84,95 @@ class View:
         total: int,
         value_of: Callable[[Standing], float | None],
         minimized: bool,
+        is_over: Callable[[Standing], bool],
     ) -> None:
         self.folder, self.total = folder, total
         self.value_of, self.minimized = value_of, minimized
         self.ended: dict[int, tuple[Standing, float | None]] = {}
+        self.left: dict[int, tuple[int, Course]] = {}  # to be run again: when it ended, how far
+        for own in self.look().begun:
+            if not is_over(own):
+                self.left[own.number] = touched(own), course(own)
         self.started = time.monotonic()
-        self.work_before = self.work(*self.look())
+        self.work_before = self.look().work
 
-    def look(self) -> tuple[list[list[str]], list[Standing], list[Course]]:
-        """Each job's overrides, all that have begun, and those that run."""
+    def look(self) -> Look:
         record = read_record(self.folder)
-        jobs = record.jobs if record else []
-        begun, courses = [], []
-        for number, job in enumerate(jobs):
+        found = Look(record.jobs if record else [])
+        for number, job in enumerate(found.overrides):
             if number in self.ended:
-                begun.append(self.ended[number][0])
+                found.begun.append(self.ended[number][0])
             elif job and (own := standing(self.folder, number)).status != "none":
-                begun.append(own)
+                found.begun.append(own)
                 if own.status == RUNNING:
-                    courses.append(course(own))
+                    found.running.append(course(own))
                 elif own.status in ENDED:
                     self.ended[number] = own, self.value_of(own)
-        return jobs, begun, courses
-
-    def work(self, jobs: list[list[str]], begun: list[Standing], courses: list[Course]) -> float:
-        """How much has been done, in jobs."""
-        return len(begun) - len(courses) + sum(own.share for own in courses)
+                elif number in self.left and touched(own) == self.left[number][0]:
+                    found.left.append(self.left[number][1])
+        return found
 
     def shown(self, width: int) -> Group:
-        jobs, begun, courses = looked = self.look()
-        counts = Counter(own.status for own in begun)
-        counts["to run"] = self.total - len(begun)
+        look = self.look()
+        counts = Counter(own.status for own in look.begun)
+        counts.subtract(own.job.status for own in look.left)
+        counts["to run again"] = len(look.left)
+        counts["to run"] = self.total - len(look.begun)
         parts = [", ".join(f"{count} {status}" for status, count in counts.items() if count)]
         values = {n: value for n, (_, value) in self.ended.items() if value is not None}
         if values:
             best = (min if self.minimized else max)(values, key=lambda n: values[n])
-            parts.append(f"best {values[best]:.4g}: job {best}, {' '.join(jobs[best])}")
-        done, now = self.work(*looked), time.monotonic()
-        if done > self.work_before:
-            each = (now - self.started) / (done - self.work_before)
-            parts.append(f"{duration((self.total - done) * each)} left")
-        lines = [Text("  ".join(parts), no_wrap=True, overflow="ellipsis")]
-        lines += [line(own, jobs[own.job.number]) for own in courses]
-        return Group(*lines)
+            overrides = " ".join(look.overrides[best])
+            parts.append(f"best {values[best]:.4g}: job {best}, {overrides}")
+        now = time.monotonic()
+        if look.work > self.work_before:
+            each = (now - self.started) / (look.work - self.work_before)
+            parts.append(f"{duration((self.total - look.work) * each)} left")
+        lines = ["  ".join(parts)]
+        lines += [failure(own) for own in look.failed[-MOST_FAILURES:]]
+        lines += [progress(own, look.overrides[own.job.number]) for own in look.running]
+        return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+
+
+@dataclass(frozen=True)
+class Look:
+    """A sweep's jobs as they are just now."""
+
+    overrides: list[list[str]]  # of each job
+    begun: list[Standing] = field(default_factory=list)
+    running: list[Course] = field(default_factory=list)
+    left: list[Course] = field(default_factory=list)  # broken before, and not yet run again
+
+    @property
+    def work(self) -> float:
+        """How much has been done, in jobs."""
+        unfinished = [*self.running, *self.left]
+        return len(self.begun) - len(unfinished) + sum(own.share for own in unfinished)
+
+    @property
+    def failed(self) -> list[Standing]:
+        left = {own.job.number for own in self.left}
+        return [own for own in self.begun if own.status == "failed" and own.number not in left]
 
 
 def course(job: Standing) -> Course:
     steps = [own for own in read_lines(job.folder / "metrics.jsonl") if "time/step" in own]
     rewards = [own["reward/mean"] for own in steps if own["reward/mean"] is not None]
-    total = (read_summary(job.folder) or {}).get("total_steps", 0)
+    total = job.summary.get("total_steps", 0)
     return Course(job, steps[-1]["step"] if steps else 0, total, rewards)
 
 
-def line(own: Course, overrides: list[str]) -> Text:
+def touched(job: Standing) -> int:
+    """When its summary was last written; nanoseconds."""
+    return (job.folder / "summary.json").stat().st_mtime_ns
+
+
+def failure(job: Standing) -> str:
+    return f"  job {job.number}  failed: {(job.reason.splitlines() or ['no reason given'])[0]}"
+
+
+def progress(own: Course, overrides: list[str]) -> str:
     (curve,) = chart(own.rewards, CHART_WIDTH)
     reward = f"reward {own.rewards[-1]:.3f}" if own.rewards else "starting"
     words = f"  job {own.job.number}  step {own.step}/{own.total_steps}  {reward}  {curve}  "
-    return Text(words + " ".join(overrides), no_wrap=True, overflow="ellipsis")
+    return words + " ".join(overrides)

@@ -12,7 +12,6 @@ from grpo.report.shell import Page, row, table
 from grpo.report.sweep.ranking import Ranking, shown
 from grpo.report.sweep.read import Job, Sweep
 from grpo.sweep.close import counted
-from grpo.sweep.folder import Standing
 
 
 def page(
@@ -23,12 +22,9 @@ def page(
 ) -> str:
     """HTML. command: what runs the best setting again; empty where there is none."""
     made = Page(f"Sweep {', '.join(folder.name for folder in sweep.folders)}")
-    whole = [Standing(job.number, job.folder, job.status, job.reason) for job in sweep.jobs]
+    counts = counted(job.status for job in sweep.jobs)
     made.add(f"<h1>{escape(made.title)}</h1><p class=lead>{escape(ranking.verdict)}</p>")
-    made.add(
-        f"<p class=facts>{len(sweep.jobs)} jobs: {escape(counted(whole))}. "
-        f"Objective: <code>{escape(sweep.objective)}</code>.</p>"
-    )
+    made.add(f"<p class=facts>{len(sweep.jobs)} jobs: {escape(counts)}. {objectives(sweep)}</p>")
     if command:
         made.add(f"<p>The best setting again:</p><pre>{escape(command)}</pre>")
     made.add(troubles(sweep.jobs))
@@ -38,6 +34,16 @@ def page(
         made.add(f"<section>{drawn}</section>")
     made.add(jobs_table(sweep))
     return made.html()
+
+
+def objectives(sweep: Sweep) -> str:
+    own = [
+        f"<code>{escape(name)}</code>{', minimized' if direction == 'minimize' else ''}"
+        for name, direction in sweep.objectives.items()
+    ]
+    if len(own) == 1:
+        return f"Objective: {own[0]}."
+    return f"Objectives: {'; '.join(own)}. Settings are ranked by the first."
 
 
 def troubles(jobs: Sequence[Job]) -> str:
@@ -53,40 +59,33 @@ def troubles(jobs: Sequence[Job]) -> str:
 
 
 def ranking_table(sweep: Sweep, ranking: Ranking) -> str:
-    heads = [
-        *ranking.keys,
-        "seeds",
-        f"mean {sweep.objective}",
-        "95% interval",
-        "behind the best",
-        "p",
-    ]
+    """What only several seeds can say is left out where each setting has one."""
+    if not ranking.settings:
+        return ""
+    repeated = any(len(setting.by_seed) > 1 for setting in ranking.settings)
+    told = ["95% interval", "behind the best", "p"] if repeated else ["behind the best"]
     rows = []
     for place, setting in enumerate(ranking.settings):
         spread = setting.interval
-        behind, p, sure = "", "", ""
+        cells = dict.fromkeys(told, "")
+        sure = ""
+        if repeated and spread is not None:
+            cells["95% interval"] = f"{spread.low:.4g} to {spread.high:.4g}"
         if place:
-            one = ranking.behind[place - 1]
-            behind = f"{abs(one.mean):.3g}"
+            cells["behind the best"] = f"{abs(ranking.behind[place - 1].mean):.3g}"
             if len(setting.by_seed) > 1:
-                p = f"{ranking.p[place - 1]:.3f}"
+                cells["p"] = f"{ranking.p[place - 1]:.3f}"
                 sure = "sure" if ranking.p[place - 1] <= 0.05 else ""
-        cells = [
-            *(shown(value) for value in setting.values),
-            str(len(setting.by_seed)),
-            f"{setting.mean:.4g}",
-            "" if spread is None else f"{spread.low:.4g} to {spread.high:.4g}",
-            behind,
-            p,
-        ]
-        rows.append(row(cells, sure))
-    if not rows:
-        return ""
+        first = [*map(shown, setting.values), str(len(setting.by_seed)), f"{setting.mean:.4g}"]
+        rows.append(row([*first, *cells.values()], sure))
     note = (
         "Compared with the best by a paired t-test over the seeds that both have, p for all "
         "comparisons together (Holm). A bold p is a difference that the data supports."
+        if repeated
+        else "On one seed each, so that a small difference may be luck."
     )
-    return f"<section><h2>Ranking</h2><p>{note}</p>{table(heads, rows)}</section>"
+    heads = [*ranking.keys, "seeds", f"mean {sweep.objective}" if repeated else sweep.objective]
+    return f"<section><h2>Ranking</h2><p>{note}</p>{table([*heads, *told], rows)}</section>"
 
 
 def jobs_table(sweep: Sweep) -> str:

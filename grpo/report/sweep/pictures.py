@@ -11,6 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from grpo.report.shell import COLORS, GRAY
+from grpo.report.sweep.front import fronts
+from grpo.report.sweep.layout import layout
 from grpo.report.sweep.ranking import Ranking, Setting, shown
 from grpo.report.sweep.read import Job, Sweep
 
@@ -67,7 +69,13 @@ def pictures(
             "The objective at each evaluation: mean and range over a setting's seeds.",
             curves(sweep, ranking),
         )
-    if any("kl/mean" in job.last for job in done):
+    if len(sweep.objectives) > 1 and done:
+        yield (
+            "The objectives against each other",
+            "A point a job. In blue, those that no other one beats in everything.",
+            fronts(sweep, done),
+        )
+    if any("kl/mean" in job.last for job in done) and not sweep.minimized:
         yield (
             "Reward against KL",
             "Where each job ended. Up and to the left is better: more reward, nearer to the "
@@ -79,15 +87,6 @@ def pictures(
         "What each job took; pruned and failed ones too.",
         spent(sweep),
     )
-
-
-def layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
-    figure.update_layout(
-        template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 40, "b": 50},
-        font={"family": "system-ui, sans-serif", "size": 13},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", **more,
-    )  # fmt: skip
-    return figure
 
 
 def color_of(ranking: Ranking, setting: Setting) -> str:

@@ -79,14 +79,14 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def rank(sweep: Sweep, *, minimized: bool = False) -> Ranking:
-    """minimized: less is better."""
+def rank(sweep: Sweep) -> Ranking:
+    """By the objective, the first of several."""
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in sweep.jobs:
         if job.value is not None:
             groups.setdefault(tuple(map(str, sweep.setting(job))), []).append(job)
     settings = [setting_of(sweep, jobs) for jobs in groups.values()]
-    sign = -1.0 if minimized else 1.0
+    sign = -1.0 if sweep.minimized else 1.0
     settings.sort(key=lambda setting: -sign * setting.mean)
     best = settings[0].by_seed if settings else {}
     behind = [difference(best, setting.by_seed) for setting in settings[1:]]

@@ -11,8 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.again import read_yaml
 from grpo.errors import ConfigError
-from grpo.past import read_summary
-from grpo.sweep.folder import record_of, standing
+from grpo.sweep.folder import StudyFile, record_of, standing
 from grpo.tracking.files import last_values, read_lines
 
 UNMARKED = ("seed", "sweep", "name")  # overrides that don't make a setting
@@ -64,10 +63,16 @@ class Sweep:
 
     folders: list[Path]
     jobs: list[Job]
+    objectives: dict[str, str]  # each metric, and whether to maximize or minimize it
 
     @property
     def objective(self) -> str:
-        return self.jobs[0].objective
+        """The one that settings are ranked by."""
+        return next(iter(self.objectives))
+
+    @property
+    def minimized(self) -> bool:
+        return self.objectives[self.objective] == "minimize"
 
     @property
     def keys(self) -> list[str]:
@@ -87,7 +92,11 @@ class Sweep:
 
 
 def read_sweeps(folders: Sequence[Path]) -> Sweep:
-    """Raises ConfigError where one is no sweep, none has a job, or their objectives differ."""
+    """The objectives are those of the search, of a grid the config's.
+
+    Raises:
+        ConfigError: one is no sweep, none has a job, or their objectives differ.
+    """
     found: list[tuple[str, int, Path, list[str]]] = []
     for folder in folders:
         record = record_of(folder)
@@ -95,8 +104,9 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
         found += [(name, n, folder, own) for n, own in enumerate(record.jobs) if own]
     given = [parsed(overrides) for _, _, _, overrides in found]
     keys = list(dict.fromkeys(key for one in given for key in one))
+    searched = {folder: objectives_of(folder) for folder in folders}
     jobs = [
-        read_job(name, number, folder, overrides, own, keys)
+        read_job(name, number, folder, overrides, own, keys, next(iter(searched[folder]), ""))
         for (name, number, folder, overrides), own in zip(found, given, strict=True)
     ]
     if not jobs:
@@ -104,7 +114,14 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
     objectives = {job.objective for job in jobs}
     if len(objectives) > 1:
         raise ConfigError(f"these sweeps have several objectives: {', '.join(sorted(objectives))}.")
-    return Sweep(list(folders), jobs)
+    directions = [own for own in searched.values() if own] or [{jobs[0].objective: "maximize"}]
+    return Sweep(list(folders), jobs, directions[0])
+
+
+def objectives_of(folder: Path) -> dict[str, str]:
+    """Those of a search; none of a grid."""
+    study = StudyFile.read(folder)
+    return study.objectives if study else {}
 
 
 def parsed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -120,13 +137,14 @@ def read_job(
     overrides: list[str],
     own: dict[str, Any],
     keys: list[str],
+    searched: str,
 ) -> Job:
+    """searched: the metric that a search went by, if it is a job of one."""
     where = standing(folder, number)
     config = read_yaml(where.folder / ".hydra" / "config.yaml") or {}
     hydra = read_yaml(where.folder / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
     choices = hydra["hydra"]["runtime"].get("choices", {})
-    summary = read_summary(where.folder) or {}
-    objective = (summary.get("objective") or {}).get("name") or config.get("objective")
+    objective = (where.summary.get("objective") or {}).get("name") or config.get("objective")
     return Job(
         sweep=sweep,
         number=number,
@@ -138,9 +156,9 @@ def read_job(
             key: own[key] if key in own else choices.get(key, looked_up(config, key))
             for key in keys
         },
-        objective=str(objective or "eval/sampled_accuracy"),
+        objective=str(searched or objective or "eval/sampled_accuracy"),
         lines=read_lines(where.folder / "metrics.jsonl"),
-        seconds=float(summary.get("wall_seconds") or 0.0),
+        seconds=float(where.summary.get("wall_seconds") or 0.0),
     )
 
 

@@ -1,0 +1,16 @@
+"""What a sweep's figures have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+
+def layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
+    figure.update_layout(
+        template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 40, "b": 50},
+        font={"family": "system-ui, sans-serif", "size": 13},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", **more,
+    )  # fmt: skip
+    return figure
