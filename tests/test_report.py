@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,20 @@ def test_the_best_setting_gives_the_same_run_again(sweep: Path) -> None:
     assert done.returncode == 0, done.stderr
     job = next(job for job in best.jobs if job.values["seed"] == 0)
     assert metrics(sweep.parent / "again") == metrics(job.folder)
+
+
+def test_the_best_of_a_sweep_of_the_best(sweep: Path) -> None:
+    """Its experiment file builds on the first one's, whose name it can't have."""
+    given = ("--config-dir", "sweep", "experiment=best", "tracking=none")
+    done = grpo_process("-m", *given, "temperature=0.7,1.3", "sweep_dir=hot", cwd=sweep.parent)
+    assert done.returncode == 0, done.stderr
+    command = re.findall(r"best: +grpo (.*)", done.stdout)[-1]
+    assert command.endswith("experiment=best_2")
+    run = "hydra.run.dir=of_the_best"
+    done = grpo_process(*shlex.split(command), run, "tracking=none", cwd=sweep.parent)
+    assert done.returncode == 0, done.stderr
+    (job, *_) = rank(read_sweeps([sweep.parent / "hot"])).settings[0].jobs
+    assert metrics(sweep.parent / "of_the_best") == metrics(job.folder)
 
 
 def test_the_page_needs_nothing_else(sweep: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ LEFT_OUT = ("sweep", "sweep_dir", "resume", "name", "tracking")  # change nothin
 def write_best(sweep: Path, overrides: Sequence[str], why: str, own_configs: str | None) -> str:
     """Writes SWEEP/experiment/best.yaml and returns the command that runs it.
 
+    Where the sweep's own experiments have one of this name, it is best_2.yaml, and so on.
+
     Args:
         overrides: those of the best job, its seed among them.
         own_configs: the --config-dir that the sweep was started with.
@@ -25,14 +28,21 @@ def write_best(sweep: Path, overrides: Sequence[str], why: str, own_configs: str
     Raises:
         ConfigError: an override takes a key away, which a file can't.
     """
-    file = sweep / "experiment" / "best.yaml"
+    name = free_name(Path(own_configs)) if own_configs else "best"
+    file = sweep / "experiment" / f"{name}.yaml"
     file.parent.mkdir(exist_ok=True)
     comment = "\n".join(f"# {line}" for line in why.splitlines())
     file.write_text(f"# @package _global_\n{comment}\n{experiment(overrides, own_configs)}")
     if own_configs is None:
-        return f"grpo --config-dir {sweep} experiment=best"
+        return f"grpo --config-dir {sweep} experiment={name}"
     where = sweep.absolute()
-    return f"grpo --config-dir {own_configs} 'hydra.searchpath=[file://{where}]' experiment=best"
+    return f"grpo --config-dir {own_configs} 'hydra.searchpath=[file://{where}]' experiment={name}"
+
+
+def free_name(own_configs: Path) -> str:
+    taken = {file.stem for file in (own_configs / "experiment").glob("*.yaml")}
+    names = chain(["best"], (f"best_{n}" for n in count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def experiment(overrides: Sequence[str], own_configs: str | None) -> str:
