@@ -207,7 +207,7 @@ def sweep(work: Path) -> dict[str, Any]:
     """Seconds that each job of a sweep takes beside its training, with two models.
 
     Its training is the loop and the checkpoint at its end; the rest is composing, reading rows and
-    weights, building, W&B's start and end. The first job also imports the libraries.
+    weights, building, W&B's start and end, the page. The first job also imports the libraries.
     """
     job = ["batch_size=2", "num_generation=2", "max_new_tokens=8", "max_steps=2", "eval.samples=1"]
     job += ["dataset.eval_slice=:4", "checkpoint.every=0", "tracking.wandb.mode=offline"]
@@ -220,7 +220,7 @@ def sweep(work: Path) -> dict[str, Any]:
         found[model] = []
         for number in range(5):
             run = folder / str(number)
-            ended = (run / "summary.json").stat().st_mtime
+            ended = (run / "report.html").stat().st_mtime
             trained = json.loads((run / "summary.json").read_text())["wall_seconds"]
             saved = (run / "checkpoints/latest").lstat().st_mtime
             saving = saved - (run / "metrics.jsonl").stat().st_mtime
