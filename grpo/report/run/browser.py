@@ -16,7 +16,7 @@ FIRST = ord("#")  # the letter of a width of 0
 KL_STEP, MOST = 0.05, 40  # nats, and so many steps up or down: the colours end there
 LEVELS = {step: chr(ord("P") + step) for step in range(-MOST, MOST + 1)}
 BLOCK = 1_000_000  # characters that the page unpacks at once
-ROOM = 12_000_000  # characters of all completions, packed: a page stays below 15 MB
+LARGEST = 14_900_000  # characters of a page; the completions have what the rest leaves
 SAMPLED = 8  # blocks, to tell how well a large run packs
 
 T = TypeVar("T")
@@ -24,15 +24,15 @@ T = TypeVar("T")
 
 def browser(page: Page, run: Run) -> str:
     """Its place in the page; the texts go into the page's data."""
+    page.payload["answers"] = before_and_after(run.evaluations)
     steps = by_step(run.completions)
-    blocks = packed_blocks(steps, ROOM)
+    blocks = packed_blocks(steps, LARGEST - len(page.html()))
     page.blocks = [block.packed for block in blocks]
     page.payload["completions"] = {
         "parts": parts_of(run.completions),
         "blocks": [block.steps for block in blocks],
         "groups": sum(block.groups for block in blocks),
     }
-    page.payload["answers"] = before_and_after(run.evaluations)
     parts = []
     if blocks:
         there = sum(len(block.steps) for block in blocks)
