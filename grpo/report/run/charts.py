@@ -25,6 +25,7 @@ class Chart:
     percent: bool = False
     log: bool = False
     stacked: bool = False
+    from_zero: bool = False
 
 
 SECTIONS: dict[str, tuple[Chart, ...]] = {
@@ -60,7 +61,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
             ("sampler/kl",),
         ),
     ),
-    "Completions": (
+    "Lengths": (
         Chart(
             "Length",
             "Tokens a completion.",
@@ -76,7 +77,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
     "Optimization": (
         Chart("Loss", "And what it is made of.", ("loss/total", "loss/policy", "loss/kl")),
         Chart("Gradient norm", "Before it is scaled down.", ("optim/grad_norm",), log=True),
-        Chart("Learning rate", "Of the step.", ("optim/learning_rate",)),
+        Chart("Learning rate", "Of the step.", ("optim/learning_rate",), from_zero=True),
     ),
     "Time and memory": (
         Chart(
@@ -86,7 +87,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
             stacked=True,
         ),
         Chart("Speed", "Completion tokens a second.", ("perf/completion_tokens_per_second",)),
-        Chart("Memory", "Peak, in GB.", ("memory/peak_gb",)),
+        Chart("Memory", "Peak, in GB.", ("memory/peak_gb",), from_zero=True),
     ),
 }
 
@@ -126,8 +127,10 @@ def metrics_of(chart: Chart, runs: Sequence[Run]) -> list[str]:
 def alone(run: Run, chart: Chart, metrics: Sequence[str]) -> Figure:
     """A line for each metric of one run."""
     traces = []
-    for n, metric in enumerate(metrics):
-        traces += lines(run, chart, metric, COLORS[n % len(COLORS)], metric.partition("/")[2])
+    names = [metric.partition("/")[2] for metric in metrics]
+    for n, (metric, name) in enumerate(zip(metrics, names, strict=True)):
+        named = name if names.count(name) == 1 else metric
+        traces += lines(run, chart, metric, COLORS[n % len(COLORS)], named)
     return {"data": traces, "layout": layout(chart, legend=len(metrics) > 1)}
 
 
@@ -170,14 +173,16 @@ def smoothed(values: Sequence[float | None], keep: float = 0.8) -> list[float | 
     for value in values:
         if value is not None:
             total, weight = keep * total + value, keep * weight + 1
-        found.append(total / weight if weight else None)
+        found.append(float(f"{total / weight:.9g}") if weight else None)  # as a constant stays one
     return found
 
 
 def layout(chart: Chart, legend: bool) -> dict[str, Any]:
-    y: dict[str, Any] = {"automargin": True, "zeroline": False}
+    y: dict[str, Any] = {"automargin": True, "zeroline": False, "exponentformat": "e"}
     if chart.percent:
         y |= {"tickformat": ".0%", "range": [-0.03, 1.03]}
+    if chart.from_zero:
+        y |= {"rangemode": "tozero"}
     if chart.log:
         y |= {"type": "log", "dtick": 1}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ STATUS_COLORS = {
 }
 MOST_SETTINGS = 8  # that have a colour of their own; the rest is gray
 MOST_BARS = 25
+WORST_TO_BEST = [[0, COLORS[1]], [0.5, GRAY], [1, COLORS[0]]]  # to be seen on light and on dark
 
 
 def pictures(
@@ -162,8 +164,8 @@ def marginals(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
             figure.update_xaxes(
                 type="category", categoryorder="array", categoryarray=names, row=row, col=column
             )
-        elif min(values) > 0 and max(values) / min(values) > 50:
-            figure.update_xaxes(type="log", row=row, col=column)
+        elif over_magnitudes(values):
+            figure.update_xaxes(type="log", dtick="D2", exponentformat="e", row=row, col=column)
         figure.update_xaxes(title=key, row=row, col=column)
     figure.update_yaxes(title=sweep.objective, col=1)
     return layout(figure, 80 + 260 * rows)
@@ -173,7 +175,7 @@ def heat(sweep: Sweep, done: Sequence[Job], pairs: Sequence[tuple[str, str]]) ->
     pairs = pairs[:6]
     columns = min(2, len(pairs))
     rows = -(-len(pairs) // columns)
-    figure = make_subplots(rows, columns, horizontal_spacing=0.16, vertical_spacing=0.18)
+    figure = make_subplots(rows, columns, horizontal_spacing=0.22, vertical_spacing=0.18)
     low, high = (pick(float(job.value or 0) for job in done) for pick in (min, max))
     for n, (across, down) in enumerate(pairs):
         row, column = n // columns + 1, n % columns + 1
@@ -187,6 +189,7 @@ def heat(sweep: Sweep, done: Sequence[Job], pairs: Sequence[tuple[str, str]]) ->
             x=x_bins, y=y_bins, z=means, zmin=low, zmax=high, colorscale="Viridis",
             text=[["" if mean is None else f"{mean:.3g}" for mean in line] for line in means],
             texttemplate="%{text}", hovertemplate="%{x}, %{y}: %{z:.4g}", showscale=n == 0,
+            colorbar={"x": 1.06},
             row=row, col=column,
         )  # fmt: skip
         figure.update_xaxes(title=across, type="category", row=row, col=column)
@@ -202,7 +205,7 @@ def binned(values: Sequence[Any], most: int = 8) -> tuple[list[str], list[int]]:
         places = {str(value): n for n, value in enumerate(order)}
         return names, [places[str(value)] for value in values]
     edges = np.unique(np.quantile([float(value) for value in values], np.linspace(0, 1, 6)))
-    names = [f"{shown(float(a))} to {shown(float(b))}" for a, b in itertools.pairwise(edges)]
+    names = [f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(edges)]
     inside = np.searchsorted(edges[1:-1], [float(value) for value in values], side="right")
     return names, [int(n) for n in inside]
 
@@ -229,7 +232,7 @@ def parallel(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
         values = [job.values[key] for job in done]
         order = in_order(values)
         if all(map(is_number, values)) and len(order) > 8:
-            dimensions.append({"label": key, "values": values})
+            dimensions.append({"label": key, **along(values)})
             continue
         place = {str(value): n for n, value in enumerate(order)}
         dimensions.append(
@@ -245,12 +248,32 @@ def parallel(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
     figure = go.Figure(
         go.Parcoords(
             dimensions=dimensions,
-            line={"color": outcomes, "colorscale": "Viridis", "showscale": True},
+            line={
+                "color": outcomes, "colorscale": WORST_TO_BEST, "showscale": True,
+                "reversescale": sweep.minimized,
+            },
         )
-    )
+    )  # fmt: skip
     layout(figure, 420)
     figure.update_layout(margin={"l": 80, "r": 40, "t": 70, "b": 30})
     return figure
+
+
+def over_magnitudes(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > 10
+
+
+def along(values: Sequence[float]) -> dict[str, Any]:
+    """Numbers on an axis, by their logarithms where they are of several magnitudes."""
+    if not over_magnitudes(values):
+        return {"values": list(values)}
+    low, high = min(values), max(values)
+    powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    return {
+        "values": [math.log10(value) for value in values],
+        "tickvals": list(powers),
+        "ticktext": [f"{10.0**power:g}" for power in powers],
+    }
 
 
 def curves(sweep: Sweep, ranking: Ranking) -> go.Figure:
