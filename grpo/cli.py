@@ -157,17 +157,17 @@ def told() -> Iterator[Path]:
     if is_job:
         leave_terminal()
         own = [o for o in hydra_config.overrides.task if again.key_of(o) not in NOT_THE_JOB]
-        print(f"\njob {folder.name}: {' '.join(own)}", flush=True)
+        say(f"\njob {folder.name}: {' '.join(own)}")
     prepare()
     keep_freed_memory()  # before anything imports torch
     try:
         if is_job and (gpu := take_gpu(folder.parent)):
-            print(f"on GPU {gpu}", flush=True)
+            say(f"on GPU {gpu}")
         yield folder
     except (ConfigError, RunError) as error:
         if is_job:
             if isinstance(error, past.Occupied):
-                print(error, flush=True)  # and nothing into a folder that is another's
+                say(str(error))  # and nothing into a folder that is another's
             else:
                 past.note_failure(folder, str(error))
             # Hydra keeps the error to the sweep's end; its frames would keep the job's models.
@@ -188,6 +188,11 @@ def told() -> Iterator[Path]:
         reason = f"{type(error).__name__}: {error}"
         past.note_failure(folder, reason)
         raise RunError(reason) from None
+
+
+def say(line: str) -> None:
+    """Its end goes with it: jobs beside this one write into the same output."""
+    print(f"{line}\n", end="", flush=True)
 
 
 def refuse(error: ConfigError) -> NoReturn:
