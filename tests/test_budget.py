@@ -143,6 +143,7 @@ def run_within(megabytes: int, folder: Path) -> tuple[str, dict[str, float]]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process as Linux does")
+@pytest.mark.slow
 def test_a_run_that_is_out_of_memory_goes_on_with_less(tmp_path: Path) -> None:
     """Really out of memory, twice or more; the step's numbers are those of a run with room."""
     roomy, expected = run_within(0, tmp_path / "roomy")

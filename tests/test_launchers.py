@@ -23,6 +23,7 @@ LONGER = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_joblib_runs_two_at_once_and_stops_in_order(tmp_path: Path) -> None:
     """Each with half of the threads. Ctrl-C, as a terminal sends it: both save, the third waits."""
     with (tmp_path / "log").open("wb") as log:

@@ -93,6 +93,7 @@ def test_the_best_setting_gives_the_same_run_again(sweep: Path) -> None:
     assert metrics(sweep.parent / "again") == metrics(job.folder)
 
 
+@pytest.mark.slow
 def test_the_best_of_a_sweep_of_the_best(sweep: Path) -> None:
     """Its experiment file builds on the first one's, whose name it can't have."""
     given = ("--config-dir", "sweep", "experiment=best", "tracking=none")

@@ -227,6 +227,7 @@ def reward(samples):
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
     """Its step's line is written once, with the evaluation, as if nothing had been."""
     job = (*JOB, "max_steps=6", "+reward.own._target_=fails_once.reward", "+reward.own.weight=0.1")

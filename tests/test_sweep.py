@@ -127,6 +127,7 @@ def test_a_job_that_fails_is_reported_at_the_end(grpo: Grpo, tmp_path: Path) -> 
     assert "no more of this" in summary(tmp_path / "sweep/1")["error"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
     disk = tmp_path / "sweep/0"
     disk.mkdir(parents=True)

@@ -160,6 +160,7 @@ def run(cwd: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
     """Steps that are done again are there once, and what was before them stays."""
     job = (*JOB, "tracking=trackio", "hydra.run.dir=run")
@@ -175,6 +176,7 @@ def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
     assert [{k: v for k, v in line.items() if k != "timestamp"} for line in logged[:3]] == kept[:3]
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_are_runs_of_their_own_in_trackio(tmp_path: Path) -> None:
     run(tmp_path, "-m", *JOB, "max_steps=1", "tracking=trackio", "seed=0,1", "sweep_dir=my_sweep")
     logged = trackio_logs(tmp_path)

@@ -692,6 +692,7 @@ def peak_of_update(groups: int) -> float:
     return min(peaks)
 
 
+@pytest.mark.slow
 def test_twice_the_completions_take_no_more_memory() -> None:
     """Micro-batches are the same; the logits alone would take 1.6 GB, and 3.3."""
     once, twice = peak_of_update(4), peak_of_update(8)

@@ -90,7 +90,7 @@ def test_a_wide_terminal_has_charts_and_a_narrow_one_a_line(tmp_path: Path) -> N
     assert "\u2192 " not in narrow.partition("finished:")[0]
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
 def test_a_sweep_shows_its_jobs_and_they_leave_it_the_terminal(
     launcher: str, tmp_path: Path
 ) -> None:
