@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from grpo.errors import ConfigError
 
 
-def option(arguments: Sequence[str], name: str) -> tuple[list[str], str | None]:
+def option(
+    arguments: Sequence[str], name: str, what: str = "a value"
+) -> tuple[list[str], str | None]:
     """The arguments without `name VALUE` or `name=VALUE`, and the value; None: it is not there.
+
+    Args:
+        what: it is given, for the message.
 
     Raises:
         ConfigError: it is there without a value.
@@ -20,6 +25,6 @@ def option(arguments: Sequence[str], name: str) -> tuple[list[str], str | None]:
             continue
         after = place + (1 if equals else 2)
         if after > len(words) or (equals and not value):
-            raise ConfigError(f"{name} needs a value.")
+            raise ConfigError(f"{name} needs {what}.")
         return words[:place] + words[after:], value or words[place + 1]
     return words, None

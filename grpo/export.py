@@ -27,9 +27,10 @@ def export(arguments: Sequence[str]) -> None:
         ConfigError: there is no run, the folder is not empty, or the hub doesn't let one write.
         RunError: the upload failed; the folder is written.
     """
-    given, hub_id = option(arguments, "--push")
+    what = "the model's id on the hub, ORG/NAME"
+    given, hub_id = option(arguments, "--push", what)
     if hub_id is not None and not HUB_ID.fullmatch(hub_id):
-        raise ConfigError(f"--push {hub_id}: a model's id on the hub is ORG/NAME.")
+        raise ConfigError(f"--push {hub_id}: needs {what}.")
     if len(given) != 2:
         raise ConfigError(f"{USAGE}: name a run and the folder to write.")
     source, folder = given[0], Path(given[1]).expanduser()

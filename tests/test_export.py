@@ -56,8 +56,9 @@ def test_its_card_says_what_it_is(run: Path, grpo: Grpo, tmp_path: Path) -> None
         (("run",), "name a run and the folder"),
         (("nowhere", "mine"), "holds no run"),
         (("run", "run"), "is there already"),
-        (("run", "mine", "--push"), "--push needs a value"),
-        (("run", "mine", "--push=no"), "--push no: "),
+        (("run", "mine", "--push"), "needs the model's id"),
+        (("run", "mine", "--push", "not an id"), "needs the model's id"),
+        (("run", "mine", "--push=no"), "--push no: needs the model's id"),
         (("run", "mine", "--push", "some/body"), "--push some/body: "),
     ],
 )
