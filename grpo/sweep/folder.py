@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
 from grpo.past import ENDED, RUNNING, is_locked, newest_step, read_summary, write_json
 
 RECORD = "sweep.json"
 STUDY = "study.json"  # there too where the sweep is a search
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,11 @@ def read_record(folder: Path) -> Record | None:
     Raises:
         ConfigError: what is there can't be read.
     """
-    file = folder / RECORD
-    if not file.is_file():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
+
+    def record(content: dict[str, Any]) -> Record:
         return Record(content["arguments"], content["config_dir"], content["jobs"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: can't be read, so its jobs aren't known.") from error
+
+    return read_file(folder / RECORD, record, "its jobs aren't known")
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,24 @@ class StudyFile:
         Raises:
             ConfigError: what is there can't be read.
         """
-        file = folder / STUDY
-        if not file.is_file():
-            return None
-        try:
-            return cls(**json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{file}: can't be read, so its study isn't known.") from error
+        return read_file(folder / STUDY, lambda content: cls(**content), "its study isn't known")
+
+
+def read_file(file: Path, made: Callable[[dict[str, Any]], T], without: str) -> T | None:
+    """What a JSON file holds; None where it is not there.
+
+    Args:
+        without: what follows from not having it, for the message.
+
+    Raises:
+        ConfigError: it can't be read, or holds something else.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return made(json.loads(file.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: can't be read, so {without}.") from error
 
 
 @dataclass(frozen=True)
