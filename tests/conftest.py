@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -30,6 +31,9 @@ from transformers import (
 from grpo.device import Device, open_device
 from grpo.models.find import PACKAGED
 from grpo.models.load import LanguageModel, load_language_model
+
+settings.register_profile("grpo", deadline=None)  # a slow machine is no failure
+settings.load_profile("grpo")
 
 VOCABULARY = 97
 SHAPE = {

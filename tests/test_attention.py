@@ -56,7 +56,7 @@ TREES = st.tuples(st.integers(1, 3), st.integers(1, 3)).flatmap(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tree=TREES)
 def test_pieces_put_together_are_the_whole_with_its_gradients(tree: Tree) -> None:
     how = Scoring(scale=0.3)
@@ -73,7 +73,7 @@ def test_pieces_put_together_are_the_whole_with_its_gradients(tree: Tree) -> Non
         assert_close(a, b)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     tree=TREES,
     window=st.none() | st.integers(1, 6),

@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(compiled.kernel() is None, reason="no C comp
 
 @needs_compiler
 @pytest.mark.parametrize("rows", range(1, 27))  # what is left of a tile is of every size
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     inputs=st.integers(1, 70), columns=st.integers(1, 4), biased=st.booleans(), added=st.booleans()
 )
@@ -77,7 +77,7 @@ def plain_attention(keys: Keys, asked: Tensor, written: int, scale: float, windo
 
 
 @needs_compiler
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     rows=st.lists(st.integers(0, 2), min_size=1, max_size=5),

@@ -58,9 +58,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path.isdigit():
             self.answer(int(path), b"no")
         elif path == "slow":
-            time.sleep(3)
+            time.sleep(20)
         elif path == "drip":
-            self.drip(right)
+            self.drip(right + b" " * 40)
         elif path == "cut":
             self.answer(200, right, length=len(right) + 10)
         else:
@@ -163,7 +163,7 @@ def test_a_slow_answer_is_a_failure_within_the_limit(server: Server, path: str, 
     (value,) = Endpoint(server.url(path), seconds=0.5, retries=0)(samples(1))
     assert isinstance(value, Failure)
     assert says in value.reason
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5  # the whole answer would take 11 or 20
 
 
 def test_an_answer_that_breaks_off_is_a_failure(server: Server) -> None:

@@ -116,7 +116,7 @@ def test_an_answer_that_never_ends_is_a_failure_and_harms_no_other(reward: Math)
     start = time.monotonic()
     values = reward([sample(gold, text) for gold, text in zip(golds, texts, strict=True)])
     assert values == [1.0, Failure("no answer within 2 s"), Failure("no answer within 2 s"), 1.0]
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 20  # where it is not stopped, for ever
 
 
 def test_it_works_off_the_main_thread_whose_end_harms_no_worker(reward: Math) -> None:

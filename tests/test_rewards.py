@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -214,13 +213,16 @@ def test_a_reward_for_one_set_of_a_mix_sees_no_other() -> None:
     assert metrics["reward/only_y"] == 1.0
 
 
-class Slow:
-    """Waits for something else, half a second."""
+class Waiting:
+    """Waits until as many as it waits for have been asked; alone it fails."""
 
     concurrent = True
 
+    def __init__(self, all_asked: threading.Barrier) -> None:
+        self.all_asked = all_asked
+
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        time.sleep(0.5)
+        self.all_asked.wait()
         return [1.0] * len(samples)
 
 
@@ -231,10 +233,9 @@ def test_slow_rewards_wait_beside_each_other_and_the_rest_stay_on_the_main_threa
         threads.append(threading.current_thread())
         return [0.0] * len(samples)
 
-    rewards = {name: WeightedReward(Slow(), 1.0) for name in ("one", "two", "three")}
-    started = time.monotonic()
+    waiting = Waiting(threading.Barrier(3, timeout=10))
+    rewards = {name: WeightedReward(waiting, 1.0) for name in ("one", "two", "three")}
     scores = score(rollout(["a", "b"], ["1"]), {**rewards, "plain": WeightedReward(plain, 1.0)})
-    assert time.monotonic() - started < 1.4  # one after the other, that is 1.5 s
     assert scores.total_BG.tolist() == [[3.0, 3.0]]
     assert threads == [threading.main_thread()]
 

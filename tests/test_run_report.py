@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -183,7 +183,6 @@ def test_tokens_spell_the_text(text: str) -> None:
     lengths=st.lists(st.integers(0, 4000), min_size=1, max_size=40),
     room=st.integers(3_000, 60_000),
 )
-@settings(deadline=None)
 def test_a_page_has_whole_steps_from_the_first_to_the_last(lengths: list[int], room: int) -> None:
     """As many as there is room for, or the two ends."""
     noise = random.Random(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -654,7 +655,7 @@ def test_the_learning_rate_by_hand(schedule: str, rates: list[float]) -> None:
 
 
 UPDATE_OF = """
-import sys
+import json, sys
 from dataclasses import replace
 
 import torch
@@ -666,35 +667,40 @@ from grpo.device import open_device
 from tests.test_rollout import wrap
 from tests.test_update import OBJECTIVE, fake_rollout, optimizer, update
 
+groups, tokens, shape = json.loads(sys.argv[1])
 keep_freed_memory()
 torch.manual_seed(0)
-config = Qwen2Config(**SHAPE | {"vocab_size": 50_000, "max_position_embeddings": 1024})
+config = Qwen2Config(**SHAPE | {"max_position_embeddings": 1024} | shape)
 policy = wrap(Qwen2ForCausalLM(config).eval(), open_device("cpu", "auto"))
-groups = int(sys.argv[1])
 rollout = fake_rollout([20] * groups, [[256] * 8] * groups)
 objective = replace(OBJECTIVE, kl=None)
-update(policy, None, optimizer(policy), objective, rollout, torch.randn(groups, 8), 600)
+update(policy, None, optimizer(policy), objective, rollout, torch.randn(groups, 8), tokens)
 print(policy.device.peak_gb())
 """
 
 
-def peak_of_update(groups: int) -> float:
-    """GB of a process; the least of two, for what an allocator keeps varies."""
-    command = [sys.executable, "-c", UPDATE_OF, str(groups)]
+def peak_of_update(groups: int, micro_batch_tokens: int, **shape: int) -> float:
+    """GB of a process that trains once on groups of 8 completions of 256 tokens."""
+    asked = json.dumps([groups, micro_batch_tokens, shape])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    peaks = []
-    for _ in range(2):
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-        )
-        assert not done.returncode, done.stderr
-        peaks.append(float(done.stdout))
-    return min(peaks)
+    done = subprocess.run(
+        [sys.executable, "-c", UPDATE_OF, asked],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    return float(done.stdout)
 
 
 @pytest.mark.slow
 def test_twice_the_completions_take_no_more_memory() -> None:
-    """Micro-batches are the same; the logits alone would take 1.6 GB, and 3.3."""
-    once, twice = peak_of_update(4), peak_of_update(8)
-    assert twice - once < 0.05
-    assert twice < 1.0
+    """Micro-batches are the same; the activations of all would take 0.6 GB, and 1.2."""
+    once, twice = (
+        peak_of_update(groups, 600, hidden_size=256, intermediate_size=1024) for groups in (4, 8)
+    )
+    assert twice - once < 0.2
+
+
+@pytest.mark.slow
+def test_the_logits_of_a_micro_batch_are_never_there_at_once() -> None:
+    """All 64 completions are one micro-batch; their logits alone would take 3.3 GB."""
+    assert peak_of_update(8, 60_000, vocab_size=50_000) < 1.5
