@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
 from grpo.hub import holds_adapter, holds_model
 from grpo.models.find import check_reachable, local_folder, model_folder
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Occupied(ConfigError):
@@ -116,16 +117,28 @@ def checkpoint_model(checkpoint: str) -> Callable[[], Path]:
         ConfigError: there is no model there.
     """
     if HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists():
-        where = ("as a hub id", checkpoint, None, None, None)
+        return hub_model(checkpoint)
+    folder = model_of_checkpoint(checkpoint)
+    return lambda: folder
+
+
+def hub_model(checkpoint: str) -> Callable[[], Path]:
+    """Downloads what is no folder but may be a model on the hub; checks at once that one can ask.
+
+    Raises:
+        ConfigError: at once or when called, where it is neither.
+    """
+
+    def told(ask: Callable[..., T]) -> T:
         try:
-            check_reachable(*where)
+            return ask("as a hub id", checkpoint, None, None, None)
         except ConfigError as error:
             raise ConfigError(
                 f"checkpoint={checkpoint}: there is no such folder; {error}"
             ) from error
-        return partial(model_folder, *where)
-    folder = model_of_checkpoint(checkpoint)
-    return lambda: folder
+
+    told(check_reachable)
+    return partial(told, model_folder)
 
 
 def model_of_checkpoint(folder: str) -> Path:

@@ -1,4 +1,5 @@
 """What several tests need: small real models, and the command run as a user runs it."""
+# ruff: noqa: E402 (libraries read the environment as they are imported)
 
 from __future__ import annotations
 
@@ -11,6 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Nothing of the user's own: no account, no token, no proxy between a test and its server, no color.
+for name in ("WANDB_API_KEY", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "FORCE_COLOR"):
+    os.environ.pop(name, None)
+os.environ |= {
+    "WANDB_MODE": "offline", "NETRC": os.devnull, "HF_TOKEN_PATH": os.devnull,
+    "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
+}  # fmt: skip
 
 import pytest
 import torch
@@ -131,7 +140,6 @@ def grpo_process(
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "WANDB_MODE": "offline"},
     )
 
 
@@ -139,22 +147,19 @@ def start(cwd: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """As `grpo_process`, without waiting for its end; what it prints goes into a file in cwd."""
     log = (cwd / f"process{time.monotonic_ns()}.log").open("wb")
     return subprocess.Popen(
-        [sys.executable, "-m", "grpo", *arguments],
-        cwd=cwd,
-        stdout=log,
-        stderr=log,
-        env={**os.environ, "WANDB_MODE": "offline"},
+        [sys.executable, "-m", "grpo", *arguments], cwd=cwd, stdout=log, stderr=log
     )
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
     """Returns once a step's line is written."""
-    for _ in range(12000):
-        file = run / "metrics.jsonl"
+    file, deadline = run / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline:
         if file.is_file() and f'{{"step": {step},' in file.read_text():
             return
         assert process.poll() is None, "it ended before it could be disturbed"
         time.sleep(0.005)
+    process.kill()
     raise AssertionError("the step never came")
 
 

@@ -44,6 +44,7 @@ def opened(browser: Any) -> Iterator[Callable[[Path | str], Any]]:
     Of one that is served, nothing must be asked of another address.
     """
     context = browser.new_context()
+    context.set_default_timeout(120_000)
     trouble: list[str] = []
     inside = ["file://", "blob:", "data:"]
 

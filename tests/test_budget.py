@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def run_within(megabytes: int, folder: Path) -> tuple[str, dict[str, float]]:
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(megabytes), *RUN],
         cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

@@ -25,7 +25,7 @@ from grpo.dashboard.studies import copy_trials
 from tests.conftest import grpo_process
 
 Grpo = Callable[..., tuple[int, str]]
-JOB = ("experiment=smoke", "max_steps=2")
+JOB = ("experiment=smoke", "max_steps=2", "dataset.eval_slice=:16")
 
 
 @pytest.fixture(scope="module")

@@ -136,9 +136,19 @@ def test_arithmetic_is_right_and_held_out_for_good() -> None:
     assert len({e.question for e in train}) == 500
 
 
-def test_more_problems_than_there_are_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dataset\.size=500"):
-        Arithmetic(size=500, eval_size=1, digits=1).rows("train")
+def test_all_problems_there_are_can_be_had_and_not_one_more() -> None:
+    """Of one digit: 10 x 10 sums, and 55 differences of no less than zero."""
+    sums = {f"What is {a} + {b}?" for a in range(10) for b in range(10)}
+    differences = {f"What is {a} - {b}?" for a in range(10) for b in range(a + 1)}
+    assert len(sums | differences) == 155
+    held_out = {question for question in sums | differences if is_held_out(question)}
+    for split, questions in (("train", (sums | differences) - held_out), ("test", held_out)):
+        size = len(questions)
+        rows = Arithmetic(size=size, eval_size=size, digits=1).rows(split)
+        assert {row.question for row in rows} == questions
+        for more in (size + 1, 10**9):  # the second is told without drawing any
+            with pytest.raises(ConfigError, match=rf"size={more}: there are only about \d+ diff"):
+                Arithmetic(size=more, eval_size=more, digits=1).rows(split)
 
 
 @pytest.mark.skipif(not GSM8K_FILE.is_file(), reason="needs GSM8K's train.jsonl beside the project")

@@ -177,7 +177,7 @@ def test_a_run_is_not_written_over(smoke: tuple[Path, str], grpo: Grpo) -> None:
 
 def test_jobs_of_a_sweep_share_nothing(grpo: Grpo, tmp_path: Path) -> None:
     """The second job of a process gives what it gives alone; each is a W&B run of its own."""
-    job = ("experiment=smoke", "max_steps=2", "eval.samples=1")
+    job = ("experiment=smoke", "max_steps=2", "eval.samples=1", "dataset.eval_slice=:16")
     code, printed = grpo("-m", *job, "seed=0,1", "sweep_dir=sweep")
     assert code == 0, printed
     assert grpo(*job, "seed=1", "hydra.run.dir=alone")[0] == 0
@@ -222,15 +222,6 @@ def test_a_users_own_config_folder_and_rewards(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     last = lines(tmp_path / "run/metrics.jsonl")[-1]
     assert last["reward/mean"] == pytest.approx(0.5 * last["reward/brief"] + last["reward/right"])
-
-
-def test_it_learns(grpo: Grpo, tmp_path: Path) -> None:
-    """Twelve steps on sums: the reward rises, and so does held-out accuracy."""
-    code, printed = grpo("max_steps=12", "tracking=none", "eval.every=0", "hydra.run.dir=run")
-    assert code == 0, printed
-    metrics = lines(tmp_path / "run/metrics.jsonl")
-    assert metrics[0]["eval/sampled_accuracy"] <= 0.5
-    assert metrics[-1]["eval/sampled_accuracy"] >= metrics[0]["eval/sampled_accuracy"] + 0.2
 
 
 def test_a_run_with_config_folder_and_checkpoint_keys_is_evaluated(

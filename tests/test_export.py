@@ -63,10 +63,8 @@ def test_its_card_says_what_it_is(run: Path, grpo: Grpo, tmp_path: Path) -> None
     ],
 )
 def test_what_cannot_be_exported_is_refused(
-    arguments: tuple[str, ...], message: str, run: Path, grpo: Grpo, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...], message: str, run: Path, grpo: Grpo, tmp_path: Path
 ) -> None:  # fmt: skip
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     code, printed = grpo("export", *arguments)
     assert code == 2, printed
     assert message in printed

@@ -17,7 +17,11 @@ from grpo.checkpoint import digests
 from tests.conftest import metrics, start, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
-JOB = ("experiment=smoke", "max_steps=9", "eval.every=4", "checkpoint.every=2", "tracking=none")
+FEW = "dataset.eval_slice=:16"
+FEW_OF_EACH = ("dataset.sets.sums.eval_size=8", "dataset.sets.differences.eval_size=8")
+JOB = (
+    "experiment=smoke", "max_steps=9", "eval.every=4", "checkpoint.every=2", "tracking=none", FEW,
+)  # fmt: skip
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -62,7 +66,9 @@ def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Pat
     assert summary["status"] == "finished"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interrupted_it_finishes_the_step_saves_and_goes_on(
     whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -244,7 +250,7 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
 
 
 def test_wandb_goes_on_with_the_same_run(grpo: Grpo, tmp_path: Path) -> None:
-    job = ("experiment=smoke", "max_steps=2", "checkpoint.every=1", "tracking=wandb")
+    job = (*JOB, "max_steps=2", "checkpoint.every=1", "tracking=wandb")
     assert grpo(*job, "hydra.run.dir=run")[0] == 0
     code, printed = grpo("resume=run", "max_steps=3")
     assert code == 0, printed
@@ -287,10 +293,15 @@ def test_only_the_newest_are_kept(whole: Path) -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        ["kl.target=0.001", "kl.horizon=50", "kl.sync_every=2", "kl.sync_share=0.5"],
-        ["algorithm=dapo", "algorithm.num_iterations=2", "algorithm.minibatches=2", "kl=full"],
-        ["dataset=mix", "device.gradient_checkpointing=true", "optim.name=adamw_8bit"],
-        ["kl=k1", "kl.within=reward", "sampling.top_p=0.9", "reward=[answer,math,length]"],
+        ["kl.target=0.001", "kl.horizon=50", "kl.sync_every=2", "kl.sync_share=0.5", FEW],
+        ["algorithm=dapo", "algorithm.num_iterations=2", "algorithm.minibatches=2", "kl=full", FEW],
+        [
+            "dataset=mix",
+            *FEW_OF_EACH,
+            "device.gradient_checkpointing=true",
+            "optim.name=adamw_8bit",
+        ],
+        ["kl=k1", "kl.within=reward", "sampling.top_p=0.9", "reward=[answer,math,length]", FEW],
     ],
     ids=["moving", "several updates", "mix", "kl in the reward"],
 )

@@ -255,8 +255,9 @@ except RuntimeError:
 
 
 def test_a_bomb_is_one_process_of_few_threads_and_gone_afterwards(reward: Code) -> None:
-    samples = [sample(program, CALL) for program in BOMBS.values()]
-    assert hurried(reward)(samples) == [0.0, 1.0]
+    forks, threads = (sample(program, CALL) for program in BOMBS.values())
+    assert hurried(reward)([forks]) == [0.0]
+    assert reward([threads]) == [1.0]
     assert processes() == []
 
 
@@ -348,8 +349,9 @@ HALF = "def add(a, b):\n    return 3"  # right for 1 + 2 alone
     ],
 )
 def test_the_share_of_tests_passed_or_all_of_them(program: str, tests: Any, share: float) -> None:
-    assert Code(strict=False, seconds=0.5)([sample(program, tests)]) == [share]
-    assert Code(strict=True, seconds=0.5)([sample(program, tests)]) == [0.0]
+    seconds = 2.0 if "while True" in program else 10.0
+    assert Code(strict=False, seconds=seconds)([sample(program, tests)]) == [share]
+    assert Code(strict=True, seconds=seconds)([sample(program, tests)]) == [0.0]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import getpass
 import json
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -371,7 +372,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
     if getpass.getuser() == "root":  # which PostgreSQL refuses to run as
         as_user = ["runuser", "-u", "postgres", "--"]
         for folder in (tmp_path, *tmp_path.parents[:3]):
-            folder.chmod(0o755)
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o055)
         cluster.mkdir()
         shutil.chown(cluster, "postgres")
     run = [*as_user, str(binaries / "initdb"), "-D", str(cluster), "-U", "grpo", "-A", "trust"]

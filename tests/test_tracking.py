@@ -18,7 +18,7 @@ from grpo.tracking.wandb_sink import BEST_IS_HIGHEST, SECTIONS
 from tests.conftest import grpo_process
 
 Grpo = Callable[..., tuple[int, str]]
-JOB = ("experiment=smoke", "max_steps=4", "num_generation=4")
+JOB = ("experiment=smoke", "max_steps=4", "num_generation=4", "dataset.eval_slice=:16")
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

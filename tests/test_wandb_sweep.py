@@ -59,7 +59,7 @@ def test_the_agents_command_trains(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command, "hydra.run.dir=run"], cwd=tmp_path,
         capture_output=True, text=True,
-        env={**os.environ, "WANDB_RUN_ID": "agent123", "WANDB_MODE": "offline"},
+        env={**os.environ, "WANDB_RUN_ID": "agent123"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")

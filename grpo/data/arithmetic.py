@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
 
@@ -43,6 +44,13 @@ class Arithmetic(Source):
         key = size_key(split)
         size: int = getattr(self, key)
         held_out = split == "test"
+        about, most = self._how_many(held_out)
+        none_left = ConfigError(
+            f"dataset.{key}={size}: there are only about {about} different problems of "
+            f"{self.digits} digits; lower it, or raise dataset.digits."
+        )
+        if size > most:
+            raise none_left
         rng = random.Random(f"{self.seed} {held_out}")
         drawn: dict[str, Example] = {}
         for _ in range(100 * size):
@@ -51,13 +59,21 @@ class Arithmetic(Source):
                 drawn.setdefault(problem.question, problem)
             if len(drawn) == size:
                 return list(drawn.values())
-        raise ConfigError(
-            f"dataset.{key}={size}: there are only about {len(drawn)} different problems of "
-            f"{self.digits} digits; lower it, or raise dataset.digits."
-        )
+        raise none_left
 
     def example(self, row: Example, number: int) -> Example:
         return row
+
+    def _how_many(self, held_out: bool) -> tuple[int, int]:
+        """Different problems: about so many, and surely no more than so many.
+
+        The hash is as good as chance: five standard deviations are never seen.
+        """
+        numbers = 10**self.digits
+        sums = {"+": numbers**2, "-": numbers * (numbers + 1) // 2}
+        total = sum(sums[operation] for operation in self.operations)
+        about = total * (0.1 if held_out else 0.9)
+        return round(about), math.ceil(about + 5 * math.sqrt(total * 0.1 * 0.9))
 
     def _problem(self, rng: random.Random) -> Example:
         a, b = rng.randrange(10**self.digits), rng.randrange(10**self.digits)
