@@ -1,0 +1,31 @@
+"""The default run, its first thirty steps: it learns, and the doctor has nothing to say of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo.report.run.read import read_run
+from tests.conftest import grpo_process
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cwd = tmp_path_factory.mktemp("default")
+    done = grpo_process("tracking=none", "max_steps=30", "hydra.run.dir=run", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "run"
+
+
+def test_it_learns(run: Path) -> None:
+    """Held-out sums, as it samples."""
+    first, *_, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert first["eval/sampled_accuracy"] <= 0.5
+    assert last["eval/sampled_accuracy"] >= first["eval/sampled_accuracy"] + 0.2
+
+
+def test_a_healthy_run_has_nothing(run: Path) -> None:
+    assert not read_run(run).diagnoses
+    assert "The doctor found nothing wrong." in (run / "report.html").read_text()
