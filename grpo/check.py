@@ -81,6 +81,11 @@ def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
     """Refuses a metric that no run logs."""
     rewards = [f"reward/{name}" for name in (*REWARD_METRICS, *cfg.reward)]
     known = [*EVAL_METRICS, *rewards, *STEP_METRICS]
+    if cfg.kl.estimator == "full":
+        known.append("kl/full")
+    if metric.startswith("kl/") and (cfg.kl.estimator is None or not cfg.kl_weight):
+        why = "kl=none" if cfg.kl.estimator is None else f"kl_weight={cfg.kl_weight}"
+        raise ConfigError(f"{key}.{metric}: {why} has no reference, so no run logs this.")
     if metric not in known:
         raise ConfigError(f"{key}.{metric}: no run logs this{nearest(metric, known)}")
 

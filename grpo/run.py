@@ -97,11 +97,13 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
 
 
 def write_page(folder: Path) -> None:
-    """report.html, however the run ended. A full disk then must not hide why."""
+    """report.html, however the run ended; where there is none, its numbers are all there still."""
     try:
         write_run_page(folder)
-    except OSError as error:
+    except OSError as error:  # a full disk must not hide why it ended
         log.warning("report.html could not be written: %s; grpo report %s", error, folder)
+    except Exception:
+        log.exception("report.html could not be made; the run itself is whole")
 
 
 def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:

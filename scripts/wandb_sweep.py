@@ -17,7 +17,7 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import (
@@ -47,9 +47,7 @@ def wandb_sweep(overrides: Sequence[str]) -> dict[str, Any]:
     space = space_of(parsed)
     if not space:
         raise ConfigError("nothing to sweep; name a study: scripts/wandb_sweep sweep=search")
-    for values in corners(
-        space
-    ):  # an agent would find a wrong key or value one run after the other
+    for values in corners(space):  # an agent would find a wrong value one run after the other
         compose([*fixed_of(parsed), *(written(key, value) for key, value in values.items())])
     searches = "sampler" in sweeper
     method = METHODS.get(sweeper.sampler, "bayes") if searches else "grid"
@@ -85,7 +83,10 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def is_swept(override: str) -> bool:
-    (parsed,) = OverridesParser.create().parse_overrides([override])
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+    except OverrideParseException:
+        raise ConfigError(f"{override}: not an override; write key=value.") from None
     return bool(parsed.is_sweep_override())
 
 
@@ -95,6 +96,8 @@ def parameter(key: str, own: BaseDistribution, method: str) -> dict[str, Any]:
         return {"values": values_of(key, own)}
     assert isinstance(own, IntDistribution | FloatDistribution)
     ends = {"min": own.low, "max": own.high}
+    if own.log and isinstance(own, IntDistribution):  # W&B has no whole numbers by magnitude
+        return {"values": by_magnitude(own.low, own.high)}
     if own.log:
         return {"distribution": "log_uniform_values", **ends}
     if isinstance(own, IntDistribution):
@@ -104,6 +107,12 @@ def parameter(key: str, own: BaseDistribution, method: str) -> dict[str, Any]:
     if own.step is not None:
         return {"distribution": "q_uniform", "q": own.step, **ends}
     return {"distribution": "uniform", **ends}
+
+
+def by_magnitude(low: int, high: int, most: int = 16) -> list[int]:
+    """Whole numbers between two, each about as many times its neighbour."""
+    ratio = high / low
+    return sorted({round(low * ratio ** (n / (most - 1))) for n in range(most)})
 
 
 if __name__ == "__main__":

@@ -61,12 +61,18 @@ def picky(samples, limit):
 """
 
 
+SUBMITIT = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10")
+
+
 @pytest.mark.slow
-def test_a_worker_that_dies_costs_its_own_job_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [JOBLIB, SUBMITIT], ids=["joblib", "submitit"])
+def test_a_worker_that_dies_costs_its_own_job_alone(
+    launcher: tuple[str, ...], tmp_path: Path
+) -> None:
     """And at most the one beside it; those that had not begun are run by others."""
     (tmp_path / "my_rewards_of_workers.py").write_text(REWARDS)
     done = grpo_process(
-        "-m", *TWO_STEPS, *JOBLIB,
+        "-m", *TWO_STEPS, *launcher,
         "+reward.picky._target_=my_rewards_of_workers.picky",
         "+reward.picky.weight=1", "+reward.picky.limit=0,1,2,3", "sweep_dir=sweep", cwd=tmp_path,
     )  # fmt: skip
@@ -123,9 +129,6 @@ def test_one_gpu_needs_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
         assert gpus.take_gpu(tmp_path) is None
     assert not list(tmp_path.iterdir())
-
-
-SUBMITIT = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10")
 
 
 @pytest.mark.slow

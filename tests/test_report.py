@@ -14,12 +14,14 @@ from typing import Any
 import pyarrow.parquet as parquet
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.report.command import write_report
 from grpo.report.sweep.best import experiment
 from grpo.report.sweep.importance import fanova
-from grpo.report.sweep.ranking import rank
+from grpo.report.sweep.ranking import Ranking, Setting, rank
 from grpo.report.sweep.read import read_sweeps
+from grpo.report.sweep.statistics import difference
 from tests.conftest import grpo_process, metrics
 from tests.test_sweep import TWO_STEPS, Grpo
 
@@ -108,6 +110,20 @@ def test_the_best_of_a_sweep_of_the_best(sweep: Path) -> None:
     assert metrics(sweep.parent / "of_the_best") == metrics(job.folder)
 
 
+def test_what_a_sweep_takes_away_the_best_takes_away_too(grpo: Grpo, tmp_path: Path) -> None:
+    (tmp_path / "own_of_best.py").write_text("def f(samples):\n    return [1.0 for _ in samples]\n")
+    own = ("~reward.answer", "+reward.own._target_=own_of_best.f", "+reward.own.weight=1")
+    code, printed = grpo("-m", *TWO_STEPS, "max_steps=1", *own, "seed=0,1", "sweep_dir=sweep")
+    assert code == 0, printed
+    (command,) = re.findall(r"best: +grpo (.*)", printed)
+    assert command.endswith("experiment=best '~reward.answer'")
+    code, printed = grpo(*shlex.split(command), "hydra.run.dir=of_the_best", "tracking=none")
+    assert code == 0, printed
+    (job, *_) = rank(read_sweeps([tmp_path / "sweep"])).settings[0].jobs
+    assert metrics(tmp_path / "of_the_best") == metrics(job.folder)
+    assert "reward/own" in metrics(job.folder)[-1]
+
+
 def test_the_page_needs_nothing_else(sweep: Path) -> None:
     page = (sweep / "report.html").read_text()
     own = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # Plotly itself
@@ -138,6 +154,32 @@ def test_a_half_finished_sweep_has_a_report(copy: Path, grpo: Grpo) -> None:
     assert [len(s.by_seed) for s in rank(read_sweeps([copy])).settings].count(2) == 2
 
 
+def test_a_half_finished_sweep_of_another_objective(copy: Path, grpo: Grpo) -> None:
+    """Its jobs that have not begun have that one too."""
+    for number in range(8):
+        file = copy / str(number) / "summary.json"
+        file.write_text(file.read_text().replace("eval/sampled_accuracy", "eval/accuracy"))
+    shutil.rmtree(copy / "7")
+    code, printed = grpo("report", "sweep")
+    assert code == 0, printed
+    assert read_sweeps([copy]).objectives == {"eval/accuracy": "maximize"}
+
+
+def verdict(best: dict[int, float], second: dict[int, float], minimized: bool = False) -> str:
+    """Of two settings, their objectives given by seed."""
+    settings = [Setting((n,), own, [], None) for n, own in enumerate((best, second))]
+    behind = difference(best, second)
+    return Ranking(["key"], settings, [behind], [behind.p], minimized).verdict
+
+
+def test_the_verdict_says_what_is_missing() -> None:
+    assert "one of the two has a single seed" in verdict({0: 0.9, 1: 0.8}, {0: 0.7})
+    assert "they share no two seeds" in verdict({0: 0.9, 1: 0.8}, {2: 0.7, 3: 0.85})
+    assert verdict({0: 0.1, 1: 0.2}, {0: 0.3, 1: 0.4}, minimized=True) == (
+        "key=0 came out lowest, and the data tells it from every other setting."
+    )
+
+
 def test_on_one_seed_each_nothing_is_said_that_needs_more(sweep: Path, copy: Path) -> None:
     def heads(page: str) -> list[str]:
         ranking = page.partition("<h2>Ranking</h2>")[2].partition("</thead>")[0]
@@ -166,7 +208,10 @@ def test_a_sweep_of_which_nothing_has_finished(copy: Path, grpo: Grpo) -> None:
 def test_sweeps_are_reported_together(sweep: Path, copy: Path, grpo: Grpo) -> None:
     """More seeds run elsewhere are seeds of the same settings."""
     record = json.loads((copy / "sweep.json").read_text())
-    record["jobs"] = [[o.replace("seed=", "seed=1") for o in job] for job in record["jobs"]]
+    record["jobs"] = [
+        [re.sub("kl_weight=0$", "kl_weight=0.0", o.replace("seed=", "seed=1")) for o in job]
+        for job in record["jobs"]
+    ]  # the same numbers, written another way
     (copy / "sweep.json").write_text(json.dumps(record))
     code, printed = grpo("report", "sweep", str(sweep))
     assert code == 0, printed
@@ -194,7 +239,8 @@ def test_overrides_become_an_experiment() -> None:
         "kl_weight=0.1", "+reward.brief.limit=25", "optim.schedule=cosine",
         "sampling.stop=['</answer>']", "seed=3", "++resume=null", "sweep_dir=x",
     ]  # fmt: skip
-    found: dict[str, Any] = yaml.safe_load(experiment(overrides, None))
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    found: dict[str, Any] = yaml.safe_load(experiment(parsed, None))
     assert found == {
         "defaults": [
             "smoke", "_self_", {"override /kl": "k1"}, {"override /reward": ["answer", "length"]},

@@ -24,7 +24,7 @@ from grpo.models.find import PACKAGED
 from grpo.report.run.browser import FIRST, Block, by_step, levels, packed_blocks, widths
 from grpo.report.run.charts import smoothed, thinned
 from grpo.report.run.page import runs_page, write_run_page
-from grpo.report.run.read import differences, read_run
+from grpo.report.run.read import differences, read_run, resolved
 from grpo.tracking.tokens import token_ends
 from tests.conftest import copy_with_text
 
@@ -127,6 +127,17 @@ def test_several_runs_lie_over_each_other(short_run: Path, tmp_path: Path, grpo:
     reward = content(page)["figures"][0]
     names = [f"smoke ({folder})" for folder in ("other", short_run)]
     assert [trace["name"] for trace in reward["data"]] == names
+    by_title = {
+        figure["layout"]["yaxis"].get("title"): figure for figure in content(page)["figures"]
+    }
+    seconds = by_title["time/step"]["data"]  # beside each other, not one upon the other
+    assert [trace["name"] for trace in seconds] == names
+    assert not any("stackgroup" in trace for trace in seconds)
+    accuracy = content(page)["figures"][1]["data"]
+    kinds = ("sampled_accuracy", "accuracy")
+    assert [trace["name"] for trace in accuracy] == [
+        f"{n}: {kind}" for n in names for kind in kinds
+    ]
     assert runs_page([read_run(short_run), read_run(tmp_path / "other")])
 
 
@@ -156,6 +167,19 @@ def test_differences_are_of_every_key() -> None:
     other = {"a": {"b": 1, "c": 3}, "e": None}
     assert flat(one) == {"a.b": 1, "a.c": 2, "d": [1]}
     assert differences([one, other]) == {"a.c": [2, 3], "d": [[1], None]}
+
+
+def test_a_config_is_read_with_what_its_keys_refer_to() -> None:
+    """Also to those that are not compared; what can't be known any more stays as it was written."""
+    config = {
+        "name": "a", "sweep_dir": "d", "hydra": {}, "rate": "${model.rate}", "model": {"rate": 0.1},
+        "tracking": {"group": "${name}", "folder": "${sweep_dir}/x", "day": "${gone:%d}"},
+        "stop": ["${name}"],
+    }  # fmt: skip
+    assert resolved(config) == {
+        "name": "a", "rate": 0.1, "model": {"rate": 0.1},
+        "tracking": {"group": "a", "folder": "d/x", "day": "${gone:%d}"}, "stop": ["a"],
+    }  # fmt: skip
 
 
 def test_long_lines_are_thinned_to_means() -> None:

@@ -28,9 +28,11 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState, create_trial
 
 from grpo.errors import ConfigError
+from grpo.past import locked
 from grpo.report.sweep.front import unbeaten
 from grpo.report.sweep.ranking import rank
 from grpo.report.sweep.read import read_sweeps
+from grpo.sweep.folder import StudyFile
 from grpo.sweep.search import reached_values
 from grpo.sweep.space import combinations, space_of, written
 from grpo.sweep.study import Options
@@ -200,6 +202,83 @@ def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
     assert told(study_in(sweep)) == told(study_in(whole))
     for number in range(5):
         assert metrics(sweep / str(number)) == metrics(whole / str(number))
+
+
+CREATE_TRIAL = 4  # as a line of Optuna's journal says it
+
+
+def test_a_search_killed_before_a_trials_job_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
+    """The third trial is in the study and no more: it has all its values from the first."""
+    sweep = tmp_path / "x/sweep"
+    shutil.copytree(whole, sweep, symlinks=True)
+    journal = (sweep / "study.journal").read_text().splitlines(keepends=True)
+    trials = [n for n, line in enumerate(journal) if json.loads(line)["op_code"] == CREATE_TRIAL]
+    (sweep / "study.journal").write_text("".join(journal[: trials[2] + 1]))
+    for number in "234":
+        shutil.rmtree(sweep / number)
+    assert [len(trial.params) for trial in study_in(sweep).trials] == [3, 3, 3]
+    done = grpo_process("-m", "sweep_dir=x/sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert told(study_in(sweep)) == told(study_in(whole))
+
+
+FAILS_ONCE = """
+from pathlib import Path
+def reward(samples):
+    if not Path("mended").exists():
+        raise ValueError("no more of this")
+    return [1.0 for _ in samples]
+"""
+
+
+def test_a_trial_that_failed_is_tried_again_by_the_next_start(grpo: Grpo, tmp_path: Path) -> None:
+    """Once by each, and its job goes on; the folder of one that is done is filled again."""
+    (tmp_path / "fails_once.py").write_text(FAILS_ONCE)
+    search = (*SEARCH, "hydra.sweeper.n_trials=2", "sweep_dir=sweep", "max_steps=1")
+    own = ("+reward.own._target_=fails_once.reward", "+reward.own.weight=0.1")
+    code, printed = grpo(*search, *own)
+    assert code == 1
+    assert "2 of 2 jobs did not end well" in printed
+    assert printed.count("\njob 0: ") == printed.count("\njob 1: ") == 1
+    (tmp_path / "mended").touch()
+    code, printed = grpo("-m", "sweep_dir=sweep")
+    assert code == 0, printed
+    trials = study_in(tmp_path / "sweep").trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    before = metrics(tmp_path / "sweep/1")
+    shutil.rmtree(tmp_path / "sweep/1")
+    code, printed = grpo("-m", "sweep_dir=sweep")
+    assert code == 0, printed
+    assert metrics(tmp_path / "sweep/1") == before
+    again = study_in(tmp_path / "sweep").trials
+    assert [(trial.params, trial.values) for trial in again] == [
+        (trial.params, trial.values) for trial in trials
+    ]
+
+
+def test_a_trial_whose_job_runs_elsewhere_is_left_to_it(
+    whole: Path, grpo: Grpo, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "x/sweep"
+    shutil.copytree(whole, sweep, symlinks=True)
+    study = study_in(sweep)
+    first, file = study.trials[0], StudyFile.read(sweep)
+    assert file is not None
+    study.add_trial(
+        create_trial(
+            state=TrialState.RUNNING, params=first.params, distributions=first.distributions,
+            user_attrs={"folder": file.folder},
+        )
+    )  # fmt: skip
+    (sweep / "5").mkdir()
+    (sweep / "5/summary.json").write_text('{"status": "running"}')
+    with locked(sweep / "5"):
+        code, printed = grpo("-m", "sweep_dir=x/sweep", "hydra.sweeper.n_trials=7")
+    assert code == 0, printed
+    assert "1 running" in printed.rpartition("sweep in")[2]
+    states = [trial.state for trial in study_in(sweep).trials]
+    assert states[5] == TrialState.RUNNING
+    assert states[6].is_finished()
 
 
 def test_n_trials_is_the_total(whole: Path, tmp_path: Path, grpo: Grpo) -> None:

@@ -174,6 +174,17 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
         (("-m", "hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.n_trials=0"), "n_trials=0"),
         (("-m", "hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.sampler=cmaes"), "cmaes"),
         (
+            ("-m", "hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.objectives=eval/accuracy"),
+            "{eval/accuracy: maximize}",
+        ),
+        (
+            (
+                "-m", "hydra/sweeper=optuna", "seed=0,1", "kl=none",
+                "hydra.sweeper.objectives={kl/mean: minimize}",
+            ),
+            "kl=none has no reference",
+        ),
+        (
             (
                 "-m", "hydra/sweeper=optuna", "seed=0,1",
                 "+hydra.sweeper.sampler_options.n_startup=3",

@@ -36,6 +36,15 @@ def test_a_search_becomes_a_bayesian_sweep() -> None:
     assert found["parameters"]["kl_weight"] == {"distribution": "uniform", "min": 0.0, "max": 0.1}
 
 
+def test_whole_numbers_over_magnitudes_stay_whole() -> None:
+    found = written("sweep=search", "batch_size=tag(log,int(interval(4,64)))")
+    values = found["parameters"]["batch_size"]["values"]
+    assert values[0] == 4
+    assert values[-1] == 64
+    assert values == sorted(set(values))
+    assert all(type(value) is int for value in values)
+
+
 def test_a_grid_stays_one() -> None:
     found = written("sweep=kl_grid", "seed=0,1")
     assert found["method"] == "grid"

@@ -55,7 +55,11 @@ def outputs_in(root: Path) -> Outputs:
             except ConfigError as error:
                 broken.append(str(error))  # and it hides no other
         elif is_run(folder) and (summary := read_summary(folder)) is not None:
-            overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
+            try:
+                overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
+            except ConfigError as error:
+                broken.append(str(error))
+                overrides = []
             runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))
         else:
             continue

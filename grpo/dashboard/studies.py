@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from optuna.trial import FrozenTrial
 from grpo.dashboard.found import SweepFolder, outputs_in
 from grpo.errors import ConfigError
 from grpo.sweep.folder import StudyFile
-from grpo.sweep.study import open_storage, quiet
+from grpo.sweep.study import LOST, open_storage, quiet
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -49,8 +50,8 @@ class Studies:
                 self._open(folder)
             storage, there = self.sources[folder]
             copy_trials(self.storage, self.ids[folder], storage.get_all_trials(there))
-        except (ConfigError, KeyError) as error:
-            self.unreadable[folder] = str(error)
+        except (*LOST, ConfigError, KeyError, json.JSONDecodeError) as error:
+            self.unreadable[folder] = str(error).splitlines()[0]
 
     def _open(self, folder: Path) -> None:
         file = StudyFile.read(folder)

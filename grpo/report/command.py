@@ -82,7 +82,7 @@ def results(sweep: Sweep) -> pd.DataFrame:
                 "job": job.number,
                 "status": job.status,
                 "reason": job.reason,
-                **{key: cell(value) for key, value in job.values.items()},
+                **{key: cell(own) for key, own in job.values.items() if key != "sweep"},
                 "objective": job.value,
                 "steps": int(job.last.get("step", 0)),
                 "seconds": job.seconds,

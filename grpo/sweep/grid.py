@@ -48,7 +48,7 @@ def sweep(launch: Launch, params: Mapping[str, object], arguments: Sequence[str]
         counts = counted(own.status for own in before)
         print(f"sweep of {len(jobs)} jobs in {folder}: {counts}", flush=True)
         try:
-            with viewed(folder, len(before), objective_value, False, lambda own: own.ended):
+            with viewed(folder, len(before), objective_value, False):
                 launch.run([(own.number, jobs[own.number]) for own in before if not own.ended])
         except (KeyboardInterrupt, SystemExit):
             print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)

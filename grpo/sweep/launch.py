@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
@@ -44,6 +47,39 @@ def prepared(context: HydraContext, task: TaskFunction, config: DictConfig) -> L
         hydra_context=context, task_function=task, config=config
     )
     return Launch(context, config, launcher)
+
+
+@contextmanager
+def outlasting() -> Iterator[None]:
+    """Within it, submitit waits for all jobs of a batch, not only until the first one dies."""
+    if "hydra_plugins.hydra_submitit_launcher.submitit_launcher" not in sys.modules:
+        yield
+        return
+    import submitit
+
+    class Outlasting:
+        """A submitit job that has no results where it died: what it did lies in its folder."""
+
+        def __init__(self, job: submitit.Job[Any]) -> None:
+            self.job = job
+
+        def results(self) -> list[Any]:
+            try:
+                return self.job.results()
+            except Exception as error:  # noqa: BLE001 - the job's own, or that it was lost
+                log.warning("a job was lost (%s: %s)", type(error).__name__, str(error)[:500])
+                return [None]
+
+    submitted = submitit.AutoExecutor.map_array
+
+    def map_array(self: submitit.AutoExecutor, *arguments: Any) -> list[Any]:
+        return [Outlasting(job) for job in submitted(self, *arguments)]
+
+    submitit.AutoExecutor.map_array = map_array  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        submitit.AutoExecutor.map_array = submitted  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -101,7 +137,7 @@ class Launch:
         if not batch:
             return
         try:
-            with stoppable(self.folder):
+            with stoppable(self.folder), outlasting():
                 self.launcher.launch(batch, initial_job_idx=jobs[0][0])
         except Exception as error:  # each launcher has its own way of losing a worker
             left = [job for job in jobs if standing(self.folder, job[0]).status == "none"]

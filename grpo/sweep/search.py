@@ -11,7 +11,8 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 from optuna.study import StudyDirection as Direction
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from grpo.check import check_metric
 from grpo.config import writable
-from grpo.errors import ConfigError
-from grpo.past import is_locked, locked, note_failure, read_summary
+from grpo.errors import ConfigError, RunError
+from grpo.past import RUNNING, is_locked, locked, note_failure, read_summary
 from grpo.sweep.close import close, counted
 from grpo.sweep.folder import STUDY, Record, Standing, StudyFile, read_record, standing
 from grpo.sweep.launch import Launch, given
 from grpo.sweep.space import Space, combinations, corners, space_of, written
-from grpo.sweep.study import Options, open_storage, quiet, reach, spelled, told
+from grpo.sweep.study import LOST, Options, open_storage, quiet, reach, shown, spelled, told
 from grpo.sweep.view import viewed
 from grpo.tracking.files import last_values, read_lines
+
+NOWHERE = ""  # the folder of a trial that came too late to be run
 
 
 def search(
@@ -59,6 +62,8 @@ def search(
             "(kl_weight=interval(0,0.1)), or a sweep=CHOICE."
         )
     options.check_space(space)
+    if options.sampler == "grid":
+        combinations(space)  # refuses one without end
     objectives = check_objectives(options, [launch.compose(jobs) for jobs in ends(fixed, space)])
     folder = launch.folder
     record = read_record(folder)
@@ -96,8 +101,9 @@ def check_objectives(options: Options, configs: Sequence[DictConfig]) -> dict[st
         ConfigError: no run logs one, or a pruner has nothing to go by.
     """
     objectives = dict(options.objectives or {str(configs[0].objective): "maximize"})
-    for metric in objectives:
-        check_metric(configs[0], metric, "hydra.sweeper.objectives")
+    some_pull = [config for config in configs if config.kl_weight] or configs
+    for metric, config in product(objectives, some_pull):
+        check_metric(config, metric, "hydra.sweeper.objectives")
     if options.pruner != "none":
         (metric,) = objectives
         if not metric.startswith("eval/"):
@@ -133,9 +139,6 @@ def open_study(
             load_if_exists=True,
         )
         check_same(study, objectives, space, fixed)
-        if options.sampler == "grid":
-            for values in combinations(space)[: options.n_trials]:
-                study.enqueue_trial(values, skip_if_exists=True)
         place = there.folder if there else uuid.uuid4().hex[:8]
         pruner = (options.pruner, dict(options.pruner_options))
         StudyFile(options.storage, name, objectives, *pruner, place).write(folder)
@@ -187,22 +190,31 @@ class Search:
     objectives: list[str]
     folder: Path
     place: str  # the folder's name in the study
+    tried: set[int] = field(default_factory=set)  # the trials that this process has run
 
     def run(self) -> None:
         """Raises RunError where trials failed."""
         print(f"search of {self.total} trials in {self.folder}: {self.so_far()}", flush=True)
         minimized = self.study.directions[0] == Direction.MINIMIZE
         try:
-            with viewed(self.folder, self.total, self.value_of, minimized, is_over):
+            with viewed(self.folder, self.total, self.value_of, minimized):
                 while self.some():
                     pass
+            answer = self.answer()
         except (KeyboardInterrupt, SystemExit):
             print(f"search stopped; go on: grpo -m sweep_dir={self.folder}", flush=True)
             raise
-        print(self.answer(), flush=True)
-        failed = {t.number for t in self.study.trials if t.state == TrialState.FAIL}
+        except LOST as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise RunError(
+                f"hydra.sweeper.storage={shown(self.options.storage)}: lost ({reason}); when it is "
+                f"back: grpo -m sweep_dir={self.folder}"
+            ) from error
+        print(answer, flush=True)
         after = self.standings()
-        close(self.folder, after, [job for job in after if job.number in failed])
+        lost = [job.number for job in after if job.status == "none" and job.number in self.tried]
+        broken = [j for j in after if j.status in ("failed", "killed") or j.number in lost]
+        close(self.folder, after, broken)
 
     def value_of(self, job: Standing) -> float | None:
         """What a finished job came to, by the first objective."""
@@ -230,49 +242,92 @@ class Search:
             jobs = [(trial.number, job_of(self.fixed, trial.params)) for trial in taken]
             self.launch.run([job for job in jobs if not standing(self.folder, job[0]).ended])
             for trial in taken:
-                self.tell(standing(self.folder, trial.number))
+                self.tried.add(trial.number)
+                if not trial.state.is_finished():
+                    self.tell(standing(self.folder, trial.number))
         return True
 
     def take(self, claims: ExitStack) -> list[FrozenTrial]:
-        """Trials that a process left behind, then new ones; no other process will take them."""
+        """Trials whose jobs are left to do, then new ones; no other process will take them."""
         begun = self.begun()
-        left = [t for t in begun if t.state == TrialState.RUNNING and self.is_left(t)]
-        taken = left[: self.options.n_jobs]
-        count = len(begun)
-        while len(taken) < self.options.n_jobs and count < self.total:
-            self.study.sampler = self.options.make_sampler(count)
-            asked = self.study.ask(self.space)
-            if asked.number >= self.total:  # a process with another folder was faster
-                asked.set_user_attr("folder", "")
-                self.study.tell(asked, state=TrialState.FAIL)
-                break
-            asked.set_user_attr("folder", self.place)
-            taken.append(self.study.trials[asked.number])
-            count += 1
+        taken = [trial for trial in begun if self.is_left(trial)][: self.options.n_jobs]
+        while len(taken) < self.options.n_jobs and len(begun) < self.total:
+            if own := self.added(self.chosen(begun)):
+                taken.append(own)
+            begun = self.begun()
         for trial in taken:
             self.claim(trial.number).touch()
             claims.enter_context(locked(self.claim(trial.number)))
-        jobs = [job_of(self.fixed, t.params) if self.is_here(t) else [] for t in self.begun()]
+        trials = self.study.get_trials(deepcopy=False)
+        jobs = [job_of(self.fixed, t.params) if self.is_here(t) else [] for t in trials]
         Record(self.launch.arguments, self.launch.config_dir, jobs).write(self.folder)
         return taken
 
+    def chosen(self, begun: Sequence[FrozenTrial]) -> FrozenTrial:
+        """A new trial with all its values, which the study doesn't know yet.
+
+        They are chosen in a copy of it: so no process can end with a trial that has half of them.
+        """
+        if self.options.sampler == "grid":
+            past = [trial.params for trial in begun]
+            values = next(one for one in combinations(self.space) if one not in past)
+            return create_trial(state=TrialState.RUNNING, params=values, distributions=self.space)
+        copy = optuna.create_study(
+            study_name=self.study.study_name,  # by which Hyperband puts trials into brackets
+            directions=self.study.directions,
+            pruner=self.study.pruner,
+            sampler=self.options.make_sampler(len(begun)),
+        )
+        copy.add_trials(begun)
+        number = copy.ask(self.space).number
+        return copy.trials[number]
+
+    def added(self, chosen: FrozenTrial) -> FrozenTrial | None:
+        """The same in the study; None where another folder's process was faster."""
+        known = {trial.number for trial in self.study.get_trials(deepcopy=False)}
+        self.study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=chosen.params,
+                distributions=chosen.distributions,
+                system_attrs=chosen.system_attrs,
+                user_attrs={"folder": self.place},
+            )
+        )
+        begun = self.begun()
+        (own,) = [t for t in begun if self.is_here(t) and t.number not in known]
+        before = [trial for trial in begun if trial.number < own.number]
+        twice = self.options.sampler == "grid" and own.params in [t.params for t in before]
+        if len(before) < self.total and not twice:
+            return own
+        optuna.trial.Trial(self.study, own._trial_id).set_user_attr("folder", NOWHERE)
+        self.study.tell(own.number, state=TrialState.FAIL)
+        return None
+
     def begun(self) -> list[FrozenTrial]:
-        trials = self.study.get_trials(deepcopy=False)
-        return [trial for trial in trials if trial.state != TrialState.WAITING]
+        return [
+            trial
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state != TrialState.WAITING and trial.user_attrs.get("folder") != NOWHERE
+        ]
 
     def is_here(self, trial: FrozenTrial) -> bool:
-        """Whether its job is in this folder.
-
-        A study in a database may have several folders: there a trial without a name is one that
-        another process is being given just now.
-        """
-        unnamed = self.place if self.options.storage is None else ""
-        return bool(trial.user_attrs.get("folder", unnamed) == self.place)
+        """Whether its job is in this folder; a study in a database may have several."""
+        return bool(trial.user_attrs.get("folder") == self.place)
 
     def is_left(self, trial: FrozenTrial) -> bool:
-        """Whether its process is gone. One of another folder is that folder's to go on with."""
-        claim = self.claim(trial.number)
-        return self.is_here(trial) and not (claim.exists() and is_locked(claim))
+        """Whether its job is to be run, and nobody is at it.
+
+        One that failed stays open in the study and is tried once by each process; one that has
+        finished is left to do where its folder was deleted. One of another folder is that folder's.
+        """
+        if not self.is_here(trial) or trial.number in self.tried:
+            return False
+        claim, status = self.claim(trial.number), standing(self.folder, trial.number).status
+        if status == RUNNING or (claim.exists() and is_locked(claim)):
+            return False
+        gone = trial.state == TrialState.COMPLETE and status == "none"
+        return trial.state == TrialState.RUNNING or gone
 
     def claim(self, number: int) -> Path:
         claims = self.folder / ".claims"
@@ -280,7 +335,7 @@ class Search:
         return claims / str(number)
 
     def tell(self, job: Standing) -> None:
-        """What became of a trial; one that can go on is left open."""
+        """What became of a trial; one whose job can go on is left open."""
         if job.status == "pruned":
             self.study.tell(job.number, state=TrialState.PRUNED)
         elif job.status == "finished":
@@ -290,8 +345,6 @@ class Search:
                 self.study.tell(job.number, state=TrialState.FAIL)
             else:
                 self.study.tell(job.number, values)
-        elif job.status in ("failed", "killed", "none"):
-            self.study.tell(job.number, state=TrialState.FAIL)
 
     def standings(self) -> list[Standing]:
         return [standing(self.folder, t.number) for t in self.begun() if self.is_here(t)]
@@ -310,11 +363,6 @@ class Search:
             for trial in best
         ]
         return "\nbest:\n" + "\n".join(lines)
-
-
-def is_over(job: Standing) -> bool:
-    """Whether a trial is not run again; one that failed has told the study enough."""
-    return job.ended or job.status == "failed"
 
 
 def reached_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:

@@ -25,6 +25,7 @@ JOURNAL = "study.journal"
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
 PRUNERS = ("none", "median", "hyperband")
 DIRECTIONS = ("maximize", "minimize")
+LOST = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)  # of a database
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Options:
                     f"hydra.sweeper.{key}={value}: use one of {', '.join(choices)}"
                     f"{nearest(str(value), choices)}"
                 )
+        if not isinstance(options.objectives, Mapping | None):
+            raise ConfigError(
+                f"hydra.sweeper.objectives={options.objectives}: write it with its direction, "
+                f"{{{options.objectives}: maximize}}."
+            )
         for metric, direction in (options.objectives or {}).items():
             if direction not in DIRECTIONS:
                 raise ConfigError(
@@ -161,10 +167,10 @@ def told(url: str | None) -> Iterator[None]:
     try:
         yield
     except (
+        *LOST,
         ImportError,
         OSError,
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.StorageInternalError,
+        json.JSONDecodeError,  # a journal that is damaged
         RuntimeError,  # made by another version of Optuna
     ) as error:
         reason = str(error.__cause__ or error).splitlines()[0]

@@ -30,6 +30,8 @@ def watcher_of(job: Path) -> Watcher:
         pruner=make_pruner(file.pruner, file.pruner_options),
     )
     number = int(job.name)
+    if study.trials[number].state.is_finished():  # its folder was deleted, and is filled again
+        return never
     trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
     reported = set(study.trials[number].intermediate_values)  # before it was resumed
     (metric,) = file.objectives

@@ -46,7 +46,6 @@ def viewed(
     total: int,
     value_of: Callable[[Standing], float | None],
     minimized: bool,
-    is_over: Callable[[Standing], bool],
 ) -> Iterator[None]:
     """Within it, a terminal shows the sweep; elsewhere its jobs write their own plain lines.
 
@@ -54,13 +53,12 @@ def viewed(
         total: jobs in all, begun or not.
         value_of: what a finished job came to.
         minimized: whether less of it is better.
-        is_over: whether a job that was there at the start will not be run again.
     """
     console = Console()
     if not console.is_terminal:
         yield
         return
-    view = View(folder, total, value_of, minimized, is_over)
+    view = View(folder, total, value_of, minimized)
     os.environ[VIEW] = str(os.getpid())
     live = Live(
         get_renderable=lambda: view.shown(console.width),
@@ -84,14 +82,13 @@ class View:
         total: int,
         value_of: Callable[[Standing], float | None],
         minimized: bool,
-        is_over: Callable[[Standing], bool],
     ) -> None:
         self.folder, self.total = folder, total
         self.value_of, self.minimized = value_of, minimized
         self.ended: dict[int, tuple[Standing, float | None]] = {}
         self.left: dict[int, tuple[int, Course]] = {}  # to be run again: when it ended, how far
         for own in self.look().begun:
-            if not is_over(own):
+            if not own.ended:
                 self.left[own.number] = touched(own), course(own)
         self.started = time.monotonic()
         self.work_before = self.look().work

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 from grpo.check import REWARD_METRICS
@@ -12,6 +13,7 @@ from grpo.report.shell import COLORS, Figure
 from grpo.tracking.charts import averaged, shares
 
 MOST_POINTS = 1000  # of a line: beyond, each point is the mean of several steps
+DASHES = ("solid", "dot", "dash", "dashdot")
 SMOOTH = 50  # steps from which a noisy line gets its running mean
 
 
@@ -26,6 +28,7 @@ class Chart:
     log: bool = False
     stacked: bool = False
     from_zero: bool = False
+    compared: tuple[str, ...] = ()  # where several runs lie over each other; none: the first metric
 
 
 SECTIONS: dict[str, tuple[Chart, ...]] = {
@@ -36,6 +39,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
             "On the evaluation rows: the likeliest answer, sampled ones, and any of the samples.",
             ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k"),
             percent=True,
+            compared=("eval/sampled_accuracy", "eval/accuracy"),
         ),
         Chart("Parts of the reward", "Each before its weight.", ("reward/*",)),
         Chart(
@@ -85,6 +89,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
             "By stage.",
             ("time/rollout", "time/reward", "time/update"),
             stacked=True,
+            compared=("time/step",),
         ),
         Chart("Speed", "Completion tokens a second.", ("perf/completion_tokens_per_second",)),
         Chart("Memory", "Peak, in GB.", ("memory/peak_gb",), from_zero=True),
@@ -135,12 +140,22 @@ def alone(run: Run, chart: Chart, metrics: Sequence[str]) -> Figure:
 
 
 def over(runs: Sequence[Run], chart: Chart, metrics: Sequence[str]) -> Figure:
-    """A line for each run, of the chart's first metric."""
+    """A color for each run and a dash for each metric, of those that are compared."""
+    compared = [metric for metric in chart.compared if any(metric in run.metrics for run in runs)]
+    if chart.metrics == ("reward/*",):
+        compared = list(metrics)
+    beside = replace(chart, stacked=False)  # one run's seconds don't add to another's
     traces = []
     for n, run in enumerate(runs):
-        traces += lines(run, chart, metrics[0], COLORS[n % len(COLORS)], run.name)
+        for metric, dash in zip(compared or metrics[:1], cycle(DASHES), strict=False):
+            own = metric.partition("/")[2]
+            name = f"{run.name}: {own}" if len(compared) > 1 else run.name
+            for trace in lines(run, beside, metric, COLORS[n % len(COLORS)], name):
+                traces.append({**trace, "line": {**trace["line"], "dash": dash}})
     shown = layout(chart, legend=True)
-    return {"data": traces, "layout": {**shown, "yaxis": {**shown["yaxis"], "title": metrics[0]}}}
+    if len(compared) < 2:
+        shown["yaxis"]["title"] = (compared or metrics)[0]
+    return {"data": traces, "layout": shown}
 
 
 def lines(run: Run, chart: Chart, metric: str, color: str, name: str) -> list[dict[str, Any]]:

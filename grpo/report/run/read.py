@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from grpo.again import read_yaml
 from grpo.config import flat
@@ -87,11 +88,25 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def resolved(config: Any) -> dict[str, Any]:
-    """The config without references between its keys."""
-    content = OmegaConf.create({k: v for k, v in config.items() if k not in NOT_COMPARED})
-    made = OmegaConf.to_container(content, resolve=True)
-    assert isinstance(made, dict)
-    return {str(key): value for key, value in made.items()} | {"name": config.get("name")}
+    """The config with what its keys refer to in their place, and without what is not compared."""
+    content = OmegaConf.create({k: v for k, v in config.items() if k != "hydra"})
+    made = values_of(content)
+    return {key: value for key, value in made.items() if key == "name" or key not in NOT_COMPARED}
+
+
+def values_of(config: DictConfig) -> dict[str, Any]:
+    """What can't be known any more, as ${now:…} may be, stays as it was written."""
+    found: dict[str, Any] = {}
+    written: Any = OmegaConf.to_container(config)
+    for key in config:
+        try:
+            value = config[key]
+            if isinstance(value, ListConfig):
+                value = OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException:
+            value = written[key]
+        found[str(key)] = values_of(value) if isinstance(value, DictConfig) else value
+    return found
 
 
 def differences(configs: list[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 
 from grpo.config import conf_folder
-from grpo.errors import ConfigError
 
 LEFT_OUT = ("sweep", "sweep_dir", "resume", "name", "tracking")  # change nothing that is measured
 
@@ -19,24 +20,28 @@ LEFT_OUT = ("sweep", "sweep_dir", "resume", "name", "tracking")  # change nothin
 def write_best(sweep: Path, overrides: Sequence[str], why: str, own_configs: str | None) -> str:
     """Writes SWEEP/experiment/best.yaml and returns the command that runs it.
 
-    Where the sweep's own experiments have one of this name, it is best_2.yaml, and so on.
+    Where the sweep's own experiments have one of this name, it is best_2.yaml, and so on. What an
+    override takes away (~reward.answer) a file can't: that goes into the command.
 
     Args:
         overrides: those of the best job, its seed among them.
         own_configs: the --config-dir that the sweep was started with.
-
-    Raises:
-        ConfigError: an override takes a key away, which a file can't.
     """
     name = free_name(Path(own_configs)) if own_configs else "best"
     file = sweep / "experiment" / f"{name}.yaml"
     file.parent.mkdir(exist_ok=True)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    deleted = [quote(f"~{one.key_or_group}") for one in parsed if one.is_delete()]
+    if deleted:
+        why += f"\nThe command that runs it must say {' '.join(deleted)} too."
     comment = "\n".join(f"# {line}" for line in why.splitlines())
-    file.write_text(f"# @package _global_\n{comment}\n{experiment(overrides, own_configs)}")
+    file.write_text(f"# @package _global_\n{comment}\n{experiment(parsed, own_configs)}")
     if own_configs is None:
-        return f"grpo --config-dir {sweep} experiment={name}"
-    where = sweep.absolute()
-    return f"grpo --config-dir {own_configs} 'hydra.searchpath=[file://{where}]' experiment={name}"
+        return " ".join(["grpo", "--config-dir", quote(str(sweep)), f"experiment={name}", *deleted])
+    where = quote(f"hydra.searchpath=[file://{sweep.absolute()}]")
+    return " ".join(
+        ["grpo", "--config-dir", quote(own_configs), where, f"experiment={name}", *deleted]
+    )
 
 
 def free_name(own_configs: Path) -> str:
@@ -45,21 +50,20 @@ def free_name(own_configs: Path) -> str:
     return next(name for name in names if name not in taken)
 
 
-def experiment(overrides: Sequence[str], own_configs: str | None) -> str:
+def experiment(overrides: Sequence[Override], own_configs: str | None) -> str:
     """Overrides as YAML: choices of groups as a defaults list, values as keys."""
     folders = [conf_folder(), *([Path(own_configs)] if own_configs else [])]
     base: list[Any] = []
     defaults: list[Any] = []  # those that override, which Hydra wants last
     keys: dict[str, Any] = {}
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    for one in sorted(parsed, key=lambda one: one.key_or_group != "sweep"):  # its file comes first
+    for one in sorted(
+        overrides, key=lambda one: one.key_or_group != "sweep"
+    ):  # its file comes first
         name = one.key_or_group
         if name == "sweep":
             of_study(str(one.value()), folders, defaults, keys)
-        if name.partition(".")[0] in LEFT_OUT:
+        if name.partition(".")[0] in LEFT_OUT or one.is_delete():
             continue
-        if one.is_delete():
-            raise ConfigError(f"{one.input_line}: takes a key away, which best.yaml can't repeat.")
         if any((folder / name).is_dir() for folder in folders):
             if name == "experiment":
                 base.append(one.value())

@@ -34,25 +34,26 @@ class Ranking:
     settings: list[Setting]
     behind: list[Difference]  # of each but the best; how much the best is better
     p: list[float]
+    minimized: bool
 
     @property
     def verdict(self) -> str:
         """What can be said of the best in a sentence or two."""
         if not self.settings:
             return "No job has finished yet."
-        best = self.settings[0]
+        best, end = self.settings[0], "lowest" if self.minimized else "highest"
         if len(self.settings) == 1:
             return "There is one setting only, so nothing to compare."
         if all(len(setting.by_seed) < 2 for setting in self.settings):
             return (
-                f"{self.named(best)} came out highest, on one seed each: how much of that is luck "
+                f"{self.named(best)} came out {end}, on one seed each: how much of that is luck "
                 f"can't be said. Run the first few on more seeds: seed=0,1,2"
             )
         second = self.behind[0]
         if second.mean == 0:
             return f"{self.named(best)} and {self.named(self.settings[1])} came out alike."
         told = [n for n, p in enumerate(self.p) if p <= 0.05]
-        text = f"{self.named(best)} came out highest, and "
+        text = f"{self.named(best)} came out {end}, and "
         text += (
             "the data tells it from every other setting."
             if len(told) == len(self.p)
@@ -60,7 +61,11 @@ class Ranking:
         )
         if self.p[0] > 0.05:
             text += f" From the second, {self.named(self.settings[1])}, it is not told apart"
-            if second.more_seeds is None:
+            if min(len(setting.by_seed) for setting in self.settings[:2]) < 2:
+                text += "; one of the two has a single seed: run both on more, seed=0,1,2."
+            elif not second.paired:
+                text += "; they share no two seeds: run both on the same ones."
+            elif second.more_seeds is None:
                 text += "; more seeds would hardly change that."
             elif second.more_seeds == 0:
                 text += " among so many comparisons; alone it would be."
@@ -90,7 +95,8 @@ def rank(sweep: Sweep) -> Ranking:
     settings.sort(key=lambda setting: -sign * setting.mean)
     best = settings[0].by_seed if settings else {}
     behind = [difference(best, setting.by_seed) for setting in settings[1:]]
-    return Ranking(sweep.keys, settings, behind, holm([one.p for one in behind]))
+    p = holm([one.p for one in behind])
+    return Ranking(sweep.keys, settings, behind, p, sweep.minimized)
 
 
 def setting_of(sweep: Sweep, jobs: Sequence[Job]) -> Setting:

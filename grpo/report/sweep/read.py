@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.again import read_yaml
 from grpo.errors import ConfigError
+from grpo.report.run.read import resolved
 from grpo.sweep.folder import StudyFile, record_of, standing
 from grpo.tracking.files import last_values, read_lines
 
@@ -111,6 +112,8 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
     ]
     if not jobs:
         raise ConfigError(f"{folders[0]}: no job of this sweep has begun.")
+    known = next((job.objective for job in jobs if job.objective), "eval/sampled_accuracy")
+    jobs = [job if job.objective else replace(job, objective=known) for job in jobs]
     objectives = {job.objective for job in jobs}
     if len(objectives) > 1:
         raise ConfigError(f"these sweeps have several objectives: {', '.join(sorted(objectives))}.")
@@ -141,7 +144,7 @@ def read_job(
 ) -> Job:
     """searched: the metric that a search went by, if it is a job of one."""
     where = standing(folder, number)
-    config = read_yaml(where.folder / ".hydra" / "config.yaml") or {}
+    config = resolved(read_yaml(where.folder / ".hydra" / "config.yaml") or {})
     hydra = read_yaml(where.folder / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
     choices = hydra["hydra"]["runtime"].get("choices", {})
     objective = (where.summary.get("objective") or {}).get("name") or config.get("objective")
@@ -153,13 +156,18 @@ def read_job(
         reason=where.reason,
         overrides=overrides,
         values={
-            key: own[key] if key in own else choices.get(key, looked_up(config, key))
+            key: plain_number(own[key] if key in own else choices.get(key, looked_up(config, key)))
             for key in keys
         },
-        objective=str(searched or objective or "eval/sampled_accuracy"),
+        objective=str(searched or objective or ""),  # one that hasn't begun has none of its own
         lines=read_lines(where.folder / "metrics.jsonl"),
         seconds=float(where.summary.get("wall_seconds") or 0.0),
     )
+
+
+def plain_number(value: Any) -> Any:
+    """A whole float as an int: 1.0 and 1 are one setting, whoever wrote it how."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def looked_up(config: Any, key: str) -> Any:
