@@ -115,6 +115,18 @@ def test_a_sick_run_is_told_what_it_has(name: str, grpo: Grpo, tmp_path: Path) -
     assert escape(title) in page
 
 
+def test_a_reward_that_rises_while_nothing_is_ever_right(grpo: Grpo, tmp_path: Path) -> None:
+    """No accuracy is lost: in eight tokens there is none to lose."""
+    (tmp_path / "own.py").write_text(OWN)
+    code, printed = grpo(
+        *QUICK, *own("ones"), "learning_rate=0.003", "kl_weight=0", "max_new_tokens=8",
+        "max_steps=20",
+    )  # fmt: skip
+    assert code == 0, printed
+    found = {one.name: one.evidence for one in read_run(tmp_path / "run").diagnoses}
+    assert "eval/sampled_accuracy from 0.0% to 0.0%" in found["reward_is_hacked"]
+
+
 def test_none_is_silent(grpo: Grpo, tmp_path: Path) -> None:
     quick = [override for override in QUICK if not override.startswith("doctor.")]
     code, printed = grpo(*quick, "max_new_tokens=2", "doctor=none")

@@ -188,7 +188,10 @@ def reward_is_hacked(course: Course) -> Found | None:
         return None
     metric = "eval/sampled_accuracy"
     first, last = evaluations[0].get(metric), evaluations[-1].get(metric)
-    if first is None or last is None or last > first - course.limits.accuracy_lost:
+    if first is None or last is None:
+        return None
+    lost = last <= first - course.limits.accuracy_lost
+    if not lost and (last > first or last > course.limits.accuracy_low):
         return None
     return Found(
         f"reward/mean went from {start:.3g} to {now:.3g}, {metric} from {first:.1%} to {last:.1%}.",

@@ -23,3 +23,4 @@ class Limits:
     moved_low: float
     failed_high: float
     overlap_high: float
+    accuracy_low: float = 0.5  # that of runs whose config has none
