@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from grpo.arguments import option
+from grpo.doctor.diagnoses import diagnose
+from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError, RunError
+from grpo.hub import cached_model
 from grpo.past import HUB_ID, model_of_checkpoint, run_of
 from grpo.report.run.page import verdict, written
 from grpo.report.run.read import Run, differences, read_run, shipped_config
@@ -42,7 +46,7 @@ def export(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{folder}: is there already; give a new or an empty folder.")
     if hub_id is not None:
         check_hub(hub_id)
-    run = read_run(home)
+    run = as_of(read_run(home), model)
     from grpo.models.merge import write_merged
 
     write_merged(model, folder)
@@ -50,6 +54,19 @@ def export(arguments: Sequence[str]) -> None:
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:
         push(folder, hub_id)
+
+
+def as_of(run: Run, model: Path) -> Run:
+    """The run as it was when it saved this model: of a later step its card must not speak."""
+    step = re.fullmatch(r"step_(\d+)", model.resolve().parent.name)
+    if step is None or int(step[1]) >= run.lines[-1]["step"]:
+        return run
+    lines = [line for line in run.lines if line["step"] <= int(step[1])]
+    evaluated = [line for line in lines if "eval/accuracy" in line]
+    summary = {**run.summary, "last_evaluation": evaluated[-1] if evaluated else None}
+    limits = run.config.get("doctor")
+    found = diagnose(lines, run.config, Limits(**limits)) if limits else []
+    return replace(run, lines=lines, summary=summary, diagnoses=found)
 
 
 def check_hub(hub_id: str) -> None:
@@ -125,13 +142,18 @@ def front_matter(run: Run) -> str:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["grpo", "grpo-bench", "reinforcement-learning"],
-        "license": licence_of(model.get("path")) or "unknown",
+        "license": licence_of(model.get("path") or cached(model.get("id"))) or "unknown",
     }
     if model.get("id"):
         content["base_model"] = model["id"]
     if isinstance(data.get("path"), str) and HUB_ID.fullmatch(data["path"]):
         content["datasets"] = [data["path"]]
     return f"---\n{yaml.safe_dump(content, sort_keys=False).rstrip()}\n---"
+
+
+def cached(id: str | None) -> str | None:
+    found = cached_model(id) if id else None
+    return str(found) if found else None
 
 
 def licence_of(folder: str | None) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from grpo.errors import ConfigError
 
 SECONDS = 4.0
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # its licence
 
 
 class HubUnreachable(Exception):

@@ -13,6 +13,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo.export import licence_of
+from tests.conftest import metrics
+
 Grpo = Callable[..., tuple[int, str]]
 SHORT = ("experiment=smoke", "tracking=none", "dataset.eval_size=16", "hydra.run.dir=run")
 
@@ -47,6 +50,30 @@ def test_its_card_says_what_it_is(run: Path, grpo: Grpo, tmp_path: Path) -> None
     assert f"| eval/accuracy | {first:.4g} | {last:.4g} |" in card
     assert "| `kl_weight` | 0.05 | 0.02 |" in card
     assert "grpo.data.Arithmetic" in card
+
+
+def test_the_card_of_a_checkpoint_speaks_of_no_later_step(
+    run: Path, grpo: Grpo, tmp_path: Path
+) -> None:
+    assert grpo("export", "run/checkpoints/step_2", "mine")[0] == 0
+    card = (tmp_path / "mine/README.md").read_text()
+    by_step = {line["step"]: line for line in metrics(run)}
+    first, then = (by_step[step]["eval/sampled_accuracy"] for step in (0, 2))
+    assert f"| eval/sampled_accuracy | {first:.4g} | {then:.4g} |" in card
+    assert "in 2 steps." in card
+    assert "eval/accuracy" in by_step[3]  # the run has a later one
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [("---\nlicense: apache-2.0\n---\n# A", "apache-2.0"), ("# A", None), (None, None)],
+)
+def test_the_licence_is_the_base_models(
+    text: str | None, licence: str | None, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert licence_of(str(tmp_path)) == licence
 
 
 @pytest.mark.parametrize(
