@@ -128,9 +128,10 @@ def test_several_runs_lie_over_each_other(short_run: Path, tmp_path: Path, grpo:
     names = [f"smoke ({folder})" for folder in ("other", short_run)]
     assert [trace["name"] for trace in reward["data"]] == names
     by_title = {
-        figure["layout"]["yaxis"].get("title"): figure for figure in content(page)["figures"]
+        figure["layout"]["yaxis"].get("title", {}).get("text"): figure["data"]
+        for figure in content(page)["figures"]
     }
-    seconds = by_title["time/step"]["data"]  # beside each other, not one upon the other
+    seconds = by_title["time/step"]  # beside each other, not one upon the other
     assert [trace["name"] for trace in seconds] == names
     assert not any("stackgroup" in trace for trace in seconds)
     accuracy = content(page)["figures"][1]["data"]

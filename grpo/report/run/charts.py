@@ -154,7 +154,7 @@ def over(runs: Sequence[Run], chart: Chart, metrics: Sequence[str]) -> Figure:
                 traces.append({**trace, "line": {**trace["line"], "dash": dash}})
     shown = layout(chart, legend=True)
     if len(compared) < 2:
-        shown["yaxis"]["title"] = (compared or metrics)[0]
+        shown["yaxis"]["title"] = {"text": (compared or metrics)[0], "font": {"size": 10}}
     return {"data": traces, "layout": shown}
 
 
