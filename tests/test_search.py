@@ -188,6 +188,24 @@ def test_a_search_says_what_its_jobs_came_to(whole: Path) -> None:
     assert {t.state for t in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
+@pytest.mark.slow
+def test_hyperband_gives_up_trials_too(grpo: Grpo, tmp_path: Path) -> None:
+    """In each of its brackets, at an evaluation, and no other than Optuna's own would."""
+    code, printed = grpo(
+        *SEARCH, "max_steps=8", "eval.every=2", "hydra.sweeper.n_trials=8", "sweep_dir=sweep",
+        "hydra.sweeper.pruner=hyperband",
+        "+hydra.sweeper.pruner_options={min_resource: 2, max_resource: 8, reduction_factor: 2}",
+        "learning_rate=tag(log,interval(1e-5,3e-2))",
+    )  # fmt: skip
+    assert code == 0, printed
+    trials = study_in(tmp_path / "sweep").trials
+    states = [trial.state for trial in trials]
+    assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+    for trial in trials:
+        steps = summary(tmp_path / "sweep" / str(trial.number))["steps"]
+        assert steps == (trial.last_step if trial.state == TrialState.PRUNED else 8)
+
+
 def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
     """No trial is lost, doubled or replayed, and the rest of them are what they would have been."""
     sweep = tmp_path / "x/sweep"
