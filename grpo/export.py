@@ -12,13 +12,11 @@ from typing import Any
 import yaml
 
 from grpo.arguments import option
-from grpo.doctor.diagnoses import diagnose
-from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError, RunError
 from grpo.hub import cached_model
 from grpo.past import HUB_ID, model_of_checkpoint, run_of
 from grpo.report.run.page import verdict, written
-from grpo.report.run.read import Run, differences, read_run, shipped_config
+from grpo.report.run.read import Run, diagnosed, differences, read_run, shipped_config
 
 USAGE = "grpo export RUN DIR [--push ORG/NAME]"
 SHOWN = ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/reward")
@@ -64,8 +62,7 @@ def as_of(run: Run, model: Path) -> Run:
     lines = [line for line in run.lines if line["step"] <= int(step[1])]
     evaluated = [line for line in lines if "eval/accuracy" in line]
     summary = {**run.summary, "last_evaluation": evaluated[-1] if evaluated else None}
-    limits = run.config.get("doctor")
-    found = diagnose(lines, run.config, Limits(**limits)) if limits else []
+    found = diagnosed(lines, run.config)
     return replace(run, lines=lines, summary=summary, diagnoses=found)
 
 

@@ -31,7 +31,17 @@ from grpo.sweep.close import close, counted
 from grpo.sweep.folder import STUDY, Record, Standing, StudyFile, read_record, standing
 from grpo.sweep.launch import Launch, given
 from grpo.sweep.space import Space, combinations, corners, space_of, written
-from grpo.sweep.study import LOST, Options, open_storage, quiet, reach, shown, spelled, told
+from grpo.sweep.study import (
+    LOST,
+    Options,
+    open_storage,
+    quiet,
+    reach,
+    reason_of,
+    shown,
+    spelled,
+    told,
+)
 from grpo.sweep.view import viewed
 from grpo.tracking.files import last_values, read_lines
 
@@ -205,16 +215,18 @@ class Search:
             print(f"search stopped; go on: grpo -m sweep_dir={self.folder}", flush=True)
             raise
         except LOST as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
             raise RunError(
-                f"hydra.sweeper.storage={shown(self.options.storage)}: lost ({reason}); when it is "
-                f"back: grpo -m sweep_dir={self.folder}"
+                f"hydra.sweeper.storage={shown(self.options.storage)}: lost ({reason_of(error)}); "
+                f"when it is back: grpo -m sweep_dir={self.folder}"
             ) from error
         print(answer, flush=True)
         after = self.standings()
-        lost = [job.number for job in after if job.status == "none" and job.number in self.tried]
-        broken = [j for j in after if j.status in ("failed", "killed") or j.number in lost]
-        close(self.folder, after, broken)
+        close(self.folder, after, [job for job in after if self.is_broken(job)])
+
+    def is_broken(self, job: Standing) -> bool:
+        """Whether it did not end well; one that this process ran and that left nothing is lost."""
+        lost = job.status == "none" and job.number in self.tried
+        return lost or job.status in ("failed", "killed")
 
     def value_of(self, job: Standing) -> float | None:
         """What a finished job came to, by the first objective."""

@@ -173,10 +173,14 @@ def told(url: str | None) -> Iterator[None]:
         json.JSONDecodeError,  # a journal that is damaged
         RuntimeError,  # made by another version of Optuna
     ) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(
-            f"hydra.sweeper.storage={shown(url)}: can't be opened ({reason})."
+            f"hydra.sweeper.storage={shown(url)}: can't be opened ({reason_of(error)})."
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """A storage's error in a line: its database's own words, where it has some."""
+    return str(error.__cause__ or error).splitlines()[0]
 
 
 def shown(url: str | None) -> str:

@@ -64,7 +64,6 @@ def read_run(folder: Path) -> Run:
     if not lines:
         raise ConfigError(f"{folder}: this run has logged nothing yet.")
     config = resolved(config)
-    limits = config.get("doctor")
     return Run(
         name=str(config.get("name") or folder.absolute().name),
         folder=folder,
@@ -74,8 +73,14 @@ def read_run(folder: Path) -> Run:
         lines=lines,
         completions=read_lines(folder / "completions.jsonl"),
         evaluations=read_lines(folder / "evaluations.jsonl"),
-        diagnoses=diagnose(lines, config, Limits(**limits)) if limits else [],
+        diagnoses=diagnosed(lines, config),
     )
+
+
+def diagnosed(lines: list[dict[str, Any]], config: Mapping[str, Any]) -> list[Diagnosis]:
+    """What the doctor says of a run, by the limits in its config; nothing at doctor=none."""
+    limits = config.get("doctor")
+    return diagnose(lines, config, Limits(**limits)) if limits else []
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:

@@ -56,9 +56,8 @@ def experiment(overrides: Sequence[Override], own_configs: str | None) -> str:
     base: list[Any] = []
     defaults: list[Any] = []  # those that override, which Hydra wants last
     keys: dict[str, Any] = {}
-    for one in sorted(
-        overrides, key=lambda one: one.key_or_group != "sweep"
-    ):  # its file comes first
+    study_first = sorted(overrides, key=lambda one: one.key_or_group != "sweep")
+    for one in study_first:
         name = one.key_or_group
         if name == "sweep":
             of_study(str(one.value()), folders, defaults, keys)
