@@ -129,9 +129,6 @@ def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollo
     lengths = {id(own): own.lengths_N.tolist() for own in rollouts}
     tokens_NC, lengths_N = pad_right([r.tokens_NC[n, : lengths[id(r)][n]] for r, n in rows], 0)
     logprobs_NC, _ = pad_right([r.logprobs_NC[n, : lengths[id(r)][n]] for r, n in rows], 0.0)
-    own_NC = [(r.sampler_NC, n, lengths[id(r)][n]) for r, n in rows]
-    from_sampler = [x_NC[n, :length] for x_NC, n, length in own_NC if x_NC is not None]
-    sampler_NC = pad_right(from_sampler, 0.0)[0] if from_sampler else None
     return Rollout(
         prompts=tuple(rollouts[g.rollout].prompts[g.prompt] for g in groups),
         tokens_NC=tokens_NC,
@@ -139,7 +136,7 @@ def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollo
         lengths_N=lengths_N,
         truncated_N=torch.stack([r.truncated_N[n] for r, n in rows]),
         texts=tuple(r.texts[n] for r, n in rows),
-        sampler_NC=sampler_NC,
+        exact=all(own.exact for own in rollouts),
     )
 
 

@@ -81,7 +81,7 @@ class KLPull(Pull):
 
     def _reference(self, rollout: Rollout) -> Tensor:
         """[N, C] the reference's log-probabilities; the sampler's own while they are the same."""
-        if self.same and not self.sampling.cuts:
+        if self.same and rollout.exact and not self.sampling.cuts:
             return rollout.logprobs_NC
         plain = Readout(Sampling(self.sampling.temperature))
         with self.reference.within():
@@ -89,7 +89,7 @@ class KLPull(Pull):
 
     def _of_sampler(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """[N, C] the reference's log-probabilities, and the divergence of the policy as it was."""
-        if self.term.estimator is not None and not self.sampling.cuts:
+        if self.term.estimator is not None and rollout.exact and not self.sampling.cuts:
             reference_NC = self._reference(rollout)
             return reference_NC, self.term.estimator(rollout.logprobs_NC, reference_NC)
         readout = Readout(self.sampling, divergence=self.term.divergence)

@@ -14,6 +14,7 @@ from grpo.models.head import Features, Readout, TokenScores
 from grpo.models.load import LanguageModel
 from grpo.models.reference import Reference
 from grpo.models.rows import pad_left
+from grpo.models.warp import KeptTokens
 from grpo.types import Rollout
 
 
@@ -62,8 +63,13 @@ def micro_batches(
         )
 
 
-def completions(rollout: Rollout, batch: MicroBatch, policy: LanguageModel) -> Completions:
-    """A micro-batch's tensors, cut to its own longest prompt and completion."""
+def completions(
+    rollout: Rollout, batch: MicroBatch, policy: LanguageModel, kept: KeptTokens | None = None
+) -> Completions:
+    """A micro-batch's tensors, cut to its own longest prompt and completion.
+
+    kept: of the rollout, where what sampling leaves of the vocabulary has to stay what it was.
+    """
     rows = batch.rows.to(rollout.tokens_NC.device)
     width = int(rollout.lengths_N[rows].max())
     prompts_BP, lengths_B = pad_left(
@@ -74,6 +80,8 @@ def completions(rollout: Rollout, batch: MicroBatch, policy: LanguageModel) -> C
         prompt_lengths_B=lengths_B,
         tokens_NC=rollout.tokens_NC[rows, :width],
         mask_NC=rollout.mask_NC[rows, :width],
+        rows_N=rows,
+        kept=kept,
     )
 
 
@@ -104,17 +112,20 @@ def score_rollout(
     readout: Readout,
     limit: Limit,
     reference: Reference | None = None,
+    kept: KeptTokens | None = None,
 ) -> TokenScores:
     """A model's scores [N, C] of a whole rollout, without gradient.
 
-    reference: what a divergence is measured from, where the readout asks for one.
+    Args:
+        reference: what a divergence is measured from, where the readout asks for one.
+        kept: as in `completions`.
     """
     scores = TokenScores(*(torch.zeros_like(rollout.logprobs_NC) for _ in TokenScores._fields))
 
     def work() -> None:
         for batch in micro_batches(rollout, limit):
             limit.starts(batch.tokens)
-            inputs = completions(rollout, batch, model)
+            inputs = completions(rollout, batch, model, kept)
             against = other_side(reference, readout, inputs)
             rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
             part = model.score(inputs, readout, against)

@@ -20,7 +20,7 @@ from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.tracking.tokens import with_tokens
 from grpo.tracking.tracker import Tracker, answer_rows, completion_rows
-from grpo.update import Learned, Objective, update
+from grpo.update import Learned, Objective, old_policy, update
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     batch = run.collector.collect(step)
     clock.lap()
     pulled = run.pull.read(batch.rollout)
+    old = old_policy(run.policy, run.objective, batch.rollout, run.budget.computed)
     advantages_BG = run.advantage(*batch.scores.stacked(pulled.divergence_BG, pulled.weight))
     updated = update(
         run.policy,
@@ -112,6 +113,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         batch.rollout,
         Learned(
             advantages_BG.flatten().to(run.device.torch_device),
+            old,
             pulled.reference_NC,
             0.0 if pulled.divergence_BG is not None else pulled.weight,
         ),
@@ -124,7 +126,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     update_seconds = clock.lap()
 
     rows = completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
-    spelled = with_tokens(rows, batch.rollout, pulled.reference_NC, run.policy.tokenizer)
+    spelled = with_tokens(rows, batch.rollout, updated.log_ratio_NC, run.policy.tokenizer)
     run.tracker.completions(spelled)
     run.tracker.distributions(
         step,

@@ -58,6 +58,11 @@ class Sampling:
         """Whether the distribution differs from softmax(logits / temperature)."""
         return (self.repetition_penalty, self.top_k, self.top_p, self.min_p) != (1.0, 0, 1.0, 0.0)
 
+    @property
+    def truncates(self) -> bool:
+        """Whether it leaves out tokens."""
+        return (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
+
     def greedy(self) -> Sampling:
         return replace(self, temperature=0.0)
 
@@ -68,18 +73,13 @@ class Rollout:
 
     prompts: tuple[Prompt, ...]  # B
     tokens_NC: Tensor  # int64; what stands past a row's length is padding
-    logprobs_NC: Tensor  # float32, the policy's, of what is sampled from; 0 past a row's length
+    logprobs_NC: Tensor  # float32, the sampler's, of what it sampled from; 0 past a row's length
     lengths_N: Tensor  # int64, the end-of-sequence token counted
     truncated_N: Tensor  # bool: stopped by max_new_tokens, not by an end-of-sequence token
     texts: tuple[str, ...]  # N, special tokens left out
-    # The sampler's log-probabilities, where that was not the policy itself but a copy of it that
-    # computes in another way.
-    sampler_NC: Tensor | None = None
-
-    @cached_property
-    def importance_NC(self) -> Tensor | None:
-        """How much likelier each token is to the policy than to the sampler; 1 past a row."""
-        return None if self.sampler_NC is None else (self.logprobs_NC - self.sampler_NC).exp()
+    # The sampler's log-probabilities are the policy's, but for rounding in fp32. Not so where it
+    # computes in bf16, or is another engine: what it says is then near the policy's and no more.
+    exact: bool = True
 
     @property
     def num_generation(self) -> int:
@@ -92,7 +92,6 @@ class Rollout:
             "completion/length_max": float(lengths_N.max()),
             "completion/truncated": float(self.truncated_N.float().mean()),
             "completion/answered": self._answered(),
-            **self._mismatch(),
         }
 
     def _answered(self) -> float:
@@ -100,17 +99,6 @@ class Rollout:
         size = self.num_generation
         read = [self.prompts[n // size].example.read(text) for n, text in enumerate(self.texts)]
         return sum(answer is not None for answer in read) / len(read)
-
-    def _mismatch(self) -> dict[str, float]:
-        """How far the sampler was from the policy, where it was another."""
-        if self.importance_NC is None:
-            return {}
-        ratio_T = self.importance_NC[self.mask_NC]
-        return {
-            "sampler/kl": -float(ratio_T.log().mean()),  # nats a token, from what it sampled
-            "sampler/importance_min": float(ratio_T.min()),
-            "sampler/importance_max": float(ratio_T.max()),
-        }
 
     @property
     def mask_NC(self) -> Tensor:

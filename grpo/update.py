@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from math import fsum
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from grpo.models.forward import Completions
 from grpo.models.head import Readout, TokenScores
 from grpo.models.load import LanguageModel
 from grpo.models.reference import Reference
+from grpo.models.warp import KeptTokens
 from grpo.objective import ESTIMATORS, PolicyLoss, Tokens, most_uncertain
 from grpo.objective.kl import Divergence, Estimator
 from grpo.objective.ratios import Ratio
@@ -55,9 +57,14 @@ class Objective:
     entropy_weight: float = 0.0
     mask_truncated: bool = False  # completions that were cut off are not trained on
     top_entropy: float = 1.0  # only this share of the tokens, the least certain, is trained on
-    importance_cap: float = 2.0  # what a token counts for at most, where another model sampled it
+    importance_cap: float = 2.0  # what a token counts for at most, where its sampler differs
     num_iterations: int = 1  # passes over a rollout
     minibatches: int = 1  # optimizer steps a pass
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.num_iterations * self.minibatches
 
     @property
     def readout(self) -> Readout:
@@ -66,11 +73,38 @@ class Objective:
         return Readout(self.sampling, self.entropy_weight > 0, divergence)
 
 
+class OldPolicy(NamedTuple):
+    """The policy before the first update of a step, by the forward pass that the update uses."""
+
+    logprobs_NC: Tensor
+    kept: KeptTokens | None = None  # what top-k, top-p or min-p left of the vocabulary
+
+
+def old_policy(
+    policy: LanguageModel, objective: Objective, rollout: Rollout, limit: Limit
+) -> OldPolicy | None:
+    """What the ratios of a step are taken to; None where that is the update's own forward pass.
+
+    With one update the policy is still the one that sampled: its ratio is 1. With more, the policy
+    is read once before the first, unless the sampler's log-probabilities are its own.
+    """
+    if objective.updates == 1:
+        return None
+    if objective.sampling.truncates:
+        kept = KeptTokens.of(rollout.lengths_N, rollout.tokens_NC.shape[1])
+        readout = Readout(objective.sampling)
+        return OldPolicy(score_rollout(policy, rollout, readout, limit, kept=kept).logprobs, kept)
+    if rollout.exact:
+        return OldPolicy(rollout.logprobs_NC)
+    return OldPolicy(score_rollout(policy, rollout, Readout(objective.sampling), limit).logprobs)
+
+
 @dataclass(frozen=True)
 class Learned:
     """What an update learns from, [N] or [N, C]."""
 
     advantages_N: Tensor
+    old: OldPolicy | None  # None: the policy has not moved, and each token's ratio is 1
     reference_NC: Tensor | None  # the reference's log-probabilities; None where the update has them
     kl_weight: float  # of the KL in the loss
 
@@ -81,6 +115,7 @@ class Updated:
 
     metrics: dict[str, float]
     ratios_T: Tensor  # of every completion token, as often as it was read, on the CPU
+    log_ratio_NC: Tensor | None  # policy to reference before the first update, on the CPU
 
 
 @dataclass(frozen=True)
@@ -133,14 +168,14 @@ def update(
 ) -> Updated:
     """Takes `num_iterations` x `minibatches` optimizer steps and says what they were made of.
 
-    The old log-probabilities are the policy's at the time of the rollout, so `policy/ratio_max`
-    shows any difference between sampling and training. Groups that nothing gives a gradient are
-    read for the metrics, and cost no backward.
+    A token counts by how likely the old policy found it, next to its sampler, up to a cap:
+    truncated importance weights, as IMPALA's (1802.01561). `sampler/kl` says how far the two were
+    apart. Groups that nothing gives a gradient are read for the metrics, and cost no backward.
 
     Args:
         seed: of the split into minibatches.
     """
-    totals = Totals(objective)
+    totals = Totals(objective, rollout)
     for minibatch in minibatches(policy, objective, rollout, limit, seed):
 
         def work(minibatch: Minibatch = minibatch) -> Totals:
@@ -161,10 +196,11 @@ def gradients(
     limit: Limit,
 ) -> Totals:
     """Adds a minibatch's gradients to what the weights have, and says what the loss was made of."""
-    totals = Totals(objective)
+    totals = Totals(objective, rollout)
+    kept = None if learned.old is None else learned.old.kept
     for batch in micro_batches(rollout, limit, minibatch.prompts):
         limit.starts(batch.tokens)
-        inputs = completions(rollout, batch, policy)
+        inputs = completions(rollout, batch, policy, kept)
         against = other_side(reference, objective.readout, inputs)
         learns = has_gradient(objective, learned, minibatch, batch.rows)
         if learns:
@@ -183,7 +219,7 @@ def gradients(
                 if learns:
                     loss.total.backward()
                     gradient_TX.append(cast(Tensor, own.values_TX.grad))
-                totals.add(loss, some.mask_NC, scored)
+                totals.add(batch.rows[rows], loss, some.mask_NC, scored)
             if learns:
                 features.values_TX.backward(torch.cat(gradient_TX))
     return totals
@@ -217,6 +253,7 @@ class MicroLoss:
     kl: Tensor  # weighed
     entropy: Tensor  # weighed, negative
     ratio_NC: Tensor
+    importance_NC: Tensor  # log of how much likelier the old policy found a token than its sampler
     clipped_NC: Tensor
     kl_NC: Tensor | None
     reference_NC: Tensor | None
@@ -237,13 +274,12 @@ def losses(
 ) -> MicroLoss:
     """The loss of some rows: DeepSeekMath (2402.03300), eq. 3, or what was chosen for its parts."""
     width = inputs.tokens_NC.shape[1]
-    old_NC = rollout.logprobs_NC[rows, :width]
+    before = learned.old
+    old_NC = scored.logprobs.detach() if before is None else before.logprobs_NC[rows, :width]
     weights_NC = minibatch.weights_NC[rows, :width]
     chosen_NC = weights_NC * minibatch.chosen_NC[rows, :width]
-    importance_NC = rollout.importance_NC
-    policy_NC = chosen_NC
-    if importance_NC is not None:
-        policy_NC = chosen_NC * importance_NC[rows, :width].clamp(max=objective.importance_cap)
+    importance_NC = old_NC - rollout.logprobs_NC[rows, :width]
+    policy_NC = chosen_NC * importance_NC.exp().clamp(max=objective.importance_cap)
     ratio = objective.ratio(scored.logprobs, old_NC, inputs.mask_NC)
     token = objective.policy_loss(ratio, scored.logprobs, learned.advantages_N[rows, None])
     token_ratio_NC = torch.exp(scored.logprobs - old_NC)
@@ -262,6 +298,7 @@ def losses(
         kl=kl_loss,
         entropy=-objective.entropy_weight * (chosen_NC * scored.entropy).sum(),
         ratio_NC=token_ratio_NC.detach(),
+        importance_NC=importance_NC,
         clipped_NC=token.clipped.expand_as(inputs.mask_NC),
         kl_NC=None if kl_NC is None else kl_NC.detach(),
         reference_NC=reference_NC,
@@ -269,51 +306,75 @@ def losses(
 
 
 class Totals:
-    """Sums over a step's completion tokens and updates, made into means at the end."""
+    """Sums over a step's completion tokens and updates, made into means at the end.
 
-    def __init__(self, objective: Objective) -> None:
+    They stay on the device, in fp32, until then, so that nothing waits for it.
+    """
+
+    def __init__(self, objective: Objective, rollout: Rollout) -> None:
         self.objective = objective
-        self.tokens = 0
-        self.sums: dict[str, float] = defaultdict(float)
-        self.losses: dict[str, float] = defaultdict(float)
+        self.parts: dict[str, list[Tensor]] = defaultdict(list)  # sums over tokens
+        self.losses: dict[str, list[Tensor]] = defaultdict(list)
+        self.tokens: list[Tensor] = []
         self.ratios: list[Tensor] = []
+        self.importance: list[Tensor] = []
         self.updates: list[dict[str, float]] = []  # what the optimizer said of each
+        self.log_ratio_NC = torch.full_like(rollout.logprobs_NC, torch.nan)
 
     @torch.no_grad()
-    def add(self, loss: MicroLoss, mask_NC: Tensor, scored: TokenScores) -> None:
-        self.tokens += int(mask_NC.sum())
-        self.losses["loss/total"] += float(loss.total)
-        self.losses["loss/policy"] += float(loss.policy)
-        self.losses["loss/kl"] += float(loss.kl)
+    def add(self, rows: Tensor, loss: MicroLoss, mask_NC: Tensor, scored: TokenScores) -> None:
+        """Takes in what was read of these rows."""
+        self.tokens.append(mask_NC.sum())
+        self.losses["loss/total"].append(loss.total.detach())
+        self.losses["loss/policy"].append(loss.policy.detach())
+        self.losses["loss/kl"].append(loss.kl.detach())
         if self.objective.entropy_weight > 0:
-            self.losses["loss/entropy"] += float(loss.entropy)
-        self.ratios.append(loss.ratio_NC[mask_NC].cpu())
-        self.sums["policy/entropy"] += float(scored.entropy[mask_NC].double().sum())
-        self.sums["policy/clip_fraction"] += float(loss.clipped_NC[mask_NC].sum())
+            self.losses["loss/entropy"].append(loss.entropy.detach())
+        self.ratios.append(loss.ratio_NC[mask_NC])
+        self.importance.append(loss.importance_NC[mask_NC])
+        self._sum("policy/entropy", scored.entropy[mask_NC])
+        self._sum("policy/clip_fraction", loss.clipped_NC[mask_NC].float())
         if loss.kl_NC is None or loss.reference_NC is None:
             return
-        self.sums["kl/mean"] += float(loss.kl_NC[mask_NC].double().sum())
-        plain_T, reference_T = scored.plain[mask_NC].double(), loss.reference_NC[mask_NC].double()
+        self._sum("kl/mean", loss.kl_NC[mask_NC])
+        plain_T, reference_T = scored.plain[mask_NC], loss.reference_NC[mask_NC]
         for name, estimator in CHEAP_ESTIMATORS.items():
-            self.sums[f"kl/{name}"] += float(estimator(plain_T, reference_T).sum())
+            self._sum(f"kl/{name}", estimator(plain_T, reference_T))
         if self.objective.readout.divergence is not None:
-            self.sums["kl/full"] += float(scored.divergence[mask_NC].double().sum())
+            self._sum("kl/full", scored.divergence[mask_NC])
+        self.log_ratio_NC[rows, : mask_NC.shape[1]] = scored.plain - loss.reference_NC
+
+    def _sum(self, name: str, values_T: Tensor) -> None:
+        self.parts[name].append(values_T.sum())
 
     def take(self, others: Totals) -> None:
-        """Those of a minibatch."""
+        """Those of a minibatch; what was said of a row before its first update stays."""
         self.tokens += others.tokens
         self.ratios += others.ratios
-        for own, more in ((self.sums, others.sums), (self.losses, others.losses)):
-            for name, value in more.items():
-                own[name] += value
+        self.importance += others.importance
+        for own, more in ((self.parts, others.parts), (self.losses, others.losses)):
+            for name, values in more.items():
+                own[name] += values
+        unread_NC = self.log_ratio_NC.isnan()
+        self.log_ratio_NC = torch.where(unread_NC, others.log_ratio_NC, self.log_ratio_NC)
 
     def updated(self) -> Updated:
         """Means over tokens, and over updates; the largest ratio of all."""
-        steps, ratios_T = len(self.updates), torch.cat(self.ratios)
+        steps, ratios_T = len(self.updates), torch.cat(self.ratios).cpu()
+        tokens, log_T = total(self.tokens), torch.cat(self.importance).cpu()
         metrics = {
-            **{name: total / steps for name, total in self.losses.items()},
-            **{name: total / self.tokens for name, total in self.sums.items()},
+            **{name: total(values) / steps for name, values in self.losses.items()},
+            **{name: total(values) / tokens for name, values in self.parts.items()},
             "policy/ratio_max": float(ratios_T.max()),
+            "sampler/kl": float((log_T.expm1() - log_T).mean()),  # k3: sampler to policy
+            "sampler/importance_min": float(log_T.min().exp()),
+            "sampler/importance_max": float(log_T.max().exp()),
             **{name: sum(u[name] for u in self.updates) / steps for name in self.updates[0]},
         }
-        return Updated(metrics, ratios_T)
+        has_reference = "kl/mean" in self.parts
+        return Updated(metrics, ratios_T, self.log_ratio_NC.cpu() if has_reference else None)
+
+
+def total(parts: Sequence[Tensor]) -> float:
+    """The sum of numbers that are on a device, fetched together."""
+    return fsum(torch.stack(list(parts)).tolist())

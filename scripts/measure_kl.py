@@ -93,7 +93,7 @@ class Bench:
             self.policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
         )
         nothing = torch.zeros(len(rollout.texts))
-        learned = Learned(nothing, reference_NC, 1.0)
+        learned = Learned(nothing, None, reference_NC, 1.0)
         own = type(objective)(**{**vars(objective), "kl": term})
         update(self.policy, self.reference, kept, own, rollout, learned, BUDGET.computed)
         return kept.flat

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from grpo.device import Device, open_device
+from grpo.models import attention, products
 from grpo.models.find import PACKAGED
 from grpo.models.load import LanguageModel, load_language_model
 
@@ -99,6 +100,13 @@ def with_distinct_logits(made: Callable[[], PreTrainedModel]) -> PreTrainedModel
 @pytest.fixture(scope="session")
 def device() -> Device:
     return open_device("cpu", "auto")
+
+
+@pytest.fixture
+def gpu_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes by the branches that a GPU takes: no kernel or product of a CPU's own."""
+    monkeypatch.setattr(attention, "has_fused_kernel", lambda x: False)
+    monkeypatch.setattr(products, "HAS_ONEDNN", False)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from grpo.models.forward import Completions
 from grpo.models.head import TokenScores
 from grpo.run import build_advantage, build_objective
 from grpo.types import Example, Prompt, Rollout
-from grpo.update import Learned, Minibatch, losses
+from grpo.update import Learned, Minibatch, OldPolicy, losses
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install grpo-bench[bench]")
 
@@ -83,7 +83,7 @@ def our_loss(cfg: Any, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     inputs = Completions(torch.ones(3, 1).long(), torch.ones(3), rollout.tokens_NC, step["mask"])
     nothing = torch.zeros_like(new)
     scored = TokenScores(new, new, step["entropy"], nothing, nothing)
-    learned = Learned(step["advantages"], step["reference"], cfg.kl_weight)
+    learned = Learned(step["advantages"], OldPolicy(step["old"]), step["reference"], cfg.kl_weight)
     loss = losses(objective, rollout, learned, minibatch, torch.arange(N), inputs, scored)
     loss.total.backward()
     assert new.grad is not None

@@ -42,7 +42,7 @@ from grpo.optim import SCHEDULES, Optimizer
 from grpo.pieces import micro_batches, read_at_once, score_rollout
 from grpo.rollout import NativeEngine
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective
+from grpo.update import KLTerm, Learned, Objective, OldPolicy
 from grpo.update import update as update_learned
 from tests.test_rollout import prompts_of, wrap
 
@@ -67,15 +67,20 @@ def update(
     rollout: Rollout,
     advantages_BG: Tensor,
     tokens: int,
+    old_NC: Tensor | None = None,
 ) -> dict[str, float]:
-    """One update with kl_weight 0.1 where there is a reference, so many tokens at once."""
+    """One update with kl_weight 0.1 where there is a reference, so many tokens at once.
+
+    old_NC: the old policy's log-probabilities; None for the sampler's.
+    """
     reference_NC, limit = None, Budget.of(tokens).computed
     if reference is not None and objective.kl is not None:
         weight = AdaptiveWeight(0.1, None, 1)
         pull = KLPull(policy, reference, objective.kl, weight, SAMPLING, limit, 0, 1.0)
         pull.same = False  # the policy is one that has been trained
         reference_NC = pull.read(rollout).reference_NC
-    learned = Learned(advantages_BG.flatten(), reference_NC, 0.1 if reference else 0.0)
+    old = OldPolicy(rollout.logprobs_NC if old_NC is None else old_NC)
+    learned = Learned(advantages_BG.flatten(), old, reference_NC, 0.1 if reference else 0.0)
     return update_learned(policy, reference, optimizer, objective, rollout, learned, limit).metrics
 
 
@@ -234,10 +239,11 @@ def kept_gradients(
     advantages_BG: Tensor,
     reference: Reference | None = None,
     budget: int = 10**6,
+    old_NC: Tensor | None = None,
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
     """What an update says, and the gradients of each of its optimizer steps; no weight moves."""
     kept = KeptAll(policy.model, "adamw", 0.0, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0)
-    stats = update(policy, reference, kept, objective, rollout, advantages_BG, budget)
+    stats = update(policy, reference, kept, objective, rollout, advantages_BG, budget, old_NC)
     return stats, kept.all_seen
 
 
@@ -427,26 +433,33 @@ def test_what_another_sampler_wrote_counts_by_truncated_importance(tiny: Languag
     rollout, reference = rollout_of(tiny, 2, 3), reference_of(tiny, moves=False)
     advantages_BG = group_advantages(torch.rand(2, 3, generator=torch.Generator().manual_seed(0)))
     likelier_N1 = torch.tensor([0.5, 1.0, 1.5, 2.0, 4.0, 0.1])[:, None]  # to the policy
-    sampled = replace(rollout, sampler_NC=rollout.logprobs_NC - likelier_N1.log())
+    old_NC = rollout.logprobs_NC
+    sampled = replace(rollout, logprobs_NC=old_NC - likelier_N1.log())
     counts_BG = torch.tensor([[0.5, 1.0, 1.5], [2.0, 2.0, 0.1]])
     for term, against in ((None, None), (KL, reference)):
         capped = replace(OBJECTIVE, kl=term, importance_cap=2.0)
-        _, [ours] = kept_gradients(tiny, capped, sampled, advantages_BG, against)
+        stats, [ours] = kept_gradients(tiny, capped, sampled, advantages_BG, against, old_NC=old_NC)
+        assert stats["sampler/importance_max"] == pytest.approx(4.0)
+        assert stats["sampler/importance_min"] == pytest.approx(0.1)
         _, [wanted] = kept_gradients(tiny, capped, rollout, advantages_BG * counts_BG, against)
         assert close(ours, wanted)
         _, [uncounted] = kept_gradients(tiny, capped, rollout, advantages_BG, against)
         assert not close(uncounted, wanted)
 
 
-def test_how_far_the_sampler_was_is_logged_where_it_was_another() -> None:
-    rollout = replace(fake_rollout([3], [[2, 1]]), logprobs_NC=torch.tensor([[0.5, 0.1], [0.8, 1]]))
-    assert not any(name.startswith("sampler") for name in rollout.metrics())
-    logprobs_NC = rollout.logprobs_NC.log()
-    sampler_NC = torch.tensor([[0.25, 0.2], [0.8, 0.01]]).log()  # the last is padding
-    found = replace(rollout, logprobs_NC=logprobs_NC, sampler_NC=sampler_NC).metrics()
-    assert found["sampler/importance_max"] == pytest.approx(2.0)
-    assert found["sampler/importance_min"] == pytest.approx(0.5)
-    assert found["sampler/kl"] == pytest.approx(0.0, abs=1e-6)  # (log 1/2 + log 2 + log 1) / 3
+def test_how_far_the_sampler_was_is_the_k3_of_its_tokens(tiny: LanguageModel) -> None:
+    """Twice as likely to the policy, half and the same: 2 - 1 - log 2, 1/2 - 1 + log 2, 0."""
+    rollout = rollout_of(tiny, 1, 2)
+    likelier_NC = torch.ones_like(rollout.logprobs_NC)
+    likelier_NC[0, 0], likelier_NC[1, 0] = 2.0, 0.5
+    sampled = replace(rollout, logprobs_NC=rollout.logprobs_NC - likelier_NC.log())
+    old_NC = rollout.logprobs_NC
+    advantages_BG = torch.tensor([[1.0, -1.0]])
+    stats, _ = kept_gradients(
+        tiny, replace(OBJECTIVE, kl=None), sampled, advantages_BG, old_NC=old_NC
+    )
+    expected = (2 - 1 - math.log(2) + 0.5 - 1 + math.log(2)) / int(rollout.lengths_N.sum())
+    assert stats["sampler/kl"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTrainedModel) -> None:

@@ -67,7 +67,6 @@ def make(started: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
 EVERY_ENGINES = (
     test_rollout.test_greedy_tokens_equal_transformers_generate,
     test_rollout.test_samples_follow_the_models_own_softmax,
-    test_rollout.test_logprobs_are_the_policys_at_the_temperature,
     test_rollout.test_every_end_token_ends_and_is_kept,
 )
 
@@ -84,13 +83,11 @@ def test_its_own_logprobs_are_nearly_the_policys(
 ) -> None:
     policy, sampling = wrap(model, device), Sampling(0.7, top_k=20, top_p=0.9)
     rollout = make(policy, 9, Budget.of(20_000)).generate(prompts_of(7, 3), 4, sampling, seed=1)
-    assert rollout.sampler_NC is not None
-    assert not torch.equal(rollout.sampler_NC, rollout.logprobs_NC)
-    assert_close(rollout.sampler_NC, rollout.logprobs_NC, atol=1e-3, rtol=1e-3)
-    assert_close(
-        rollout.logprobs_NC, policy_logprobs(policy, rollout, sampling), atol=2e-5, rtol=1e-4
-    )
-    assert abs(rollout.metrics()["sampler/kl"]) < 1e-3
+    assert not rollout.exact
+    policys_NC = policy_logprobs(policy, rollout, sampling)
+    assert not torch.equal(rollout.logprobs_NC, policys_NC)
+    assert_close(rollout.logprobs_NC, policys_NC, atol=1e-3, rtol=1e-3)
+    assert (rollout.logprobs_NC[~rollout.mask_NC] == 0).all()
 
 
 def test_it_samples_with_the_weights_of_the_moment(

@@ -202,15 +202,16 @@ def reward_is_hacked(course: Course) -> Found | None:
 
 
 def engine_differs(course: Course) -> Found | None:
-    algorithm = course.config["algorithm"]
-    once = algorithm["num_iterations"] * algorithm["minibatches"] == 1
-    ratio = course.lately("policy/ratio_max") if once else None
-    if ratio is None or ratio < course.limits.ratio_high:
+    divergence = course.lately("sampler/kl")
+    if divergence is None or divergence < course.limits.mismatch_high:
         return None
+    sampler = str(course.config["rollout"]["_target_"]).rpartition(".")[2]
+    other = "" if sampler == "NativeEngine" else "rollout=native, or "
     return Found(
-        f"policy/ratio_max is {ratio:.3g} before anything was updated, where 1 is right.",
+        f"sampler/kl is {divergence:.3g} nats a token before anything was updated, where 0 is "
+        f"right.",
         "What sampled the completions computes other probabilities than what trains.",
-        "rollout=native, or device.precision=fp32",
+        f"{other}device.precision=fp32",
     )
 
 

@@ -17,7 +17,7 @@ class Limits:
     truncated_high: float
     length_low: float
     accuracy_lost: float
-    ratio_high: float
+    mismatch_high: float
     spike: float
     spikes: int
     moved_low: float

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from grpo.models.products import batched_in_fp32, compute_dtype, sum_dtype
 from grpo.models.rows import taken
 
 NAME = "grpo_tree"  # under which transformers finds `attend`
@@ -62,9 +63,8 @@ def attend(
     **ignored: Any,  # transformers' interface; what matters of it is seen by `agrees_with_plain`
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, H, T, d] in, [1, T, H, d] out."""
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    dtype = compute_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     how = Scoring(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
     return plan.attend(module.layer_idx, query[0], key[0], value[0], how)[None], None  # type: ignore[arg-type]
 
@@ -146,7 +146,7 @@ class Tree:
     ) -> Tensor:
         """As `Plan.attend` says."""
         reaches_back = how.window is None or how.window >= self.longest
-        if queries_HTd.device.type == "cpu" and reaches_back and how.softcap is None:
+        if has_fused_kernel(queries_HTd) and reaches_back and how.softcap is None:
             return split(queries_HTd, keys_KTd, values_KTd, self, how.scale)
         return expanded(queries_HTd, keys_KTd, values_KTd, self, how)
 
@@ -183,6 +183,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def has_fused_kernel(x: Tensor) -> bool:
+    """Whether torch has a kernel here that gives the scores' log-sum-exp: on a CPU alone."""
+    return x.device.type == "cpu"
+
+
 def split(
     queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, tree: Tree, scale: float
 ) -> Tensor:
@@ -196,7 +201,8 @@ def split(
 class SplitAttention(torch.autograd.Function):
     """A tree's attention: prompts, completions to their prompt, completions to themselves.
 
-    Keeps queries, keys, values, the output and a log-sum-exp for each head and token.
+    Keeps queries, keys, values, the output and a log-sum-exp for each head and token. Whatever the
+    precision of the products, pieces are put together and gradients added up in fp32 or better.
     """
 
     @staticmethod
@@ -209,9 +215,10 @@ class SplitAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         heads, tokens, width = queries_HTd.shape
-        out_THd = queries_HTd.new_empty(tokens, heads, width)
-        out_HTd = out_THd.transpose(0, 1)
-        normalizer_HT = queries_HTd.new_empty(heads, tokens)
+        sums = sum_dtype(queries_HTd)
+        whole_THd = queries_HTd.new_empty(tokens, heads, width, dtype=sums)
+        out_HTd = whole_THd.transpose(0, 1)
+        normalizer_HT = queries_HTd.new_empty(heads, tokens, dtype=sums)
         pieces = Pieces(queries_HTd, keys_KTd, values_KTd)
         for prompt, branch in zip(tree.prompts, tree.branches, strict=True):
             out_HTd[:, prompt], normalizer_HT[:, prompt] = pieces.forward(
@@ -229,8 +236,9 @@ class SplitAttention(torch.autograd.Function):
             of_prompt_HT = normalizer_HT[:, everywhere]
             whole_HT = torch.logaddexp(of_prompt_HT, own_HT)
             out_HTd[:, everywhere] *= (of_prompt_HT - whole_HT).exp_()[..., None]
-            out_HTd[:, everywhere] += out_own.mul_((own_HT - whole_HT).exp_()[..., None])
+            out_HTd[:, everywhere] += out_own.to(sums).mul_((own_HT - whole_HT).exp_()[..., None])
             normalizer_HT[:, everywhere] = whole_HT
+        out_THd = whole_THd.to(queries_HTd.dtype)
         ctx.save_for_backward(queries_HTd, keys_KTd, values_KTd, out_THd, normalizer_HT)
         ctx.tree, ctx.scale = tree, scale
         return out_THd
@@ -241,7 +249,8 @@ class SplitAttention(torch.autograd.Function):
         tree, scale = ctx.tree, ctx.scale
         pieces = Pieces(queries_HTd, keys_KTd, values_KTd)
         grad_HTd, out_HTd = grad_THd.transpose(0, 1), out_THd.transpose(0, 1)
-        grads = Pieces(*(torch.zeros_like(x) for x in (queries_HTd, keys_KTd, values_KTd)))
+        asked = (queries_HTd, keys_KTd, values_KTd)
+        grads = Pieces(*(torch.zeros_like(x, dtype=sum_dtype(x)) for x in asked))
         for prompt, branch in zip(tree.prompts, tree.branches, strict=True):
             for part, causal in ((prompt, True), (branch, False)):
                 if part.stop > part.start:
@@ -259,7 +268,8 @@ class SplitAttention(torch.autograd.Function):
                 padded(normalizer_HT[..., None], own)[..., 0], 0.0, True, scale=scale,
             )  # fmt: skip
             grads.add(everywhere, everywhere, *(unpadded(x, own) for x in found))
-        return grads.queries, grads.keys, grads.values, None, None
+        dtype = queries_HTd.dtype
+        return grads.queries.to(dtype), grads.keys.to(dtype), grads.values.to(dtype), None, None
 
 
 class Pieces:
@@ -297,7 +307,7 @@ class Pieces:
         """Adds [H, ·, d] each; what was repeated over heads is summed over them."""
         self.queries[:, queries] += to_queries
         for own, more in ((self.keys, to_keys), (self.values, to_values)):
-            own[:, keys] += more.unflatten(0, (-1, self.repeats)).sum(dim=1)
+            own[:, keys] += more.unflatten(0, (-1, self.repeats)).sum(dim=1, dtype=own.dtype)
 
 
 def expanded(
@@ -346,9 +356,9 @@ def dense(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, how: Scor
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask[:, None], scale=how.scale
         )
-    scores = how.apply(queries @ keys.transpose(-1, -2) * how.scale)
+    scores = how.apply(batched_in_fp32(queries, keys.transpose(-1, -2)) * how.scale)
     scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    return scores.float().softmax(dim=-1).to(values.dtype) @ values
+    return scores.softmax(dim=-1).to(values.dtype) @ values
 
 
 class Seen:
@@ -370,18 +380,18 @@ def weighted(
     keys can then be put beside it, each in the share of its log-sum-exp. A query that sees nothing
     takes zeros, at a log-sum-exp of -inf.
     """
-    if queries.device.type == "cpu" and how.softcap is None:
+    if has_fused_kernel(queries) and how.softcap is None:
         added = None
         if seen is not None:
             shape = (queries.shape[0], 1, queries.shape[2], keys.shape[2])
             added = seen.added.to(queries.dtype).expand(shape)
         out, normalizer = _flash(queries, keys, values, attn_mask=added, scale=how.scale)
     else:
-        scores = how.apply(queries @ keys.transpose(-1, -2) * how.scale).float()
+        scores = how.apply(batched_in_fp32(queries, keys.transpose(-1, -2)) * how.scale)
         if seen is not None:
             scores = scores + seen.added
         normalizer = scores.logsumexp(dim=-1)
-        out = (scores - normalizer[..., None]).exp().to(values.dtype) @ values
+        out = batched_in_fp32((scores - normalizer[..., None]).exp(), values)
     if seen is not None and seen.blind is not None:
         out = out.masked_fill(seen.blind[..., None], 0.0)
         normalizer = normalizer.masked_fill(seen.blind, -torch.inf)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from grpo.models.attention import Tree, read
 from grpo.models.head import Features, Head, Readout, TokenScores, score
 from grpo.models.rows import taken
+from grpo.models.warp import KeptTokens, cut
 from grpo.types import Sampling
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ class Completions:
     prompt_lengths_B: Tensor
     tokens_NC: Tensor  # int64, right-padded
     mask_NC: Tensor  # bool
+    rows_N: Tensor | None = None  # which rows of the rollout these are
+    kept: KeptTokens | None = None  # what sampling left of the vocabulary there, if it has to stay
 
     @property
     def rows_a_prompt(self) -> int:
@@ -44,7 +48,16 @@ class Completions:
             self.prompt_lengths_B[prompt_N],
             self.tokens_NC[rows],
             self.mask_NC[rows],
+            None if self.rows_N is None else self.rows_N[rows],
+            self.kept,
         )
+
+    def cut(self, chunk: slice, logits_TV: Tensor, sampling: Sampling) -> Tensor:
+        """[T', V] logits of a chunk of the completion tokens, what sampling leaves out at -inf."""
+        if self.kept is None or self.rows_N is None:
+            return cut(logits_TV, sampling)
+        row_T, column_T = (index[chunk] for index in self.mask_NC.nonzero(as_tuple=True))
+        return self.kept.cut(self.rows_N[row_T], column_T, logits_TV, sampling)
 
     def seen(self, chunk: slice, vocabulary: int) -> Tensor:
         """[T', V] bool: what stood before each of a chunk of the completion tokens, as masked."""
@@ -128,6 +141,7 @@ def score_completions(
         readout,
         seen if penalised else None,
         reference,
+        partial(batch.cut, sampling=readout.sampling),
     )
     return TokenScores(*(scatter(part, batch.mask_NC) for part in scores))
 

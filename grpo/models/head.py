@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from grpo.models import warp
 from grpo.models.logprobs import Shape, slices, token_logprobs
-from grpo.models.warp import cut, divide
+from grpo.models.products import compute_dtype, wide_product
 from grpo.types import Sampling
 
 # Logits held at once, in fp32: a GPU's memory is large, and its products want many rows.
@@ -37,8 +39,12 @@ class Head:
         return cast(Tensor, self.linear.weight) if plain else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., V], float32."""
-        logits = self.linear(hidden).float()
+        """[..., hidden] -> [..., V], float32: nothing is rounded on the way to the softmax."""
+        weight = self.weight
+        if weight is not None and compute_dtype(hidden) != torch.float32:
+            logits = wide_product(hidden, weight)
+        else:
+            logits = self.linear(hidden).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
@@ -95,6 +101,7 @@ def score(
     readout: Readout,
     seen: Callable[[slice], Tensor] | None = None,
     reference: Features | None = None,
+    cut: Callable[[slice, Tensor], Tensor] | None = None,
 ) -> TokenScores:
     """Scores [T] of the tokens that were sampled.
 
@@ -104,6 +111,8 @@ def score(
     Args:
         seen: for a slice of T, which tokens stood before each: [T', V] bool; for a penalty.
         reference: the same tokens as the reference sees them; for a divergence.
+        cut: puts what sampling leaves out of a slice's logits [T', V] at -inf; None: as
+            `warp.cut` does.
     """
     rows = features.rows
     if isinstance(features.logits, Head) and features.logits.weight is not None and readout.usual:
@@ -121,7 +130,12 @@ def score(
                 against_TV = (logits_TV / (readout.sampling.temperature or 1.0)).log_softmax(-1)
         seen_TV = None if seen is None else seen(chunk)
         return score_tokens(
-            features.logits(values_TX), targets_T[chunk], readout, seen_TV, against_TV
+            features.logits(values_TX),
+            targets_T[chunk],
+            readout,
+            seen_TV,
+            against_TV,
+            None if cut is None else partial(cut, chunk),
         )
 
     chunks = []
@@ -140,11 +154,15 @@ def score_tokens(
     readout: Readout,
     seen_TV: Tensor | None = None,
     reference_TV: Tensor | None = None,
+    cut: Callable[[Tensor], Tensor] | None = None,
 ) -> TokenScores:
     """Scores [T] from logits that are there in full.
 
-    A token that was sampled always counts as one that can be: as the policy moves it may fall just
-    outside of what top-p leaves, and its log-probability must not be -inf.
+    A token that was sampled always counts as one that can be: by rounding it may fall just outside
+    of what top-p leaves, and its log-probability must not be -inf.
+
+    Args:
+        cut: as in `score`, for all of them.
     """
     targets_T1 = targets_T[:, None]
     scaled_TV = logits_TV / (readout.sampling.temperature or 1.0)
@@ -155,9 +173,10 @@ def score_tokens(
         divergence_T = readout.divergence(scaled_TV - normalizer_T[:, None], reference_TV)
         reference_T = reference_TV.gather(-1, targets_T1)[:, 0]
     if readout.sampling.cuts:
-        divided_TV = divide(logits_TV, readout.sampling, seen_TV)
+        divided_TV = warp.divide(logits_TV, readout.sampling, seen_TV)
         inside_T1 = divided_TV.gather(-1, targets_T1)
-        scaled_TV = cut(divided_TV, readout.sampling).scatter(-1, targets_T1, inside_T1)
+        left_TV = warp.cut(divided_TV, readout.sampling) if cut is None else cut(divided_TV)
+        scaled_TV = left_TV.scatter(-1, targets_T1, inside_T1)
         normalizer_T = scaled_TV.logsumexp(dim=-1)
         logprobs_T = inside_T1[:, 0] - normalizer_T
     with torch.set_grad_enabled(readout.entropy_gradient and torch.is_grad_enabled()):

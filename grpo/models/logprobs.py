@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.models.products import by_onednn, in_fp32, suits_onednn
+from grpo.models.products import add_to_gradient, compute_dtype, in_fp32
 
 CACHED_LOGITS = 2**21  # 8 MB in fp32: what a CPU goes over again and again while it is in its cache
 
@@ -34,29 +34,37 @@ def token_logprobs(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: Shape
 ) -> tuple[Tensor, Tensor]:
     """[T] float32 log-probabilities of the targets, and [T] entropies, which have no gradient."""
-    if torch.is_autocast_enabled(hidden_TD.device.type):
-        dtype = torch.get_autocast_dtype(hidden_TD.device.type)
-        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+    factors = compute_dtype(hidden_TD)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         logprobs_T, entropy_T = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden_TD, weight_VD, targets_T, shape
+            hidden_TD, weight_VD, targets_T, shape, factors
         )
     return logprobs_T, entropy_T
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """As `token_logprobs` says; keeps the hidden states, a log-sum-exp for each, and one chunk."""
+    """As `token_logprobs` says; keeps the hidden states, a log-sum-exp for each, and one chunk.
+
+    The products' factors are in the precision given. Logits, softmax and sums are in fp32, and so
+    is the weight's gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: Shape
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        shape: Shape,
+        factors: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         logprobs_T, entropy_T, normalizer_T = (
             hidden_TD.new_empty(len(hidden_TD), dtype=torch.float32) for _ in range(3)
         )
+        factor_TD, factor_VD = hidden_TD.to(factors), weight_VD.to(factors)
         ctx.held_TV = None
         for chunk in slices(len(hidden_TD), shape.rows):
-            logits_TV = logits(hidden_TD[chunk], weight_VD, shape)
+            logits_TV = logits(factor_TD[chunk], factor_VD, shape)
             for block in blocks(logits_TV):
                 own = slice(chunk.start + block.start, chunk.start + block.stop)
                 target_T1 = targets_T[own, None]
@@ -68,37 +76,37 @@ class TokenLogprobs(torch.autograd.Function):
             if any(ctx.needs_input_grad) and len(hidden_TD) <= shape.rows:
                 ctx.held_TV = logits_TV
             del logits_TV  # before the next chunk's are made
-        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, normalizer_T)
-        ctx.shape = shape
+        ctx.save_for_backward(factor_TD, factor_VD, weight_VD, targets_T, normalizer_T)
+        ctx.shape, ctx.dtype = shape, hidden_TD.dtype
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, targets_T, normalizer_T = ctx.saved_tensors
-        to_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        factor_TD, factor_VD, weight_VD, targets_T, normalizer_T = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        to_hidden_TD = factor_TD.new_empty(factor_TD.shape, dtype=ctx.dtype) if needed[0] else None
         # Added up in what the weight has of its gradient already, if it has any.
-        needed = ctx.needs_input_grad[1]
-        there_VD = weight_VD.grad if needed and weight_VD.is_leaf else None
+        there_VD = weight_VD.grad if needed[1] and weight_VD.is_leaf else None
         to_weight_VD = there_VD
-        if needed and there_VD is None:
+        if needed[1] and there_VD is None:
             to_weight_VD = torch.zeros_like(weight_VD)
-        for chunk in slices(len(hidden_TD), ctx.shape.rows):
+        for chunk in slices(len(factor_TD), ctx.shape.rows):
             logits_TV, ctx.held_TV = ctx.held_TV, None
             if logits_TV is None:
-                logits_TV = logits(hidden_TD[chunk], weight_VD, ctx.shape)
+                logits_TV = logits(factor_TD[chunk], factor_VD, ctx.shape)
             for block in blocks(logits_TV):
                 own = slice(chunk.start + block.start, chunk.start + block.stop)
                 overwrite(
                     logits_TV[block], targets_T[own], normalizer_T[own], grad_T[own], ctx.shape
                 )
-            grad_TV = logits_TV.to(weight_VD.dtype)
+            grad_TV = logits_TV.to(factor_VD.dtype)
             if to_hidden_TD is not None:
-                to_hidden_TD[chunk] = product(grad_TV, weight_VD)
+                to_hidden_TD[chunk] = in_fp32(grad_TV, factor_VD.t())
             if to_weight_VD is not None:
-                to_weight_VD.addmm_(grad_TV.t(), hidden_TD[chunk])
+                add_to_gradient(to_weight_VD, grad_TV, factor_TD[chunk])
             del logits_TV, grad_TV  # before the next chunk's are made
-        return to_hidden_TD, to_weight_VD if there_VD is None else None, None, None
+        return to_hidden_TD, to_weight_VD if there_VD is None else None, None, None, None
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
@@ -139,10 +147,3 @@ def overwrite(
     factor = shape.scale / shape.temperature
     if factor != 1:
         logits_TV.mul_(factor)
-
-
-def product(grad_TV: Tensor, weight_VD: Tensor) -> Tensor:
-    """[T, D]"""
-    if suits_onednn(grad_TV, weight_VD):
-        return by_onednn(grad_TV, weight_VD.t())
-    return grad_TV @ weight_VD

@@ -46,9 +46,65 @@ def in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     """[T, V] x · weightᵀ summed and given in fp32, from fp32 or from bf16; without gradient."""
     if suits_onednn(x_TD, weight_VD):
         return by_onednn(x_TD, weight_VD)
-    if x_TD.device.type == "cuda" and x_TD.dtype != torch.float32:
-        return torch.mm(x_TD, weight_VD.t(), out_dtype=torch.float32)
-    return F.linear(x_TD, weight_VD).float()
+    with torch.autocast(x_TD.device.type, enabled=False):
+        if x_TD.device.type == "cuda" and x_TD.dtype != torch.float32:
+            return torch.mm(x_TD, weight_VD.t(), out_dtype=torch.float32)
+        return F.linear(x_TD.float(), weight_VD.float())
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums of such numbers are kept in: fp32, or fp64 where they are in that."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def batched_in_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """[..., M, N] x [..., M, K] · y [..., K, N], summed and given in fp32 or better."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(sum_dtype(x)) @ y.to(sum_dtype(y))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision of a product's factors here: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class WideProduct(torch.autograd.Function):
+    """x · weightᵀ in fp32 from factors of a lower precision; the weight's gradient is in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, factors: torch.dtype) -> Tensor:
+        factor_TD, factor_VD = x_TD.to(factors), weight_VD.to(factors)
+        ctx.save_for_backward(factor_TD, factor_VD)
+        ctx.dtypes = x_TD.dtype, weight_VD.dtype
+        return in_fp32(factor_TD, factor_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, ...]:
+        factor_TD, factor_VD = ctx.saved_tensors
+        grad_TV = grad_TV.to(factor_VD.dtype)
+        to_x = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_x = in_fp32(grad_TV, factor_VD.t()).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            to_weight = in_fp32(grad_TV.t(), factor_TD.t()).to(ctx.dtypes[1])
+        return to_x, to_weight, None
+
+
+def wide_product(x: Tensor, weight_VD: Tensor) -> Tensor:
+    """[..., V] x · weightᵀ in fp32, whatever precision its factors have here."""
+    y_TV: Tensor = WideProduct.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]), weight_VD, compute_dtype(x)
+    )
+    return y_TV.view(*x.shape[:-1], -1)
+
+
+def add_to_gradient(grad_VD: Tensor, grad_TV: Tensor, x_TD: Tensor) -> None:
+    """Adds gradᵀ · x to an fp32 gradient, summed in fp32 whatever the precision of the two."""
+    if grad_TV.dtype == torch.float32:
+        grad_VD.addmm_(grad_TV.t(), x_TD)
+    else:
+        grad_VD.add_(in_fp32(grad_TV.t(), x_TD.t()))
 
 
 def plus(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,6 +5,8 @@ The order and the meaning of each step are those of transformers' `generate`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,53 @@ def keep_min_p(logits_TV: Tensor, p: float) -> Tensor:
     """The tokens at least p times as likely as the likeliest (2407.01082)."""
     least_T1 = logits_TV.amax(dim=-1, keepdim=True) + torch.tensor(p).log()
     return logits_TV.masked_fill(logits_TV < least_T1, -torch.inf)
+
+
+@dataclass
+class KeptTokens:
+    """Which tokens were left at each place [N, C] of a rollout, as lists of ids end to end.
+
+    An importance weight is of two policies over the same tokens: what the old one left is what the
+    new one may choose from, wherever its own top-p would be by now.
+    """
+
+    starts_NC: Tensor  # int64, where in ids a place's list begins
+    counts_NC: Tensor  # int64
+    ids: list[Tensor]  # int32
+
+    @classmethod
+    def of(cls, lengths_N: Tensor, width: int) -> KeptTokens:
+        """Nothing yet, for rows of a rollout."""
+        starts_NC = torch.zeros(len(lengths_N), width, dtype=torch.int64, device=lengths_N.device)
+        return cls(starts_NC, starts_NC.clone(), [])
+
+    def cut(
+        self, rows_T: Tensor, columns_T: Tensor, logits_TV: Tensor, sampling: Sampling
+    ) -> Tensor:
+        """As `cut`, but that a place keeps what it kept when it was asked for first."""
+        if bool(self.counts_NC[rows_T, columns_T].all()):
+            kept_TV = self._look_up(rows_T, columns_T, logits_TV.shape[1])
+            return logits_TV.masked_fill(~kept_TV, -torch.inf)
+        cut_TV = cut(logits_TV, sampling)
+        self._store(rows_T, columns_T, cut_TV > -torch.inf)
+        return cut_TV
+
+    def _store(self, rows_T: Tensor, columns_T: Tensor, kept_TV: Tensor) -> None:
+        place, token = kept_TV.nonzero(as_tuple=True)
+        counts_T = torch.bincount(place, minlength=len(kept_TV))
+        before = sum(len(ids) for ids in self.ids)
+        self.starts_NC[rows_T, columns_T] = before + counts_T.cumsum(0) - counts_T
+        self.counts_NC[rows_T, columns_T] = counts_T
+        self.ids.append(token.int())
+
+    def _look_up(self, rows_T: Tensor, columns_T: Tensor, vocabulary: int) -> Tensor:
+        """[T, V] bool"""
+        if len(self.ids) > 1:
+            self.ids = [torch.cat(self.ids)]
+        starts_T, counts_T = self.starts_NC[rows_T, columns_T], self.counts_NC[rows_T, columns_T]
+        kept_TV = torch.zeros(len(rows_T), vocabulary, dtype=torch.bool, device=rows_T.device)
+        place = torch.arange(len(rows_T), device=rows_T.device).repeat_interleave(counts_T)
+        within = torch.arange(len(place), device=rows_T.device)
+        within += (starts_T - (counts_T.cumsum(0) - counts_T))[place]
+        kept_TV[place, self.ids[0][within].long()] = True
+        return kept_TV

@@ -57,7 +57,7 @@ def batch_std(rewards_BG: Tensor) -> Tensor:
 def informative_share(rewards_BG: Tensor) -> Tensor:
     """The share of groups that don't agree: GPG (2504.02546), eq. 7, its alpha turned over."""
     informative_B1 = ~agrees(rewards_BG)
-    return informative_B1.double().mean().clamp(min=1 / len(rewards_BG)).to(rewards_BG.dtype)
+    return informative_B1.to(rewards_BG.dtype).mean().clamp(min=1 / len(rewards_BG))
 
 
 def no_scale(rewards_BG: Tensor) -> Tensor:

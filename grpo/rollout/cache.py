@@ -122,8 +122,8 @@ class Cache:
             queries_NKrd, own.keys[:, :, written], own.values[:, :, written], how, of_own
         )
         share_NKr = torch.sigmoid(self._rows(prompt_NKr[..., None]) - own_NKr[..., None])
-        out: Tensor = torch.lerp(to_own, self._rows(to_prompt), share_NKr.to(to_own.dtype))
-        return out.reshape(count, -1, out.shape[-1])
+        out = torch.lerp(to_own.float(), self._rows(to_prompt).float(), share_NKr)
+        return out.reshape(count, -1, out.shape[-1]).to(queries_HTd.dtype)
 
     @staticmethod
     def _suits_kernel(own: Layer, how: Scoring) -> bool:

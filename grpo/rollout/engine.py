@@ -85,7 +85,8 @@ def in_shares(
 
     while left:
         left = left[limit.fitting(share) :]
-    return assemble(policy, prompts, [rows[n] for n in range(len(rows))])
+    exact = policy.device.autocast_dtype is None
+    return assemble(policy, prompts, [rows[n] for n in range(len(rows))], exact)
 
 
 def fitting(
@@ -102,8 +103,10 @@ def fitting(
     return count
 
 
-def assemble(policy: LanguageModel, prompts: Sequence[Prompt], rows: Sequence[Row]) -> Rollout:
-    """Rows b*G+g as one padded rollout, with their texts."""
+def assemble(
+    policy: LanguageModel, prompts: Sequence[Prompt], rows: Sequence[Row], exact: bool
+) -> Rollout:
+    """Rows b*G+g as one padded rollout, with their texts; exact: as `Rollout` says."""
     tokens_NC, lengths_N = pad_right([row.tokens for row in rows], policy.pad_id)
     logprobs_NC, _ = pad_right([row.logprobs for row in rows], 0.0)
     texts = policy.tokenizer.batch_decode(
@@ -116,4 +119,5 @@ def assemble(policy: LanguageModel, prompts: Sequence[Prompt], rows: Sequence[Ro
         lengths_N=lengths_N,
         truncated_N=torch.tensor([not row.ended for row in rows], device=tokens_NC.device),
         texts=tuple(texts),
+        exact=exact,
     )

@@ -1,8 +1,7 @@
 """vLLM (2309.06180) in this process: it samples from a copy of the policy, made anew each time.
 
-Its kernels and its precision are others, so its log-probabilities are not quite the policy's: both
-are kept, and a token counts by their ratio, up to a cap: truncated importance weights, as IMPALA's
-(1802.01561).
+Its kernels and its precision are others, so its log-probabilities are not quite the policy's; the
+update corrects for that, as for every sampler (`grpo.update`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +19,7 @@ from grpo.budget import Budget
 from grpo.errors import ConfigError
 from grpo.memory import cached_by_position
 from grpo.models.adapter import has_adapter, merged
-from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
-from grpo.pieces import score_rollout
 from grpo.rollout.engine import Row, assemble
 from grpo.types import Prompt, Rollout, Sampling
 
@@ -107,11 +103,7 @@ class VLLMEngine:
             for prompt in written
             for completion in prompt.outputs * (num_generation // group)
         ]
-        sampled = assemble(self.policy, prompts, rows)
-        readout, limit = Readout(sampling), self.budget.computed
-        logprobs_NC = score_rollout(self.policy, sampled, readout, limit).logprobs
-        sampler_NC = sampled.logprobs_NC if sampling.temperature else logprobs_NC
-        return replace(sampled, logprobs_NC=logprobs_NC, sampler_NC=sampler_NC)
+        return assemble(self.policy, prompts, rows, exact=False)
 
     def _parameters(self, sampling: Sampling, group: int, seed: int) -> Any:
         from vllm import SamplingParams

@@ -17,18 +17,18 @@ BROKEN = "\ufffd"  # what a part of a character decodes to
 def with_tokens(
     rows: Sequence[CompletionRow],
     rollout: Rollout,
-    reference_NC: Tensor | None,
+    log_ratio_NC: Tensor | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[CompletionRow]:
     """The rows of a rollout's first completions, with what there is to say of each token.
 
-    Its KL is the log-probability less the reference's, in nats, whose mean is k1; it is left out
-    where there is no reference, or where it is read later.
+    Its KL is the policy's log-probability less the reference's, in nats, both of the distribution
+    that nothing is cut from; their mean is k1. It is left out where there is no reference.
     """
     own = slice(len(rows))
     kl: list[list[float]] = [[] for _ in rows]
-    if reference_NC is not None:
-        kl = (rollout.logprobs_NC[own] - reference_NC[own]).tolist()
+    if log_ratio_NC is not None:
+        kl = log_ratio_NC[own].tolist()
     return [
         replace(
             row,

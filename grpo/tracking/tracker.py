@@ -106,7 +106,7 @@ def values_of(values: Tensor) -> Tensor:
 
     A reward that doesn't apply is none.
     """
-    values_T = values.detach().flatten().double().cpu()
+    values_T = values.detach().flatten().cpu().double()
     return values_T[values_T.isfinite()]
 
 

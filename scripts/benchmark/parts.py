@@ -195,7 +195,7 @@ class Update:
         return score_rollout(self.reference.model, self.written, readout, self.limit).plain
 
     def step(self) -> None:
-        learned = Learned(self.advantages_N, self.reference_NC, self.setting.kl_weight)
+        learned = Learned(self.advantages_N, None, self.reference_NC, self.setting.kl_weight)
         update(
             self.policy, self.reference, self.optimizer, self.objective, self.written, learned,
             self.limit,

@@ -65,7 +65,7 @@ def main(work: Path, name: str, peer: Path, out: Path) -> None:
         policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.999), 1.0
     )
     advantages_N = torch.stack([row[2] for row in rows]).to(device.torch_device)
-    learned = Learned(advantages_N, scored.plain if kl else None, setting.kl_weight)
+    learned = Learned(advantages_N, None, scored.plain if kl else None, setting.kl_weight)
     stats = update(policy, reference, optimizer, objective, rollout, learned, LIMIT).metrics
     out.write_text(json.dumps({"loss": stats["loss/total"], "grad_norm": stats["optim/grad_norm"]}))
 
