@@ -32,7 +32,7 @@ from grpo.hub import from_hub
 from grpo.kl import KLPull, Pull
 from grpo.memory import budget_of, held_by
 from grpo.models.adapter import Adapter, add_adapter
-from grpo.models.load import LanguageModel, fingerprint, load_language_model
+from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.recompute import recomputable
 from grpo.models.reference import reference_of
 from grpo.objective import (
@@ -62,8 +62,7 @@ def build_device(cfg: DictConfig) -> Device:
 def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[LanguageModel, str]:
     """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
     adapter, folder = build_adapter(cfg), found.model()
-    policy = load_model(cfg, folder, device)
-    base = fingerprint(policy.model)
+    policy = load_model(cfg, folder, device, frozen=adapter is not None)
     if adapter is not None:
         add_adapter(policy.model, adapter, cfg.seed)
     # A checkpoint of an adapter names its base: by id where that is how it is found again.
@@ -73,13 +72,18 @@ def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[Languag
             f"device.gradient_checkpointing=true: {type(policy.model).__name__} has no layers that "
             f"can be recomputed."
         )
-    return replace(policy, base=name, recompute=cfg.device.gradient_checkpointing), base
+    recompute = cfg.device.gradient_checkpointing
+    return replace(policy, base=name, recompute=recompute), policy.fingerprint
 
 
-def load_model(cfg: DictConfig, folder: Path, device: Device) -> LanguageModel:
-    """The model in a folder, in 4 bits where the adapter over it asks for that."""
+def load_model(cfg: DictConfig, folder: Path, device: Device, frozen: bool) -> LanguageModel:
+    """The model in a folder, in 4 bits where the adapter over it asks for that.
+
+    frozen: as `load_language_model` says.
+    """
     adapter = build_adapter(cfg)
-    return load_language_model(folder, device, adapter is not None and adapter.quantized)
+    quantized = adapter is not None and adapter.quantized
+    return load_language_model(folder, device, quantized, frozen)
 
 
 def build_budget(

@@ -118,7 +118,7 @@ def voices_of(place: str) -> tuple[PromptFormat, list[Voice]]:
     run = run_of(Path(place).expanduser())
     if run is None:
         plain = PromptFormat(None, (), True, {}, 2**20)
-        return plain, [Voice(place, load_language_model(folder, device))]
+        return plain, [Voice(place, load_language_model(folder, device, frozen=True))]
     from grpo.build import load_model, prompt_format
     from grpo.find import base_model
 
@@ -128,8 +128,10 @@ def voices_of(place: str) -> tuple[PromptFormat, list[Voice]]:
         name, data = next(iter(data.sets.items()))
         key = f"dataset.sets.{name}"
     return prompt_format(data, key), [
-        Voice(f"base: {cfg.model.name}", load_model(cfg, base_model(cfg.model)(), device)),
-        Voice(f"trained: {place}", load_model(cfg, folder, device)),
+        Voice(
+            f"base: {cfg.model.name}", load_model(cfg, base_model(cfg.model)(), device, frozen=True)
+        ),
+        Voice(f"trained: {place}", load_model(cfg, folder, device, frozen=True)),
     ]
 
 

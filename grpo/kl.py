@@ -119,8 +119,8 @@ class KLPull(Pull):
             return
         if not self.reference.pairs:
             raise ConfigError(
-                f"kl.sync_every={self.sync_every}: this run's reference has moved, so it is an "
-                f"adapter of its own; keep kl.sync_every above 0."
+                f"kl.sync_every={self.sync_every}: this run's reference has moved, so its weights "
+                f"are kept by themselves; keep kl.sync_every above 0."
             )
         self.reference.load_state(state["reference"])
         self.moved = True

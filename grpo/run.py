@@ -111,7 +111,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
     formats = [prompt_format(own.options, own.key) for own in found.sets]
-    model = load_model(cfg, found.model(), device)
+    model = load_model(cfg, found.model(), device, frozen=True)
     prompts = build_prompts(found, formats, model.tokenizer).evaluation
     longest = check_fits(cfg, model, prompts)
     model.model.requires_grad_(False)

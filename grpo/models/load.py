@@ -33,6 +33,7 @@ from grpo.models.forward import (
     shared_prefix,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
+from grpo.models.precision import four_bits_in_fp32, store_frozen_weights
 from grpo.models.recompute import recomputed
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class LanguageModel:
     context: int  # the most tokens that prompt and completion may have together
     device: Device
     base: str = ""  # where the frozen weights under an adapter are found: a folder or a hub id
+    fingerprint: str = ""  # of the weights as they were loaded
     recompute: bool = False  # activations are made again in the backward pass
 
     @property
@@ -99,12 +101,16 @@ class LanguageModel:
             return score_completions(features, batch, readout, reference)
 
 
-def load_language_model(folder: Path, device: Device, quantized: bool = False) -> LanguageModel:
+def load_language_model(
+    folder: Path, device: Device, quantized: bool = False, frozen: bool = False
+) -> LanguageModel:
     """Loads a model in fp32, checks it against itself, and puts it on the device.
 
     Args:
         folder: of a model, or of a saved adapter, whose base is then loaded under it.
         quantized: the linear layers in 4 bits.
+        frozen: its weights will never be trained, as under an adapter, so that they may be kept in
+            the precision that is computed in.
 
     Raises:
         ConfigError: the folder doesn't hold a causal language model that can be loaded.
@@ -112,14 +118,21 @@ def load_language_model(folder: Path, device: Device, quantized: bool = False) -
     base = base_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = in_four_bits(base, device) if quantized else in_full(base, device)
+        model = in_four_bits(base, device) if quantized else in_full(base)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{base}: transformers can't load this as a causal model: {error}"
         ) from error
     model.eval()
+    if not (frozen or quantized):
+        model.to(device.torch_device)
     head = Head(model)
-    forward = choose_forward(model, head)
+    with four_bits_in_fp32(model):  # else bf16's rounding would hide, or be taken for, a difference
+        forward = choose_forward(model, head)
+    weights = fingerprint(model)
+    if frozen or quantized:
+        store_frozen_weights(model.requires_grad_(False), device.autocast_dtype)
+        model.to(device.torch_device)  # only now: a GPU never holds them in fp32
     if base != folder:
         load_adapter(model, folder)
     return LanguageModel(
@@ -131,12 +144,13 @@ def load_language_model(folder: Path, device: Device, quantized: bool = False) -
         context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20,
         device=device,
         base=str(base.resolve()),
+        fingerprint=weights,
     )
 
 
-def in_full(folder: Path, device: Device) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.to(device.torch_device)
+def in_full(folder: Path) -> PreTrainedModel:
+    """On the CPU, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def in_four_bits(folder: Path, device: Device) -> PreTrainedModel:
@@ -163,9 +177,14 @@ def in_four_bits(folder: Path, device: Device) -> PreTrainedModel:
     return model
 
 
-def frozen_copy(policy: LanguageModel) -> LanguageModel:
-    """The reference: the policy as it is now, never trained."""
+def frozen_copy(policy: LanguageModel, in_fp32: bool) -> LanguageModel:
+    """The reference: the policy as it is now, never trained.
+
+    in_fp32: else in the precision that is computed in, which can't hold weights that move a little.
+    """
     model = copy.deepcopy(policy.model).requires_grad_(False)
+    if not in_fp32:
+        store_frozen_weights(model, policy.device.autocast_dtype)
     return replace(policy, model=model, head=Head(model))
 
 

@@ -31,7 +31,7 @@ def write_merged(model: Path, folder: Path) -> None:
     if was_quantized(model):
         whole = in_four_bits(base, device).dequantize(torch.float32)
     else:
-        whole = in_full(base, device)
+        whole = in_full(base)
     load_adapter(whole, model)
     merged(whole).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)

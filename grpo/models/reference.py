@@ -68,9 +68,11 @@ def reference_of(policy: LanguageModel, moves: bool) -> Reference:
     moves: it will be moved, so under an adapter it is an adapter too.
     """
     if not has_adapter(policy.model):
-        copied = frozen_copy(policy)
+        in_fp32 = moves or policy.device.autocast_dtype is None
+        copied = frozen_copy(policy, in_fp32)
         own, weights = copied.model.parameters(), policy.model.parameters()
-        return Reference(copied, nullcontext, list(zip(own, weights, strict=True)))
+        pairs = list(zip(own, weights, strict=True)) if in_fp32 else []
+        return Reference(copied, nullcontext, pairs)
     if not moves:
         return Reference(policy, partial(adapters_off, policy.model), [])
     add_frozen_twin(policy.model)

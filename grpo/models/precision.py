@@ -1,0 +1,64 @@
+"""In what precision frozen weights are kept, and a model in 4 bits is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PRODUCTS = (nn.Linear, Conv1D)  # their weights are rounded by autocast at every use
+
+
+@torch.no_grad()
+def store_frozen_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keeps weights that are never trained in the precision that they are computed in.
+
+    Under autocast the model's numbers stay what they are. Weights of products are rounded once,
+    instead of at every use. A table is rounded where nothing of it is lost, and what is looked up
+    in it is fp32 all the same.
+
+    Args:
+        dtype: autocast's; None, where it is off, leaves everything as it is.
+    """
+    if dtype is None:
+        return
+    products = [x for x in model.modules() if type(x) in PRODUCTS]
+    rest = [x for x in model.modules() if type(x) not in PRODUCTS]
+    tables = [x for x in rest if type(x) is nn.Embedding and not x.weight.requires_grad]
+    exact = [x for x in tables if torch.equal(x.weight.to(dtype).float(), x.weight)]
+    wide = {id(weight) for module in rest for weight in module.parameters(recurse=False)}
+    wide -= {id(table.weight) for table in exact}
+    for module in products:
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.requires_grad:
+                continue
+            if id(weight) in wide:  # tied to a table that stays as it is
+                setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+            else:
+                weight.data = weight.data.to(dtype)
+    for table in exact:
+        table.weight.data = table.weight.data.to(dtype)
+        table.register_forward_hook(widen)
+
+
+def widen(module: nn.Module, inputs: Any, looked_up: Tensor) -> Tensor:
+    """A forward hook of a table."""
+    return looked_up.float()
+
+
+@contextmanager
+def four_bits_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Within it, products with weights in 4 bits are computed in fp32, whatever they are set to."""
+    layers: list[Any] = [x for x in model.modules() if type(x).__name__ == "Linear4bit"]
+    before = [layer.compute_dtype for layer in layers]
+    try:
+        for layer in layers:
+            layer.compute_dtype = torch.float32
+        yield
+    finally:
+        for layer, dtype in zip(layers, before, strict=True):
+            layer.compute_dtype = dtype
