@@ -74,7 +74,11 @@ class Budget:
 
     computed: Limit
     cached: Limit
-    asked: tuple[float | None, int | None] = (None, None)  # GB and tokens, by the config
+    asked: tuple[float | int | None, ...] = (
+        None,
+        None,
+        None,
+    )  # GB, tokens, positions: the config's
 
     @classmethod
     def of(cls, tokens: int, cached: int | None = None) -> Budget:

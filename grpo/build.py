@@ -30,7 +30,7 @@ from grpo.evaluate import Evaluation
 from grpo.find import PROMPT_KEYS, Found, bind, check_options, named, plain
 from grpo.hub import from_hub
 from grpo.kl import KLPull, Pull
-from grpo.memory import budget_of, held_by
+from grpo.memory import Work, budget_of, held_by
 from grpo.models.adapter import Adapter, add_adapter
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.recompute import recomputable
@@ -90,9 +90,17 @@ def build_budget(
     cfg: DictConfig, policy: LanguageModel, longest: int, with_reference: bool
 ) -> Budget:
     """How much is computed at once, given the tokens of the longest prompt and completion."""
-    held = held_by(policy, cfg.max_new_tokens, cfg.optim.name, with_reference)
-    device = policy.device.torch_device
-    return budget_of(device, cfg.device.memory_gb, cfg.device.token_budget, held, longest)
+    work = Work(
+        prompt=longest - cfg.max_new_tokens,
+        completion=cfg.max_new_tokens,
+        group=cfg.num_generation,
+        optimizer=cfg.optim.name,
+        reference=with_reference,
+        reference_moves=cfg.kl.sync_every > 0,
+    )
+    asked, device = cfg.device, policy.device.torch_device
+    held = held_by(policy, work)
+    return budget_of(device, asked.memory_gb, asked.token_budget, asked.cache_budget, held, longest)
 
 
 def build_adapter(cfg: DictConfig) -> Adapter | None:

@@ -45,7 +45,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
     for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
         at_least(cfg, key, 1)
-    for key in ("max_steps", "device.token_budget"):
+    for key in ("max_steps", "device.token_budget", "device.cache_budget"):
         at_least(cfg, key, 1)
     for key in ("eval.every", "eval.samples", "optim.warmup_steps", "log_prompts"):
         at_least(cfg, key, 0)

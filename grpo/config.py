@@ -105,6 +105,7 @@ class DeviceConfig:
     precision: str = MISSING
     memory_gb: float | None = None
     token_budget: int | None = None
+    cache_budget: int | None = None
     gradient_checkpointing: bool = False
 
 

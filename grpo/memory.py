@@ -15,17 +15,39 @@ from grpo.errors import ConfigError
 from grpo.models.forward import Completions
 from grpo.models.head import CHUNK_LOGITS
 from grpo.models.load import LanguageModel
+from grpo.models.precision import frozen_bytes, rounded_bytes
 
 CGROUP = (  # a container's own limit
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 ENOUGH = {"cpu": 1024, "mps": 4096, "cuda": 16384}  # tokens at which products are at their fastest
-ENOUGH_CACHED = 32768  # positions at which decoding is
+ENOUGH_CACHED = {"cpu": 2**15, "mps": 2**17, "cuda": 2**40}  # positions at which decoding is
 SHARE = {"cpu": 0.8, "mps": 0.9, "cuda": 0.9}  # of the memory there is
 LIBRARIES_GB = {"cpu": 0.7, "mps": 0.0, "cuda": 0.0}  # part of a process's peak, and of no GPU's
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # a trained weight
 BESIDE = 1.25  # what is kept for the backward pass, and what is made beside it for a while
+# On a CPU the rounded copies of weights come and go between activations of other sizes, and the
+# heap keeps what is freed (`allocator`): so much is held for each byte in use (`scripts/bench`).
+HEAP_IN_BF16 = 2.4
+TRIED = 64  # tokens of the smaller of two forward passes that are compared
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes, as far as memory depends on it."""
+
+    prompt: int  # tokens of the longest
+    completion: int  # of the longest
+    group: int  # completions a prompt
+    optimizer: str
+    reference: bool  # a frozen copy of the model is held as well
+    reference_moves: bool  # in fp32 then
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and completion."""
+        return self.prompt + self.completion
 
 
 @dataclass(frozen=True)
@@ -38,49 +60,71 @@ class Held:
     position: float  # kept while completions are written
 
 
-def held_by(
-    policy: LanguageModel, max_new_tokens: int, optimizer: str, with_reference: bool
-) -> Held:
-    """What training a model takes.
-
-    with_reference: a frozen copy of it is held as well.
-    """
-    model = policy.model
+def held_by(policy: LanguageModel, work: Work) -> Held:
+    """What training a model takes."""
+    model, dtype = policy.model, policy.device.autocast_dtype
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
-    held = weights * (2 if with_reference else 1) + trained * OPTIMIZER_BYTES[optimizer]
-    head = (
-        3 * 4 * CHUNK_LOGITS[policy.device.torch_device.type]
-        + 4 * policy.head.vocabulary * model.config.get_text_config().hidden_size
-    )
+    held = weights + trained * OPTIMIZER_BYTES[work.optimizer]
+    if work.reference:
+        held += weights if work.reference_moves else frozen_bytes(model, dtype)
+    on_cpu = policy.device.torch_device.type == "cpu"
+    heap = HEAP_IN_BF16 if on_cpu and dtype is not None else 1.0
+    copies = heap * rounded_bytes(model, dtype)
+    chunk = 3 * 4 * CHUNK_LOGITS[policy.device.torch_device.type]
+    head = chunk + head_bytes(policy)
+    laid_out = weights if dtype is None and on_cpu else copies
+    row = 12 * policy.head.vocabulary  # its logits, and what is made of them
     return Held(
-        training=(held + 4 * trained + head) / 1e9,
-        sampling=(held + weights) / 1e9,
-        token=BESIDE * kept_by_token(policy) if trained else 0.0,
-        position=cached_by_position(policy) + 12 * policy.head.vocabulary / max_new_tokens,
+        training=(held + copies + 4 * trained + head) / 1e9,
+        sampling=(held + laid_out) / 1e9,
+        token=heap * BESIDE * kept_by_token(policy, work) if trained else 0.0,
+        position=cached_by_position(policy) + row / work.completion,
     )
+
+
+def head_bytes(policy: LanguageModel) -> int:
+    """What the head's weight [V, D] takes besides itself while it is read: its gradient by a chunk.
+
+    In a lower precision also a copy of it.
+    """
+    size = policy.head.vocabulary * int(policy.model.config.get_text_config().hidden_size)
+    dtype = policy.device.autocast_dtype
+    return size * (4 if dtype is None else 4 + dtype.itemsize)
 
 
 _kept: dict[tuple[object, ...], float] = {}  # a sweep's jobs train the same model
 
 
-def kept_by_token(policy: LanguageModel) -> float:
-    """Bytes that a forward pass keeps for its backward, measured on a few tokens.
+def kept_by_token(policy: LanguageModel, work: Work) -> float:
+    """Bytes that a forward pass keeps for its backward, by token, in groups as long as the run's.
 
     Once a process for models alike in everything that it depends on.
     """
     parameters = [
         (n, x.shape, x.dtype, x.requires_grad) for n, x in policy.model.named_parameters()
     ]
-    how = (policy.device, policy.forward, policy.recompute)
+    how = (policy.device, policy.forward, policy.recompute, work)
     alike = (policy.model.config.to_json_string(), *how, *parameters)
     if alike not in _kept:
-        _kept[alike] = measured_by_token(policy)
+        _kept[alike] = measured_by_token(policy, work)
     return _kept[alike]
 
 
-def measured_by_token(policy: LanguageModel) -> float:
-    """As `kept_by_token`, now."""
+def measured_by_token(policy: LanguageModel, work: Work) -> float:
+    """As `kept_by_token`, now: the difference between two forward passes, by their tokens'.
+
+    What they have in common, as the weights that autocast has rounded, is no token's.
+    """
+    share = TRIED / (work.prompt + work.group * work.completion)
+    prompt, completion = (max(2, round(n * share)) for n in (work.prompt, work.completion))
+    tokens = prompt + work.group * completion
+    twice = kept_bytes(policy, 2 * prompt, 2 * completion, work.group)
+    return (twice - kept_bytes(policy, prompt, completion, work.group)) / tokens
+
+
+def kept_bytes(policy: LanguageModel, prompt: int, completion: int, group: int) -> int:
+    """What a forward pass over the completions of one prompt keeps for its backward."""
     weights = {x.untyped_storage().data_ptr() for x in policy.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -90,14 +134,16 @@ def measured_by_token(policy: LanguageModel) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    device, half = policy.device.torch_device, 48
-    tokens = torch.zeros(1, half, dtype=torch.int64, device=device)
-    batch = Completions(tokens, torch.tensor([half], device=device), tokens, tokens == 0)
+    device = policy.device.torch_device
+    prompts_BP = torch.zeros(1, prompt, dtype=torch.int64, device=device)
+    tokens_NC = torch.zeros(group, completion, dtype=torch.int64, device=device)
+    lengths_B = torch.tensor([prompt], device=device)
+    batch = Completions(prompts_BP, lengths_B, tokens_NC, tokens_NC == 0)
     with torch.enable_grad(), saved_tensors_hooks(note, lambda x: x):
         features = policy.features(batch)
         total = sum(kept.values())
     del features
-    return total / (2 * half)
+    return total
 
 
 def cached_by_position(policy: LanguageModel) -> float:
@@ -106,7 +152,8 @@ def cached_by_position(policy: LanguageModel) -> float:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
-    return float(2 * 4 * config.num_hidden_layers * heads * width)
+    size = (policy.device.autocast_dtype or torch.float32).itemsize
+    return float(2 * size * config.num_hidden_layers * heads * width)
 
 
 def memory_there_is(device: torch.device) -> float:
@@ -123,13 +170,19 @@ def memory_there_is(device: torch.device) -> float:
 
 
 def budget_of(
-    device: torch.device, memory: float | None, tokens: int | None, held: Held, longest: int
+    device: torch.device,
+    memory: float | None,
+    tokens: int | None,
+    cached: int | None,
+    held: Held,
+    longest: int,
 ) -> Budget:
     """As many tokens at once as memory holds, and no more than are of use.
 
     Args:
         memory: in GB; None for most of what there is.
         tokens: in one forward and backward pass, whatever memory says; None if that isn't given.
+        cached: positions in a rollout's cache, likewise.
         longest: tokens of the longest prompt and completion.
 
     Raises:
@@ -148,8 +201,8 @@ def budget_of(
         )
     most = tokens or int((there - base) * 1e9 / max(held.token, 1.0))
     room = there - LIBRARIES_GB[device.type] - held.sampling
-    positions = int(max(0.0, room) * 1e9 / held.position)
-    budget = Budget.of(most, max(longest, min(ENOUGH_CACHED, positions)))
+    positions = min(ENOUGH_CACHED[device.type], int(max(0.0, room) * 1e9 / held.position))
+    budget = Budget.of(most, max(longest, cached or positions))
     budget.computed.tokens = tokens or min(most, ENOUGH[device.type])
-    budget.asked = (memory, tokens)
+    budget.asked = (memory, tokens, cached)
     return budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,8 @@ from grpo.optim import Optimizer
 from grpo.tracking.tokens import with_tokens
 from grpo.tracking.tracker import Tracker, answer_rows, completion_rows
 from grpo.update import Learned, Objective, old_policy, update
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,16 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
         finished, pruned (a search has given it up) or interrupted.
 
     Raises:
-        RunError: a reward failed; all steps done before are in a checkpoint.
+        RunError: with the step where it happened. All steps done before are in a checkpoint, unless
+            that step had updated the policy already.
     """
     clock = Clock(standing.progress.seconds)
 
+    updates = run.optimizer.steps_done  # when the last step was done
+
     def reached(step: int, unlogged: dict[str, float] | None) -> None:
+        nonlocal updates
+        updates = run.optimizer.steps_done
         standing.progress = replace(
             standing.progress, step=step, unlogged=unlogged, seconds=clock.seconds()
         )
@@ -72,7 +80,19 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
     def save() -> None:
         run.checkpoints.save(run.policy, run.optimizer, run.pull, run.budget, standing.progress)
 
+    def save_if_whole() -> None:
+        taken = run.optimizer.steps_done - updates
+        if taken:  # these weights are no step's: resumed, the step would be done twice
+            log.warning(
+                "step %d ended after %d of %d updates, so it is not saved; resume goes on from the "
+                "newest checkpoint.",
+                standing.progress.step + 1, taken, run.objective.updates,
+            )  # fmt: skip
+        else:
+            save()
+
     start, owed = standing.progress.step, standing.progress.unlogged
+    step = start
     try:
         if owed is not None:  # the evaluation before training, or one that a failure cut short
             run.tracker.log(start, owed | evaluated(run, start))
@@ -91,9 +111,9 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
                 save()
             if last:
                 return "finished" if done else "pruned" if pruned else "interrupted"
-    except RunError:
-        save()
-        raise
+    except RunError as error:
+        save_if_whole()
+        raise RunError(f"step {step}: {error}") from error
     return "finished"  # there was nothing left to do
 
 

@@ -7,15 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from grpo.budget import Budget, Limit, ran_out
+from grpo.device import open_device
 from grpo.errors import ConfigError, RunError
-from grpo.memory import Held, budget_of, held_by, kept_by_token
+from grpo.memory import HEAP_IN_BF16, Held, Work, budget_of, held_by, kept_by_token
 from grpo.models.load import LanguageModel
+from grpo.models.reference import reference_of
 
 CPU = torch.device("cpu")
 HELD = Held(training=1.0, sampling=2.0, token=1e6, position=1e5)
@@ -23,28 +26,33 @@ HELD = Held(training=1.0, sampling=2.0, token=1e6, position=1e5)
 
 def test_tokens_are_what_memory_holds_beside_all_else() -> None:
     """3 GB, of which libraries take 0.7 and weights 1.0: 1.3 GB at 1 MB a token."""
-    budget = budget_of(CPU, 3.0, None, HELD, longest=100)
+    budget = budget_of(CPU, 3.0, None, None, HELD, longest=100)
     assert budget.computed.most == pytest.approx(1300, abs=1)
     assert budget.computed.tokens == 1024  # more is no faster on a CPU
     assert budget.cached.most == pytest.approx(3000, abs=1)  # 0.3 GB at 0.1 MB
-    little = budget_of(CPU, 2.0, None, HELD, longest=100).computed
+    little = budget_of(CPU, 2.0, None, None, HELD, longest=100).computed
     assert little.tokens == little.most == pytest.approx(300, abs=1)
-    assert budget_of(CPU, 2.0, 5000, HELD, longest=100).computed == Limit(5000, 5000)
+    assert budget_of(CPU, 2.0, 5000, None, HELD, longest=100).computed == Limit(5000, 5000)
 
 
 def test_less_memory_than_one_completion_takes_is_refused() -> None:
     """1.7 GB before any token, 0.1 GB for 100 of them."""
     with pytest.raises(ConfigError, match=r"device.memory_gb=1.75: .* 100 tokens, take 1.8 GB"):
-        budget_of(CPU, 1.75, None, HELD, longest=100)
-    assert budget_of(CPU, 1.81, None, HELD, longest=100).computed.most in (109, 110)
+        budget_of(CPU, 1.75, None, None, HELD, longest=100)
+    assert budget_of(CPU, 1.81, None, None, HELD, longest=100).computed.most in (109, 110)
+
+
+WORK = Work(
+    prompt=30, completion=10, group=4, optimizer="adamw", reference=False, reference_moves=False
+)
 
 
 def test_what_a_model_holds_is_counted(tiny: LanguageModel) -> None:
     weights = sum(p.numel() for p in tiny.model.parameters())
-    alone = held_by(tiny, 10, "adamw", with_reference=False)
-    beside = held_by(tiny, 10, "adamw", with_reference=True)
+    alone = held_by(tiny, WORK)
+    beside = held_by(tiny, replace(WORK, reference=True))
     assert beside.training - alone.training == pytest.approx(4e-9 * weights, rel=0.01)
-    small = held_by(tiny, 10, "adamw_8bit", with_reference=False)
+    small = held_by(tiny, replace(WORK, optimizer="adamw_8bit"))
     assert alone.training - small.training == pytest.approx(6e-9 * weights, rel=0.01)
     # Twice 4 bytes of 4 layers' 3 heads of 64.
     config = tiny.model.config
@@ -52,7 +60,35 @@ def test_what_a_model_holds_is_counted(tiny: LanguageModel) -> None:
     by_hand = 2 * 4 * config.num_hidden_layers * heads + 12 * config.vocab_size / 10
     assert alone.position == by_hand
     tiny.model.requires_grad_(False)
-    assert kept_by_token(tiny) == 0
+    assert kept_by_token(tiny, WORK) == 0
+
+
+def test_the_copies_that_autocast_makes_are_no_tokens(tiny: LanguageModel) -> None:
+    """bf16 keeps no more for a token than fp32; its copies of the weights count once."""
+    in_bf16 = replace(tiny, device=open_device("cpu", "bf16"))
+    assert 0.4 < kept_by_token(in_bf16, WORK) / kept_by_token(tiny, WORK) < 1.5
+    config, wide, narrow = tiny.model.config, held_by(tiny, WORK), held_by(in_bf16, WORK)
+    products = sum(
+        x.weight.numel() + (0 if x.bias is None else x.bias.numel())
+        for x in tiny.model.model.modules()
+        if isinstance(x, torch.nn.Linear)
+    )
+    head = config.vocab_size * config.hidden_size  # its own copy, for as long as it is read
+    more = 2 * HEAP_IN_BF16 * products + 2 * head
+    assert (narrow.training - wide.training) * 1e9 == pytest.approx(more, rel=0.01)
+    row = 12 * config.vocab_size / 10
+    assert narrow.position - row == (wide.position - row) / 2
+
+
+def test_a_reference_takes_half_where_it_is_computed_in_bf16(tiny: LanguageModel) -> None:
+    in_bf16 = replace(tiny, device=open_device("cpu", "bf16"))
+    work = replace(WORK, reference=True)
+    reference = reference_of(in_bf16, moves=False).model.model
+    taken = sum(x.nbytes for x in (*reference.parameters(), *reference.buffers()))
+    found = held_by(in_bf16, work).training - held_by(in_bf16, WORK).training
+    assert found * 1e9 == pytest.approx(taken, rel=1e-3)
+    moving = held_by(in_bf16, replace(work, reference_moves=True))
+    assert moving.training > held_by(in_bf16, work).training
 
 
 def test_it_begins_anew_with_half_of_what_was_too_much(caplog: pytest.LogCaptureFixture) -> None:

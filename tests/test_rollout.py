@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -28,6 +30,7 @@ from grpo.models.rows import pad_left
 from grpo.pieces import MicroBatch, completions, score_rollout
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.rollout.draw import draw
+from grpo.rollout.engine import Part, next_share
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 
@@ -321,10 +324,57 @@ def test_a_row_draws_the_same_whatever_is_drawn_beside_it(
     policy = wrap(small_model, device, end_ids=(2, 5, 50, 80))
     prompts = prompts_of(7, 3, 5, 4)
     together = NativeEngine(policy, 10, ROOM).generate(prompts, 5, Sampling(0.9), seed=4)
-    apart = NativeEngine(policy, 10, Budget.of(1)).generate(prompts, 5, Sampling(0.9), seed=4)
-    assert together.lengths_N.tolist() == apart.lengths_N.tolist()
-    assert torch.equal(together.tokens_NC, apart.tokens_NC)
-    assert_close(together.logprobs_NC, apart.logprobs_NC, atol=2e-5, rtol=1e-4)
+    for positions in (1, 37, 80):  # one row at a time, parts of a group, a group or two
+        budget = Budget.of(positions)
+        apart = NativeEngine(policy, 10, budget).generate(prompts, 5, Sampling(0.9), seed=4)
+        assert together.lengths_N.tolist() == apart.lengths_N.tolist()
+        assert torch.equal(together.tokens_NC, apart.tokens_NC)
+        assert_close(together.logprobs_NC, apart.logprobs_NC, atol=2e-5, rtol=1e-4)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    st.integers(1, 7), st.integers(1, 30), st.integers(1, 300), st.booleans(),
+)  # fmt: skip
+def test_shares_hold_every_row_once_and_keep_to_the_limit(
+    lengths: list[int], group: int, width: int, positions: int, unpadded: bool
+) -> None:
+    limit = Budget.of(positions).cached
+    left = [Part(b, range(group)) for b in sorted(range(len(lengths)), key=lengths.__getitem__)]
+    seen = []
+    while left:
+        share, left = next_share(left, lengths, width, limit, unpadded)
+        rows = share[0].rows
+        longest = max(lengths[part.prompt] for part in share)
+        size = len(share) * (longest + len(rows) * width)
+        assert limit.under_way == size
+        assert size <= positions or (len(share), len(rows)) == (1, 1)
+        assert all(part.rows == rows for part in share)
+        assert not unpadded or len({lengths[part.prompt] for part in share}) == 1
+        seen += [(part.prompt, g) for part in share for g in part.rows]
+    assert sorted(seen) == [(b, g) for b in range(len(lengths)) for g in range(group)]
+
+
+def test_a_group_is_halved_where_memory_runs_out(
+    small_model: PreTrainedModel, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt with 8 completions, of which memory holds 3: 4, then 2, at a time."""
+    policy = wrap(small_model, device, end_ids=(2,))
+    budget, sizes, whole = Budget.of(1000), [], NativeEngine._sample
+
+    def narrow(engine: NativeEngine, prompts: Any, uniform_NC: Tensor, *rest: Any) -> Any:
+        sizes.append(len(uniform_NC))
+        if len(uniform_NC) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(engine, prompts, uniform_NC, *rest)
+
+    expected = NativeEngine(policy, 10, ROOM).generate(prompts_of(6), 8, Sampling(1.0), seed=1)
+    monkeypatch.setattr(NativeEngine, "_sample", narrow)
+    found = NativeEngine(policy, 10, budget).generate(prompts_of(6), 8, Sampling(1.0), seed=1)
+    assert sizes[0] == 8
+    assert max(sizes[-3:]) <= 3
+    assert torch.equal(found.tokens_NC, expected.tokens_NC)
 
 
 def test_a_token_that_was_cut_is_never_drawn() -> None:

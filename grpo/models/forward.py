@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.errors import ConfigError
 from grpo.models.attention import Tree, read
 from grpo.models.head import Features, Head, Readout, TokenScores, score
 from grpo.models.rows import taken
@@ -174,5 +175,10 @@ def agrees_with_plain(model: PreTrainedModel, head: Head) -> bool:
         log.warning("a shared prompt fails: %s: %s", type(error).__name__, error)
         return False
     theirs = score_completions(plain(model, head, batch), batch, readout).logprobs
+    if not bool(theirs.isfinite().all()):
+        raise ConfigError(
+            f"{type(model).__name__}: its logits are NaN or infinite: the weights of this "
+            f"checkpoint are broken, or of another precision than it says."
+        )
     tolerance = 1e-3 if ours.dtype == torch.float32 and not torch.is_autocast_enabled() else 5e-2
     return bool(torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance))

@@ -26,13 +26,8 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
     """
     if dtype is None:
         return
-    products = [x for x in model.modules() if type(x) in PRODUCTS]
-    rest = [x for x in model.modules() if type(x) not in PRODUCTS]
-    tables = [x for x in rest if type(x) is nn.Embedding and not x.weight.requires_grad]
-    exact = [x for x in tables if torch.equal(x.weight.to(dtype).float(), x.weight)]
-    wide = {id(weight) for module in rest for weight in module.parameters(recurse=False)}
-    wide -= {id(table.weight) for table in exact}
-    for module in products:
+    exact, wide = exact_tables(model, dtype), wide_weights(model, dtype)
+    for module in [x for x in model.modules() if type(x) in PRODUCTS]:
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.requires_grad:
                 continue
@@ -43,6 +38,47 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
     for table in exact:
         table.weight.data = table.weight.data.to(dtype)
         table.register_forward_hook(widen)
+
+
+def exact_tables(model: nn.Module, dtype: torch.dtype) -> list[nn.Embedding]:
+    """Lookup tables of which nothing is lost in a lower precision."""
+    tables = [x for x in model.modules() if type(x) is nn.Embedding]
+    return [x for x in tables if torch.equal(x.weight.to(dtype).float(), x.weight)]
+
+
+def wide_weights(model: nn.Module, dtype: torch.dtype) -> set[int]:
+    """The ids of the weights that have to stay as they are, whoever else they are tied to."""
+    others = [x for x in model.modules() if type(x) not in PRODUCTS]
+    wide = {id(weight) for module in others for weight in module.parameters(recurse=False)}
+    return wide - {id(table.weight) for table in exact_tables(model, dtype)}
+
+
+def frozen_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """What a frozen copy of a model takes, as `store_frozen_weights` keeps it."""
+    weights = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    if dtype is None:
+        return sum(x.nbytes for x in weights.values())
+    wide = wide_weights(model, dtype) | {id(x) for x in model.buffers()}
+    tied = {id(w): w for w in product_weights(model) if id(w) in wide}
+    return sum(
+        x.nbytes if n in wide else x.numel() * dtype.itemsize for n, x in weights.items()
+    ) + sum(x.numel() * dtype.itemsize for x in tied.values())
+
+
+def rounded_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """What autocast's rounded copies of a model's weights take, the head's left out."""
+    if dtype is None:
+        return 0
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    of_head = {id(x) for x in head.parameters()}
+    rounded = {id(x): x for x in product_weights(model) if id(x) not in of_head}
+    return sum(x.numel() * dtype.itemsize for x in rounded.values() if x.dtype == torch.float32)
+
+
+def product_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of its products."""
+    products = [x for x in model.modules() if type(x) in PRODUCTS]
+    return [weight for module in products for weight in module.parameters(recurse=False)]
 
 
 def widen(module: nn.Module, inputs: Any, looked_up: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ def draw(
     """One token a row and its log-probability under the distribution that it is drawn from.
 
     A token is where the cumulated probabilities pass a uniform number, so what a row draws depends
-    on its own number alone, and not on which rows are drawn beside it.
+    on its own number alone, and not on which rows are drawn beside it. Logits that are no numbers
+    give some token, with a log-probability that is none.
 
     Args:
         seen_NV: bool, the tokens before, for a penalty.
@@ -46,7 +47,8 @@ def at(share_N1: Tensor, probs_NV: Tensor) -> Tensor:
     block_N1 = first_past(point_N1, passed_NK)
     before_N1 = passed_NK.gather(1, block_N1) - sums_NK.gather(1, block_N1)
     inside_NW = blocks_NKW[torch.arange(len(block_N1), device=block_N1.device), block_N1[:, 0]]
-    return block_N1 * BLOCK + first_past(point_N1 - before_N1, inside_NW.cumsum(dim=-1))
+    token_N1 = block_N1 * BLOCK + first_past(point_N1 - before_N1, inside_NW.cumsum(dim=-1))
+    return token_N1.clamp(max=probs_NV.shape[1] - 1)  # NaNs are past no point
 
 
 def first_past(point_N1: Tensor, passed_NK: Tensor) -> Tensor:
@@ -54,7 +56,8 @@ def first_past(point_N1: Tensor, passed_NK: Tensor) -> Tensor:
     total_N1 = passed_NK[:, -1:]
     below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
     point_N1 = torch.minimum(point_N1.clamp(min=0.0), below_N1)
-    return torch.searchsorted(passed_NK, point_N1, right=True)
+    place_N1 = torch.searchsorted(passed_NK, point_N1, right=True)
+    return place_N1.clamp(max=passed_NK.shape[1] - 1)
 
 
 def seen_tokens(

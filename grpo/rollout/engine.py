@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo.budget import Limit
+from grpo.errors import RunError
 from grpo.models.load import LanguageModel
 from grpo.models.rows import pad_right
 from grpo.types import Prompt, Rollout, Sampling
@@ -48,6 +49,18 @@ class StopStrings:
         return torch.tensor(found, device=tokens_NC.device)
 
 
+class NoDistribution(RunError):
+    """The policy's logits are NaN or infinite, so there is nothing to sample from."""
+
+    def __init__(self, prompt: Prompt, written: int) -> None:
+        super().__init__(
+            f"the policy's logits are NaN or infinite after {written} tokens of a completion. Most "
+            f"likely its weights have grown too large (see optim/grad_norm, kl/mean): go on from "
+            f"an earlier checkpoint with a smaller learning_rate or optim.max_grad_norm, or with "
+            f"device.precision=fp32.\n  prompt: {prompt.text!r}"
+        )
+
+
 @dataclass(frozen=True)
 class Row:
     """One completion, as long as it is."""
@@ -57,50 +70,82 @@ class Row:
     ended: bool
 
 
+class Part(NamedTuple):
+    """Some of the completions of one prompt."""
+
+    prompt: int  # index into B
+    rows: range  # of its group
+
+
 def in_shares(
     policy: LanguageModel,
     prompts: Sequence[Prompt],
     num_generation: int,
     max_new_tokens: int,
     limit: Limit,
-    sample: Callable[[Sequence[int]], list[Row]],
+    sample: Callable[[Sequence[int], range], list[Row]],
+    unpadded: bool = False,
 ) -> Rollout:
-    """A rollout made of as many prompts at once as the limit holds, put back in order.
+    """A rollout made of as many completions at once as the limit holds, put back in order.
 
     Args:
         limit: of positions, prompts' tokens and the most that their completions may have.
-        sample: indices of prompts to the rows of all their completions.
+        sample: indices of prompts, and which rows of their groups, to those completions.
+        unpadded: only prompts of one length are sampled together.
     """
-    rows: dict[int, Row] = {}
+    done: dict[int, Row] = {}
+    lengths = [len(prompt.token_ids) for prompt in prompts]
     # In length order, so that what is sampled together is of about the same length.
-    left = sorted(range(len(prompts)), key=lambda b: len(prompts[b].token_ids))
+    order = sorted(range(len(prompts)), key=lambda b: lengths[b])
+    left = [Part(b, range(num_generation)) for b in order]
 
-    def share() -> int:
-        count = fitting([prompts[b] for b in left], num_generation, max_new_tokens, limit)
-        sampled = iter(sample(left[:count]))
-        for b in left[:count]:
-            for g in range(num_generation):
-                rows[b * num_generation + g] = next(sampled)
-        return count
+    def sample_share() -> list[Part]:
+        share, rest = next_share(left, lengths, max_new_tokens, limit, unpadded)
+        sampled = iter(sample([part.prompt for part in share], share[0].rows))
+        for part in share:
+            for g in part.rows:
+                done[part.prompt * num_generation + g] = next(sampled)
+        return rest
 
     while left:
-        left = left[limit.fitting(share) :]
+        left = limit.fitting(sample_share)
     exact = policy.device.autocast_dtype is None
-    return assemble(policy, prompts, [rows[n] for n in range(len(rows))], exact)
+    return assemble(policy, prompts, [done[n] for n in range(len(done))], exact)
 
 
-def fitting(
-    prompts: Sequence[Prompt], num_generation: int, max_new_tokens: int, limit: Limit
-) -> int:
-    """How many of the first prompts, given in length order, are sampled together; at least one."""
+def next_share(
+    left: Sequence[Part],
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    limit: Limit,
+    unpadded: bool,
+) -> tuple[list[Part], list[Part]]:
+    """What is sampled together next, and what is left after that.
+
+    As many whole groups as the limit holds, or evenly divided parts of one that is over it, a row
+    at the least.
+
+    Args:
+        left: in the order of their prompts' lengths; only the first may be part of a group.
+        lengths: of all prompts.
+    """
+    first = left[0]
+    size, room = len(first.rows), limit.most - lengths[first.prompt]
+    most = max(1, room // max_new_tokens)
+    if size > most:
+        size = -(-size // -(-size // most))
+        limit.starts(lengths[first.prompt] + size * max_new_tokens)
+        rest = Part(first.prompt, first.rows[size:])
+        return [first._replace(rows=first.rows[:size])], [rest, *left[1:]]
     count = positions = 0
-    for prompt in prompts:
-        more = (count + 1) * (len(prompt.token_ids) + num_generation * max_new_tokens)
-        if count and more > limit.most:
+    for part in left:
+        more = (count + 1) * (lengths[part.prompt] + size * max_new_tokens)
+        other = unpadded and lengths[part.prompt] != lengths[first.prompt]
+        if count and (more > limit.most or part.rows != first.rows or other):
             break
         count, positions = count + 1, more
     limit.starts(positions)
-    return count
+    return list(left[:count]), list(left[count:])
 
 
 def assemble(

@@ -7,14 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from grpo.budget import Budget
 from grpo.models.forward import Completions, left_mask
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.rows import pad_left
-from grpo.rollout.engine import Row, StopStrings, in_shares
+from grpo.rollout.engine import NoDistribution, Row, StopStrings, in_shares
 from grpo.types import Prompt, Rollout, Sampling
 
 
@@ -29,11 +35,7 @@ class HFEngine:
         self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
     ) -> Rollout:
         """As `Engine.generate` says."""
-        # generate penalises the padding before a shorter prompt as if it had been said.
-        together = self.budget.cached if sampling.repetition_penalty == 1 else Budget.of(1).cached
         own = self.policy.model.generation_config
-        # A model's own config may cut off top-k or top-p, or penalise repetition, unasked.
-        self.policy.model.generation_config = self._neutral(num_generation, sampling)
         try:
             with torch.random.fork_rng(), self.policy.device.autocast():
                 torch.manual_seed(seed)
@@ -42,22 +44,25 @@ class HFEngine:
                     prompts,
                     num_generation,
                     self.max_new_tokens,
-                    together,
-                    lambda share: self._sample(
-                        [prompts[b] for b in share], num_generation, sampling
+                    self.budget.cached,
+                    lambda share, group: self._sample(
+                        [prompts[b] for b in share], len(group), sampling
                     ),
+                    # generate penalises the padding before a shorter prompt as if it had been said.
+                    unpadded=sampling.repetition_penalty != 1,
                 )
         finally:
             self.policy.model.generation_config = own
 
-    def _neutral(self, num_generation: int, sampling: Sampling) -> GenerationConfig:
+    def _neutral(self, group: int, sampling: Sampling) -> GenerationConfig:
+        """A model's own config may cut off top-k or top-p, or penalise repetition, unasked."""
         drawn: dict[str, Any] = {
             "do_sample": True,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "min_p": sampling.min_p or None,
-            "num_return_sequences": num_generation,
+            "num_return_sequences": group,
         }
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -71,10 +76,12 @@ class HFEngine:
         policy, device = self.policy, self.policy.device.torch_device
         prompts_BP, lengths_B = pad_left([p.token_ids for p in prompts], policy.pad_id, device)
         ends = Ends(policy, sampling, prompts_BP.shape[1])
+        policy.model.generation_config = self._neutral(group, sampling)
         generated = policy.model.generate(
             input_ids=prompts_BP,
             attention_mask=left_mask(prompts_BP, lengths_B),
             stopping_criteria=StoppingCriteriaList([ends]),
+            logits_processor=LogitsProcessorList([CheckedLogits(prompts, prompts_BP.shape[1])]),
         )
         tokens_NC = generated[:, prompts_BP.shape[1] :]
         if not sampling.temperature:
@@ -91,6 +98,21 @@ class HFEngine:
             Row(tokens_NC[n, :length], scored.logprobs[n, :length], bool(ended_N[n]))
             for n, length in enumerate(lengths_N.tolist())
         ]
+
+
+class CheckedLogits(LogitsProcessor):  # type: ignore[misc]
+    """Lets logits pass that can be sampled from."""
+
+    def __init__(self, prompts: Sequence[Prompt], prompt_width: int) -> None:
+        self.prompts, self.prompt_width = prompts, prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        broken_N = ~scores.amax(dim=-1).isfinite()
+        if bool(broken_N.any()):
+            row = int(broken_N.nonzero()[0, 0])
+            prompt = self.prompts[row * len(self.prompts) // len(scores)]
+            raise NoDistribution(prompt, input_ids.shape[1] - self.prompt_width)
+        return scores
 
 
 class Ends(StoppingCriteria):  # type: ignore[misc]

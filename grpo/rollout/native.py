@@ -15,7 +15,7 @@ from grpo.models.forward import shared_prefix
 from grpo.models.load import LanguageModel
 from grpo.rollout.cache import Cache, Reading
 from grpo.rollout.draw import draw, seen_tokens
-from grpo.rollout.engine import Row, StopStrings, in_shares
+from grpo.rollout.engine import NoDistribution, Row, StopStrings, in_shares
 from grpo.types import Prompt, Rollout, Sampling
 
 COMPACT_AT = 0.85  # drop finished rows once no more than this share is still being written
@@ -45,8 +45,8 @@ class NativeEngine:
         shape = (len(prompts), num_generation, self.max_new_tokens)
         uniform_BGC = torch.rand(shape, generator=generator)
 
-        def sample(share: Sequence[int]) -> list[Row]:
-            uniform_NC = uniform_BGC[list(share)].flatten(0, 1)
+        def sample(share: Sequence[int], group: range) -> list[Row]:
+            uniform_NC = uniform_BGC[list(share), group.start : group.stop].flatten(0, 1)
             device = self.policy.device.torch_device
             return self._sample([prompts[b] for b in share], uniform_NC.to(device), sampling)
 
@@ -75,7 +75,11 @@ class NativeEngine:
             if seen_NV is not None:
                 seen_NV.scatter_(1, token_N[:, None], True)
             draft.add(token_N, logprob_N)
-            if draft.complete:
+            complete, broken = draft.state()
+            if broken:
+                row = int(draft.broken_N.nonzero()[0, 0])
+                raise NoDistribution(prompts[row // group], draft.written - 1)
+            if complete:
                 return draft.rows()
             keep = draft.compact()
             if keep is not None:
@@ -111,12 +115,14 @@ class Draft:
         self.logprobs_NC = torch.zeros(count, longest, device=device)
         self.lengths_N = torch.full((count,), longest, device=device)
         self.ended_N = torch.zeros(count, dtype=torch.bool, device=device)
+        self.broken_N = torch.zeros(count, dtype=torch.bool, device=device)  # drawn from NaNs
         self.alive = torch.arange(count, device=device)  # the rows that are still in the batch
         self.written = 0
 
-    @property
-    def complete(self) -> bool:
-        return self.written == self.tokens_NC.shape[1] or bool(self.ended_N.all())
+    def state(self) -> tuple[bool, bool]:
+        """Whether all rows are done, and whether one of them can't be."""
+        ended, broken = torch.stack([self.ended_N.all(), self.broken_N.any()]).tolist()
+        return self.written == self.tokens_NC.shape[1] or ended, broken
 
     def add(self, token_N: Tensor, logprob_N: Tensor) -> None:
         """One more token of each row in the batch; that of a row which has ended is dropped."""
@@ -124,6 +130,7 @@ class Draft:
         rows = self.alive[writing]
         self.tokens_NC[rows, self.written] = token_N[writing]
         self.logprobs_NC[rows, self.written] = logprob_N[writing]
+        self.broken_N[rows] = ~logprob_N[writing].isfinite()
         self.written += 1
         stops = torch.isin(token_N[writing], self.ends)
         if self.stop.stop:

@@ -6,6 +6,7 @@ update corrects for that, as for every sampler (`grpo.update`).
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from grpo.errors import ConfigError
 from grpo.memory import cached_by_position
 from grpo.models.adapter import has_adapter, merged
 from grpo.models.load import LanguageModel
-from grpo.rollout.engine import Row, assemble
+from grpo.rollout.engine import NoDistribution, Row, assemble
 from grpo.types import Prompt, Rollout, Sampling
 
 ENVIRONMENT = {
@@ -99,9 +100,9 @@ class VLLMEngine:
             written = self.llm.generate(asked, parameters, use_tqdm=False)
             self._sleep()
         rows = [
-            self._row(completion)
-            for prompt in written
-            for completion in prompt.outputs * (num_generation // group)
+            self._row(prompt, completion)
+            for prompt, request in zip(prompts, written, strict=True)
+            for completion in request.outputs * (num_generation // group)
         ]
         return assemble(self.policy, prompts, rows, exact=False)
 
@@ -126,11 +127,13 @@ class VLLMEngine:
             skip_special_tokens=False,
         )
 
-    def _row(self, completion: Any) -> Row:
+    def _row(self, prompt: Prompt, completion: Any) -> Row:
         device = self.policy.device.torch_device
         tokens = list(completion.token_ids)
         of_each = zip(completion.logprobs, tokens, strict=True)
         logprobs = [choices[token].logprob for choices, token in of_each]
+        if not all(map(math.isfinite, logprobs)):
+            raise NoDistribution(prompt, 0)
         return Row(
             torch.tensor(tokens, device=device),
             torch.tensor(logprobs, dtype=torch.float32, device=device),

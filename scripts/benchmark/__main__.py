@@ -6,6 +6,7 @@
     scripts/bench update long           the optimizer step alone, next to the machine's matrix rate
     scripts/bench lengths note          rollout and update at half, once and twice the tokens
     scripts/bench roofline              what the machine can do
+    scripts/bench memory                what a step is predicted to hold, and holds
     scripts/bench startup               seconds until a command answers
     scripts/bench sweep                 what a job of a sweep takes beside its training
     scripts/bench page                  how long a large run's page takes to open in a browser
@@ -35,14 +36,14 @@ from typing import Any
 
 import ours
 import pages
-from settings import ON_CPU, ON_GPU, SETTINGS
+from settings import ON_CPU, ON_GPU, SETTINGS, SHAPES
 from work import ROOT, gsm8k, prepare
 
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, {"fp32": 2e-3, "bf16": 5e-2}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing is asked of a network meanwhile
-PARTS = ("step", "rollout", "update", "lengths", "roofline", "startup", "sweep", "page")
-WITHOUT_WORK = {"startup", "sweep", "page"}  # those that need no prompts of GSM8K
+PARTS = ("step", "rollout", "update", "lengths", "roofline", "memory", "startup", "sweep", "page")
+WITHOUT_WORK = {"memory", "startup", "sweep", "page"}  # those that need no prompts of GSM8K
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -109,6 +110,8 @@ def machine() -> dict[str, Any]:
 def measure(part: str, name: str, work: Path) -> dict[str, Any]:
     if part == "step":
         return step(name, work)
+    if part == "memory":
+        return {f"{x} {y}": child("memory.py", x, y) for x in SHAPES for y in ("fp32", "bf16")}
     if part == "startup":
         return startup()
     if part == "sweep":
@@ -256,6 +259,12 @@ def told(part: str, name: str, result: dict[str, Any]) -> str:
             f"{result['speedup_most']:.2f}), {result['memory']:.2f} of the memory"
         )
         return "\n".join(lines)
+    if part == "memory":
+        return "\n".join(
+            f"  {name:<12} predicted {own['predicted_gb']:5.2f} GB, measured "
+            f"{own['measured_gb']:5.2f}, {own['predicted_gb'] / own['measured_gb']:.2f}"
+            for name, own in result.items()
+        )
     if part == "startup":
         return "\n".join(f"  {k:<20} {median(v):6.2f} s" for k, v in result["seconds"].items())
     if part == "sweep":

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from grpo.budget import Budget
 from grpo.device import Device, open_device
-from grpo.memory import budget_of, held_by
+from grpo.memory import Work, budget_of, held_by
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.reference import reference_of
@@ -183,9 +183,10 @@ class Update:
         self.optimizer = Optimizer(
             policy.model, "adamw", 1e-6, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
         )
-        longest = max(len(p.token_ids) for p in self.prompts) + width
-        held = held_by(policy, width, "adamw", with_reference=self.reference is not None)
-        self.limit = budget_of(device, None, None, held, longest).computed
+        longest = max(len(p.token_ids) for p in self.prompts)
+        own = Work(longest, width, setting.group, "adamw", self.reference is not None, False)
+        held = held_by(policy, own)
+        self.limit = budget_of(device, None, None, None, held, own.longest).computed
         self.reference_NC = self.refer()
 
     def refer(self) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 SYSTEM_PROMPT = (
     "Solve the problem step by step. Put only the final number between <answer> and </answer>."
@@ -41,3 +42,22 @@ SETTINGS = {
     ),
 }  # fmt: skip
 ON_CPU, ON_GPU = ("note", "long", "worked"), ("gpu",)
+
+# Models with random weights, of which the memory is measured.
+SHAPES: dict[str, dict[str, Any]] = {
+    "135M": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "230M": {
+        "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816,
+        "num_hidden_layers": 13, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "tie_word_embeddings": False,
+    },
+    "494M": {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
