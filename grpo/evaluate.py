@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, fsum
 
-from grpo.data.numbers import Number
 from grpo.data.verify import comparable
 from grpo.rewards import WeightedReward, score
 from grpo.rewards.score import RewardError, explain, stop_where_all_failed, to_samples
 from grpo.rollout import Engine
 from grpo.types import Example, Prompt, Rollout, Sample, Sampling, Scores
+from grpo.verifiers.numbers import Number
 
 SEED = 0  # of the sampled completions: the same for every evaluation, so that they compare
 

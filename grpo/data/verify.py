@@ -9,10 +9,10 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from grpo.data.numbers import ALIKE, Number, as_number, last_number
 from grpo.errors import ConfigError
 from grpo.types import Example, whole_text
 from grpo.verifiers.latex import boxed
+from grpo.verifiers.numbers import ALIKE, Number, as_number, last_number
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 

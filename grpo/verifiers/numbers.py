@@ -88,11 +88,16 @@ def with_plain_signs(text: str) -> str:
     text = text.translate(ALIKE)
     text = LATEX_MARK.sub(lambda mark: LATEX_PLAIN.get(mark[0], mark[1] or " "), text)
     text = LATEX_FRACTION.sub(lambda m: f"{m[1] and m[1] + ' '}{m[2] or m[3]}/{m[4] or m[5]}", text)
-    text = VULGAR.sub(
+    text = split_vulgar(text)
+    return SUPERSCRIPT.sub(lambda m: "^" + m[0].translate(RAISED), text)
+
+
+def split_vulgar(text: str) -> str:
+    """A text with 1/2 for ½, a space apart from a whole number before it."""
+    return VULGAR.sub(
         lambda m: f"{m[1] and m[1] + ' '}{unicodedata.normalize('NFKC', m[2]).translate(ALIKE)}",
         text,
     )
-    return SUPERSCRIPT.sub(lambda m: "^" + m[0].translate(RAISED), text)
 
 
 def unwrap(text: str) -> str:
