@@ -69,6 +69,14 @@ def test_what_no_answer_can_equal_is_refused_with_its_row(cell: Any, says: str) 
         GSM8K("x.jsonl").example({"question": "How many?", "answer": cell}, 1)
 
 
+def test_where_numbers_are_read_the_answer_has_to_be_one() -> None:
+    source = Jsonl("x.jsonl", extract="number")
+    row = {"question": "How many?", "answer": "1 000 €"}
+    assert source.example(row, 0).verify("That makes 1,000 euros.") == 1.0
+    with pytest.raises(ConfigError, match="row 3 has '5 apples' in column 'answer', which is no"):
+        source.example({"question": "How many?", "answer": "5 apples"}, 2)
+
+
 @pytest.mark.parametrize(
     ("cell", "says"),
     [

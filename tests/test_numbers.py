@@ -165,6 +165,7 @@ def test_an_answer_that_is_one_number(answer: str, number: object) -> None:
         ("tag", "1/3", "<answer>0.333333</answer>", 0.0),
         ("tag", "2010\u20132015", "<answer>2010-2015</answer>", 1.0),  # texts too
         ("tag", "caf\u00e9", "<answer>Cafe\u0301</answer>", 1.0),
+        ("tag", r"\boxed{Paris}", "<answer>paris</answer>", 1.0),
         ("boxed", r"10\,000", r"\boxed{10{,}000}", 1.0),
     ],
 )

@@ -177,6 +177,13 @@ def test_boxes_are_found_in_one_pass() -> None:
     assert time.monotonic() - start < 5
 
 
+def test_long_texts_are_read_in_time(reward: Math) -> None:
+    """None is a failure, which would spare it the zero that it earns."""
+    marks = (r"\(", r"\[", "$", " ", " .", r"\boxed{", "sqrt(", "5 ", "5 000 ", "1 1/", "½", "√(")
+    texts = [f"so 5{mark * 20_000}x" for mark in marks]
+    assert reward([sample("72", text) for text in texts]) == [0.0] * len(texts)
+
+
 def test_an_answer_that_never_ends_is_a_failure_and_harms_no_other() -> None:
     reward = Math(seconds=2, workers=2)
     reward([sample("1", "1")] * 8)

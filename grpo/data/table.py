@@ -11,6 +11,7 @@ from grpo.data.source import Source
 from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
 from grpo.types import Example
+from grpo.verifiers.numbers import as_number
 
 
 class Jsonl(Source):
@@ -44,6 +45,11 @@ class Jsonl(Source):
             question = as_text(value, asked, number)
         written = as_text(read_cell(row, "answer_column", answer, number), answer, number)
         gold = self.gold_answer(written, number)
+        if self.extract == "number" and as_number(gold) is None:
+            raise ConfigError(
+                f"dataset: row {number + 1} has {gold[:60]!r} in column {answer!r}, which is no "
+                f"number, and dataset.extract=number reads nothing else."
+            )
         return answered(question, gold, self.extract, row, messages)
 
     def gold_answer(self, text: str, number: int) -> str:

@@ -16,6 +16,8 @@ from grpo.verifiers.numbers import ALIKE, Number, as_number, last_number
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+
 
 def tagged_answer(text: str) -> str | None:
     """The text of the last `<answer>…</answer>` (the innermost, where they nest), or None."""
@@ -52,7 +54,9 @@ def comparable(answer: str) -> Number | str:
     number = as_number(answer)
     if number is not None:
         return number
-    return unicodedata.normalize("NFC", answer.translate(ALIKE).strip().casefold())
+    box = BOXED.fullmatch(answer.strip())
+    text = box[1] if box else answer
+    return unicodedata.normalize("NFC", text.translate(ALIKE).strip().casefold())
 
 
 def same_answer(given: str, gold: str) -> bool:

@@ -20,6 +20,7 @@ from grpo.verifiers.numbers import ALIKE, RAISED, split_vulgar
 
 MEMORY_MB = 4096  # of a worker's address space; past it an answer is as unreadable as any other
 
+LONGEST = 4000  # characters that are read, from the end: the time grows with their square
 TAG = re.compile(r"</?[A-Za-z][A-Za-z_]{2,}>")
 DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[")
 NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?%?")
@@ -35,14 +36,14 @@ ROOT_SIGN = re.compile(r"√(?:\(([^()]*)\)|(\d+|[a-z]))")
 RAISED_SIGNS = re.compile(r"(?<=[\d)}a-ln-z])(?<![A-Za-z]{2})[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")  # not m², a unit
 THOUSANDS = re.compile(r"(?<![\w.,])(?<!\d )\d{1,3}(?:(?: |\\[,; ])\d{3})+(?![\d/])(?! \d)")
 AND = re.compile(
-    r"(?<=[\d)}\]])\s*,?\s*(?:\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)\s*(?=[-\d(\\\[{])"
+    r"(?<=[\d)}\]])\s{0,9},?\s{0,9}(?:\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)\s*(?=[-\d(\\\[{])"
 )
 WHOLE = re.compile(r"\$[^$]*\$|\\\(.*\\\)|\\\[.*\\\]", re.DOTALL)
 INDEX = re.compile(r"[_^](?:\d|\{[^{}]*\d)")
 BOX = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 BETWEEN = re.compile(r"(?:[\s$,;&{}]|\\[\[\](),;: ]|\\q?quad|\\text|and|or)*")
-SPAN = re.compile(r"(\$\$?|\\\(|\\\[)(.+?)(\$\$?|\\\)|\\\])", re.DOTALL)
-PUNCTUATION = re.compile(r"\s*(?<![.\\])[.,;:]\s*$")  # an ellipsis is none, nor is \\,
+DOLLARS = re.compile(r"(\$\$?)([^$]+)(\$\$?)")
+CLOSING = re.compile(r"\s{0,9}(?<![.\\])[.,;:]\s{0,9}(?=\\[)\]])")
 MIXED = re.compile(r"(?<![\w./,)}])(?<!\d )(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.]\d)")
 SCIENTIFIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)([-+]?\d+)")
 
@@ -78,7 +79,8 @@ def read(text: str) -> list[Any]:
 
     plain = TAG.sub(" ", text).rpartition("####")[2].strip()  # GSM8K's mark
     answers = last_boxes(plain)
-    answer = as_math(with_latex_signs(", ".join(dict.fromkeys(answers)) if answers else plain))
+    answer = ", ".join(dict.fromkeys(answers)) if answers else plain
+    answer = as_math(with_latex_signs(answer[-LONGEST:]))
     # Where sympy can't read an expression, math-verify takes a number out of it. That is a good
     # guess where there is one (5 cm), but not of an expression's parts, as in \sum_{k=0}^n.
     in_parts = len(re.findall(r"\d+", answer)) > 1 or INDEX.search(answer)
@@ -127,12 +129,15 @@ def with_latex_signs(text: str) -> str:
     text = ROOT_SIGN.sub(r"\\sqrt{\1\2}", text)
     text = RAISED_SIGNS.sub(lambda signs: "^{" + signs[0].translate(RAISED) + "}", text)
     text = THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text)
-    return MIXED.sub(as_fraction, SPAN.sub(without_punctuation, text))
+    text = DOLLARS.sub(lambda span: span[1] + without_punctuation(span[2]) + span[3], text)
+    return MIXED.sub(as_fraction, CLOSING.sub("", text))
 
 
-def without_punctuation(span: re.Match[str]) -> str:
-    """Mathematics between dollars without the sentence's full stop, which doesn't belong to it."""
-    return span[1] + PUNCTUATION.sub("", span[2]) + span[3]
+def without_punctuation(text: str) -> str:
+    """A formula without the sentence's full stop, which doesn't belong to it; an ellipsis does."""
+    text = text.rstrip()
+    is_stop = text.endswith((".", ",", ";", ":")) and not text.endswith(("..", "\\,", "\\;", "\\:"))
+    return text[:-1].rstrip() if is_stop else text
 
 
 def as_fraction(mixed: re.Match[str]) -> str:
@@ -148,7 +153,7 @@ def as_math(text: str) -> str:
     """
     text = text.strip().replace(r"\%", "%").replace(r"\$", "")
     if not DELIMITED.search(text):
-        text = PUNCTUATION.sub("", text)
+        text = without_punctuation(text)
     bare = AND.sub(", ", COMMAND.sub(r"\\", ROOT.sub(r"\\sqrt{\1}", text)))
     if DELIMITED.search(text) or NUMBER.fullmatch(text) or PROSE.search(TEXT.sub("", bare)):
         return text
