@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, fsum
 
-from grpo.data.verify import as_number
+from grpo.data.verify import comparable
 from grpo.rewards import WeightedReward, score
 from grpo.rewards.score import RewardError, explain, stop_where_all_failed, to_samples
 from grpo.rollout import Engine
 from grpo.types import Example, Prompt, Rollout, Sample, Sampling, Scores
+from grpo.verifiers.numbers import Number
 
 SEED = 0  # of the sampled completions: the same for every evaluation, so that they compare
 
@@ -138,8 +139,8 @@ def majority(answers: Answers, b: int) -> float:
     example = answers.rollout.prompts[b].example
     size = answers.rollout.num_generation
     texts = answers.rollout.texts[b * size : (b + 1) * size]
-    votes: Counter[str] = Counter()
-    right: dict[str, bool] = {}
+    votes: Counter[Number | str] = Counter()
+    right: dict[Number | str, bool] = {}
     for text, is_right in zip(texts, answers.scores.right_BG[b].tolist(), strict=True):
         ballot = vote(example, text)
         if ballot is not None:
@@ -149,13 +150,10 @@ def majority(answers: Answers, b: int) -> float:
     return mean([float(right[ballot]) for ballot, count in votes.items() if count == most])
 
 
-def vote(example: Example, text: str) -> str | None:
-    """A completion's answer, numbers written alike; None where there is none."""
+def vote(example: Example, text: str) -> Number | str | None:
+    """What a completion's answer is counted by; None where there is none."""
     answer = example.read(text)
-    if answer is None:
-        return None
-    number = as_number(answer)
-    return answer.strip().casefold() if number is None else str(number.normalize())
+    return None if answer is None else comparable(answer)
 
 
 def lenient_BG(rollout: Rollout) -> list[list[float]]:

@@ -80,6 +80,9 @@ def test_figures_by_hand() -> None:
         (["7", "7", "1", "1"], 0.5),  # a tie is shared
         (["7", "8", "9", "1"], 0.25),
         (["7", "7", "7", "1"], 1.0),
+        (["1e1000000", "10e999999", "7", "2"], 0.0),  # a ballot like any other, never written out
+        (["9e999999999", "7", "-9e999999999", "2"], 0.25),
+        (["1" * 30, "1" * 29 + "2", "7", "7.0"], 1.0),  # alike in 28 digits, and not the same
     ],
 )
 def test_the_majoritys_answer_counts(texts: list[str], majority: float) -> None:

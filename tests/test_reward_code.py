@@ -374,12 +374,29 @@ def test_the_program_is_the_last_fence_of_the_answer(completion: str, value: flo
     assert Code()([raw(completion, ADD_TESTS)]) == [value]
 
 
-@pytest.mark.parametrize("tests", [None, "", [], "import math", "'''Nothing.'''"])
+@pytest.mark.parametrize(
+    "tests", [None, "", " \n", [], "[]", {}, float("nan"), {"inputs": [], "outputs": []}]
+)
 def test_a_row_without_tests_is_not_for_this_reward(tests: Any) -> None:
     assert Code()([sample(ADD, tests)]) == [None]
 
 
-@pytest.mark.parametrize("tests", ["assert add(1,", [{"input": "1"}], [1, 2], {"input": "1"}, 5])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        *("assert add(1,", [{"input": "1"}], [1, 2], {"input": "1"}, 5, b"assert add(1, 2) == 3"),
+        *([{"input": "1", "output": 0.1}], [{"input": "1", "output": "1"}, "assert add(1, 2)"]),
+        '{"inputs": ["1", "2"], "outputs": ["3"]}',
+        '{"inputs": "1", "outputs": "3"}',
+        '[{"input": "1", "output": NaN}]',
+        [{"input": "[1, 2]", "output": "3", "testtype": "functional"}],  # of which function?
+        {"fn_name": "add()", "inputs": [[1, 2]], "outputs": [3]},
+        {"fn_name": "add", "inputs": [1], "outputs": [3]},
+        [{"input": "1", "output": "x" * (2**20 + 1)}],  # more than file_mb lets it print
+        "assert add(" + "1+" * 5000 + "1, 2) == 3",  # deeper than Python's own unparser goes
+    ],
+    ids=lambda tests: str(tests)[:40],
+)
 def test_tests_that_cannot_be_read_are_a_failure(tests: Any) -> None:
     (value,) = Code(column="checks")([sample(ADD, tests, column="checks")])
     assert isinstance(value, Failure)

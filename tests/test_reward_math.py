@@ -17,6 +17,7 @@ import pytest
 from grpo.errors import ConfigError
 from grpo.rewards import Math
 from grpo.types import Example, Failure, Sample
+from grpo.verifiers.latex import boxed, last_boxes
 
 ENDLESS = "9^{9^{9^9}}"
 
@@ -79,6 +80,43 @@ RIGHT = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"<answer>\begin{pmatrix}1\\2\end{pmatrix}</answer>"),
     ("B", r"\boxed{\text{B}}"),
     (r"\text{East}", "<answer>East</answer>"),
+    # Several boxes with no more than an "and" between them are one answer; the order says nothing.
+    ("$3, 4$", r"so \boxed{3} and \boxed{4}"),
+    (r"\boxed{3}\boxed{4}", r"\boxed{4, 3}"),
+    ("3,4", r"\[ \boxed{4} \quad \text{or} \quad \boxed{3}. \]"),
+    (r"\{3, 4\}", r"\boxed{3}, \boxed{4}"),
+    ("3, 4, 5", r"$\boxed{3}$, $\boxed{4}$, and $\boxed{5}$"),
+    ("3", r"\boxed{3}, \boxed{3}"),  # said twice
+    ("4", r"\boxed{3} is too small. Now it is \boxed{4}"),  # words between them: the last
+    ("4", r"\boxed{3}. \boxed{4}"),  # and so is the end of a sentence
+    ("3 and 4", r"\boxed{3 $ and $4}"),
+    ("3 and 4", "<answer>4, 3</answer>"),
+    (r"\{3\}", r"\boxed {\left\{ 3 \right\}}"),
+    # The sentence's punctuation may stand within the mathematics.
+    (r"$\frac{2}{3}$", r"It is $\frac{2}{3}.$"),
+    (r"\sqrt{3}", r"\[ \sqrt{3}, \]"),
+    ("(2,3)", "<answer>(2, 3).</answer>"),
+    # Mixed numbers, in any notation.
+    (r"\frac{7}{3}", "<answer>2 1/3</answer>"),
+    ("-7/3", "The answer is -2 1/3."),
+    ("2 1/3", r"\boxed{2\frac{1}{3}}"),
+    ("2.5", "<answer>2½</answer>"),
+    # Signs that math-verify alone doesn't know, or takes for something else.
+    ("-5", "<answer>\u22125</answer>"),
+    ("5000", r"\boxed{5\,000}"),
+    ("5000", "<answer>$5\u202f000$</answer>"),
+    ("5000", "$5 000$"),
+    (r"\sqrt{5}", "<answer>√5</answer>"),
+    (r"x^2+1", "<answer>x² + 1</answer>"),
+    ("10^6", "<answer>10⁶</answer>"),
+    (r"(0,\infty)", "<answer>(0, ∞)</answer>"),
+    # How a formula is broken into lines decides nothing.
+    ("9", "$\n9\n$"),
+    # Other habits.
+    ("28%", "28 percent"),
+    (r"\pm 3", "3, -3"),
+    ("x=3, x=-3", r"x = 3 \text{ or } x = -3"),
+    ("5", r"$5~\mathrm{cm}$"),  # what sympy can't read, but has one number
 ]
 WRONG = [
     ("72", "<answer>73</answer>"),
@@ -93,6 +131,25 @@ WRONG = [
     ("(0,1]", "<answer>[0, 1]</answer>"),
     ("(1,2)", "<answer>(2, 1)</answer>"),
     ("x=2", "<answer>y = 2</answer>"),
+    # Among several boxes one is not enough: else all guesses at once would be right.
+    ("4", r"\boxed{3}, \boxed{4}"),
+    ("3, 4", r"\boxed{4}"),
+    ("3, 4", r"\boxed{3} is too small. Now it is \boxed{4}"),
+    # The last box counts, not what is said after it: training may ask for a box.
+    ("7", r"$\boxed{5}$. The answer is 7."),
+    # A comma is no decimal point: 1,5 is written like the list 3,4 and in English means it.
+    ("1.5", "<answer>1,5</answer>"),
+    # A part of what can't be read is not the answer, nor is a part of a mixed number or a power.
+    ("0", r"$\sum_{k=0}^n\bigl(k\bigr)$"),
+    ("2", "$2^{10}.$"),
+    ("2", "<answer>2 1/3</answer>"),
+    ("1", "The answer is $1/3.$"),
+    ("10", "<answer>10⁶</answer>"),
+    # A percentage is the number before its sign or its hundredth, but no sign is made up.
+    ("0.28", "28"),
+    # Decimals are compared to six places; what is rounded more is another number.
+    (r"(\frac{3}{5},\frac{8}{3}]", "(0.6,2.67]"),
+    (r"1 - \frac{1}{e}", r"1 + \frac{1}{e}"),
     ("72", "1+" * 5000),
     ("72", "$" * 3000),
 ]
@@ -107,6 +164,24 @@ def test_answers_are_compared_as_mathematics(
 ) -> None:
     values = reward([sample(gold, completion) for gold, completion in pairs])
     assert [pair for pair, given in zip(pairs, values, strict=True) if given != value] == []
+
+
+def test_boxes_are_found_in_one_pass() -> None:
+    """A search of the rest of the text for each would take minutes, in the trainer's process."""
+    start = time.monotonic()
+    assert boxed(r"\boxed{" * 50_000 + "1}") == "1"
+    assert boxed(r"\boxed{" * 50_000) is None
+    assert boxed(r"\boxed{\left\{ 1 \right.} or \boxed{2") == r"\left\{ 1 \right."
+    assert len(last_boxes(r"\boxed{1}" + " " * 50_000 + r"and\boxed{2}")) == 2
+    assert last_boxes(r"\boxed{1}" + " or" * 50_000 + r" so\boxed{2}") == ["2"]
+    assert time.monotonic() - start < 5
+
+
+def test_long_texts_are_read_in_time(reward: Math) -> None:
+    """None is a failure, which would spare it the zero that it earns."""
+    marks = (r"\(", r"\[", "$", " ", " .", r"\boxed{", "sqrt(", "5 ", "5 000 ", "1 1/", "½", "√(")
+    texts = [f"so 5{mark * 20_000}x" for mark in marks]
+    assert reward([sample("72", text) for text in texts]) == [0.0] * len(texts)
 
 
 def test_an_answer_that_never_ends_is_a_failure_and_harms_no_other() -> None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from tokenize import TokenError
 from typing import Any
 
 from grpo.config import nearest
 from grpo.data.arithmetic import at_least_one, size_key
 from grpo.data.source import Source
-from grpo.data.verify import extractor, likely_answer
+from grpo.data.verify import comparable, extractor, likely_answer
 from grpo.errors import ConfigError
 from grpo.types import Example
+from grpo.verifiers.isolated import score_answer
+
+log = logging.getLogger(__name__)
 
 # What the tasks' scorers raise over an answer that has not the form they expect: it is wrong.
-UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError)
+UNREADABLE = (
+    *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError),
+    *(AssertionError, RecursionError, MemoryError, TokenError),
+)
+# What is right nowhere, but which some of the scorers take for right everywhere.
+NO_ANSWER = "I do not know."
+NON_ANSWERS = (NO_ANSWER, "0", "nan")
+PROBED = 8  # problems
 
 
 class ReasoningGym(Source):
@@ -48,36 +60,111 @@ class ReasoningGym(Source):
         seed = 2 * self.seed + (split == "test")
         import reasoning_gym
 
+        options = with_specs(self.options) if self.task == "composite" else self.options
         try:
-            problems = reasoning_gym.create_dataset(self.task, size=size, seed=seed, **self.options)
+            problems = reasoning_gym.create_dataset(self.task, size=size, seed=seed, **options)
+            entries = list(problems)
         except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(f"dataset.options of {self.task}: {error}") from error
+        refused = self._refused(problems, entries)
         return [
             Example(
                 question=entry["question"],
-                answer=str(entry["answer"]),
-                verify=self._verifier(problems, entry, self.extract),
+                answer=gold_of(entry),
+                verify=self._verifier(problems, entry, self.extract, refused),
                 columns=entry["metadata"],
                 read=self.extract,
-                lenient=self._verifier(problems, entry, likely_answer),
+                lenient=self._verifier(problems, entry, likely_answer, refused),
             )
-            for entry in problems
+            for entry in entries
         ]
 
     def example(self, row: Example, number: int) -> Example:
         return row
 
+    def _refused(self, problems: Any, entries: list[dict[str, Any]]) -> set[object]:
+        """The answers that the task's scorer takes for right whatever is asked.
+
+        Raises:
+            ConfigError: it takes any.
+        """
+        refused = []
+        for answer in NON_ANSWERS:
+            wrongly = [
+                credit_of(problems, answer, entry) >= 1.0 and not is_gold(answer, entry)
+                for entry in entries[:PROBED]
+            ]
+            if 2 * sum(wrongly) > len(wrongly):
+                refused.append(answer)
+        if NO_ANSWER in refused:
+            raise ConfigError(
+                f"dataset.task={self.task}: reasoning-gym's scorer takes any answer for right, "
+                f"even {NO_ANSWER!r}, so there is nothing to learn; choose another task."
+            )
+        if refused:
+            log.warning(
+                "dataset.task=%s: reasoning-gym's scorer takes %s for right whatever is asked; "
+                "here it is wrong.", self.task, " and ".join(map(repr, refused)),
+            )  # fmt: skip
+        return {comparable(answer) for answer in refused}
+
     def _verifier(
-        self, problems: Any, entry: dict[str, Any], read: Callable[[str], str | None]
+        self,
+        problems: Any,
+        entry: dict[str, Any],
+        read: Callable[[str], str | None],
+        refused: set[object],
     ) -> Callable[[str], float]:
         def verify(completion: str) -> float:
             answer = read(completion)
-            if answer is None:
+            if answer is None or (comparable(answer) in refused and not is_gold(answer, entry)):
                 return 0.0
-            try:
-                credit = float(problems.score_answer(answer, entry))
-            except UNREADABLE:
-                return 0.0
+            credit = credit_of(problems, answer, entry)
             return float(credit >= 1.0) if self.strict else credit
 
         return verify
+
+
+def gold_of(entry: Mapping[str, Any]) -> str:
+    """A problem's gold answer; empty where the task has none, because several are right."""
+    return "" if entry["answer"] is None else str(entry["answer"])
+
+
+def is_gold(answer: str, entry: Mapping[str, Any]) -> bool:
+    return entry["answer"] is not None and comparable(answer) == comparable(gold_of(entry))
+
+
+def credit_of(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    """What the task's scorer gives an answer, 0 where it can't read it."""
+    try:
+        return score_answer(problems, answer, entry)
+    except UNREADABLE:
+        return 0.0
+
+
+def with_specs(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the task `composite`, whose data sets are named in the config.
+
+    Raises:
+        ConfigError: they aren't.
+    """
+    from reasoning_gym.composite import DatasetSpec
+    from reasoning_gym.factory import DATASETS
+
+    key = "dataset.options.datasets"
+    datasets = options.get("datasets")
+    example = f"'+{key}=[{{name: chain_sum, weight: 1}}]', or use dataset=mix"
+    if not isinstance(datasets, list) or not datasets:
+        raise ConfigError(f"dataset.task=composite: name the tasks that it is of, {example}.")
+    specs = []
+    for number, spec in enumerate(datasets):
+        keys = set(spec) if isinstance(spec, Mapping) else set()
+        if not {"name"} <= keys <= {"name", "weight", "config"}:
+            raise ConfigError(f"{key}[{number}]={spec}: use name, weight and config, {example}.")
+        name = str(spec["name"])
+        if name not in DATASETS or name == "composite":
+            known = nearest(name, DATASETS)
+            raise ConfigError(f"{key}[{number}].name={name}: no such task{known}")
+        options_of_it = dict(spec.get("config") or {})
+        specs.append(DatasetSpec(name, spec.get("weight", 1.0), options_of_it))
+    return {**options, "datasets": specs}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from grpo.data.cells import Row, as_messages, as_text, read_cell
 from grpo.data.source import Source
 from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
 from grpo.types import Example
-
-Row = Mapping[str, Any]
+from grpo.verifiers.numbers import as_number
 
 
 class Jsonl(Source):
@@ -37,11 +36,20 @@ class Jsonl(Source):
         return read_file(split_file(self.path, split))
 
     def example(self, row: Row, number: int) -> Example:
-        value = present(row, "question_column", self.question_column, number)
-        messages = as_messages(value, self.question_column, number)
-        question = "\n\n".join(m["content"] for m in messages) if messages else str(value)
-        answer = str(present(row, "answer_column", self.answer_column, number))
-        gold = self.gold_answer(answer, number)
+        asked, answer = self.question_column, self.answer_column
+        value = read_cell(row, "question_column", asked, number)
+        messages = as_messages(value, asked, number)
+        if messages:
+            question = "\n\n".join(message["content"] for message in messages)
+        else:
+            question = as_text(value, asked, number)
+        written = as_text(read_cell(row, "answer_column", answer, number), answer, number)
+        gold = self.gold_answer(written, number)
+        if self.extract == "number" and as_number(gold) is None:
+            raise ConfigError(
+                f"dataset: row {number + 1} has {gold[:60]!r} in column {answer!r}, which is no "
+                f"number, and dataset.extract=number reads nothing else."
+            )
         return answered(question, gold, self.extract, row, messages)
 
     def gold_answer(self, text: str, number: int) -> str:
@@ -112,7 +120,7 @@ def read_file(file: Path) -> Sequence[Row]:
 def read_jsonl(file: Path) -> Sequence[Row]:
     rows = []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"dataset.path={file}: not UTF-8 text ({error.reason}).") from error
     for number, line in enumerate(lines, start=1):
@@ -124,6 +132,8 @@ def read_jsonl(file: Path) -> Sequence[Row]:
             raise ConfigError(
                 f"dataset.path={file}: line {number} is not JSON ({error.msg})."
             ) from error
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+            raise ConfigError(f"dataset.path={file}: line {number}: {error}.") from error
         if not isinstance(row, dict):
             raise ConfigError(f"dataset.path={file}: line {number} is not a JSON object.")
         rows.append(row)
@@ -135,9 +145,40 @@ def read_parquet(file: Path) -> Sequence[Row]:
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_table(file).to_pylist())
-    except pyarrow.ArrowInvalid as error:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"dataset.path={file}: not a parquet file ({error}).") from error
+    types = {name: str(table.schema.field(name).type) for name in table.column_names}
+    return shorten_floats(table.to_pylist(), types)
+
+
+# By the name that Arrow gives it, or a feature of datasets.
+SHORT_FLOATS = {
+    "float": "float32",
+    "halffloat": "float16",
+    "float32": "float32",
+    "float16": "float16",
+}
+
+
+def shorten_floats(rows: list[Row], types: Mapping[str, str]) -> list[Row]:
+    """Rows in which a float32's 0.1 is 0.1, not 0.10000000149011612."""
+    import numpy
+
+    short = {
+        name: getattr(numpy, SHORT_FLOATS[kind])
+        for name, kind in types.items()
+        if kind in SHORT_FLOATS
+    }
+    if not short:
+        return rows
+    return [
+        {
+            name: float(str(short[name](value))) if name in short and value is not None else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
@@ -155,7 +196,9 @@ def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
     except HubUnreachable as error:
         datasets.config.HF_HUB_OFFLINE, unreachable = True, error  # straight to the cache
     try:
-        return list(datasets.load_dataset(id, subset, split=split))
+        found = datasets.load_dataset(id, subset, split=split)
+        types = {name: getattr(kind, "dtype", "") for name, kind in found.features.items()}
+        return shorten_floats(list(found), types)
     except (ConnectionError, OSError) as error:
         raise ConfigError(
             f"dataset: {id} is not in the local cache and {unreachable or error}. Use "
@@ -166,41 +209,3 @@ def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
         raise ConfigError(f"dataset.split={split}: {error}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-
-
-def present(row: Row, key: str, name: str, number: int) -> Any:
-    """What a row has in a column.
-
-    Raises:
-        ConfigError: there is no such column, or nothing in it.
-    """
-    if name not in row:
-        raise ConfigError(
-            f"dataset.{key}={name}: row {number + 1} has no such column; it has {', '.join(row)}."
-        )
-    value = row[name]
-    if value is None or not str(value).strip():
-        raise ConfigError(f"dataset: row {number + 1} has nothing in column {name!r}.")
-    return value
-
-
-def as_messages(value: Any, name: str, number: int) -> tuple[Mapping[str, str], ...]:
-    """A column that holds a chat, [{role: ..., content: ...}]; empty where it holds a text.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if not isinstance(value, list):
-        return ()
-    for message in value:
-        texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(
-                f"dataset: row {number + 1} has a list in column {name!r} whose items are not all "
-                f"messages: {{role: ..., content: ...}}."
-            )
-    if not value or value[-1]["role"] == "assistant":
-        raise ConfigError(
-            f"dataset: row {number + 1}: the chat in column {name!r} leaves nothing to answer."
-        )
-    return tuple(value)

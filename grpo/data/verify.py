@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
-from decimal import Decimal, InvalidOperation
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -12,24 +12,17 @@ from typing import Any
 from grpo.errors import ConfigError
 from grpo.types import Example, whole_text
 from grpo.verifiers.latex import boxed
+from grpo.verifiers.numbers import ALIKE, Number, as_number, last_number
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
-# A minus counts where nothing stands before it: 12-5 names 12 and 5. A comma, between thousands.
-NUMBER = re.compile(r"(?:(?<![\w)\].])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
-THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def tagged_answer(text: str) -> str | None:
     """The text of the last `<answer>…</answer>` (the innermost, where they nest), or None."""
     found = ANSWER_TAG.findall(text)
     return found[-1].strip() if found else None
-
-
-def last_number(text: str) -> str | None:
-    """The last number that the text names, or None."""
-    found = NUMBER.findall(text)
-    return found[-1] if found else None
 
 
 def boxed_answer(text: str) -> str | None:
@@ -53,24 +46,22 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
 }
 
 
-def as_number(text: str) -> Decimal | None:
-    """`1,234.50`, `$12`, `-7`, `50%` as numbers; None for anything that is not one number."""
-    plain = text.strip().replace("$", "").rstrip(".%").strip()
-    if "," in plain and not THOUSANDS.fullmatch(plain):
-        return None
-    try:
-        number = Decimal(plain.replace(",", ""))
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() else None
+def comparable(answer: str) -> Number | str:
+    """What two answers must have in common to be the same one.
+
+    The value of a number; of anything else its text, without case, outer spaces and typography.
+    """
+    number = as_number(answer)
+    if number is not None:
+        return number
+    box = BOXED.fullmatch(answer.strip())
+    text = box[1] if box else answer
+    return unicodedata.normalize("NFC", text.translate(ALIKE).strip().casefold())
 
 
 def same_answer(given: str, gold: str) -> bool:
-    """Numbers are compared as numbers, anything else as text without case or outer spaces."""
-    given_number, gold_number = as_number(given), as_number(gold)
-    if given_number is not None and gold_number is not None:
-        return given_number == gold_number
-    return given.strip().casefold() == gold.strip().casefold()
+    """Whether two answers are the same number or, where they aren't numbers, the same text."""
+    return comparable(given) == comparable(gold)
 
 
 def extractor(name: str) -> Callable[[str], str | None]:

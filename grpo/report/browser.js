@@ -169,7 +169,7 @@ function browseCompletions(section, samples) {
       const prompt = element("details");
       const title = element("summary");
       const line = g.prompt.trim().split("\n").filter((part) => part.trim());
-      title.append(element("b", "", `step ${g.step}`), element("span", "", line.slice(-2).join(" ").slice(-160)), element("i", "", `answer: ${g.answer}`));
+      title.append(element("b", "", `step ${g.step}`), element("span", "", line.slice(-2).join(" ").slice(-160)), element("i", "", `answer: ${g.answer || "whatever the task accepts"}`));
       prompt.append(title, element("pre", "text", g.prompt));
       const cards = element("div", "cards");
       for (const row of g.rows) cards.append(card(row, samples.parts, color.value));
@@ -197,7 +197,7 @@ function browseAnswers(section, answers) {
     const rows = answers.rows.filter((r) => kinds[filter.value](r) && (!wanted || (r[0] + r[2] + r[4]).toLowerCase().includes(wanted)));
     pages(list, rows, (r) => {
       const made = element("div", "group");
-      made.append(element("pre", "text prompt", r[0]), element("p", "gold", `answer: ${r[1]}`));
+      made.append(element("pre", "text prompt", r[0]), element("p", "gold", `answer: ${r[1] || "whatever the task accepts"}`));
       const cards = element("div", "cards two");
       for (const [step, text, right] of [[answers.first, r[2], r[3]], [answers.last, r[4], r[5]]]) {
         const one = element("article", "completion");

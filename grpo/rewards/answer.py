@@ -6,16 +6,24 @@ import re
 from collections.abc import Sequence
 
 from grpo.data.verify import same_as, tagged_answer
-from grpo.types import Sample
+from grpo.types import Failure, Sample
 
 TAGS = re.compile(r"</?answer>")
 
+NO_GOLD = Failure("its row has no one gold answer; use reward=task, the data set's own verifier")
+
 
 class Answer:
-    """The note's reward: 1 where what is in `<answer>…</answer>` equals the gold answer, else 0."""
+    """The note's reward: 1 where what is in `<answer>…</answer>` equals the gold answer, else 0.
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        return [same_as(sample.answer, tagged_answer, sample.completion) for sample in samples]
+    A row without a gold answer, of a task where several are right, is a failure.
+    """
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | Failure]:
+        return [
+            same_as(sample.answer, tagged_answer, sample.completion) if sample.answer else NO_GOLD
+            for sample in samples
+        ]
 
 
 class AnswerFormat:

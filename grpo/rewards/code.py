@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import re
 import secrets
@@ -10,10 +9,10 @@ import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from typing import Any
 
 from grpo.data.verify import tagged_answer
 from grpo.errors import ConfigError
+from grpo.rewards.code_tests import Asserts, InputOutput, NotTests, read_tests
 from grpo.rewards.options import at_least, more_than_nothing
 from grpo.types import Failure, Sample
 from grpo.verifiers.launch import CannotRun, launch
@@ -23,10 +22,6 @@ log = logging.getLogger(__name__)
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 PYTHON = ("python", "python3", "py")
-SETUP = (
-    *(ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
-    *(ast.Assign, ast.AnnAssign, ast.AugAssign),
-)
 
 
 class Code:
@@ -35,14 +30,22 @@ class Code:
     The program is the last ```python fence of the last `<answer>…</answer>`, or all that is in
     there; without the tags, the last fence of the completion. Its tests are in a column of the row:
 
-    - a string of Python: each statement that is no import, definition or assignment is a test;
-    - a list of such strings, each one test;
+    - a string of Python: each statement that asserts, raises or calls something is a test;
+    - a list of such strings, each one test; in both, functions `test…` without arguments and the
+      methods of a `unittest.TestCase` are called as pytest would;
     - a list of `{input, output}`: the program reads the one and has to print the other, but for
-      white space at the ends of lines. Each is run on its own.
+      white space at the ends of lines. Each is run on its own;
+    - an object `{inputs: [...], outputs: [...]}`, which says the same. With a `fn_name` that
+      function, or method of `Solution`, is called with each input, a list of arguments;
+    - any of these as a string, in JSON or as Python writes it.
+
+    Programs of the first kind are imported, so `__name__` is not `"__main__"`; of the second they
+    are run as `python answer.py` would, and have to end with exit code 0.
 
     The reward does not apply to a row without tests. A program that fails, crashes, hangs or takes
-    more than it may scores 0; a failure is only where it could not be run, or its tests can't be
-    read. `grpo.verifiers.sandbox` says what a running program can and can't do.
+    more than it may scores 0, and so does a completion without one; a failure is only where it
+    could not be run, or its tests can't be read or check nothing: what passes without any program
+    is no test. `grpo.verifiers.sandbox` says what a running program can and can't do.
 
     A test counts as passed when it ran to its end and a random token, which the program's process
     is given only then, comes back hashed: leaving early or printing anything does not do. Tests and
@@ -80,6 +83,7 @@ class Code:
             raise ConfigError(f"grpo.rewards.Code can't confine programs here: {error}.") from error
         self.threads: ThreadPoolExecutor | None = None
         self.warned = False
+        self.checking: dict[Asserts, list[int]] = {}  # which pieces no empty program passes
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure | None]:
         if not self.warned and not any(self.column in s.example.columns for s in samples):
@@ -95,43 +99,56 @@ class Code:
             self.threads = None
 
     def score(self, sample: Sample) -> float | Failure | None:
-        tests = sample.example.columns.get(self.column)
-        if tests is None or tests == "" or tests == []:
-            return None
+        program = last_program(sample.completion)
         try:
-            passed = self.passed(last_program(sample.completion).encode(errors="replace"), tests)
+            tests = read_tests(sample.example.columns.get(self.column))
+            if tests is None:
+                return None
+            if isinstance(tests, Asserts):
+                passed = self.passed_asserts(program, tests)
+            else:
+                passed = self.passed_pairs(program, tests)
         except CannotRun as error:
             return Failure(f"the program could not be run: {error}")
         except NotTests as error:
             return Failure(f"column {self.column}: {error}")
-        if not passed:
-            return None
         return float(all(passed)) if self.strict else sum(passed) / len(passed)
 
-    def passed(self, program: bytes, tests: Any) -> list[bool]:
-        """Whether each test passed; in strict mode the list may end at the first that didn't."""
-        if not isinstance(tests, str | list):
-            raise NotTests(f"is a {type(tests).__name__}, should be a string or a list")
-        if isinstance(tests, str) or all(isinstance(test, str) for test in tests):
-            return self.run_asserts(program, statements(tests))
+    def passed_pairs(self, program: str, tests: InputOutput) -> list[bool]:
+        """Whether each test passed; in strict mode the list ends at the first that didn't."""
+        most = self.limits.file_mb << 20
+        if any(len(wanted) > most for _, wanted in tests.pairs):
+            raise NotTests(f"wants more printed than file_mb={self.limits.file_mb} allows")
         passed = []
-        for given, wanted in pairs(tests):
-            run = launch([program], self.limits, given)
+        for given, wanted in tests.pairs:
+            run = launch([as_source(program)], self.limits, given)
             passed.append(run.exit_code == 0 and lines(run.printed) == lines(wanted))
             if self.strict and not passed[-1]:
                 break
         return passed
 
-    def run_asserts(self, program: bytes, tests: Sequence[ast.Module]) -> list[bool]:
-        tokens = [secrets.token_bytes(TOKEN) for _ in tests]
-        exam = [program]
-        for test, token in zip(tests, tokens, strict=True):
-            exam += [ast.unparse(test).encode(), token]
+    def passed_asserts(self, program: str, tests: Asserts) -> list[bool]:
+        if tests not in self.checking:
+            without = self.run_asserts("", tests)
+            self.checking[tests] = [
+                n for n, own in enumerate(tests.counted) if own and not without[n]
+            ]
+        checking = self.checking[tests]
+        if not checking:
+            raise NotTests("passes without any program, so it checks nothing")
+        passed = self.run_asserts(program, tests)
+        return [passed[n] for n in checking]
+
+    def run_asserts(self, program: str, tests: Asserts) -> list[bool]:
+        """Whether each piece of the tests ran to its end."""
+        tokens = [secrets.token_bytes(TOKEN) for _ in tests.pieces]
+        exam = [as_source(program)]
+        for piece, token in zip(tests.pieces, tokens, strict=True):
+            exam += [as_source(piece), token]
         results = launch(exam, self.limits, given=None).results
         return [
-            results[32 * n : 32 * n + 32] == sha256(tokens[n]).digest()
-            for n, test in enumerate(tests)
-            if any(map(checks, test.body))
+            results[32 * n : 32 * n + 32] == sha256(token).digest()
+            for n, token in enumerate(tokens)
         ]
 
 
@@ -145,32 +162,8 @@ def last_program(completion: str) -> str:
     return answer or ""
 
 
-def checks(statement: ast.stmt) -> bool:
-    """Whether a statement of a test may check something; a docstring doesn't."""
-    is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    return not is_text and not isinstance(statement, SETUP)
-
-
-class NotTests(Exception):
-    """A column holds something else than the tests that `Code` describes."""
-
-
-def statements(tests: str | Sequence[str]) -> list[ast.Module]:
-    """Tests as Python: each statement of a string, or each string of a list."""
-    try:
-        if isinstance(tests, str):
-            return [ast.Module([statement], []) for statement in ast.parse(tests).body]
-        return [module for module in map(ast.parse, tests) if module.body]
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise NotTests(f"no Python ({type(error).__name__}: {error})") from error
-
-
-def pairs(tests: Sequence[Any]) -> list[tuple[bytes, bytes]]:
-    """What a program is given and has to print, of each test."""
-    try:
-        return [(test["input"].encode(), test["output"].encode()) for test in tests]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise NotTests("should hold Python, or a list of {input, output} strings") from error
+def as_source(text: str) -> bytes:
+    return text.encode(errors="replace")
 
 
 def lines(text: bytes) -> list[bytes]:

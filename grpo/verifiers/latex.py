@@ -16,8 +16,11 @@ from functools import lru_cache
 from multiprocessing import connection
 from typing import Any
 
+from grpo.verifiers.numbers import ALIKE, RAISED, split_vulgar
+
 MEMORY_MB = 4096  # of a worker's address space; past it an answer is as unreadable as any other
 
+LONGEST = 4000  # characters that are read, from the end: the time grows with their square
 TAG = re.compile(r"</?[A-Za-z][A-Za-z_]{2,}>")
 DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[")
 NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?%?")
@@ -25,6 +28,23 @@ TEXT = re.compile(r"\\(?:text|textbf|mathrm|begin|end)\s*\{([^{}]*)\}")
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|(?<=\d )[A-Za-z]{2}")  # 5 km, but not 2xy
 COMMAND = re.compile(r"(?<![\\A-Za-z])(?=(?:pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp)\b)")
 ROOT = re.compile(r"\\?sqrt\(([^()]*)\)")
+# Of the signs that look alike, a long dash is punctuation more often than a minus.
+SIGNS = {sign: plain for sign, plain in ALIKE.items() if sign not in (0x2014, 0x2015)} | {
+    ord("∞"): r"\infty "
+}
+ROOT_SIGN = re.compile(r"√(?:\(([^()]*)\)|(\d+|[a-z]))")
+RAISED_SIGNS = re.compile(r"(?<=[\d)}a-ln-z])(?<![A-Za-z]{2})[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")  # not m², a unit
+THOUSANDS = re.compile(r"(?<![\w.,])(?<!\d )\d{1,3}(?:(?: |\\[,; ])\d{3})+(?![\d/])(?! \d)")
+AND = re.compile(
+    r"(?<=[\d)}\]])\s{0,9},?\s{0,9}(?:\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)\s*(?=[-\d(\\\[{])"
+)
+WHOLE = re.compile(r"\$[^$]*\$|\\\(.*\\\)|\\\[.*\\\]", re.DOTALL)
+INDEX = re.compile(r"[_^](?:\d|\{[^{}]*\d)")
+BOX = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+BETWEEN = re.compile(r"(?:[\s$,;&{}]|\\[\[\](),;: ]|\\q?quad|\\text|and|or)*")
+DOLLARS = re.compile(r"(\$\$?)([^$]+)(\$\$?)")
+CLOSING = re.compile(r"\s{0,9}(?<![.\\])[.,;:]\s{0,9}(?=\\[)\]])")
+MIXED = re.compile(r"(?<![\w./,)}])(?<!\d )(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.]\d)")
 SCIENTIFIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)([-+]?\d+)")
 
 
@@ -54,25 +74,76 @@ def read_gold(gold: str) -> tuple[Any, ...]:
 
 
 def read(text: str) -> list[Any]:
-    """A text's answer in sympy: what its last `\\boxed{…}` holds, without one the last in it."""
-    from math_verify import parse
+    """A text's answer in sympy: what its last boxes hold, without one the last in it."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    plain = TAG.sub(" ", text).strip()
-    answer = boxed(plain)
+    plain = TAG.sub(" ", text).rpartition("####")[2].strip()  # GSM8K's mark
+    answers = last_boxes(plain)
+    answer = ", ".join(dict.fromkeys(answers)) if answers else plain
+    answer = as_math(with_latex_signs(answer[-LONGEST:]))
+    # Where sympy can't read an expression, math-verify takes a number out of it. That is a good
+    # guess where there is one (5 cm), but not of an expression's parts, as in \sum_{k=0}^n.
+    in_parts = len(re.findall(r"\d+", answer)) > 1 or INDEX.search(answer)
+    whole = WHOLE.fullmatch(answer) and "\n" not in answer.strip("$\n ")
+    kinds = [LatexExtractionConfig()] + ([] if whole and in_parts else [ExprExtractionConfig()])
     # math-verify has its own time limits, by signal.alarm; here the process has one.
-    return list(parse(as_math(plain if answer is None else answer), parsing_timeout=None))
+    return list(parse(answer, kinds, parsing_timeout=None))
 
 
 def boxed(text: str) -> str | None:
     """What the last whole `\\boxed{…}` holds, braces inside it included."""
-    start = len(text)
-    while (start := text.rfind(r"\boxed{", 0, start)) >= 0:
-        depth = 0
-        for position in range(start + len(r"\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start + len(r"\boxed{") : position]
-    return None
+    found = boxes(text)
+    return found[-1][2] if found else None
+
+
+def last_boxes(text: str) -> list[str]:
+    """What the last whole boxes hold: several, where no more than an "and" is between them."""
+    *before, (start, _, content) = boxes(text) or [(0, 0, "")]
+    contents = [content]
+    for begin, end, content in reversed(before):
+        if not BETWEEN.fullmatch(text, end, start):
+            break
+        start = begin
+        contents.append(content)
+    plain = (re.sub(r"(?<!\\)\$", "", content).strip() for content in reversed(contents))
+    return [content for content in plain if content]
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    """Where each whole `\\boxed{…}` begins and ends, and what it holds, by where it begins."""
+    opened: list[re.Match[str] | None] = []  # None: a brace of something else
+    found = []
+    for mark in BOX.finditer(text):
+        if mark[0] == "}" and opened:
+            box = opened.pop()
+            if box is not None:
+                found.append((box.start(), mark.end(), text[box.end() : mark.start()]))
+        elif mark[0] == "{" or mark["box"]:
+            opened.append(mark if mark["box"] else None)
+    return sorted(found)
+
+
+def with_latex_signs(text: str) -> str:
+    """A text in signs that math-verify knows, and thousands without spaces between them."""
+    text = split_vulgar(text.translate(SIGNS))
+    text = ROOT_SIGN.sub(r"\\sqrt{\1\2}", text)
+    text = RAISED_SIGNS.sub(lambda signs: "^{" + signs[0].translate(RAISED) + "}", text)
+    text = THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text)
+    text = DOLLARS.sub(lambda span: span[1] + without_punctuation(span[2]) + span[3], text)
+    return MIXED.sub(as_fraction, CLOSING.sub("", text))
+
+
+def without_punctuation(text: str) -> str:
+    """A formula without the sentence's full stop, which doesn't belong to it; an ellipsis does."""
+    text = text.rstrip()
+    is_stop = text.endswith((".", ",", ";", ":")) and not text.endswith(("..", "\\,", "\\;", "\\:"))
+    return text[:-1].rstrip() if is_stop else text
+
+
+def as_fraction(mixed: re.Match[str]) -> str:
+    """A mixed number as one fraction, which else is a product or its last part: 2 1/2 is 5/2."""
+    whole, above, below = (int(part) for part in mixed.groups())
+    return f"{whole * below + above}/{below}" if above < below else mixed[0]
 
 
 def as_math(text: str) -> str:
@@ -81,7 +152,9 @@ def as_math(text: str) -> str:
     Plain numbers and prose are left: `10 000` would be a product, and words would be variables.
     """
     text = text.strip().replace(r"\%", "%").replace(r"\$", "")
-    bare = COMMAND.sub(r"\\", ROOT.sub(r"\\sqrt{\1}", text))
+    if not DELIMITED.search(text):
+        text = without_punctuation(text)
+    bare = AND.sub(", ", COMMAND.sub(r"\\", ROOT.sub(r"\\sqrt{\1}", text)))
     if DELIMITED.search(text) or NUMBER.fullmatch(text) or PROSE.search(TEXT.sub("", bare)):
         return text
     return "$" + SCIENTIFIC.sub(r" \\cdot 10^{\1}", bare) + "$"

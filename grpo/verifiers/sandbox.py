@@ -31,10 +31,11 @@ import os
 import platform
 import resource
 import signal
+import site
 import struct
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256
 from typing import NamedTuple
@@ -99,7 +100,10 @@ def main() -> None:
         os._exit(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 2)
     sys.argv = ["answer.py"]
-    del sys.path[0]  # this script's folder
+    sys.path[0] = place.folder  # where the program would be, instead of this script's
+    site.setquit()  # exit and quit, which Python without its site-packages leaves out
+    site.setcopyright()
+    site.sethelper()
     if place.results is None:
         run_program(frames(place.exam))
     else:
@@ -126,25 +130,28 @@ class Limits(NamedTuple):
 
 def run_program(exam: Iterator[bytes]) -> None:
     """The program as `python answer.py` would run it; how it ends is how this process ends."""
-    exec(compile(next(exam), "answer.py", "exec"), new_module("__main__").__dict__)
+    module = new_module("__main__")
+    exec(compile_source(next(exam), "answer.py"), module.__dict__)
 
 
 def run_tests(exam: Iterator[bytes], results: int) -> None:
-    """The program, then each test in the same module; writes down the hash of the token of each
-    test that ran through. A token is read only after its test, so that while the program runs
-    none is in this process's memory, its source, its arguments or its environment.
+    """The program, imported, then each test in the same module; writes down the hash of the token
+    of each test that ran through. A token is read only after its test, so that while the program
+    runs none is in this process's memory, its source, its arguments or its environment.
     """
     # Names of our own, because the program may put others in place of these.
-    compile_, exec_, next_, pwrite, hashed, leave = compile, exec, next, os.pwrite, sha256, os._exit
+    compile_, exec_, next_, pwrite, hashed = compile_source, exec, next, os.pwrite, sha256
+    leave = os._exit
     module = new_module("answer")
+    sys.modules["solution"] = module  # what many tests import it as
     program, tests = next(exam), enumerate(exam)
     try:
-        exec_(compile_(program, "answer.py", "exec"), module.__dict__)
+        exec_(compile_(program, "answer.py"), module.__dict__)
     except BaseException:  # noqa: BLE001 - sys.exit too: a program that leaves has passed nothing
         leave(1)
     for number, test in tests:
         try:
-            exec_(compile_(test, "test.py", "exec"), module.__dict__)
+            exec_(compile_(test, "test.py"), module.__dict__)
         except BaseException:  # noqa: BLE001
             next_(exam)
         else:
@@ -152,15 +159,23 @@ def run_tests(exam: Iterator[bytes], results: int) -> None:
     leave(0)
 
 
+def compile_source(
+    source: bytes, name: str, compile: Callable[..., types.CodeType] = compile
+) -> types.CodeType:
+    """A text as Python: none of this file's own `from __future__`, and no other encoding."""
+    return compile(source.decode("utf-8-sig"), name, "exec", dont_inherit=True)
+
+
 def frames(exam: int) -> Iterator[bytes]:
     """The program, then each test and its token, each after its length in 4 bytes."""
     read = os.read
-    while size := int.from_bytes(read(exam, 4), "little"):
-        yield read(exam, size)
+    while size := read(exam, 4):
+        yield read(exam, int.from_bytes(size, "little"))
 
 
 def new_module(name: str) -> types.ModuleType:
     sys.modules[name] = module = types.ModuleType(name)
+    module.__file__ = os.path.abspath("answer.py")
     return module
 
 

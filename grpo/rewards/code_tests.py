@@ -1,0 +1,240 @@
+"""What a row's tests ask of a program: Python that is run after it, or inputs and outputs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+# Statements that make something for the tests behind them.
+SETUP = (
+    *(ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
+    *(ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete, ast.Pass),
+)
+# Functions of libraries that raise, or leave, where something is wrong.
+CHECKER = re.compile(r"(assert|fail|raises|debug$|exit$|expect$|quit$)")
+UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+
+
+class NotTests(Exception):
+    """A column holds something else than the tests that `Code` describes."""
+
+
+@dataclass(frozen=True)
+class Asserts:
+    """Pieces of Python, run one after the other behind the program."""
+
+    pieces: tuple[str, ...]
+    counted: tuple[bool, ...]  # whether a piece is a test, or only makes something for one
+
+
+@dataclass(frozen=True)
+class InputOutput:
+    """What a program is given and has to print, of each test."""
+
+    pairs: tuple[tuple[bytes, bytes], ...]
+
+
+def read_tests(column: Any) -> Asserts | InputOutput | None:
+    """The tests of a row; None where it has none.
+
+    Raises:
+        NotTests: they can't be read, or check nothing.
+    """
+    tests = decode(column) if isinstance(column, str) else column
+    if tests is None or (isinstance(tests, float) and math.isnan(tests)):
+        return None
+    if isinstance(tests, str):
+        return read_asserts([tests], each=False) if tests.strip() else None
+    if isinstance(tests, Mapping):
+        tests = list(from_columns(tests))
+    if not isinstance(tests, list | tuple):
+        raise NotTests(f"is a {type(tests).__name__}, should be a string, a list or an object")
+    tests = [decode(test) if isinstance(test, str) else test for test in tests]
+    if not tests:
+        return None
+    if all(isinstance(test, str) for test in tests):
+        return read_asserts(tests, each=True)
+    if not all(isinstance(test, Mapping) and {"input", "output"} <= set(test) for test in tests):
+        raise NotTests("should hold Python, or a list of {input, output}")
+    if any(test.get("fn_name") for test in tests):
+        calls = tuple(write_call(test) for test in tests)
+        return Asserts(calls, (True,) * len(calls))
+    if any(test.get("testtype") == "functional" for test in tests):
+        raise NotTests("calls a function, but doesn't say which: add its fn_name to each test")
+    pairs = tuple((as_lines(test["input"]), as_lines(test["output"])) for test in tests)
+    if not any(wanted.strip() for _, wanted in pairs):
+        raise NotTests("wants nothing printed, so it checks nothing")
+    return InputOutput(pairs)
+
+
+def decode(text: str) -> Any:
+    """The list or object that a text holds as JSON or as Python writes it; else the text."""
+    if not text.lstrip().startswith(("[", "{", '"', "(")):
+        return text
+    try:
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text.strip())
+        except UNREADABLE:
+            return text
+        return value if isinstance(value, list | tuple | dict) else text
+    return decode(value) if isinstance(value, str) else value
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def from_columns(tests: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A test for each of {inputs: [...], outputs: [...]}, or the one that is {input, output}."""
+    keys = next((k for k in (("inputs", "outputs"), ("input", "output")) if k[0] in tests), None)
+    if keys is None and not tests:
+        return
+    if keys is None or not set(keys) <= set(tests):
+        raise NotTests("is an object, which should have inputs and outputs")
+    given, wanted = (tests[key] for key in keys)
+    if keys == ("input", "output") and isinstance(given, str) and isinstance(wanted, str):
+        given, wanted = [given], [wanted]
+    if not (isinstance(given, list | tuple) and isinstance(wanted, list | tuple)):
+        raise NotTests(f"should hold lists of {keys[0]} and {keys[1]}")
+    if len(given) != len(wanted):
+        raise NotTests(f"has {len(given)} {keys[0]} and {len(wanted)} {keys[1]}")
+    for one, other in zip(given, wanted, strict=True):
+        yield {"input": one, "output": other, "fn_name": tests.get("fn_name")}
+
+
+def as_lines(value: Any) -> bytes:
+    """What is read or printed: a text, a whole number, or a list of lines."""
+    values = value if isinstance(value, list | tuple) else [value]
+    for line in values:
+        if not isinstance(line, str | int) or isinstance(line, bool):
+            raise NotTests(f"has a {type(line).__name__} as input or output, should be a string")
+    return "\n".join(map(str, values)).encode(errors="replace")
+
+
+def write_call(test: Mapping[str, Any]) -> str:
+    """A test as an assert: a function, or a method of `Solution`, called with given arguments.
+
+    These are a list, or a text with one in JSON on each line. The result is compared as JSON, which
+    has lists alone, no tuples; where a list of one is wanted, what is in it does too.
+    """
+    name, given, wanted = test["fn_name"], test["input"], test["output"]
+    if not isinstance(name, str) or not name.isidentifier():
+        raise NotTests(f"has {name!r} as fn_name, which names no function")
+    try:
+        if isinstance(given, str):
+            given = [json.loads(line) for line in given.splitlines() if line.strip()]
+            wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
+        if not isinstance(given, list | tuple):
+            raise TypeError(f"{type(given).__name__} instead of a list")
+        wanted = json.loads(json.dumps(wanted, allow_nan=False))
+        given = json.loads(json.dumps(given, allow_nan=False))
+    except UNREADABLE as error:
+        raise NotTests(f"has arguments or a result of {name} that are no JSON ({error})") from error
+    right = [wanted, *(wanted if isinstance(wanted, list) and len(wanted) == 1 else ())]
+    function = f"(Solution().{name} if 'Solution' in globals() else {name})"
+    return f"import json\nassert json.loads(json.dumps({function}(*{given!r}))) in {right!r}"
+
+
+def read_asserts(tests: Sequence[str], each: bool) -> Asserts:
+    """Tests in Python. Each text is one test, or each statement of them.
+
+    Functions `test…` and the methods of a `unittest.TestCase` are tests too, as pytest has it.
+    """
+    try:
+        modules = [ast.parse(text).body for text in tests]
+        body = [statement for module in modules for statement in module]
+        found = list(write_discovered(body))
+        body = [statement for statement in body if not runs_unittest(statement)]
+        if not each:
+            modules = [[statement] for statement in body]
+        modules += [ast.parse(text).body for text in found]
+        everything = [statement for module in modules for statement in module]
+        if not any(map(can_fail, used(everything))):
+            raise NotTests("checks nothing: there is no assert, or none that can fail")
+        modules = [module for module in modules if module]
+        pieces = tuple(ast.unparse(ast.Module(module, [])) for module in modules)
+        return Asserts(pieces, tuple(any(map(is_test, module)) for module in modules))
+    except UNREADABLE as error:
+        raise NotTests(f"no Python ({type(error).__name__}: {error})") from error
+
+
+def write_discovered(body: Sequence[ast.stmt]) -> Iterator[str]:
+    """Calls of the test functions and methods that nothing calls."""
+    for statement in body:
+        others = [other for other in body if other is not statement and not runs_unittest(other)]
+        if isinstance(statement, ast.FunctionDef) and statement.name.startswith("test"):
+            plain = not ast.unparse(statement.args)
+            if plain and not any(statement.name in names(other) for other in others):
+                yield f"{statement.name}()"
+        elif isinstance(statement, ast.ClassDef) and any(
+            ast.unparse(base).rpartition(".")[2] == "TestCase" for base in statement.bases
+        ):
+            yield f"{statement.name}.setUpClass() is None"
+            for method in statement.body:
+                if isinstance(method, ast.FunctionDef) and method.name.startswith("test"):
+                    yield f"{statement.name}({method.name!r}).debug()"
+
+
+def runs_unittest(statement: ast.stmt) -> bool:
+    """Whether this is `unittest.main()`, which reports and leaves, but raises nothing."""
+    return isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("unittest.main(")
+
+
+def used(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+    """The statements without the functions and classes that no other one names."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [
+        statement
+        for statement in body
+        if not isinstance(statement, definitions)
+        or any(statement.name in names(other) for other in body if other is not statement)
+    ]
+
+
+def names(statement: ast.stmt) -> set[str]:
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+
+
+def is_test(statement: ast.stmt) -> bool:
+    """Whether a statement is one that a program passes: it calls something, asserts or raises.
+
+    A value that is thrown away, `f(1) == 2` or a text, is none.
+    """
+    if isinstance(statement, SETUP):
+        return False
+    return any(
+        is_check(node)
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call | ast.Await))
+        for node in ast.walk(statement)
+    )
+
+
+def can_fail(statement: ast.stmt) -> bool:
+    """Whether there is something in here that fails where a result is wrong."""
+    return any(map(is_check, ast.walk(statement)))
+
+
+def is_check(node: ast.AST) -> bool:
+    if isinstance(node, ast.Assert):
+        return not is_always_true(node.test)
+    if isinstance(node, ast.Call):
+        return CHECKER.match(ast.unparse(node.func).rpartition(".")[2]) is not None
+    return isinstance(node, ast.Raise)
+
+
+def is_always_true(node: ast.expr) -> bool:
+    """Whether an assert of it passes for any program: a tuple (with the message in it), a text."""
+    if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
+        return any(map(is_always_true, node.values))
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        return bool(node.elts)
+    if isinstance(node, ast.Constant):
+        return bool(node.value)
+    return isinstance(node, ast.Lambda | ast.GeneratorExp)

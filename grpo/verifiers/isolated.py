@@ -1,0 +1,58 @@
+"""Scorers that work out what an answer says, in a process that can be stopped.
+
+Some tasks of reasoning-gym give an answer to sympy. One that holds 9**9**9 would keep this process
+busy for ever, in a multiplication that no signal interrupts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import re
+from collections.abc import Mapping
+from concurrent.futures import TimeoutError
+from functools import cache
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from grpo.verifiers.latex import start_worker
+
+SECONDS = 5.0  # of one answer, on the clock
+ENDLESS = re.compile(r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}")  # what may never end
+
+
+def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    """A task's own score of an answer; 0 where that takes too long or too much memory."""
+    if not ENDLESS.search(answer):
+        return float(problems.score_answer(answer, entry))
+    future = open_pool().schedule(score_here, (problems, answer, entry), timeout=SECONDS)
+    try:
+        return float(future.result())
+    except (TimeoutError, ProcessExpired):
+        return 0.0
+
+
+def score_here(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    return float(problems.score_answer(answer, entry))
+
+
+def start() -> None:
+    """Imports what is slow before the first answer's time begins."""
+    import reasoning_gym  # noqa: F401
+
+    start_worker()
+
+
+@cache
+def open_pool() -> ProcessPool:
+    """One process, started by the first answer that needs it, which ends with this one."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPool(max_workers=1, initializer=start, context=context)
+    atexit.register(close, pool)
+    return pool
+
+
+def close(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
