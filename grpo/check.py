@@ -28,7 +28,7 @@ REWARD_METRICS = (
 )
 STEP_METRICS = (
     *("loss/total", "loss/policy", "loss/kl", "kl/mean", "kl/k1", "kl/k2", "kl/k3"),
-    *("policy/entropy", "policy/clip_fraction", "policy/ratio_max"),
+    *("policy/entropy", "policy/clip_fraction", "policy/ratio_max", "sampler/kl"),
     *("completion/length_mean", "completion/length_max", "completion/truncated"),
     *("optim/grad_norm", "time/step", "perf/completion_tokens_per_second", "memory/peak_gb"),
 )

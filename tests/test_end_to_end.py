@@ -26,6 +26,7 @@ STEP_METRICS = {
     "reward/mean", "reward/std", "reward/answer", "reward/failed",
     "reward/solved_groups", "reward/unsolved_groups", "reward/zero_variance_groups",
     "policy/entropy", "policy/clip_fraction", "policy/ratio_max",
+    "sampler/kl", "sampler/importance_min", "sampler/importance_max",
     "completion/length_mean", "completion/length_max", "completion/truncated",
     "completion/answered", "optim/moved",
     "optim/learning_rate", "optim/grad_norm", "optim/skipped",
