@@ -114,6 +114,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
             advantages_BG.flatten().to(run.device.torch_device),
             pulled.reference_NC,
             0.0 if pulled.divergence_BG is not None else pulled.weight,
+            batch.scores.total_BG.isnan().flatten().to(run.device.torch_device),
         ),
         run.budget.computed,
         seed=run.seed * 1_000_003 + step,

@@ -13,7 +13,7 @@ from grpo.data.order import one_set
 from grpo.models.load import LanguageModel
 from grpo.rewards import WeightedReward
 from grpo.rollout import NativeEngine
-from grpo.types import Example, Prompt, Sample, Sampling
+from grpo.types import Example, Failure, Prompt, Sample, Sampling
 
 SAMPLING = Sampling(1.0)
 
@@ -76,6 +76,21 @@ def test_what_is_said_is_of_everything_that_was_sampled(tiny: LanguageModel) -> 
     odd, even = 1.5, 1.0
     assert batch.metrics["reward/mean"] == pytest.approx((1 - share) * odd + share * even)
     assert batch.tokens > int(batch.rollout.lengths_N.sum())
+
+
+def test_a_group_that_differs_by_a_failure_alone_is_drawn_anew(tiny: LanguageModel) -> None:
+    """A failed reward is no zero among ones; one beside a real difference takes nothing from it."""
+
+    def fails_once(samples: Sequence[Sample]) -> list[float | Failure]:
+        return [
+            Failure("down") if i % 4 == 3 else float(i % 2 and sample.example.columns["n"] % 2)
+            for i, sample in enumerate(samples)
+        ]
+
+    batch = collector(tiny, fails_once, resample=8).collect(1)
+    assert all(n % 2 for n in numbers(batch.rollout.prompts))
+    assert [row[:3] for row in batch.scores.total_BG.tolist()] == [[0, 1, 0]] * 6
+    assert batch.scores.total_BG[:, 3].isnan().all()
 
 
 def test_there_is_an_end_to_drawing_anew(tiny: LanguageModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,6 +17,7 @@ from grpo.objective.advantages import (
     group_mean,
     group_std,
     normalize_then_sum,
+    sum_then_normalize,
     weighted_sum,
 )
 from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, score
@@ -37,7 +38,7 @@ def rollout(texts: Sequence[str], answers: Sequence[str]) -> Rollout:
         prompts=tuple(prompts),
         tokens_NC=torch.arange(2 * len(texts)).view(-1, 2),
         logprobs_NC=torch.zeros(len(texts), 2),
-        lengths_N=torch.tensor([2, 1] * (len(texts) // 2)),
+        lengths_N=torch.tensor([2 - n % 2 for n in range(len(texts))]),
         truncated_N=torch.zeros(len(texts), dtype=torch.bool),
         texts=tuple(texts),
     )
@@ -157,11 +158,12 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
         "second": values_of(2.0, Failure("no answer within 5 s"), 2.0, None),
     }
     scores = score(rollout(["a", "b", "c", "d"], ["1", "2"]), rewards)
-    assert scores.total_BG.flatten().tolist()[:3] == [3.0, 1.0, 2.0]
-    assert math.isnan(scores.total_BG.flatten()[3])
+    total_N = scores.total_BG.flatten()
+    assert total_N.isnan().tolist() == [False, True, False, True]
+    assert (total_N[0], total_N[2]) == (3.0, 2.0)
     metrics = scores.metrics()
     assert metrics["reward/failed"] == 1
-    assert metrics["reward/mean"] == 2.0
+    assert metrics["reward/mean"] == 2.5
     assert metrics["reward/first"] == 1.0
     assert metrics["reward/second"] == 2.0
     assert "reward.second failed for 1 of 4 completions" in caplog.text
@@ -170,6 +172,44 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
         1, rollout(["a", "b", "c", "d"], ["1", "2"]), scores, torch.zeros(2, 2), 2
     )
     assert [row.failed for row in rows] == ["", "second: no answer within 5 s", "", ""]
+    assert rows[1].rewards["first"] == 1.0  # what is known of it is shown
+    assert math.isnan(rows[1].reward)
+
+
+SIX, JUDGED = (0.0, 1.0, 2.0, 3.0, 1.0, 5.0), (1.0, 0.0, 1.0, 1.0, Failure("down"), 0.0)
+
+
+@pytest.mark.parametrize("aggregate", [sum_then_normalize, normalize_then_sum])
+def test_a_completion_with_a_failed_reward_changes_nothing_for_the_others(
+    aggregate: Callable[..., torch.Tensor],
+) -> None:
+    """The advantages are those of the same group without it, and its own is 0."""
+    normalize = Normalize(group_mean, group_std)
+
+    def advantages(*keep: int) -> list[float]:
+        rewards = {
+            "length": values_of(*[SIX[n] for n in keep]),
+            "judge": values_of(*[JUDGED[n] for n in keep]),
+        }
+        scores = score(rollout(["x"] * len(keep), ["1"]), rewards)
+        found: list[float] = aggregate(*scores.stacked(None, 0.0), normalize)[0].tolist()
+        return found
+
+    whole, without = advantages(0, 1, 2, 3, 4, 5), advantages(0, 1, 2, 3, 5)
+    assert whole[4] == 0.0
+    assert [*whole[:4], whole[5]] == pytest.approx(without, abs=1e-6)
+
+
+def test_a_failure_is_not_what_a_wrong_answer_is() -> None:
+    """Right, failed, right, right: they agree. Right, wrong, right, right: they don't."""
+    style = values_of(0.5, 0.5, 0.5, 0.5)
+    for second, expected in ((Failure("timeout"), 0.0), (0.0, -1.5)):
+        rewards = {"style": style, "judge": values_of(1.0, second, 1.0, 1.0)}
+        scores = score(rollout(["a", "b", "c", "d"], ["1"]), rewards)
+        normalize = Normalize(group_mean, group_std)
+        advantages = sum_then_normalize(*scores.stacked(None, 0.0), normalize)[0].tolist()
+        assert advantages[1] == pytest.approx(expected, abs=1e-3)
+        assert scores.metrics()["reward/zero_variance_groups"] == float(expected == 0.0)
 
 
 def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
@@ -184,6 +224,13 @@ def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
     nearly = score(four, {"down": values_of(None, None, Failure("x"), Failure("y"))})
     with pytest.raises(RunError, match="it failed for all 2 completions"):
         stop_where_all_failed(four, nearly)
+    # Each of two rewards works for half of them, and no completion has both.
+    halves = {
+        "one": values_of(Failure("no route"), Failure("x"), 1.0, 0.0),
+        "other": values_of(1.0, 0.0, Failure("x"), Failure("x")),
+    }
+    with pytest.raises(RunError, match="no completion with a reward, the first one with: no route"):
+        stop_where_all_failed(four, score(four, halves))
 
 
 def test_a_group_with_one_reward_left_teaches_nothing() -> None:

@@ -42,7 +42,8 @@ from grpo.optim import SCHEDULES, Optimizer
 from grpo.pieces import micro_batches, read_at_once, score_rollout
 from grpo.rollout import NativeEngine
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective
+from grpo.update import KLTerm, Learned, Objective, minibatches
+from grpo.update import gradients as add_gradients
 from grpo.update import update as update_learned
 from tests.test_rollout import prompts_of, wrap
 
@@ -325,6 +326,39 @@ def test_truncated_completions_are_masked_out_of_the_whole_loss(tiny: LanguageMo
     left_out = replace(OBJECTIVE, averaging=without)
     _, [theirs] = kept_gradients(tiny, left_out, rollout, advantages_BG, reference)
     assert close(ours, theirs)
+
+
+@pytest.mark.parametrize("averaging", AVERAGINGS)
+def test_completions_without_a_reward_are_as_if_they_had_not_been_sampled(
+    averaging: str, tiny: LanguageModel
+) -> None:
+    """Groups of four of which one has no reward, against groups of three."""
+    four = rollout_of(tiny, 2, 4)
+    unscored_N = torch.arange(8) % 4 == 2
+    own = ~unscored_N
+    three = replace(
+        four,
+        tokens_NC=four.tokens_NC[own],
+        logprobs_NC=four.logprobs_NC[own],
+        lengths_N=four.lengths_N[own],
+        truncated_N=four.truncated_N[own],
+        texts=tuple(text for text, kept in zip(four.texts, own.tolist(), strict=True) if kept),
+    )
+    advantages_N = torch.tensor([1.0, -2.0, 0.0, 1.0, 3.0, -1.0, 0.0, -2.0])
+    objective = replace(OBJECTIVE, averaging=AVERAGINGS[averaging], kl=None)
+    found = []
+    for rollout, learned in (
+        (four, Learned(advantages_N, None, 0.0, unscored_N)),
+        (three, Learned(advantages_N[own], None, 0.0)),
+    ):
+        (minibatch,) = minibatches(tiny, objective, rollout, ROOM.computed, 0, learned.unscored_N)
+        totals = add_gradients(tiny, None, objective, rollout, learned, minibatch, ROOM.computed)
+        found.append(torch.cat([p.grad.flatten() for p in tiny.model.parameters()]))  # type: ignore[union-attr]
+        tiny.model.zero_grad()
+        found.append(torch.tensor(totals.losses["loss/policy"]))
+    assert found[0].abs().max() > 0
+    assert_close(found[0], found[2])
+    assert_close(found[1], found[3])
 
 
 def full_logprobs(model: LanguageModel, rollout: Rollout, n: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Advantages: what a completion's reward says about it, next to the others'.
 
 A reward is compared with a baseline and divided by a scale: two choices, free to mix. NaN is a
-reward that doesn't apply: it takes no part in any mean or deviation, and its advantage is zero.
+reward that doesn't apply, or that no one knows: it takes no part in any mean or deviation, and its
+advantage is zero.
 """
 
 from __future__ import annotations
