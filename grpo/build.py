@@ -232,14 +232,33 @@ def build_objective(cfg: DictConfig) -> Objective:
     )
 
 
-def build_advantage(cfg: DictConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
+    """Rewards [R, B, G], weights [R] and a penalty [B, G] to take off, if any -> [B, G].
+
+    Raises:
+        ConfigError: a function of the user's own has no place for a divergence, and there is one.
+    """
     algorithm = cfg.algorithm
     normalize = Normalize(
         named(algorithm.baseline, BASELINES, "algorithm.baseline"),
         named(algorithm.scale, SCALES, "algorithm.scale"),
     )
     aggregate = named(algorithm.aggregate, AGGREGATES, "algorithm.aggregate")
+    in_reward = cfg.kl.within == "reward" and cfg.kl_weight > 0
+    if in_reward and algorithm.aggregate not in AGGREGATES and not takes(aggregate, "penalty_BG"):
+        raise ConfigError(
+            f"algorithm.aggregate={algorithm.aggregate}: has no parameter penalty_BG for the KL "
+            f"that kl.within=reward takes off; add it, or use kl.within=loss."
+        )
+
     return functools.partial(aggregate, normalize=normalize)
+
+
+def takes(function: Callable[..., Any], parameter: str) -> bool:
+    try:
+        return parameter in inspect.signature(function).parameters
+    except ValueError:  # a builtin without a signature
+        return False
 
 
 def build_kl_term(cfg: DictConfig) -> KLTerm | None:

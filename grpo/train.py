@@ -32,7 +32,7 @@ class Training:
     pull: Pull
     optimizer: Optimizer
     objective: Objective
-    advantage: Callable[[Tensor, Tensor], Tensor]  # rewards [R, B, G], weights [R] -> [B, G]
+    advantage: Callable[..., Tensor]  # rewards [R, B, G], weights [R], penalty_BG if any -> [B, G]
     evaluation: Evaluation
     tracker: Tracker
     checkpoints: Checkpoints
@@ -103,7 +103,11 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     batch = run.collector.collect(step)
     clock.lap()
     pulled = run.pull.read(batch.rollout)
-    advantages_BG = run.advantage(*batch.scores.stacked(pulled.divergence_BG, pulled.weight))
+    parts_RBG, weights_R = batch.scores.stacked()
+    penalty = {}  # of a KL in the reward
+    if pulled.divergence_BG is not None:
+        penalty["penalty_BG"] = pulled.weight * pulled.divergence_BG.cpu()
+    advantages_BG = run.advantage(parts_RBG, weights_R, **penalty)
     updated = update(
         run.policy,
         run.pull.reference,

@@ -186,20 +186,17 @@ class Scores:
             "reward/zero_variance_groups": float(agrees(self.total_BG).float().mean()),
         }
 
-    def stacked(self, divergence_BG: Tensor | None, weight: float) -> tuple[Tensor, Tensor]:
-        """The parts as [R, B, G] and their weights [R]; a divergence is one more, taken off.
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """The parts as [R, B, G] and their weights [R].
 
-        A completion without a total has none of the parts: a reward of it that is known is not to
-        be compared with the same reward of others, and its divergence alone teaches nothing.
+        A completion without a total has none of the parts either: what is known of it is not to be
+        compared with the same reward of others.
         """
         import torch
 
         parts = [part_N.view(self.total_BG.shape) for part_N in self.parts.values()]
-        weights = list(self.weights.values())
-        if divergence_BG is not None:
-            parts, weights = [*parts, divergence_BG.cpu()], [*weights, -weight]
         parts_RBG = torch.stack(parts).masked_fill(self.total_BG.isnan(), torch.nan)
-        return parts_RBG, torch.tensor(weights)
+        return parts_RBG, torch.tensor(list(self.weights.values()))
 
     def _by_source(self) -> dict[str, float]:
         """The mean reward of each set of a mix."""

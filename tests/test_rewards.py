@@ -16,9 +16,9 @@ from grpo.objective import Normalize
 from grpo.objective.advantages import (
     group_mean,
     group_std,
+    no_scale,
     normalize_then_sum,
     sum_then_normalize,
-    weighted_sum,
 )
 from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, score
 from grpo.rewards.score import stop_where_all_failed
@@ -192,7 +192,7 @@ def test_a_completion_with_a_failed_reward_changes_nothing_for_the_others(
             "judge": values_of(*[JUDGED[n] for n in keep]),
         }
         scores = score(rollout(["x"] * len(keep), ["1"]), rewards)
-        found: list[float] = aggregate(*scores.stacked(None, 0.0), normalize)[0].tolist()
+        found: list[float] = aggregate(*scores.stacked(), normalize)[0].tolist()
         return found
 
     whole, without = advantages(0, 1, 2, 3, 4, 5), advantages(0, 1, 2, 3, 5)
@@ -207,7 +207,7 @@ def test_a_failure_is_not_what_a_wrong_answer_is() -> None:
         rewards = {"style": style, "judge": values_of(1.0, second, 1.0, 1.0)}
         scores = score(rollout(["a", "b", "c", "d"], ["1"]), rewards)
         normalize = Normalize(group_mean, group_std)
-        advantages = sum_then_normalize(*scores.stacked(None, 0.0), normalize)[0].tolist()
+        advantages = sum_then_normalize(*scores.stacked(), normalize)[0].tolist()
         assert advantages[1] == pytest.approx(expected, abs=1e-3)
         assert scores.metrics()["reward/zero_variance_groups"] == float(expected == 0.0)
 
@@ -297,14 +297,33 @@ def test_the_data_sets_verifier_is_asked_once_a_completion() -> None:
     assert asked == ["a", "b"]
 
 
-def test_a_divergence_is_one_more_reward_with_its_weight_taken_off() -> None:
-    """Summed first or normalised first; and where no reward applies it teaches nothing alone."""
+def test_a_penalty_is_taken_off_the_reward() -> None:
+    """1 - 0.2 and 0 - 0.1 have mean 0.35; where no reward applies a penalty teaches nothing."""
     scores = score(rollout(["a", "b", "c", "d"], ["1"]), {"mine": values_of(1, 0, None, None)})
-    parts_RBG, weights_R = scores.stacked(torch.tensor([[2.0, 1.0, 9.0, 0.0]]), 0.1)
-    assert weights_R.tolist() == [1.0, pytest.approx(-0.1)]
-    total_BG = weighted_sum(parts_RBG, weights_R)
-    assert_close(total_BG[0, :2], torch.tensor([0.8, -0.1]))
-    assert total_BG[0, 2].isnan()
-    advantages_BG = normalize_then_sum(parts_RBG, weights_R, Normalize(group_mean, group_std))
-    assert advantages_BG[0, 0] > 0 > advantages_BG[0, 1]  # 0.9 of a deviation apart, not 0
-    assert advantages_BG[0, 2] == 0
+    penalty_BG, normalize = torch.tensor([[0.2, 0.1, 0.9, 0.0]]), Normalize(group_mean, no_scale)
+    found = sum_then_normalize(*scores.stacked(), normalize, penalty_BG)
+    assert_close(found, torch.tensor([[0.45, -0.45, 0.0, 0.0]]))
+
+
+def test_a_penalty_keeps_its_size_where_each_reward_is_normalised() -> None:
+    """The rewards' part by hand: 1, 0, 1, 0 normalised twice is ±sqrt(3)/2 twice, so ±0.866.
+
+    The penalties 0.4 and 0 have a mean of 0.2 in their groups: 0.2 is taken off or given, not more
+    where they are spread less.
+    """
+    texts, plain = ["x"] * 4, Normalize(group_mean, group_std)
+    scores = score(rollout(texts, ["1", "2"]), {"mine": values_of(1, 0, 1, 0)})
+    parts_RBG, weights_R = scores.stacked()
+    rewarded = normalize_then_sum(parts_RBG, weights_R, plain)
+    assert_close(rewarded.abs(), torch.full((2, 2), 3**0.5 / 2), atol=4e-4, rtol=0)
+    penalty_BG = torch.tensor([[0.4, 0.0], [0.0, 0.4]])
+    for size in (0.1, 1.0, 10.0, 100.0):
+        found = normalize_then_sum(parts_RBG, weights_R, plain, size * penalty_BG)
+        off = torch.tensor([[0.2, -0.2], [-0.2, 0.2]])
+        assert_close(found, rewarded - size * off, atol=1e-4, rtol=1e-5)
+    # One that has no total is in no mean of penalties either.
+    failed = score(rollout(texts, ["1"]), {"mine": values_of(1, 0, 1, Failure("down"))})
+    penalty_BG = torch.tensor([[0.3, 0.0, 0.0, 50.0]])
+    given = normalize_then_sum(*failed.stacked(), plain, penalty_BG)
+    taken = given - normalize_then_sum(*failed.stacked(), plain)
+    assert_close(taken, torch.tensor([[-0.2, 0.1, 0.1, 0.0]]), atol=1e-6, rtol=0)
