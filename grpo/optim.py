@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grpo.errors import ConfigError
 
@@ -33,8 +33,53 @@ def adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, floa
 
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
-WATCHED = 4096  # weights
+WATCHED, MATRICES = 4096, 64  # weights whose moves are counted, and in how many matrices
 OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
+
+
+class Watch:
+    """Whether steps as small as these change anything: a sample of the weights, before and after.
+
+    Every matrix in it gives as many, whatever its size: the rows of rare tokens, most of the
+    weights of a model whose head is its own, have next to no gradient and say nothing.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        found = [p for p in parameters if p.dim() >= 2] or list(parameters)
+        count = min(MATRICES, len(found))
+        chosen = [found[n * len(found) // count] for n in range(count)]
+        self.places = [(p, places_in(p, WATCHED // count)) for p in chosen]
+        self.weights_T = self.graded_T = torch.empty(0)
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Keeps the weights, and which of them have a gradient."""
+        self.weights_T = self._weights()
+        none = [torch.zeros_like(at, dtype=torch.bool) for _, at in self.places]
+        self.graded_T = torch.cat(
+            [
+                own if p.grad is None else torch.take(p.grad, at) != 0
+                for (p, at), own in zip(self.places, none, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def moved(self) -> float:
+        """The share of those with a gradient that are not what they were; 0 where none has one."""
+        changed_T = (self._weights() != self.weights_T) & self.graded_T
+        changed, graded = torch.stack([changed_T.sum(), self.graded_T.sum()]).tolist()
+        return float(changed / graded) if graded else 0.0
+
+    def _weights(self) -> Tensor:
+        return torch.cat([torch.take(p, at) for p, at in self.places])
+
+
+def places_in(matrix: Tensor, count: int) -> Tensor:
+    """At most so many places in a matrix, the same ones each time, without a pattern."""
+    generator = torch.Generator().manual_seed(matrix.numel())
+    drawn = torch.randint(matrix.numel(), (count,), generator=generator)
+    different: Tensor = drawn.unique()
+    return different.to(matrix.device)
 
 
 class Optimizer:
@@ -71,8 +116,7 @@ class Optimizer:
         self.schedule, self.warmup_steps = schedule, warmup_steps
         self.max_grad_norm = max_grad_norm or math.inf
         self.steps_done = 0
-        # Of the largest matrix, to see whether steps as small as these change anything.
-        self.watched = max(self.parameters, key=torch.numel).detach().view(-1)[:WATCHED]
+        self.watch = Watch(self.parameters)
 
     def _make_room(self) -> None:
         """Makes Adam's state now, beside the weights, and not where activations come and go."""
@@ -103,9 +147,9 @@ class Optimizer:
         if not skipped:
             for group in self.adamw.param_groups:
                 group["lr"] = rate
-            before = self.watched.clone()
+            self.watch.before()
             self.adamw.step()
-            moved = float((self.watched != before).float().mean())
+            moved = self.watch.moved()
         self.forget()
         self.steps_done += 1
         return {

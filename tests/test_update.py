@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from grpo.budget import Budget, Limit
 from grpo.device import Device, open_device
@@ -45,6 +45,7 @@ from grpo.types import Example, Prompt, Rollout, Sampling
 from grpo.update import KLTerm, Learned, Objective, minibatches
 from grpo.update import gradients as add_gradients
 from grpo.update import update as update_learned
+from tests.conftest import SHAPE
 from tests.test_rollout import prompts_of, wrap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -651,6 +652,62 @@ def test_long_gradients_are_scaled_down(tiny: LanguageModel) -> None:
     assert steps.step()["optim/grad_norm"] == pytest.approx(math.sqrt(count), rel=1e-4)
     moment = steps.adamw.state[steps.parameters[0]]["exp_avg"]
     assert float(moment.max()) == pytest.approx(0.1 / math.sqrt(count), rel=1e-3)
+
+
+class Untied(nn.Module):
+    """A table and a head of many rows of which few have a gradient, and a matrix between them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table, self.head = (nn.Parameter(torch.ones(5000, 8, dtype=dtype)) for _ in range(2))
+        self.middle = nn.Parameter(torch.ones(16, 8, dtype=dtype))
+
+    def read_some(self) -> None:
+        """Gradients as of a step that has read ten rows of the table."""
+        for parameter in self.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for graded in (self.table.grad[:10], self.middle.grad, self.head.grad[:10]):  # type: ignore[index]
+            graded += 1e-3  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate", "moved"),
+    [
+        (torch.float32, 1e-5, 1.0),
+        (torch.float32, 1e-9, 0.0),  # next to 1 the last digit of fp32 is 6e-8
+        (torch.bfloat16, 1e-5, 0.0),  # and that of bf16 4e-3
+        (torch.bfloat16, 1e-2, 1.0),
+    ],
+)
+def test_whether_steps_round_away_is_seen_where_there_is_a_gradient(
+    dtype: torch.dtype, learning_rate: float, moved: float
+) -> None:
+    model = Untied(dtype)
+    steps = Optimizer(
+        model, "adamw", learning_rate, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
+    )
+    model.read_some()
+    assert steps.step()["optim/moved"] == moved
+    # Half of the middle is so small that any step shows.
+    with torch.no_grad():
+        model.middle[8:] = 1e-12
+    model.read_some()
+    assert steps.step()["optim/moved"] == pytest.approx(max(moved, 0.5), abs=0.15)
+    # Without a gradient there is nothing to be said.
+    assert steps.step()["optim/moved"] == 0.0
+
+
+def test_an_untied_models_steps_are_seen_to_move_it(device: Device) -> None:
+    """Its largest matrix is the table of tokens, most of which no step reads."""
+    shape = {**SHAPE, "vocab_size": 4000, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    policy = wrap(Qwen2ForCausalLM(Qwen2Config(**shape, head_dim=16)).eval(), device)
+    rollout = NativeEngine(policy, 6, ROOM).generate(prompts_of(7, 3), 3, SAMPLING, seed=4)
+    advantages_BG = torch.tensor([[1.0, 0.0, -1.0], [2.0, -1.0, -1.0]])
+    for learning_rate, low, high in ((1e-4, 0.9, 1.0), (1e-13, 0.0, 0.05)):
+        own = optimizer(policy, learning_rate=learning_rate)
+        found = update(policy, None, own, OBJECTIVE, rollout, advantages_BG, 10**6)
+        assert low <= found["optim/moved"] <= high
 
 
 def test_a_resumed_optimizer_keeps_its_state_and_takes_todays_options(tiny: LanguageModel) -> None:
