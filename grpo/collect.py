@@ -67,11 +67,14 @@ class Collector:
         first = sample(first_rows)
         kept = [Group(0, b) for b in range(self.batch_size)]
         stale = set(kept) - {Group(0, b) for b in informative(first)}
+        shown = set(first_rows)
         for attempt in range(self.resample):
             if not stale:
                 break
             rows = [first_rows[b] for b, group in enumerate(kept) if group in stale]
-            again = sample(self.order.extra(step, attempt, rows))
+            drawn = self.order.extra(step, attempt, rows, shown)
+            shown.update(drawn)
+            again = sample(drawn)
             kept = refill(kept, len(rollouts) - 1, again, stale, first.sources)
             stale &= set(kept)
         everything = [Group(k, b) for k, own in enumerate(scores) for b in range(len(own.sources))]

@@ -93,6 +93,19 @@ def test_a_group_that_differs_by_a_failure_alone_is_drawn_anew(tiny: LanguageMod
     assert batch.scores.total_BG[:, 3].isnan().all()
 
 
+@pytest.mark.parametrize("rows", [24, 40])
+def test_no_prompt_is_drawn_twice_in_a_step(tiny: LanguageModel, rows: int) -> None:
+    """Six prompts that teach nothing, drawn anew three times: 24 different ones."""
+    seen: list[int] = []
+
+    def all_agree(samples: Sequence[Sample]) -> list[float]:
+        seen.extend(sample.example.columns["n"] for sample in samples[::4])
+        return [0.0] * len(samples)
+
+    collector(tiny, all_agree, resample=3, rows=rows).collect(2)
+    assert len(seen) == len(set(seen)) == 24
+
+
 def test_there_is_an_end_to_drawing_anew(tiny: LanguageModel) -> None:
     """Where all groups always agree: so many times, then the step goes on with what it has."""
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -394,6 +397,37 @@ def test_what_is_drawn_anew_is_of_the_same_set_however_large_the_seed() -> None:
     assert len(order.batch(1, 8)) == 8
     # With fewer rows than are wanted, some come again.
     assert len(one_set(2, seed=0).extra(1, 0, [0, 1, 0])) == 3
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 2**40))
+def test_a_step_has_no_row_twice_while_there_are_others(
+    rows: int, batch: int, apart: bool, seed: int
+) -> None:
+    """Over five attempts that replace all of the step; of one set, and of two that alternate."""
+    order = one_set(rows, seed)
+    if apart:
+        order = mixed(["a", "b"] * rows, {"a": 0.5, "b": 0.5}, seed)
+    first = order.batch(3, batch)
+    had, places = set(first), Counter(row % 2 if apart else 0 for row in first)
+    for attempt in range(5):
+        drawn = order.extra(3, attempt, first, had)
+        assert drawn == order.extra(3, attempt, first, frozenset(had))
+        assert Counter(row % 2 if apart else 0 for row in drawn) == places
+        for own in order.sets:
+            ours = [row for row in drawn if row in own]
+            left = len(own) - sum(row in own for row in had)
+            assert len(set(ours) - had) == min(left, len(ours))  # new ones, and different
+        had |= set(drawn)
+
+
+def test_replacements_of_a_million_rows_are_drawn_in_no_time() -> None:
+    order = mixed(["a"] * 600_000 + ["b"] * 400_000, {"a": 0.5, "b": 0.5}, seed=0)
+    stale = order.batch(1, 64)
+    begun = time.perf_counter()
+    drawn = [order.extra(1, attempt, stale, stale) for attempt in range(100)]
+    assert time.perf_counter() - begun < 0.5  # a pass over the rows takes a second each
+    assert len({row for own in drawn for row in own}) > 6000
+    assert sum(sys.getsizeof(own) for own in order.sets) < 1000
 
 
 def test_an_answer_that_a_tasks_scorer_cannot_read_is_wrong() -> None:
