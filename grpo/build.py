@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grpo.again import key_of
 from grpo.budget import Budget
 from grpo.data.difficulty import Curriculum
 from grpo.data.order import Order, mixed, one_set
@@ -279,6 +280,21 @@ def build_kl_term(cfg: DictConfig) -> KLTerm | None:
         in_reward=kl.within == "reward",
         unbiased_gradient=kl.unbiased_gradient,
     )
+
+
+def tell_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> None:
+    """Says that a KL was asked for, by these overrides or this choice, which has no weight."""
+    own_weight = not OmegaConf.is_interpolation(cfg, "kl_weight")
+    if own_weight or cfg.kl_weight > 0 or cfg.kl.estimator is None:
+        return
+    keys = [key_of(override) for override in overrides]
+    asked = [key for key in keys if key == "kl" or key.startswith("kl.")]
+    if asked or choice != "k3":
+        log.warning(
+            "%s is given, but this algorithm has no KL (algorithm.kl_weight=0): none is computed "
+            "and no reference is loaded; kl_weight=0.02, for example, trains with it.",
+            asked[0] if asked else f"kl={choice}",
+        )
 
 
 def build_pull(

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -28,6 +29,7 @@ from grpo.build import (
     build_rewards,
     load_model,
     prompt_format,
+    tell_unused_kl,
 )
 from grpo.checkpoint import Checkpoints, Progress
 from grpo.collect import Collector
@@ -141,6 +143,8 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
     objective, advantage = build_objective(cfg), build_advantage(cfg)
+    hydra = HydraConfig.get()
+    tell_unused_kl(cfg, hydra.overrides.task, hydra.runtime.choices["kl"])
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
     formats = [prompt_format(own.options, own.key) for own in found.sets]
@@ -235,6 +239,7 @@ def starting_point(
         asked = None if in_sweep() else os.environ.get("WANDB_RUN_ID")
         return Progress(step=0, run_id=asked or uuid.uuid4().hex[:8], base=base, unlogged={})
     start = checkpoints.load(policy, optimizer, pull, budget)
+    tell_changed_kl(cfg, checkpoints.saved_config(start.step))
     if start.base != base:
         raise ConfigError(
             f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "
@@ -246,6 +251,18 @@ def starting_point(
             f"num_epochs to go on."
         )
     return start
+
+
+def tell_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
+    """Says where a run goes on with another KL than it began with, before algorithms had theirs."""
+    weight = before.get("kl_weight")
+    if "kl_weight" in before.get("algorithm", {}) or weight is None or weight == cfg.kl_weight:
+        return
+    log.warning(
+        "kl_weight is %g, and was %g before: this algorithm brings its own by now; "
+        "kl_weight=%g kl=%s kl.within=%s goes on as it began.",
+        cfg.kl_weight, weight, weight, before["kl"]["estimator"], before["kl"]["within"],
+    )  # fmt: skip
 
 
 def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from grpo import past
@@ -150,6 +151,24 @@ def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -
     code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 0, printed
     assert [line["step"] for line in metrics(copy)] == list(range(11))
+
+
+def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: Grpo) -> None:
+    """It was of an algorithm that now brings another KL."""
+    file = copy / ".hydra/config.yaml"
+    config = yaml.safe_load(file.read_text())
+    for key in ("kl_weight", "kl_within"):
+        del config["algorithm"][key]
+    config["kl_weight"], config["kl"]["within"] = 0.02, "loss"
+    file.write_text(yaml.safe_dump(config))
+    overrides = copy / ".hydra/overrides.yaml"
+    overrides.write_text(overrides.read_text() + "- algorithm=rloo\n")
+    code, printed = grpo(f"resume={copy}", "max_steps=10")
+    assert code == 0, printed
+    after = yaml.safe_load(file.read_text())
+    assert (after["kl_weight"], after["kl"]["within"]) == (0.02, "loss")
+    assert after["kl"]["estimator"] == "k3"
+    assert after["algorithm"]["baseline"] == "leave_one_out"
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(copy: Path, grpo: Grpo) -> None:
