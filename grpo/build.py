@@ -314,13 +314,17 @@ def build_pull(
     )
 
 
+def updates_of_step(cfg: DictConfig) -> int:
+    return int(cfg.algorithm.num_iterations * cfg.algorithm.minibatches)
+
+
 def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optimizer:
     return Optimizer(
         policy.model,
         cfg.optim.name,
         learning_rate=cfg.learning_rate,
         # The schedule counts updates.
-        total_steps=steps * cfg.algorithm.num_iterations * cfg.algorithm.minibatches,
+        total_steps=steps * updates_of_step(cfg),
         schedule=SCHEDULES[cfg.optim.schedule],
         warmup_steps=cfg.optim.warmup_steps,
         weight_decay=cfg.optim.weight_decay,

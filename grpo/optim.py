@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from grpo.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 Adam = torch.optim.Optimizer
 Schedule = Callable[[float], float]  # share of the steps after warm-up done, 0..1 -> factor
@@ -35,6 +38,13 @@ def adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, floa
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 WATCHED, MATRICES = 4096, 64  # weights whose moves are counted, and in how many matrices
 OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
+
+
+class Bend(NamedTuple):
+    """Where a schedule begins, in steps, and at which share of the learning rate."""
+
+    start: int
+    share: float
 
 
 class Watch:
@@ -112,8 +122,9 @@ class Optimizer:
         self.adamw = OPTIMIZERS[name](groups, learning_rate, betas)
         if name == "adamw":
             self._make_room()
-        self.learning_rate, self.total_steps = learning_rate, total_steps
+        self.learning_rate, self.end = learning_rate, total_steps
         self.schedule, self.warmup_steps = schedule, warmup_steps
+        self.bend = Bend(warmup_steps, 1.0)
         self.max_grad_norm = max_grad_norm or math.inf
         self.steps_done = 0
         self.watch = Watch(self.parameters)
@@ -131,10 +142,38 @@ class Optimizer:
         """The learning rate of the step that comes next."""
         if self.steps_done < self.warmup_steps:
             return self.learning_rate * (self.steps_done + 1) / self.warmup_steps
-        after = max(1, self.total_steps - self.warmup_steps)
-        return self.learning_rate * self.schedule(
-            min(1.0, (self.steps_done - self.warmup_steps) / after)
-        )
+        return self.learning_rate * self._share()
+
+    def _share(self) -> float:
+        """Of the learning rate, after warm-up."""
+        after = max(1, self.end - self.bend.start)
+        done = min(1.0, (self.steps_done - self.bend.start) / after)
+        return self.bend.share * self.schedule(done)
+
+    def end_after(self, remaining: int) -> None:
+        """Lets the schedule end after so many steps more, where a resumed run has other ones left.
+
+        It goes on from the rate that it had come to, so that nothing jumps. Only where that is 0,
+        at the end of a run, does it take the place that it would have had in the longer one.
+        """
+        end = self.steps_done + remaining
+        if end == self.end:
+            return
+        started = self.steps_done > self.bend.start and self.schedule is not SCHEDULES["constant"]
+        share = self._share() if started else 1.0
+        self.end = end
+        if started and share > 0:
+            self.bend = Bend(self.steps_done, share)
+            log.info(
+                "optim.schedule: from the present learning rate, %g, on to the new end, "
+                "%d updates from here.", self.rate(), remaining,
+            )  # fmt: skip
+        elif started:
+            self.bend = Bend(self.warmup_steps, 1.0)
+            log.warning(
+                "optim.schedule: had come to its end, at 0; the learning rate goes on at %g, as if "
+                "%d updates had been planned from the start.", self.rate(), end,
+            )  # fmt: skip
 
     def step(self) -> dict[str, float]:
         """Applies the gradients that have gathered and frees them.
@@ -164,7 +203,14 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        return {"name": self.name, "adamw": self.adamw.state_dict(), "steps_done": self.steps_done}
+        bent = None if self.bend == Bend(self.warmup_steps, 1.0) else tuple(self.bend)
+        return {
+            "name": self.name,
+            "adamw": self.adamw.state_dict(),
+            "steps_done": self.steps_done,
+            "end": self.end,
+            "bend": bent,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state["name"] != self.name:
@@ -178,3 +224,6 @@ class Optimizer:
         for group, (betas, weight_decay) in zip(self.adamw.param_groups, now, strict=True):
             group["betas"], group["weight_decay"] = betas, weight_decay
         self.steps_done = state["steps_done"]
+        self.end = state.get("end", self.end)  # older ones have none
+        if state.get("bend") is not None:
+            self.bend = Bend(*state["bend"])

@@ -30,6 +30,7 @@ from grpo.build import (
     load_model,
     prompt_format,
     tell_unused_kl,
+    updates_of_step,
 )
 from grpo.checkpoint import Checkpoints, Progress
 from grpo.collect import Collector
@@ -239,6 +240,7 @@ def starting_point(
         asked = None if in_sweep() else os.environ.get("WANDB_RUN_ID")
         return Progress(step=0, run_id=asked or uuid.uuid4().hex[:8], base=base, unlogged={})
     start = checkpoints.load(policy, optimizer, pull, budget)
+    optimizer.end_after((steps - start.step) * updates_of_step(cfg))
     tell_changed_kl(cfg, checkpoints.saved_config(start.step))
     if start.base != base:
         raise ConfigError(

@@ -171,6 +171,22 @@ def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: G
     assert after["algorithm"]["baseline"] == "leave_one_out"
 
 
+def test_a_schedule_goes_on_from_the_rate_it_had_come_to(grpo: Grpo, tmp_path: Path) -> None:
+    """Four of six steps down a line, then with ten in all: from 2/6 to 0 in six more."""
+    linear = (
+        "experiment=smoke", "tracking=none", "eval.every=0", "optim.schedule=linear", FEW,
+        "hydra.run.dir=run", "learning_rate=0.6e-4",
+    )  # fmt: skip
+    assert grpo(*linear, "max_steps=6")[0] == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/step_6")
+    code, printed = grpo("resume=run", "max_steps=10")
+    assert code == 0, printed
+    rates = [line["optim/learning_rate"] for line in metrics(tmp_path / "run")[1:]]
+    down = [6, 5, 4, 3, *(2 * (1 - n / 6) for n in range(6))]
+    assert rates == pytest.approx([1e-5 * rate for rate in down])
+    assert printed.count("on to the new end") == 1
+
+
 def test_a_refused_resume_leaves_the_run_as_it_was(copy: Path, grpo: Grpo) -> None:
     before = (copy / ".hydra/overrides.yaml").read_text()
     for wrong in ("dataset.size=many", "device=cuda", "max_steps=9"):

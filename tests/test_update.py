@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -652,6 +653,53 @@ def test_long_gradients_are_scaled_down(tiny: LanguageModel) -> None:
     assert steps.step()["optim/grad_norm"] == pytest.approx(math.sqrt(count), rel=1e-4)
     moment = steps.adamw.state[steps.parameters[0]]["exp_avg"]
     assert float(moment.max()) == pytest.approx(0.1 / math.sqrt(count), rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("end", [30, 9, 20])
+def test_a_schedule_goes_on_without_a_jump_to_another_end(schedule: str, end: int) -> None:
+    """Twenty steps were planned, two of them warm-up; after eight the end is another."""
+
+    def made() -> Optimizer:
+        model = nn.Linear(2, 2)
+        return Optimizer(model, "adamw", 0.1, 20, SCHEDULES[schedule], 2, 0.0, (0.9, 0.99), 0.0)
+
+    first = made()
+    rates = [first.step()["optim/learning_rate"] for _ in range(8)]
+    coming, second = first.rate(), made()
+    second.load_state(first.state())
+    second.end_after(end - 8)
+    assert second.rate() == pytest.approx(coming)
+    for _ in range(8, end):
+        rates.append(second.step()["optim/learning_rate"])
+        # Resumed once more with nothing changed, it is where it was, to the bit.
+        third = made()
+        third.load_state(second.state())
+        third.end_after(end - second.steps_done)
+        assert third.rate() == second.rate()
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[2:]))
+    assert second.rate() == pytest.approx(0.0, abs=1e-12)
+    if end == 20:
+        unbroken = made()
+        assert rates == [unbroken.step()["optim/learning_rate"] for _ in range(20)]
+    if schedule == "linear":
+        # Six of eighteen steps down: 2/3 of the rate, and from there in a line.
+        assert rates[8:] == pytest.approx(
+            [0.1 * 2 / 3 * (1 - n / (end - 8)) for n in range(end - 8)]
+        )
+
+
+def test_a_schedule_at_its_end_begins_again_within_the_longer_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = Optimizer(
+        nn.Linear(2, 2), "adamw", 0.1, 4, SCHEDULES["linear"], 0, 0.0, (0.9, 0.99), 0.0
+    )
+    for _ in range(4):
+        steps.step()
+    steps.end_after(4)
+    assert steps.rate() == pytest.approx(0.05)  # four of eight steps down
+    assert "as if 8 updates had been planned" in caplog.text
 
 
 class Untied(nn.Module):
