@@ -19,12 +19,15 @@ from grpo.budget import Budget
 from grpo.data.difficulty import Curriculum
 from grpo.data.order import Order, mixed, one_set
 from grpo.data.prompts import (
+    DrawnPrompts,
+    DrawnSet,
     PromptFormat,
     PromptSets,
     WorkedExample,
     tokenized,
     without_held_out,
 )
+from grpo.data.rows import EAGER
 from grpo.device import Device, open_device
 from grpo.errors import ConfigError
 from grpo.evaluate import Evaluation
@@ -124,21 +127,30 @@ def build_prompts(
         ConfigError: nothing is left of one of them.
     """
     evaluated = [example for own in found.sets for example in own.evaluation]
+    many = any(len(own.train) > EAGER for own in found.sets)
     train: list[Prompt] = []
+    drawn: list[DrawnSet] = []
     evaluation: list[Prompt] = []
     for own, format in zip(found.sets, formats, strict=True):
         keep = own.options.allow_overlap or not own.train
         rows = own.train if keep else without_held_out(own.train, evaluated, own.key)
-        train += tokenized(rows, format, tokenizer, "training", own.key) if rows else []
+        if many:
+            left_out = frozenset(() if keep else (example.question for example in evaluated))
+            drawn.append(DrawnSet(rows, format, left_out, own.name))
+        elif rows:
+            train += tokenized(rows, format, tokenizer, "training", own.key)
         evaluation += tokenized(own.evaluation, format, tokenizer, "evaluation", own.key)
-    return PromptSets(train, evaluation)
+    return PromptSets(DrawnPrompts(drawn, tokenizer) if many else train, evaluation)
 
 
 def build_order(prompts: Sequence[Prompt], found: Found, cfg: DictConfig) -> Order:
     if len(found.sets) == 1:
         return one_set(len(prompts), cfg.seed, shuffled=cfg.curriculum.order == "shuffled")
     probabilities = {own.name: own.probability for own in found.sets}
-    sources = [prompt.example.source for prompt in prompts]
+    if isinstance(prompts, DrawnPrompts):
+        sources = prompts.sources()
+    else:
+        sources = [prompt.example.source for prompt in prompts]
     for name in probabilities:
         if name not in sources:
             raise ConfigError(f"dataset.sets.{name}: none of its prompts is left to train on.")
@@ -208,7 +220,10 @@ def build_evaluation(
     train: Sequence[Prompt] = (),
 ) -> Evaluation:
     sampling = replace(build_sampling(cfg), temperature=cfg.eval.temperature)
-    trained = {prompt.example.question for prompt in train}
+    if isinstance(train, DrawnPrompts):
+        trained = train.asked({prompt.example.question for prompt in prompts})
+    else:
+        trained = {prompt.example.question for prompt in train}
     overlap = sum(prompt.example.question in trained for prompt in prompts) / len(prompts)
     return Evaluation(
         engine, prompts, rewards, cfg.eval.samples, cfg.eval.greedy, sampling, overlap

@@ -36,6 +36,7 @@ from grpo.checkpoint import Checkpoints, Progress
 from grpo.collect import Collector
 from grpo.data.difficulty import solved_shares
 from grpo.data.order import total_steps
+from grpo.data.prompts import DrawnPrompts
 from grpo.doctor.limits import Limits
 from grpo.doctor.watch import Watch
 from grpo.errors import ConfigError, RunError
@@ -151,15 +152,17 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     formats = [prompt_format(own.options, own.key) for own in found.sets]
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
-    longest = check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
+    longest = check_fits(cfg, policy, prompts.evaluation, prompts.train)
     copied = objective.kl is not None and cfg.adapter is None
     budget = build_budget(cfg, policy, longest, with_reference=copied)
     engine = make_engine(policy=policy, max_new_tokens=cfg.max_new_tokens, budget=budget)
-    train_prompts, curriculum = prompts.train, build_curriculum(cfg)
+    train_prompts: Sequence[Prompt] = prompts.train
+    curriculum = build_curriculum(cfg)
     if curriculum.samples:
-        how = objective.sampling
-        solved = solved_shares(folder, prompts.train, engine, how, curriculum.samples)
-        train_prompts = curriculum.choose(prompts.train, solved)
+        own = prompts.train
+        asked = own.all_that_fit() if isinstance(own, DrawnPrompts) else own
+        solved = solved_shares(folder, asked, engine, objective.sampling, curriculum.samples)
+        train_prompts = curriculum.choose(asked, solved)
     order = build_order(train_prompts, found, cfg)
 
     # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
@@ -210,9 +213,22 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     return run, Standing(start)
 
 
-def check_fits(cfg: DictConfig, policy: LanguageModel, prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt and its completion."""
-    longest = max(len(prompt.token_ids) for prompt in prompts)
+def check_fits(
+    cfg: DictConfig,
+    policy: LanguageModel,
+    prompts: Sequence[Prompt],
+    train: Sequence[Prompt] = (),
+) -> int:
+    """Tokens of the longest prompt and its completion.
+
+    Of prompts that are made as they are drawn it is the longest that there may be: longer ones than
+    the context has room for are left out.
+    """
+    known = [] if isinstance(train, DrawnPrompts) else train
+    longest = max(len(prompt.token_ids) for prompt in (*prompts, *known))
+    if isinstance(train, DrawnPrompts):
+        train.look_at_some(policy.context - cfg.max_new_tokens)
+        longest = max(longest, train.most_tokens)
     if longest + cfg.max_new_tokens > policy.context:
         raise ConfigError(
             f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from grpo.budget import Budget
 from grpo.collect import Collector
 from grpo.data.order import one_set
+from grpo.data.prompts import DrawnPrompts, DrawnSet, PromptFormat
+from grpo.errors import RunError
 from grpo.models.load import LanguageModel
 from grpo.rewards import WeightedReward
 from grpo.rollout import NativeEngine
@@ -104,6 +107,31 @@ def test_no_prompt_is_drawn_twice_in_a_step(tiny: LanguageModel, rows: int) -> N
 
     collector(tiny, all_agree, resample=3, rows=rows).collect(2)
     assert len(seen) == len(set(seen)) == 24
+
+
+def test_prompts_that_are_too_long_make_way_as_they_are_drawn(tiny: LanguageModel) -> None:
+    """Every second one is; the others take their place, none twice, and the same ones each time."""
+    plain = collector(tiny, odd_ones_differ, resample=3)
+    examples = [
+        replace(p.example, question=p.example.question + " please" * 50 * (n % 2))
+        for n, p in enumerate(plain.prompts)
+    ]
+    format = PromptFormat(None, (), False, {}, 40)
+    drawn = DrawnPrompts(
+        [DrawnSet(examples, format, frozenset(["What is 4 + 5?"]), "")], tiny.tokenizer
+    )
+    own = replace(plain, prompts=drawn)
+    batches = [own.collect(step) for step in (1, 2, 1)]
+    for batch in batches:
+        found = numbers(batch.rollout.prompts)
+        assert len(set(found)) == 6
+        assert all(n % 2 == 0 and n != 4 for n in found)
+    assert batches[0].rollout.texts == batches[2].rollout.texts
+    hopeless = DrawnPrompts(
+        [DrawnSet(examples, replace(format, max_prompt_tokens=2), frozenset(), "")], tiny.tokenizer
+    )
+    with pytest.raises(RunError, match="none of 1000 training prompts"):
+        replace(plain, prompts=hopeless).collect(1)
 
 
 def test_there_is_an_end_to_drawing_anew(tiny: LanguageModel) -> None:

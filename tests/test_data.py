@@ -20,7 +20,8 @@ from grpo.build import build_prompts, prompt_format
 from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
 from grpo.data.arithmetic import is_held_out
 from grpo.data.order import mixed, one_set
-from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample
+from grpo.data.prompts import DrawnPrompts, PromptFormat, PromptSets, WorkedExample
+from grpo.data.rows import Examples
 from grpo.data.slices import parse_slice
 from grpo.data.source import Slices, Source
 from grpo.data.verify import (
@@ -418,6 +419,92 @@ def test_a_step_has_no_row_twice_while_there_are_others(
             left = len(own) - sum(row in own for row in had)
             assert len(set(ours) - had) == min(left, len(ours))  # new ones, and different
         had |= set(drawn)
+
+
+def lines_of(count: int) -> list[str]:
+    return [json.dumps({"question": f"What is {n} + 1? ☃", "answer": n + 1}) for n in range(count)]
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treats data sets of more than a dozen rows as those of millions."""
+    for module in ("source", "table"):
+        monkeypatch.setattr(f"grpo.data.{module}.EAGER", 12)
+    monkeypatch.setattr("grpo.build.EAGER", 12)
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arithmetic", "gym"])
+def test_rows_on_demand_are_the_rows(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of them is asked for, in whatever order; blank lines and all."""
+    lines = lines_of(40)
+    (tmp_path / "x.jsonl").write_text("\n".join([*lines[:9], "", "  ", *lines[9:]]) + "\n\n")
+    rows = [json.loads(line) for line in lines]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    source: Source = {
+        "jsonl": lambda: Jsonl(str(tmp_path / "x.jsonl")),
+        "parquet": lambda: Jsonl(str(tmp_path / "x.parquet")),
+        "arithmetic": lambda: Arithmetic(40, 8, digits=1),
+        "gym": lambda: ReasoningGym("chain_sum", 40, 8, {}),
+    }[kind]()
+    slices = Slices("train", "5:35", "train", "35:")
+    lean = slices.train(source)
+    assert isinstance(lean, Examples)
+    monkeypatch.setattr("grpo.data.source.EAGER", 10**9)
+    whole = slices.train(source)
+    assert isinstance(whole, list)
+
+    def told(example: Example) -> tuple[object, ...]:
+        return example.question, example.answer, example.columns
+
+    assert len(lean) == len(whole) == 30
+    assert [told(lean[n]) for n in (29, 0, 17, -1)] == [told(whole[n]) for n in (29, 0, 17, 29)]
+    assert list(map(told, lean)) == list(map(told, whole))
+    gone = {whole[3].question, whole[20].question, "another"}
+    left = [told(one) for one in whole if kind in ("arithmetic", "gym") or one.question not in gone]
+    assert list(map(told, lean.without(gone))) == left
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("{oh", "line 31 is not JSON"),
+        ('{"question": "q", "answer": " "}', "row 30 has nothing in column 'answer'"),
+        ('{"question": "q"}', "row 30 has no such column"),
+        (b'{"question": "\xff", "answer": 1}', "line 31 is not UTF-8"),
+    ],
+)
+def test_a_bad_row_among_many_is_refused_with_its_number(
+    bad: str | bytes, says: str, tmp_path: Path
+) -> None:
+    lines: list[str | bytes] = ["", *lines_of(40)]  # the first line is blank
+    lines[30] = bad
+    encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(encoded))
+    with pytest.raises(ConfigError, match=says):
+        Slices("train", ":38", "test", "38:").train(Jsonl(str(tmp_path / "x.jsonl")))
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_prompts_made_as_they_are_drawn_are_those_made_beforehand(
+    tiny: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "long " * 60
+    train = [f"{long if n % 4 == 0 else ''}{n}?" for n in range(40)]
+    drawn = prompts_of(Rows(train, train[-3:]), tiny.tokenizer, max_prompt_tokens=60).train
+    assert isinstance(drawn, DrawnPrompts)
+    assert "3 training rows are evaluation rows too" in caplog.text
+    assert len(drawn) == 37  # the evaluation's are gone; what is too long is not known yet
+    fitting = [row for row in range(37) if drawn.fits(row)]
+    assert [drawn[row].example.question for row in fitting] == [q for q in train[:37] if len(q) < 9]
+    format = PromptFormat(None, (), True, {}, 60)
+    assert drawn[5].token_ids == format.render(drawn[5].example, tiny.tokenizer)[1]
+    assert "8 training prompts so far are too long" in caplog.text
+    with pytest.raises(ConfigError, match="so none is left"):
+        drawn.look_at_some(3)
 
 
 def test_replacements_of_a_million_rows_are_drawn_in_no_time() -> None:

@@ -171,6 +171,34 @@ def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: G
     assert after["algorithm"]["baseline"] == "leave_one_out"
 
 
+def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
+    grpo: Grpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts made as they are drawn, against all made beforehand; then broken off at step 2."""
+    job = (
+        "experiment=smoke", "tracking=none", "eval.every=0", "max_steps=4", "checkpoint.every=2",
+        FEW, "algorithm=dapo",
+    )  # fmt: skip
+    assert grpo(*job, "hydra.run.dir=few")[0] == 0
+    for module in ("data.source", "data.table", "build"):
+        monkeypatch.setattr(f"grpo.{module}.EAGER", 100)
+    code, printed = grpo(*job, "hydra.run.dir=many")
+    assert code == 0, printed
+    assert "their prompts are made as they are drawn" in printed
+    same_run(tmp_path / "few", tmp_path / "many")
+    # With prompts that are too long, one token of which is a number's.
+    short = (*job, "dataset.max_prompt_tokens=37", "hydra.run.dir=short")
+    code, printed = grpo(*short)
+    assert code == 0, printed
+    assert "others are drawn in their place" in printed
+    shutil.copytree(tmp_path / "short", tmp_path / "broken", symlinks=True)
+    shutil.rmtree(tmp_path / "broken/checkpoints/step_4")
+    (tmp_path / "broken/summary.json").unlink()
+    code, printed = grpo("resume=broken")
+    assert code == 0, printed
+    same_run(tmp_path / "short", tmp_path / "broken")
+
+
 def test_a_schedule_goes_on_from_the_rate_it_had_come_to(grpo: Grpo, tmp_path: Path) -> None:
     """Four of six steps down a line, then with ten in all: from 2/6 to 0 in six more."""
     linear = (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo.config import nearest
 from grpo.data.arithmetic import at_least_one, size_key
+from grpo.data.rows import Generated
 from grpo.data.source import Source
 from grpo.data.verify import extractor, likely_answer
 from grpo.errors import ConfigError
@@ -43,7 +44,7 @@ class ReasoningGym(Source):
         self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
         self.extract, self.strict = extractor(extract), strict
 
-    def rows(self, split: str) -> list[Example]:
+    def rows(self, split: str) -> Sequence[Example]:
         size: int = getattr(self, size_key(split))
         seed = 2 * self.seed + (split == "test")
         import reasoning_gym
@@ -52,8 +53,10 @@ class ReasoningGym(Source):
             problems = reasoning_gym.create_dataset(self.task, size=size, seed=seed, **self.options)
         except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(f"dataset.options of {self.task}: {error}") from error
-        return [
-            Example(
+
+        def make(number: int) -> Example:
+            entry = problems[number]
+            return Example(
                 question=entry["question"],
                 answer=str(entry["answer"]),
                 verify=self._verifier(problems, entry, self.extract),
@@ -61,8 +64,8 @@ class ReasoningGym(Source):
                 read=self.extract,
                 lenient=self._verifier(problems, entry, likely_answer),
             )
-            for entry in problems
-        ]
+
+        return Generated(size, make)
 
     def example(self, row: Example, number: int) -> Example:
         return row

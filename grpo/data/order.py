@@ -34,7 +34,7 @@ class Order:
         return self.rows((step - 1) * batch_size, batch_size)
 
     def extra(
-        self, step: int, attempt: int, stale: Sequence[int], shown: Collection[int] = ()
+        self, step: int, attempt: int | str, stale: Sequence[int], shown: Collection[int] = ()
     ) -> list[int]:
         """Rows in the place of those of a step that taught nothing: others of the same set.
 

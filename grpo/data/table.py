@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo.data.rows import EAGER, HubRows, JsonlRows, Row, Rows, TableRows
 from grpo.data.source import Source
 from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
 from grpo.types import Example
-
-Row = Mapping[str, Any]
 
 
 class Jsonl(Source):
@@ -106,41 +104,20 @@ def read_file(file: Path) -> Sequence[Row]:
     rows = READERS[file.suffix](file)
     if not rows:
         raise ConfigError(f"dataset.path={file}: the file has no rows.")
-    return rows
+    return rows if len(rows) > EAGER else list(rows)
 
 
-def read_jsonl(file: Path) -> Sequence[Row]:
-    rows = []
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"dataset.path={file}: not UTF-8 text ({error.reason}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"dataset.path={file}: line {number} is not JSON ({error.msg})."
-            ) from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"dataset.path={file}: line {number} is not a JSON object.")
-        rows.append(row)
-    return rows
-
-
-def read_parquet(file: Path) -> Sequence[Row]:
+def read_parquet(file: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_table(file).to_pylist())
+        return TableRows(pyarrow.parquet.read_table(file))
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"dataset.path={file}: not a parquet file ({error}).") from error
 
 
-READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": JsonlRows, ".parquet": read_parquet}
 
 
 def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
@@ -155,7 +132,8 @@ def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
     except HubUnreachable as error:
         datasets.config.HF_HUB_OFFLINE, unreachable = True, error  # straight to the cache
     try:
-        return list(datasets.load_dataset(id, subset, split=split))
+        rows = HubRows(datasets.load_dataset(id, subset, split=split))
+        return rows if len(rows) > EAGER else list(rows)
     except (ConnectionError, OSError) as error:
         raise ConfigError(
             f"dataset: {id} is not in the local cache and {unreachable or error}. Use "
