@@ -50,7 +50,9 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
         if value_of("hydra.run.dir", given):
             return list(arguments)
         unfinished = newest_unfinished(given)
-        return [*arguments, *([run_dir(unfinished)] if unfinished else [])]
+        if unfinished is None:
+            return list(arguments)
+        return [*merged(kl_of_old_run(unfinished), arguments), run_dir(unfinished)]
     run = resumable(resume)
     return [
         *flags,
@@ -139,7 +141,23 @@ def merged(past: Sequence[str], given: Sequence[str]) -> list[str]:
 
 
 def past_overrides(run: Path) -> list[str]:
+    return [*recorded_overrides(run), *kl_of_old_run(run)]
+
+
+def recorded_overrides(run: Path) -> list[str]:
     return [str(override) for override in read_yaml(run / ".hydra" / "overrides.yaml") or []]
+
+
+def kl_of_old_run(run: Path) -> list[str]:
+    """What a run's KL was, as overrides, where it began before algorithms brought their own."""
+    config = read_yaml(run / ".hydra" / "config.yaml") or {}
+    if "kl_weight" in config.get("algorithm", {}) or "kl_weight" not in config:
+        return []
+    hydra = read_yaml(run / ".hydra" / "hydra.yaml") or {"hydra": {}}
+    choice = hydra["hydra"].get("runtime", {}).get("choices", {}).get("kl", "k3")
+    then = {"kl": choice, "kl_weight": config["kl_weight"], "kl.within": config["kl"]["within"]}
+    given = {key_of(override) for override in recorded_overrides(run)}
+    return [f"{key}={value}" for key, value in then.items() if key not in given]
 
 
 def past_flags(run: Path, given: Sequence[str]) -> list[str]:
@@ -177,7 +195,7 @@ def newest_unfinished(overrides: Sequence[str]) -> Path | None:
     for run in sorted(Path("outputs").glob("[0-9]*/*"), reverse=True):
         if newest_step(run) is None or is_finished(run) or is_locked(run):
             continue
-        if experiment(past_overrides(run)) == wanted:
+        if experiment(recorded_overrides(run)) == wanted:
             return run
     return None
 

@@ -10,20 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grpo.again import key_of
 from grpo.budget import Budget
 from grpo.data.difficulty import Curriculum
 from grpo.data.order import Order, mixed, one_set
 from grpo.data.prompts import (
+    DrawnPrompts,
+    DrawnSet,
     PromptFormat,
     PromptSets,
     WorkedExample,
     tokenized,
     without_held_out,
 )
+from grpo.data.rows import EAGER
 from grpo.device import Device, open_device
 from grpo.errors import ConfigError
 from grpo.evaluate import Evaluation
@@ -135,21 +139,30 @@ def build_prompts(
         ConfigError: nothing is left of one of them.
     """
     evaluated = [example for own in found.sets for example in own.evaluation]
+    many = any(len(own.train) > EAGER for own in found.sets)
     train: list[Prompt] = []
+    drawn: list[DrawnSet] = []
     evaluation: list[Prompt] = []
     for own, format in zip(found.sets, formats, strict=True):
         keep = own.options.allow_overlap or not own.train
         rows = own.train if keep else without_held_out(own.train, evaluated, own.key)
-        train += tokenized(rows, format, tokenizer, "training", own.key) if rows else []
+        if many:
+            left_out = frozenset(() if keep else (example.question for example in evaluated))
+            drawn.append(DrawnSet(rows, format, left_out, own.name))
+        elif rows:
+            train += tokenized(rows, format, tokenizer, "training", own.key)
         evaluation += tokenized(own.evaluation, format, tokenizer, "evaluation", own.key)
-    return PromptSets(train, evaluation)
+    return PromptSets(DrawnPrompts(drawn, tokenizer) if many else train, evaluation)
 
 
 def build_order(prompts: Sequence[Prompt], found: Found, cfg: DictConfig) -> Order:
     if len(found.sets) == 1:
         return one_set(len(prompts), cfg.seed, shuffled=cfg.curriculum.order == "shuffled")
     probabilities = {own.name: own.probability for own in found.sets}
-    sources = [prompt.example.source for prompt in prompts]
+    if isinstance(prompts, DrawnPrompts):
+        sources = prompts.sources()
+    else:
+        sources = [prompt.example.source for prompt in prompts]
     for name in probabilities:
         if name not in sources:
             raise ConfigError(f"dataset.sets.{name}: none of its prompts is left to train on.")
@@ -219,7 +232,10 @@ def build_evaluation(
     train: Sequence[Prompt] = (),
 ) -> Evaluation:
     sampling = replace(build_sampling(cfg), temperature=cfg.eval.temperature)
-    trained = {prompt.example.question for prompt in train}
+    if isinstance(train, DrawnPrompts):
+        trained = train.asked({prompt.example.question for prompt in prompts})
+    else:
+        trained = {prompt.example.question for prompt in train}
     overlap = sum(prompt.example.question in trained for prompt in prompts) / len(prompts)
     return Evaluation(
         engine, prompts, rewards, cfg.eval.samples, cfg.eval.greedy, sampling, overlap
@@ -244,14 +260,33 @@ def build_objective(cfg: DictConfig) -> Objective:
     )
 
 
-def build_advantage(cfg: DictConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
+    """Rewards [R, B, G], weights [R] and a penalty [B, G] to take off, if any -> [B, G].
+
+    Raises:
+        ConfigError: a function of the user's own has no place for a divergence, and there is one.
+    """
     algorithm = cfg.algorithm
     normalize = Normalize(
         named(algorithm.baseline, BASELINES, "algorithm.baseline"),
         named(algorithm.scale, SCALES, "algorithm.scale"),
     )
     aggregate = named(algorithm.aggregate, AGGREGATES, "algorithm.aggregate")
+    in_reward = cfg.kl.within == "reward" and cfg.kl_weight > 0
+    if in_reward and algorithm.aggregate not in AGGREGATES and not takes(aggregate, "penalty_BG"):
+        raise ConfigError(
+            f"algorithm.aggregate={algorithm.aggregate}: has no parameter penalty_BG for the KL "
+            f"that kl.within=reward takes off; add it, or use kl.within=loss."
+        )
+
     return functools.partial(aggregate, normalize=normalize)
+
+
+def takes(function: Callable[..., Any], parameter: str) -> bool:
+    try:
+        return parameter in inspect.signature(function).parameters
+    except ValueError:  # a builtin without a signature
+        return False
 
 
 def build_kl_term(cfg: DictConfig) -> KLTerm | None:
@@ -274,6 +309,21 @@ def build_kl_term(cfg: DictConfig) -> KLTerm | None:
     )
 
 
+def tell_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> None:
+    """Says that a KL was asked for, by these overrides or this choice, which has no weight."""
+    own_weight = not OmegaConf.is_interpolation(cfg, "kl_weight")
+    if own_weight or cfg.kl_weight > 0 or cfg.kl.estimator is None:
+        return
+    keys = [key_of(override) for override in overrides]
+    asked = [key for key in keys if key == "kl" or key.startswith("kl.")]
+    if asked or choice != "k3":
+        log.warning(
+            "%s is given, but this algorithm has no KL (algorithm.kl_weight=0): none is computed "
+            "and no reference is loaded; kl_weight=0.02, for example, trains with it.",
+            asked[0] if asked else f"kl={choice}",
+        )
+
+
 def build_pull(
     cfg: DictConfig, policy: LanguageModel, objective: Objective, budget: Budget
 ) -> Pull:
@@ -291,13 +341,17 @@ def build_pull(
     )
 
 
+def updates_of_step(cfg: DictConfig) -> int:
+    return int(cfg.algorithm.num_iterations * cfg.algorithm.minibatches)
+
+
 def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optimizer:
     return Optimizer(
         policy.model,
         cfg.optim.name,
         learning_rate=cfg.learning_rate,
         # The schedule counts updates.
-        total_steps=steps * cfg.algorithm.num_iterations * cfg.algorithm.minibatches,
+        total_steps=steps * updates_of_step(cfg),
         schedule=SCHEDULES[cfg.optim.schedule],
         warmup_steps=cfg.optim.warmup_steps,
         weight_decay=cfg.optim.weight_decay,

@@ -104,6 +104,12 @@ class Checkpoints:
             f"resume: no whole checkpoint in {self.folder}, so nothing to go on from."
         )
 
+    def saved_config(self, step: int) -> dict[str, Any]:
+        """The config that the run had when it saved this step."""
+        file = self.folder / f"step_{step}" / "config.json"
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
 
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file, by its path in the folder."""

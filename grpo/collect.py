@@ -9,12 +9,16 @@ import torch
 
 from grpo.clock import Clock
 from grpo.data.order import Order
+from grpo.data.prompts import DrawnPrompts
+from grpo.errors import RunError
 from grpo.models.rows import pad_right
 from grpo.objective.advantages import agrees
 from grpo.rewards import WeightedReward, score
 from grpo.rewards.score import stop_where_all_failed
 from grpo.rollout import Engine
 from grpo.types import Prompt, Rollout, Sampling, Scores
+
+TRIES = 1000  # prompts looked at for one that fits
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Collector:
             times["time/reward"] += clock.lap()
             return scores[-1]
 
-        first_rows = self.order.batch(step, self.batch_size)
+        shown: set[int] = set()
+        first_rows = self.fitting(step, 0, self.order.batch(step, self.batch_size), shown)
         first = sample(first_rows)
         kept = [Group(0, b) for b in range(self.batch_size)]
         stale = set(kept) - {Group(0, b) for b in informative(first)}
@@ -71,7 +76,8 @@ class Collector:
             if not stale:
                 break
             rows = [first_rows[b] for b, group in enumerate(kept) if group in stale]
-            again = sample(self.order.extra(step, attempt, rows))
+            drawn = self.order.extra(step, attempt, rows, shown)
+            again = sample(self.fitting(step, attempt + 1, drawn, shown))
             kept = refill(kept, len(rollouts) - 1, again, stale, first.sources)
             stale &= set(kept)
         everything = [Group(k, b) for k, own in enumerate(scores) for b in range(len(own.sources))]
@@ -88,6 +94,30 @@ class Collector:
             tokens=int(sampled.lengths_N.sum()),
             completions=len(sampled.texts),
         )
+
+    def fitting(self, step: int, attempt: int, rows: list[int], shown: set[int]) -> list[int]:
+        """The rows, with others of the same set for those whose prompts don't fit; all are `shown`.
+
+        Raises:
+            RunError: so few fit that none was found.
+        """
+        shown.update(rows)
+        if not isinstance(self.prompts, DrawnPrompts):
+            return rows
+        found = []
+        for place, row in enumerate(rows):
+            own, tries = row, 0
+            while not self.prompts.fits(own):
+                tries += 1
+                if tries > TRIES:
+                    raise RunError(
+                        f"step {step}: none of {TRIES} training prompts drawn one after the other "
+                        f"is short enough; raise dataset.max_prompt_tokens."
+                    )
+                (own,) = self.order.extra(step, f"{attempt} {place} {tries}", [row], shown)
+                shown.add(own)
+            found.append(own)
+        return found
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,8 @@ class AlgorithmConfig:
     num_iterations: int = MISSING
     minibatches: int = MISSING
     resample: int = MISSING
+    kl_weight: float = MISSING
+    kl_within: str = MISSING
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -42,7 +42,7 @@ class FoundSet:
     key: str  # where that is: dataset, or dataset.sets.NAME
     name: str  # empty where it is the only one
     probability: float
-    train: list[Example]
+    train: Sequence[Example]
     evaluation: list[Example]
     options: DictConfig
 
@@ -113,12 +113,23 @@ def find_set(
 ) -> FoundSet:
     source = build_source(options, key)
     slices = Slices(**{key: str(options[key]) for key in SLICE_KEYS})
-    train = slices.train(source) if training else []
-    evaluation = slices.evaluation(source)
     if name:
-        train = [replace(example, source=name) for example in train]
-        evaluation = [replace(example, source=name) for example in evaluation]
-    return FoundSet(key, name, probability, train, evaluation, options)
+        source = Named(source, name)
+    train = slices.train(source) if training else []
+    return FoundSet(key, name, probability, train, slices.evaluation(source), options)
+
+
+class Named(Source):
+    """A set of a mix, whose examples say which one they are from."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self.source, self.name = source, name
+
+    def rows(self, split: str) -> Sequence[Any]:
+        return self.source.rows(split)
+
+    def example(self, row: Any, number: int) -> Example:
+        return replace(self.source.example(row, number), source=self.name)
 
 
 def build_source(options: DictConfig, key: str) -> Source:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grpo.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 Adam = torch.optim.Optimizer
 Schedule = Callable[[float], float]  # share of the steps after warm-up done, 0..1 -> factor
@@ -33,8 +36,60 @@ def adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, floa
 
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
-WATCHED = 4096  # weights
+WATCHED, MATRICES = 4096, 64  # weights whose moves are counted, and in how many matrices
 OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
+
+
+class Bend(NamedTuple):
+    """Where a schedule begins, in steps, and at which share of the learning rate."""
+
+    start: int
+    share: float
+
+
+class Watch:
+    """Whether steps as small as these change anything: a sample of the weights, before and after.
+
+    Every matrix in it gives as many, whatever its size: the rows of rare tokens, most of the
+    weights of a model whose head is its own, have next to no gradient and say nothing.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        found = [p for p in parameters if p.dim() >= 2] or list(parameters)
+        count = min(MATRICES, len(found))
+        chosen = [found[n * len(found) // count] for n in range(count)]
+        self.places = [(p, places_in(p, WATCHED // count)) for p in chosen]
+        self.weights_T = self.graded_T = torch.empty(0)
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Keeps the weights, and which of them have a gradient."""
+        self.weights_T = self._weights()
+        none = [torch.zeros_like(at, dtype=torch.bool) for _, at in self.places]
+        self.graded_T = torch.cat(
+            [
+                own if p.grad is None else torch.take(p.grad, at) != 0
+                for (p, at), own in zip(self.places, none, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def moved(self) -> float:
+        """The share of those with a gradient that are not what they were; 0 where none has one."""
+        changed_T = (self._weights() != self.weights_T) & self.graded_T
+        changed, graded = torch.stack([changed_T.sum(), self.graded_T.sum()]).tolist()
+        return float(changed / graded) if graded else 0.0
+
+    def _weights(self) -> Tensor:
+        return torch.cat([torch.take(p, at) for p, at in self.places])
+
+
+def places_in(matrix: Tensor, count: int) -> Tensor:
+    """At most so many places in a matrix, the same ones each time, without a pattern."""
+    generator = torch.Generator().manual_seed(matrix.numel())
+    drawn = torch.randint(matrix.numel(), (count,), generator=generator)
+    different: Tensor = drawn.unique()
+    return different.to(matrix.device)
 
 
 class Optimizer:
@@ -67,12 +122,12 @@ class Optimizer:
         self.adamw = OPTIMIZERS[name](groups, learning_rate, betas)
         if name == "adamw":
             self._make_room()
-        self.learning_rate, self.total_steps = learning_rate, total_steps
+        self.learning_rate, self.end = learning_rate, total_steps
         self.schedule, self.warmup_steps = schedule, warmup_steps
+        self.bend = Bend(warmup_steps, 1.0)
         self.max_grad_norm = max_grad_norm or math.inf
         self.steps_done = 0
-        # Of the largest matrix, to see whether steps as small as these change anything.
-        self.watched = max(self.parameters, key=torch.numel).detach().view(-1)[:WATCHED]
+        self.watch = Watch(self.parameters)
 
     def _make_room(self) -> None:
         """Makes Adam's state now, beside the weights, and not where activations come and go."""
@@ -87,10 +142,38 @@ class Optimizer:
         """The learning rate of the step that comes next."""
         if self.steps_done < self.warmup_steps:
             return self.learning_rate * (self.steps_done + 1) / self.warmup_steps
-        after = max(1, self.total_steps - self.warmup_steps)
-        return self.learning_rate * self.schedule(
-            min(1.0, (self.steps_done - self.warmup_steps) / after)
-        )
+        return self.learning_rate * self._share()
+
+    def _share(self) -> float:
+        """Of the learning rate, after warm-up."""
+        after = max(1, self.end - self.bend.start)
+        done = min(1.0, (self.steps_done - self.bend.start) / after)
+        return self.bend.share * self.schedule(done)
+
+    def end_after(self, remaining: int) -> None:
+        """Lets the schedule end after so many steps more, where a resumed run has other ones left.
+
+        It goes on from the rate that it had come to, so that nothing jumps. Only where that is 0,
+        at the end of a run, does it take the place that it would have had in the longer one.
+        """
+        end = self.steps_done + remaining
+        if end == self.end:
+            return
+        started = self.steps_done > self.bend.start and self.schedule is not SCHEDULES["constant"]
+        share = self._share() if started else 1.0
+        self.end = end
+        if started and share > 0:
+            self.bend = Bend(self.steps_done, share)
+            log.info(
+                "optim.schedule: from the present learning rate, %g, on to the new end, "
+                "%d updates from here.", self.rate(), remaining,
+            )  # fmt: skip
+        elif started:
+            self.bend = Bend(self.warmup_steps, 1.0)
+            log.warning(
+                "optim.schedule: had come to its end, at 0; the learning rate goes on at %g, as if "
+                "%d updates had been planned from the start.", self.rate(), end,
+            )  # fmt: skip
 
     def step(self) -> dict[str, float]:
         """Applies the gradients that have gathered and frees them.
@@ -103,9 +186,9 @@ class Optimizer:
         if not skipped:
             for group in self.adamw.param_groups:
                 group["lr"] = rate
-            before = self.watched.clone()
+            self.watch.before()
             self.adamw.step()
-            moved = float((self.watched != before).float().mean())
+            moved = self.watch.moved()
         self.forget()
         self.steps_done += 1
         return {
@@ -120,7 +203,14 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        return {"name": self.name, "adamw": self.adamw.state_dict(), "steps_done": self.steps_done}
+        bent = None if self.bend == Bend(self.warmup_steps, 1.0) else tuple(self.bend)
+        return {
+            "name": self.name,
+            "adamw": self.adamw.state_dict(),
+            "steps_done": self.steps_done,
+            "end": self.end,
+            "bend": bent,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state["name"] != self.name:
@@ -134,3 +224,6 @@ class Optimizer:
         for group, (betas, weight_decay) in zip(self.adamw.param_groups, now, strict=True):
             group["betas"], group["weight_decay"] = betas, weight_decay
         self.steps_done = state["steps_done"]
+        self.end = state.get("end", self.end)  # older ones have none
+        if state.get("bend") is not None:
+            self.bend = Bend(*state["bend"])

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -28,11 +29,14 @@ from grpo.build import (
     build_rewards,
     load_model,
     prompt_format,
+    tell_unused_kl,
+    updates_of_step,
 )
 from grpo.checkpoint import Checkpoints, Progress
 from grpo.collect import Collector
 from grpo.data.difficulty import solved_shares
 from grpo.data.order import total_steps
+from grpo.data.prompts import DrawnPrompts
 from grpo.doctor.limits import Limits
 from grpo.doctor.watch import Watch
 from grpo.errors import ConfigError, RunError
@@ -141,20 +145,24 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
     objective, advantage = build_objective(cfg), build_advantage(cfg)
+    hydra = HydraConfig.get()
+    tell_unused_kl(cfg, hydra.overrides.task, hydra.runtime.choices["kl"])
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
     formats = [prompt_format(own.options, own.key) for own in found.sets]
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
-    longest = check_fits(cfg, policy, [*prompts.train, *prompts.evaluation])
+    longest = check_fits(cfg, policy, prompts.evaluation, prompts.train)
     copied = objective.kl is not None and cfg.adapter is None
     budget = build_budget(cfg, policy, longest, with_reference=copied)
     engine = make_engine(policy=policy, max_new_tokens=cfg.max_new_tokens, budget=budget)
-    train_prompts, curriculum = prompts.train, build_curriculum(cfg)
+    train_prompts: Sequence[Prompt] = prompts.train
+    curriculum = build_curriculum(cfg)
     if curriculum.samples:
-        how = objective.sampling
-        solved = solved_shares(folder, prompts.train, engine, how, curriculum.samples)
-        train_prompts = curriculum.choose(prompts.train, solved)
+        own = prompts.train
+        asked = own.all_that_fit() if isinstance(own, DrawnPrompts) else own
+        solved = solved_shares(folder, asked, engine, objective.sampling, curriculum.samples)
+        train_prompts = curriculum.choose(asked, solved)
     order = build_order(train_prompts, found, cfg)
 
     # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
@@ -205,9 +213,22 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     return run, Standing(start)
 
 
-def check_fits(cfg: DictConfig, policy: LanguageModel, prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt and its completion."""
-    longest = max(len(prompt.token_ids) for prompt in prompts)
+def check_fits(
+    cfg: DictConfig,
+    policy: LanguageModel,
+    prompts: Sequence[Prompt],
+    train: Sequence[Prompt] = (),
+) -> int:
+    """Tokens of the longest prompt and its completion.
+
+    Of prompts that are made as they are drawn it is the longest that there may be: longer ones than
+    the context has room for are left out.
+    """
+    known = [] if isinstance(train, DrawnPrompts) else train
+    longest = max(len(prompt.token_ids) for prompt in (*prompts, *known))
+    if isinstance(train, DrawnPrompts):
+        train.look_at_some(policy.context - cfg.max_new_tokens)
+        longest = max(longest, train.most_tokens)
     if longest + cfg.max_new_tokens > policy.context:
         raise ConfigError(
             f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
@@ -235,6 +256,8 @@ def starting_point(
         asked = None if in_sweep() else os.environ.get("WANDB_RUN_ID")
         return Progress(step=0, run_id=asked or uuid.uuid4().hex[:8], base=base, unlogged={})
     start = checkpoints.load(policy, optimizer, pull, budget)
+    optimizer.end_after((steps - start.step) * updates_of_step(cfg))
+    tell_changed_kl(cfg, checkpoints.saved_config(start.step))
     if start.base != base:
         raise ConfigError(
             f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "
@@ -246,6 +269,18 @@ def starting_point(
             f"num_epochs to go on."
         )
     return start
+
+
+def tell_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
+    """Says where a run goes on with another KL than it began with, before algorithms had theirs."""
+    weight = before.get("kl_weight")
+    if "kl_weight" in before.get("algorithm", {}) or weight is None or weight == cfg.kl_weight:
+        return
+    log.warning(
+        "kl_weight is %g, and was %g before: this algorithm brings its own by now; "
+        "kl_weight=%g kl=%s kl.within=%s goes on as it began.",
+        cfg.kl_weight, weight, weight, before["kl"]["estimator"], before["kl"]["within"],
+    )  # fmt: skip
 
 
 def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:

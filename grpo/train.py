@@ -35,7 +35,7 @@ class Training:
     pull: Pull
     optimizer: Optimizer
     objective: Objective
-    advantage: Callable[[Tensor, Tensor], Tensor]  # rewards [R, B, G], weights [R] -> [B, G]
+    advantage: Callable[..., Tensor]  # rewards [R, B, G], weights [R], penalty_BG if any -> [B, G]
     evaluation: Evaluation
     tracker: Tracker
     checkpoints: Checkpoints
@@ -124,7 +124,11 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     clock.lap()
     pulled = run.pull.read(batch.rollout)
     old = old_policy(run.policy, run.objective, batch.rollout, run.budget.computed)
-    advantages_BG = run.advantage(*batch.scores.stacked(pulled.divergence_BG, pulled.weight))
+    parts_RBG, weights_R = batch.scores.stacked()
+    penalty = {}  # of a KL in the reward
+    if pulled.divergence_BG is not None:
+        penalty["penalty_BG"] = pulled.weight * pulled.divergence_BG.cpu()
+    advantages_BG = run.advantage(parts_RBG, weights_R, **penalty)
     updated = update(
         run.policy,
         run.pull.reference,
@@ -136,6 +140,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
             old,
             pulled.reference_NC,
             0.0 if pulled.divergence_BG is not None else pulled.weight,
+            batch.scores.total_BG.isnan().flatten().to(run.device.torch_device),
         ),
         run.budget.computed,
         seed=run.seed * 1_000_003 + step,

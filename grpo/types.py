@@ -134,7 +134,9 @@ class Sample:
 class Failure:
     """In place of a reward: it could not be worked out, which says nothing of the completion.
 
-    The row counts as one that the reward doesn't apply to; failures are counted and logged.
+    The completion then has no total, whatever its other rewards say: it takes no part in baseline
+    and scale, and is not trained on. Failures are counted and logged. None instead of a number
+    means that the reward doesn't apply, and leaves the total to the others.
     """
 
     reason: str
@@ -142,7 +144,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Scores:
-    """The rewards of a rollout, part by part and in sum. NaN: none applies to this completion."""
+    """The rewards of a rollout, part by part and in sum.
+
+    NaN in a part: the reward doesn't apply to this completion, or failed. NaN in the sum: none
+    applies, or one failed.
+    """
 
     parts: Mapping[str, Tensor]  # name -> [N] float32, before its weight
     weights: Mapping[str, float]
@@ -168,17 +174,17 @@ class Scores:
             "reward/zero_variance_groups": float(agrees(self.total_BG).float().mean()),
         }
 
-    def stacked(self, divergence_BG: Tensor | None, weight: float) -> tuple[Tensor, Tensor]:
-        """The parts as [R, B, G] and their weights [R]; a divergence is one more, taken off."""
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """The parts as [R, B, G] and their weights [R].
+
+        A completion without a total has none of the parts either: what is known of it is not to be
+        compared with the same reward of others.
+        """
         import torch
 
         parts = [part_N.view(self.total_BG.shape) for part_N in self.parts.values()]
-        weights = list(self.weights.values())
-        if divergence_BG is not None:
-            # Where no reward applies, the divergence alone teaches nothing either.
-            divergence_BG = divergence_BG.cpu().masked_fill(self.total_BG.isnan(), torch.nan)
-            parts, weights = [*parts, divergence_BG], [*weights, -weight]
-        return torch.stack(parts), torch.tensor(weights)
+        parts_RBG = torch.stack(parts).masked_fill(self.total_BG.isnan(), torch.nan)
+        return parts_RBG, torch.tensor(list(self.weights.values()))
 
     def _by_source(self) -> dict[str, float]:
         """The mean reward of each set of a mix."""

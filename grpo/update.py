@@ -107,6 +107,7 @@ class Learned:
     old: OldPolicy | None  # None: the policy has not moved, and each token's ratio is 1
     reference_NC: Tensor | None  # the reference's log-probabilities; None where the update has them
     kl_weight: float  # of the KL in the loss
+    unscored_N: Tensor | None = None  # bool: without a reward, so only the KL is taken on them
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,23 @@ class Minibatch:
 
     prompts: list[int]  # indices into B
     weights_NC: Tensor  # those of all minibatches sum to their number
-    chosen_NC: Tensor  # bool: the tokens that the policy loss is taken on
+    chosen_NC: Tensor  # in the policy loss it counts so many times that; 0: it isn't taken on it
 
 
 def minibatches(
-    policy: LanguageModel, objective: Objective, rollout: Rollout, limit: Limit, seed: int
+    policy: LanguageModel,
+    objective: Objective,
+    rollout: Rollout,
+    limit: Limit,
+    seed: int,
+    unscored_N: Tensor | None = None,
 ) -> Iterator[Minibatch]:
-    """Each of the optimizer steps that a rollout is worth, its groups split at random."""
+    """Each of the optimizer steps that a rollout is worth, its groups split at random.
+
+    The policy loss is averaged over the completions that have a reward. One without is not a zero
+    among them: it would make every step smaller by the share of failed rewards. So verl averages
+    over sequences that aren't masked. Groups that agree do count, as in the papers.
+    """
     mask_NC = rollout.mask_NC
     if objective.mask_truncated:
         mask_NC = mask_NC & ~rollout.truncated_N[:, None]
@@ -143,9 +154,24 @@ def minibatches(
         minibatch_B = minibatch_of(len(rollout.prompts), objective.minibatches, seed + iteration)
         minibatch_N = minibatch_B.repeat_interleave(rollout.num_generation).to(mask_NC.device)
         weights_NC = objective.averaging(Tokens(mask_NC, minibatch_N, objective.max_tokens))
+        counts_NC = chosen_NC
+        if unscored_N is not None and unscored_N.any():
+            tokens = Tokens(mask_NC, minibatch_N, objective.max_tokens)
+            counts_NC = chosen_NC * counts_without(unscored_N, tokens, objective.averaging)
         for own in range(objective.minibatches):
             prompts = (minibatch_B == own).nonzero()[:, 0].tolist()
-            yield Minibatch(prompts, weights_NC * objective.minibatches, chosen_NC)
+            yield Minibatch(prompts, weights_NC * objective.minibatches, counts_NC)
+
+
+def counts_without(unscored_N: Tensor, tokens: Tokens, averaging: Averaging) -> Tensor:
+    """[N, C] an average over the scored completions alone, in weights of that over all of them."""
+    counts_NC = torch.zeros_like(tokens.mask_NC, dtype=torch.float32)
+    own_N = ~unscored_N
+    if own_N.any():
+        own = Tokens(tokens.mask_NC[own_N], tokens.minibatch_N[own_N], tokens.max_tokens)
+        share = averaging(own) / averaging(tokens)[own_N]
+        counts_NC[own_N] = share.masked_fill(~own.mask_NC, 0.0)
+    return counts_NC
 
 
 def minibatch_of(prompts: int, count: int, seed: int) -> Tensor:
@@ -176,7 +202,7 @@ def update(
         seed: of the split into minibatches.
     """
     totals = Totals(objective, rollout)
-    for minibatch in minibatches(policy, objective, rollout, limit, seed):
+    for minibatch in minibatches(policy, objective, rollout, limit, seed, learned.unscored_N):
 
         def work(minibatch: Minibatch = minibatch) -> Totals:
             return gradients(policy, reference, objective, rollout, learned, minibatch, limit)

@@ -39,6 +39,7 @@ def test_each_combination_trains(
     code, printed = grpo(
         f"algorithm={algorithm}", f"kl={kl}", f"adapter={adapter}", "tracking=none",
         "algorithm.num_iterations=2", "algorithm.minibatches=2", "learning_rate=1e-3",
+        "kl_weight=0.02",
         "batch_size=2", "num_generation=4", "max_new_tokens=24", "max_steps=2", "eval.every=0",
         "eval.samples=1", "dataset.size=20", "dataset.eval_size=1", "checkpoint.every=0",
         "hydra.run.dir=run",

@@ -109,6 +109,11 @@ CASES = {
         "kl.unbiased_gradient=true",
         "kl.within=loss",
     ),
+    "a sum without a place for the KL": (
+        ["kl.within=reward", "algorithm.aggregate=statistics.mean"],
+        "algorithm.aggregate=statistics.mean",
+        "penalty_BG",
+    ),
     "past the policy": (["kl.sync_share=1.5"], "kl.sync_share=1.5", "at most 1"),
     "nothing of the nucleus": (["sampling.top_p=0"], "sampling.top_p=0", "more than 0"),
     "more than the nucleus": (["sampling.top_p=1.5"], "sampling.top_p=1.5", "at most 1"),

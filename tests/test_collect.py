@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch
 from grpo.budget import Budget
 from grpo.collect import Collector
 from grpo.data.order import one_set
+from grpo.data.prompts import DrawnPrompts, DrawnSet, PromptFormat
+from grpo.errors import RunError
 from grpo.models.load import LanguageModel
 from grpo.rewards import WeightedReward
 from grpo.rollout import NativeEngine
-from grpo.types import Example, Prompt, Sample, Sampling
+from grpo.types import Example, Failure, Prompt, Sample, Sampling
 
 SAMPLING = Sampling(1.0)
 
@@ -76,6 +79,59 @@ def test_what_is_said_is_of_everything_that_was_sampled(tiny: LanguageModel) -> 
     odd, even = 1.5, 1.0
     assert batch.metrics["reward/mean"] == pytest.approx((1 - share) * odd + share * even)
     assert batch.tokens > int(batch.rollout.lengths_N.sum())
+
+
+def test_a_group_that_differs_by_a_failure_alone_is_drawn_anew(tiny: LanguageModel) -> None:
+    """A failed reward is no zero among ones; one beside a real difference takes nothing from it."""
+
+    def fails_once(samples: Sequence[Sample]) -> list[float | Failure]:
+        return [
+            Failure("down") if i % 4 == 3 else float(i % 2 and sample.example.columns["n"] % 2)
+            for i, sample in enumerate(samples)
+        ]
+
+    batch = collector(tiny, fails_once, resample=8).collect(1)
+    assert all(n % 2 for n in numbers(batch.rollout.prompts))
+    assert [row[:3] for row in batch.scores.total_BG.tolist()] == [[0, 1, 0]] * 6
+    assert batch.scores.total_BG[:, 3].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [24, 40])
+def test_no_prompt_is_drawn_twice_in_a_step(tiny: LanguageModel, rows: int) -> None:
+    """Six prompts that teach nothing, drawn anew three times: 24 different ones."""
+    seen: list[int] = []
+
+    def all_agree(samples: Sequence[Sample]) -> list[float]:
+        seen.extend(sample.example.columns["n"] for sample in samples[::4])
+        return [0.0] * len(samples)
+
+    collector(tiny, all_agree, resample=3, rows=rows).collect(2)
+    assert len(seen) == len(set(seen)) == 24
+
+
+def test_prompts_that_are_too_long_make_way_as_they_are_drawn(tiny: LanguageModel) -> None:
+    """Every second one is; the others take their place, none twice, and the same ones each time."""
+    plain = collector(tiny, odd_ones_differ, resample=3)
+    examples = [
+        replace(p.example, question=p.example.question + " please" * 50 * (n % 2))
+        for n, p in enumerate(plain.prompts)
+    ]
+    format = PromptFormat(None, (), False, {}, 40)
+    drawn = DrawnPrompts(
+        [DrawnSet(examples, format, frozenset(["What is 4 + 5?"]), "")], tiny.tokenizer
+    )
+    own = replace(plain, prompts=drawn)
+    batches = [own.collect(step) for step in (1, 2, 1)]
+    for batch in batches:
+        found = numbers(batch.rollout.prompts)
+        assert len(set(found)) == 6
+        assert all(n % 2 == 0 and n != 4 for n in found)
+    assert batches[0].rollout.texts == batches[2].rollout.texts
+    hopeless = DrawnPrompts(
+        [DrawnSet(examples, replace(format, max_prompt_tokens=2), frozenset(), "")], tiny.tokenizer
+    )
+    with pytest.raises(RunError, match="none of 1000 training prompts"):
+        replace(plain, prompts=hopeless).collect(1)
 
 
 def test_there_is_an_end_to_drawing_anew(tiny: LanguageModel) -> None:

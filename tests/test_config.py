@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from grpo import again, config
+from grpo.build import tell_unused_kl
 from grpo.check import check
 from grpo.cli import flat_keys
 
@@ -76,6 +77,59 @@ def test_the_model_recommends_the_learning_rate() -> None:
     assert compose("model=qwen2_5_1_5b", "learning_rate=1e-4").learning_rate == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], (0.02, "k3", "loss")),
+        (["algorithm=dapo"], (0.0, "k3", "loss")),
+        (["algorithm=luspo"], (0.0, "k3", "loss")),
+        (["algorithm=rloo"], (0.03, "k1", "reward")),
+        (["algorithm=reinforce_pp"], (0.001, "k1", "reward")),
+        (["kl=k2", "algorithm=rloo"], (0.03, "k2", "reward")),
+        (["algorithm=rloo", "kl=none"], (0.03, None, "loss")),
+        (["algorithm=rloo", "kl.within=loss", "kl_weight=0.5"], (0.5, "k1", "loss")),
+        (["algorithm=gpg", "kl_weight=0.1"], (0.1, "k3", "loss")),
+        (["experiment=note_gsm8k"], (0.1, "k3", "loss")),
+        (["experiment=note_gsm8k", "algorithm=rloo"], (0.1, "k1", "reward")),
+        (["experiment=smollm2_chain_sum", "kl=full", "algorithm=rloo"], (0.01, "full", "reward")),
+    ],
+)
+def test_the_algorithm_recommends_the_kl(
+    overrides: list[str], expected: tuple[float, str | None, str]
+) -> None:
+    cfg = compose(*overrides)
+    assert (cfg.kl_weight, cfg.kl.estimator, cfg.kl.within) == expected
+    check(cfg)
+
+
+def test_an_experiment_of_ones_own_may_choose_algorithm_and_kl(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /kl: k2, override /algorithm: rloo]\n"
+    )
+    found = compose(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert (found.kl_weight, found.kl.estimator, found.kl.within) == (0.03, "k2", "reward")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["algorithm=dapo", "kl=k2"], "kl is given"),
+        (["algorithm=sapo", "kl.sync_every=5"], "kl.sync_every is given"),
+        (["algorithm=dapo", "kl=k2", "kl_weight=0"], None),
+        (["algorithm=dapo", "kl=none"], None),
+        (["algorithm=dapo", "kl=k2", "kl_weight=0.1"], None),
+        (["algorithm=dapo"], None),
+        (["kl=k2"], None),
+    ],
+)
+def test_a_kl_that_is_asked_for_and_has_no_weight_is_told(
+    overrides: list[str], said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell_unused_kl(compose(*overrides), overrides, "k3")
+    assert (said in caplog.text) if said else not caplog.records
+
+
 def test_slices_need_no_quoting() -> None:
     cfg = compose("dataset=gsm8k", "dataset.slice=:5%", "dataset.eval_slice=-128:")
     assert (cfg.dataset.slice, cfg.dataset.eval_slice) == (":5%", "-128:")
@@ -96,7 +150,8 @@ def test_every_key_of_the_schema_is_read() -> None:
             continue
         name = key.rpartition(".")[2]
         # Read by Hydra, by the page itself, and the one whose only choice is none.
-        if key in ("sweep_dir", "model.learning_rate", "parallel"):
+        by_page = ("model.learning_rate", "algorithm.kl_weight", "algorithm.kl_within")
+        if key in ("sweep_dir", *by_page, "parallel"):
             continue
         read = rf'(cfg|config)\.{key}\b|"{name}"|(model|algorithm|kl)\.{name}\b'
         assert re.search(read, code), key
@@ -122,7 +177,14 @@ def test_unknown_keys_name_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--help"], ["kl_weight: 0.02", "  model: hub, local", "grpo eval checkpoint=DIR"]),
+        (
+            ["--help"],
+            [
+                "kl_weight: ${algorithm.kl_weight}",
+                "  model: hub, local",
+                "grpo eval checkpoint=DIR",
+            ],
+        ),
         (["--cfg", "job"], ["num_generation: 8", "_target_: grpo.data.Arithmetic"]),
         (["--info", "defaults-tree"], ["model: tiny", "kl: k3"]),
         (["eval", "--cfg", "job"], ["checkpoint: null"]),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -17,7 +20,8 @@ from grpo.build import build_prompts, prompt_format
 from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
 from grpo.data.arithmetic import is_held_out
 from grpo.data.order import mixed, one_set
-from grpo.data.prompts import PromptFormat, PromptSets, WorkedExample
+from grpo.data.prompts import DrawnPrompts, PromptFormat, PromptSets, WorkedExample
+from grpo.data.rows import Examples
 from grpo.data.slices import parse_slice
 from grpo.data.source import Slices, Source
 from grpo.data.verify import (
@@ -394,6 +398,123 @@ def test_what_is_drawn_anew_is_of_the_same_set_however_large_the_seed() -> None:
     assert len(order.batch(1, 8)) == 8
     # With fewer rows than are wanted, some come again.
     assert len(one_set(2, seed=0).extra(1, 0, [0, 1, 0])) == 3
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 2**40))
+def test_a_step_has_no_row_twice_while_there_are_others(
+    rows: int, batch: int, apart: bool, seed: int
+) -> None:
+    """Over five attempts that replace all of the step; of one set, and of two that alternate."""
+    order = one_set(rows, seed)
+    if apart:
+        order = mixed(["a", "b"] * rows, {"a": 0.5, "b": 0.5}, seed)
+    first = order.batch(3, batch)
+    had, places = set(first), Counter(row % 2 if apart else 0 for row in first)
+    for attempt in range(5):
+        drawn = order.extra(3, attempt, first, had)
+        assert drawn == order.extra(3, attempt, first, frozenset(had))
+        assert Counter(row % 2 if apart else 0 for row in drawn) == places
+        for own in order.sets:
+            ours = [row for row in drawn if row in own]
+            left = len(own) - sum(row in own for row in had)
+            assert len(set(ours) - had) == min(left, len(ours))  # new ones, and different
+        had |= set(drawn)
+
+
+def lines_of(count: int) -> list[str]:
+    return [json.dumps({"question": f"What is {n} + 1? ☃", "answer": n + 1}) for n in range(count)]
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treats data sets of more than a dozen rows as those of millions."""
+    for module in ("source", "table"):
+        monkeypatch.setattr(f"grpo.data.{module}.EAGER", 12)
+    monkeypatch.setattr("grpo.build.EAGER", 12)
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arithmetic", "gym"])
+def test_rows_on_demand_are_the_rows(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of them is asked for, in whatever order; blank lines and all."""
+    lines = lines_of(40)
+    (tmp_path / "x.jsonl").write_text("\n".join([*lines[:9], "", "  ", *lines[9:]]) + "\n\n")
+    rows = [json.loads(line) for line in lines]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    source: Source = {
+        "jsonl": lambda: Jsonl(str(tmp_path / "x.jsonl")),
+        "parquet": lambda: Jsonl(str(tmp_path / "x.parquet")),
+        "arithmetic": lambda: Arithmetic(40, 8, digits=1),
+        "gym": lambda: ReasoningGym("chain_sum", 40, 8, {}),
+    }[kind]()
+    slices = Slices("train", "5:35", "train", "35:")
+    lean = slices.train(source)
+    assert isinstance(lean, Examples)
+    monkeypatch.setattr("grpo.data.source.EAGER", 10**9)
+    whole = slices.train(source)
+    assert isinstance(whole, list)
+
+    def told(example: Example) -> tuple[object, ...]:
+        return example.question, example.answer, example.columns
+
+    assert len(lean) == len(whole) == 30
+    assert [told(lean[n]) for n in (29, 0, 17, -1)] == [told(whole[n]) for n in (29, 0, 17, 29)]
+    assert list(map(told, lean)) == list(map(told, whole))
+    gone = {whole[3].question, whole[20].question, "another"}
+    left = [told(one) for one in whole if kind in ("arithmetic", "gym") or one.question not in gone]
+    assert list(map(told, lean.without(gone))) == left
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("{oh", "line 31 is not JSON"),
+        ('{"question": "q", "answer": " "}', "row 30 has nothing in column 'answer'"),
+        ('{"question": "q"}', "row 30 has no such column"),
+        (b'{"question": "\xff", "answer": 1}', "line 31 is not UTF-8"),
+    ],
+)
+def test_a_bad_row_among_many_is_refused_with_its_number(
+    bad: str | bytes, says: str, tmp_path: Path
+) -> None:
+    lines: list[str | bytes] = ["", *lines_of(40)]  # the first line is blank
+    lines[30] = bad
+    encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(encoded))
+    with pytest.raises(ConfigError, match=says):
+        Slices("train", ":38", "test", "38:").train(Jsonl(str(tmp_path / "x.jsonl")))
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_prompts_made_as_they_are_drawn_are_those_made_beforehand(
+    tiny: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "long " * 60
+    train = [f"{long if n % 4 == 0 else ''}{n}?" for n in range(40)]
+    drawn = prompts_of(Rows(train, train[-3:]), tiny.tokenizer, max_prompt_tokens=60).train
+    assert isinstance(drawn, DrawnPrompts)
+    assert "3 training rows are evaluation rows too" in caplog.text
+    assert len(drawn) == 37  # the evaluation's are gone; what is too long is not known yet
+    fitting = [row for row in range(37) if drawn.fits(row)]
+    assert [drawn[row].example.question for row in fitting] == [q for q in train[:37] if len(q) < 9]
+    format = PromptFormat(None, (), True, {}, 60)
+    assert drawn[5].token_ids == format.render(drawn[5].example, tiny.tokenizer)[1]
+    assert "8 training prompts so far are too long" in caplog.text
+    with pytest.raises(ConfigError, match="so none is left"):
+        drawn.look_at_some(3)
+
+
+def test_replacements_of_a_million_rows_are_drawn_in_no_time() -> None:
+    order = mixed(["a"] * 600_000 + ["b"] * 400_000, {"a": 0.5, "b": 0.5}, seed=0)
+    stale = order.batch(1, 64)
+    begun = time.perf_counter()
+    drawn = [order.extra(1, attempt, stale, stale) for attempt in range(100)]
+    assert time.perf_counter() - begun < 0.5  # a pass over the rows takes a second each
+    assert len({row for own in drawn for row in own}) > 6000
+    assert sum(sys.getsizeof(own) for own in order.sets) < 1000
 
 
 def test_an_answer_that_a_tasks_scorer_cannot_read_is_wrong() -> None:

@@ -140,6 +140,7 @@ def their_loss(step: dict[str, Tensor], **settings: Any) -> tuple[Tensor, Tensor
 CLIP = ("algorithm.policy_loss.clip_high=0.28", {"epsilon_high": 0.28})
 SEQUENCE = {"importance_sampling_level": "sequence"}
 GSPO = {**SEQUENCE, "epsilon_low": 3e-4, "epsilon_high": 4e-4}
+LUSPO = {**SEQUENCE, "epsilon_low": 2e-3, "epsilon_high": 2.5e-3}
 LOSSES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "grpo": (["algorithm=grpo"], {}),
     "grpo, clip higher": (["algorithm=grpo", CLIP[0]], CLIP[1]),
@@ -151,7 +152,7 @@ LOSSES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "sapo": (["algorithm=sapo"], {"loss_type": "sapo"}),
     "vespo": (["algorithm=vespo"], {"loss_type": "vespo"}),
     "gspo": (["algorithm=gspo"], GSPO),
-    "luspo": (["algorithm=luspo"], {"loss_type": "luspo", **GSPO}),
+    "luspo": (["algorithm=luspo"], {"loss_type": "luspo", **LUSPO}),
     "truncated masked": (
         ["algorithm=grpo", "algorithm.mask_truncated=true"], {"mask_truncated": True}
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from grpo import past
@@ -150,6 +151,68 @@ def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -
     code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 0, printed
     assert [line["step"] for line in metrics(copy)] == list(range(11))
+
+
+def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: Grpo) -> None:
+    """It was of an algorithm that now brings another KL."""
+    file = copy / ".hydra/config.yaml"
+    config = yaml.safe_load(file.read_text())
+    for key in ("kl_weight", "kl_within"):
+        del config["algorithm"][key]
+    config["kl_weight"], config["kl"]["within"] = 0.02, "loss"
+    file.write_text(yaml.safe_dump(config))
+    overrides = copy / ".hydra/overrides.yaml"
+    overrides.write_text(overrides.read_text() + "- algorithm=rloo\n")
+    code, printed = grpo(f"resume={copy}", "max_steps=10")
+    assert code == 0, printed
+    after = yaml.safe_load(file.read_text())
+    assert (after["kl_weight"], after["kl"]["within"]) == (0.02, "loss")
+    assert after["kl"]["estimator"] == "k3"
+    assert after["algorithm"]["baseline"] == "leave_one_out"
+
+
+def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
+    grpo: Grpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts made as they are drawn, against all made beforehand; then broken off at step 2."""
+    job = (
+        "experiment=smoke", "tracking=none", "eval.every=0", "max_steps=4", "checkpoint.every=2",
+        FEW, "algorithm=dapo",
+    )  # fmt: skip
+    assert grpo(*job, "hydra.run.dir=few")[0] == 0
+    for module in ("data.source", "data.table", "build"):
+        monkeypatch.setattr(f"grpo.{module}.EAGER", 100)
+    code, printed = grpo(*job, "hydra.run.dir=many")
+    assert code == 0, printed
+    assert "their prompts are made as they are drawn" in printed
+    same_run(tmp_path / "few", tmp_path / "many")
+    # With prompts that are too long, one token of which is a number's.
+    short = (*job, "dataset.max_prompt_tokens=37", "hydra.run.dir=short")
+    code, printed = grpo(*short)
+    assert code == 0, printed
+    assert "others are drawn in their place" in printed
+    shutil.copytree(tmp_path / "short", tmp_path / "broken", symlinks=True)
+    shutil.rmtree(tmp_path / "broken/checkpoints/step_4")
+    (tmp_path / "broken/summary.json").unlink()
+    code, printed = grpo("resume=broken")
+    assert code == 0, printed
+    same_run(tmp_path / "short", tmp_path / "broken")
+
+
+def test_a_schedule_goes_on_from_the_rate_it_had_come_to(grpo: Grpo, tmp_path: Path) -> None:
+    """Four of six steps down a line, then with ten in all: from 2/6 to 0 in six more."""
+    linear = (
+        "experiment=smoke", "tracking=none", "eval.every=0", "optim.schedule=linear", FEW,
+        "hydra.run.dir=run", "learning_rate=0.6e-4",
+    )  # fmt: skip
+    assert grpo(*linear, "max_steps=6")[0] == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/step_6")
+    code, printed = grpo("resume=run", "max_steps=10")
+    assert code == 0, printed
+    rates = [line["optim/learning_rate"] for line in metrics(tmp_path / "run")[1:]]
+    down = [6, 5, 4, 3, *(2 * (1 - n / 6) for n in range(6))]
+    assert rates == pytest.approx([1e-5 * rate for rate in down])
+    assert printed.count("on to the new end") == 1
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(copy: Path, grpo: Grpo) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,8 +16,9 @@ from grpo.objective import Normalize
 from grpo.objective.advantages import (
     group_mean,
     group_std,
+    no_scale,
     normalize_then_sum,
-    weighted_sum,
+    sum_then_normalize,
 )
 from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, score
 from grpo.rewards.score import stop_where_all_failed
@@ -37,7 +38,7 @@ def rollout(texts: Sequence[str], answers: Sequence[str]) -> Rollout:
         prompts=tuple(prompts),
         tokens_NC=torch.arange(2 * len(texts)).view(-1, 2),
         logprobs_NC=torch.zeros(len(texts), 2),
-        lengths_N=torch.tensor([2, 1] * (len(texts) // 2)),
+        lengths_N=torch.tensor([2 - n % 2 for n in range(len(texts))]),
         truncated_N=torch.zeros(len(texts), dtype=torch.bool),
         texts=tuple(texts),
     )
@@ -157,11 +158,12 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
         "second": values_of(2.0, Failure("no answer within 5 s"), 2.0, None),
     }
     scores = score(rollout(["a", "b", "c", "d"], ["1", "2"]), rewards)
-    assert scores.total_BG.flatten().tolist()[:3] == [3.0, 1.0, 2.0]
-    assert math.isnan(scores.total_BG.flatten()[3])
+    total_N = scores.total_BG.flatten()
+    assert total_N.isnan().tolist() == [False, True, False, True]
+    assert (total_N[0], total_N[2]) == (3.0, 2.0)
     metrics = scores.metrics()
     assert metrics["reward/failed"] == 1
-    assert metrics["reward/mean"] == 2.0
+    assert metrics["reward/mean"] == 2.5
     assert metrics["reward/first"] == 1.0
     assert metrics["reward/second"] == 2.0
     assert "reward.second failed for 1 of 4 completions" in caplog.text
@@ -170,6 +172,44 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
         1, rollout(["a", "b", "c", "d"], ["1", "2"]), scores, torch.zeros(2, 2), 2
     )
     assert [row.failed for row in rows] == ["", "second: no answer within 5 s", "", ""]
+    assert rows[1].rewards["first"] == 1.0  # what is known of it is shown
+    assert math.isnan(rows[1].reward)
+
+
+SIX, JUDGED = (0.0, 1.0, 2.0, 3.0, 1.0, 5.0), (1.0, 0.0, 1.0, 1.0, Failure("down"), 0.0)
+
+
+@pytest.mark.parametrize("aggregate", [sum_then_normalize, normalize_then_sum])
+def test_a_completion_with_a_failed_reward_changes_nothing_for_the_others(
+    aggregate: Callable[..., torch.Tensor],
+) -> None:
+    """The advantages are those of the same group without it, and its own is 0."""
+    normalize = Normalize(group_mean, group_std)
+
+    def advantages(*keep: int) -> list[float]:
+        rewards = {
+            "length": values_of(*[SIX[n] for n in keep]),
+            "judge": values_of(*[JUDGED[n] for n in keep]),
+        }
+        scores = score(rollout(["x"] * len(keep), ["1"]), rewards)
+        found: list[float] = aggregate(*scores.stacked(), normalize)[0].tolist()
+        return found
+
+    whole, without = advantages(0, 1, 2, 3, 4, 5), advantages(0, 1, 2, 3, 5)
+    assert whole[4] == 0.0
+    assert [*whole[:4], whole[5]] == pytest.approx(without, abs=1e-6)
+
+
+def test_a_failure_is_not_what_a_wrong_answer_is() -> None:
+    """Right, failed, right, right: they agree. Right, wrong, right, right: they don't."""
+    style = values_of(0.5, 0.5, 0.5, 0.5)
+    for second, expected in ((Failure("timeout"), 0.0), (0.0, -1.5)):
+        rewards = {"style": style, "judge": values_of(1.0, second, 1.0, 1.0)}
+        scores = score(rollout(["a", "b", "c", "d"], ["1"]), rewards)
+        normalize = Normalize(group_mean, group_std)
+        advantages = sum_then_normalize(*scores.stacked(), normalize)[0].tolist()
+        assert advantages[1] == pytest.approx(expected, abs=1e-3)
+        assert scores.metrics()["reward/zero_variance_groups"] == float(expected == 0.0)
 
 
 def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
@@ -184,6 +224,13 @@ def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
     nearly = score(four, {"down": values_of(None, None, Failure("x"), Failure("y"))})
     with pytest.raises(RunError, match="it failed for all 2 completions"):
         stop_where_all_failed(four, nearly)
+    # Each of two rewards works for half of them, and no completion has both.
+    halves = {
+        "one": values_of(Failure("no route"), Failure("x"), 1.0, 0.0),
+        "other": values_of(1.0, 0.0, Failure("x"), Failure("x")),
+    }
+    with pytest.raises(RunError, match="no completion with a reward, the first one with: no route"):
+        stop_where_all_failed(four, score(four, halves))
 
 
 def test_a_group_with_one_reward_left_teaches_nothing() -> None:
@@ -250,14 +297,33 @@ def test_the_data_sets_verifier_is_asked_once_a_completion() -> None:
     assert asked == ["a", "b"]
 
 
-def test_a_divergence_is_one_more_reward_with_its_weight_taken_off() -> None:
-    """Summed first or normalised first; and where no reward applies it teaches nothing alone."""
+def test_a_penalty_is_taken_off_the_reward() -> None:
+    """1 - 0.2 and 0 - 0.1 have mean 0.35; where no reward applies a penalty teaches nothing."""
     scores = score(rollout(["a", "b", "c", "d"], ["1"]), {"mine": values_of(1, 0, None, None)})
-    parts_RBG, weights_R = scores.stacked(torch.tensor([[2.0, 1.0, 9.0, 0.0]]), 0.1)
-    assert weights_R.tolist() == [1.0, pytest.approx(-0.1)]
-    total_BG = weighted_sum(parts_RBG, weights_R)
-    assert_close(total_BG[0, :2], torch.tensor([0.8, -0.1]))
-    assert total_BG[0, 2].isnan()
-    advantages_BG = normalize_then_sum(parts_RBG, weights_R, Normalize(group_mean, group_std))
-    assert advantages_BG[0, 0] > 0 > advantages_BG[0, 1]  # 0.9 of a deviation apart, not 0
-    assert advantages_BG[0, 2] == 0
+    penalty_BG, normalize = torch.tensor([[0.2, 0.1, 0.9, 0.0]]), Normalize(group_mean, no_scale)
+    found = sum_then_normalize(*scores.stacked(), normalize, penalty_BG)
+    assert_close(found, torch.tensor([[0.45, -0.45, 0.0, 0.0]]))
+
+
+def test_a_penalty_keeps_its_size_where_each_reward_is_normalised() -> None:
+    """The rewards' part by hand: 1, 0, 1, 0 normalised twice is ±sqrt(3)/2 twice, so ±0.866.
+
+    The penalties 0.4 and 0 have a mean of 0.2 in their groups: 0.2 is taken off or given, not more
+    where they are spread less.
+    """
+    texts, plain = ["x"] * 4, Normalize(group_mean, group_std)
+    scores = score(rollout(texts, ["1", "2"]), {"mine": values_of(1, 0, 1, 0)})
+    parts_RBG, weights_R = scores.stacked()
+    rewarded = normalize_then_sum(parts_RBG, weights_R, plain)
+    assert_close(rewarded.abs(), torch.full((2, 2), 3**0.5 / 2), atol=4e-4, rtol=0)
+    penalty_BG = torch.tensor([[0.4, 0.0], [0.0, 0.4]])
+    for size in (0.1, 1.0, 10.0, 100.0):
+        found = normalize_then_sum(parts_RBG, weights_R, plain, size * penalty_BG)
+        off = torch.tensor([[0.2, -0.2], [-0.2, 0.2]])
+        assert_close(found, rewarded - size * off, atol=1e-4, rtol=1e-5)
+    # One that has no total is in no mean of penalties either.
+    failed = score(rollout(texts, ["1"]), {"mine": values_of(1, 0, 1, Failure("down"))})
+    penalty_BG = torch.tensor([[0.3, 0.0, 0.0, 50.0]])
+    given = normalize_then_sum(*failed.stacked(), plain, penalty_BG)
+    taken = given - normalize_then_sum(*failed.stacked(), plain)
+    assert_close(taken, torch.tensor([[-0.2, 0.1, 0.1, 0.0]]), atol=1e-6, rtol=0)

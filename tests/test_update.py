@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -15,9 +16,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from grpo.budget import Budget, Limit
 from grpo.device import Device, open_device
@@ -42,8 +43,10 @@ from grpo.optim import SCHEDULES, Optimizer
 from grpo.pieces import micro_batches, read_at_once, score_rollout
 from grpo.rollout import NativeEngine
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective, OldPolicy
+from grpo.update import KLTerm, Learned, Objective, OldPolicy, minibatches
+from grpo.update import gradients as add_gradients
 from grpo.update import update as update_learned
+from tests.conftest import SHAPE
 from tests.test_rollout import prompts_of, wrap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -331,6 +334,39 @@ def test_truncated_completions_are_masked_out_of_the_whole_loss(tiny: LanguageMo
     left_out = replace(OBJECTIVE, averaging=without)
     _, [theirs] = kept_gradients(tiny, left_out, rollout, advantages_BG, reference)
     assert close(ours, theirs)
+
+
+@pytest.mark.parametrize("averaging", AVERAGINGS)
+def test_completions_without_a_reward_are_as_if_they_had_not_been_sampled(
+    averaging: str, tiny: LanguageModel
+) -> None:
+    """Groups of four of which one has no reward, against groups of three."""
+    four = rollout_of(tiny, 2, 4)
+    unscored_N = torch.arange(8) % 4 == 2
+    own = ~unscored_N
+    three = replace(
+        four,
+        tokens_NC=four.tokens_NC[own],
+        logprobs_NC=four.logprobs_NC[own],
+        lengths_N=four.lengths_N[own],
+        truncated_N=four.truncated_N[own],
+        texts=tuple(text for text, kept in zip(four.texts, own.tolist(), strict=True) if kept),
+    )
+    advantages_N = torch.tensor([1.0, -2.0, 0.0, 1.0, 3.0, -1.0, 0.0, -2.0])
+    objective = replace(OBJECTIVE, averaging=AVERAGINGS[averaging], kl=None)
+    found = []
+    for rollout, learned in (
+        (four, Learned(advantages_N, None, None, 0.0, unscored_N)),
+        (three, Learned(advantages_N[own], None, None, 0.0)),
+    ):
+        (minibatch,) = minibatches(tiny, objective, rollout, ROOM.computed, 0, learned.unscored_N)
+        totals = add_gradients(tiny, None, objective, rollout, learned, minibatch, ROOM.computed)
+        found.append(torch.cat([p.grad.flatten() for p in tiny.model.parameters()]))  # type: ignore[union-attr]
+        tiny.model.zero_grad()
+        found.append(torch.tensor(totals.losses["loss/policy"]))
+    assert found[0].abs().max() > 0
+    assert_close(found[0], found[2])
+    assert_close(found[1], found[3])
 
 
 def full_logprobs(model: LanguageModel, rollout: Rollout, n: int) -> Tensor:
@@ -630,6 +666,109 @@ def test_long_gradients_are_scaled_down(tiny: LanguageModel) -> None:
     assert steps.step()["optim/grad_norm"] == pytest.approx(math.sqrt(count), rel=1e-4)
     moment = steps.adamw.state[steps.parameters[0]]["exp_avg"]
     assert float(moment.max()) == pytest.approx(0.1 / math.sqrt(count), rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("end", [30, 9, 20])
+def test_a_schedule_goes_on_without_a_jump_to_another_end(schedule: str, end: int) -> None:
+    """Twenty steps were planned, two of them warm-up; after eight the end is another."""
+
+    def made() -> Optimizer:
+        model = nn.Linear(2, 2)
+        return Optimizer(model, "adamw", 0.1, 20, SCHEDULES[schedule], 2, 0.0, (0.9, 0.99), 0.0)
+
+    first = made()
+    rates = [first.step()["optim/learning_rate"] for _ in range(8)]
+    coming, second = first.rate(), made()
+    second.load_state(first.state())
+    second.end_after(end - 8)
+    assert second.rate() == pytest.approx(coming)
+    for _ in range(8, end):
+        rates.append(second.step()["optim/learning_rate"])
+        # Resumed once more with nothing changed, it is where it was, to the bit.
+        third = made()
+        third.load_state(second.state())
+        third.end_after(end - second.steps_done)
+        assert third.rate() == second.rate()
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[2:]))
+    assert second.rate() == pytest.approx(0.0, abs=1e-12)
+    if end == 20:
+        unbroken = made()
+        assert rates == [unbroken.step()["optim/learning_rate"] for _ in range(20)]
+    if schedule == "linear":
+        # Six of eighteen steps down: 2/3 of the rate, and from there in a line.
+        assert rates[8:] == pytest.approx(
+            [0.1 * 2 / 3 * (1 - n / (end - 8)) for n in range(end - 8)]
+        )
+
+
+def test_a_schedule_at_its_end_begins_again_within_the_longer_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = Optimizer(
+        nn.Linear(2, 2), "adamw", 0.1, 4, SCHEDULES["linear"], 0, 0.0, (0.9, 0.99), 0.0
+    )
+    for _ in range(4):
+        steps.step()
+    steps.end_after(4)
+    assert steps.rate() == pytest.approx(0.05)  # four of eight steps down
+    assert "as if 8 updates had been planned" in caplog.text
+
+
+class Untied(nn.Module):
+    """A table and a head of many rows of which few have a gradient, and a matrix between them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table, self.head = (nn.Parameter(torch.ones(5000, 8, dtype=dtype)) for _ in range(2))
+        self.middle = nn.Parameter(torch.ones(16, 8, dtype=dtype))
+
+    def read_some(self) -> None:
+        """Gradients as of a step that has read ten rows of the table."""
+        for parameter in self.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for graded in (self.table.grad[:10], self.middle.grad, self.head.grad[:10]):  # type: ignore[index]
+            graded += 1e-3  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate", "moved"),
+    [
+        (torch.float32, 1e-5, 1.0),
+        (torch.float32, 1e-9, 0.0),  # next to 1 the last digit of fp32 is 6e-8
+        (torch.bfloat16, 1e-5, 0.0),  # and that of bf16 4e-3
+        (torch.bfloat16, 1e-2, 1.0),
+    ],
+)
+def test_whether_steps_round_away_is_seen_where_there_is_a_gradient(
+    dtype: torch.dtype, learning_rate: float, moved: float
+) -> None:
+    model = Untied(dtype)
+    steps = Optimizer(
+        model, "adamw", learning_rate, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
+    )
+    model.read_some()
+    assert steps.step()["optim/moved"] == moved
+    # Half of the middle is so small that any step shows.
+    with torch.no_grad():
+        model.middle[8:] = 1e-12
+    model.read_some()
+    assert steps.step()["optim/moved"] == pytest.approx(max(moved, 0.5), abs=0.15)
+    # Without a gradient there is nothing to be said.
+    assert steps.step()["optim/moved"] == 0.0
+
+
+def test_an_untied_models_steps_are_seen_to_move_it(device: Device) -> None:
+    """Its largest matrix is the table of tokens, most of which no step reads."""
+    shape = {**SHAPE, "vocab_size": 4000, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    policy = wrap(Qwen2ForCausalLM(Qwen2Config(**shape, head_dim=16)).eval(), device)
+    rollout = NativeEngine(policy, 6, ROOM).generate(prompts_of(7, 3), 3, SAMPLING, seed=4)
+    advantages_BG = torch.tensor([[1.0, 0.0, -1.0], [2.0, -1.0, -1.0]])
+    for learning_rate, low, high in ((1e-4, 0.9, 1.0), (1e-13, 0.0, 0.05)):
+        own = optimizer(policy, learning_rate=learning_rate)
+        found = update(policy, None, own, OBJECTIVE, rollout, advantages_BG, 10**6)
+        assert low <= found["optim/moved"] <= high
 
 
 def test_a_resumed_optimizer_keeps_its_state_and_takes_todays_options(tiny: LanguageModel) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import random
 import zlib
+from array import array
+from collections.abc import Sequence
 
+from grpo.data.rows import Generated
 from grpo.data.source import Source
 from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
@@ -40,7 +43,7 @@ class Arithmetic(Source):
         self.extract = extract
         self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
 
-    def rows(self, split: str) -> list[Example]:
+    def rows(self, split: str) -> Sequence[Example]:
         key = size_key(split)
         size: int = getattr(self, key)
         held_out = split == "test"
@@ -52,14 +55,17 @@ class Arithmetic(Source):
         if size > most:
             raise none_left
         rng = random.Random(f"{self.seed} {held_out}")
-        drawn: dict[str, Example] = {}
+        drawn: dict[int, None] = {}  # in order, and none twice
         for _ in range(100 * size):
-            problem = self._problem(rng)
-            if is_held_out(problem.question) == held_out:
-                drawn.setdefault(problem.question, problem)
+            number = self._draw(rng)
+            if number not in drawn and is_held_out(self._question(number)) == held_out:
+                drawn[number] = None
             if len(drawn) == size:
-                return list(drawn.values())
+                return self._problems(array("q", drawn))
         raise none_left
+
+    def _problems(self, numbers: array[int]) -> Generated:
+        return Generated(len(numbers), lambda n: self._problem(numbers[n]))
 
     def example(self, row: Example, number: int) -> Example:
         return row
@@ -75,14 +81,29 @@ class Arithmetic(Source):
         about = total * (0.1 if held_out else 0.9)
         return round(about), math.ceil(about + 5 * math.sqrt(total * 0.1 * 0.9))
 
-    def _problem(self, rng: random.Random) -> Example:
-        a, b = rng.randrange(10**self.digits), rng.randrange(10**self.digits)
+    def _draw(self, rng: random.Random) -> int:
+        """A problem as one number: a, b and the operation as its digits."""
+        numbers = 10**self.digits
+        a, b = rng.randrange(numbers), rng.randrange(numbers)
         operation = rng.choice(self.operations)
         if operation == "-":
             a, b = max(a, b), min(a, b)
+        which = self.operations.index(operation)
+        return int((a * numbers + b) * len(self.operations) + which)
+
+    def _read(self, number: int) -> tuple[int, int, str]:
+        both, operation = divmod(number, len(self.operations))
+        return (*divmod(both, 10**self.digits), self.operations[operation])
+
+    def _question(self, number: int) -> str:
+        a, b, operation = self._read(number)
+        return f"What is {a} {operation} {b}?"
+
+    def _problem(self, number: int) -> Example:
+        a, b, operation = self._read(number)
         answer = str(OPERATIONS[operation](a, b))
         columns = {"a": a, "b": b, "operation": operation}
-        return answered(f"What is {a} {operation} {b}?", answer, self.extract, columns)
+        return answered(self._question(number), answer, self.extract, columns)
 
 
 def at_least_one(count: int, key: str) -> int:

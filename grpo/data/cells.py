@@ -10,6 +10,32 @@ from typing import Any
 from grpo.errors import ConfigError
 
 Row = Mapping[str, Any]
+# By the name that Arrow gives it, or a feature of datasets.
+SHORT_FLOATS = {
+    "float": "float32",
+    "halffloat": "float16",
+    "float32": "float32",
+    "float16": "float16",
+}
+
+
+class ShortFloats:
+    """Rows of a table in which a float32's 0.1 is 0.1, not 0.10000000149011612."""
+
+    def __init__(self, types: Mapping[str, str]) -> None:
+        """types: of the columns, by Arrow or datasets."""
+        import numpy
+
+        self.short = {
+            name: getattr(numpy, SHORT_FLOATS[kind])
+            for name, kind in types.items()
+            if kind in SHORT_FLOATS
+        }
+
+    def read(self, row: Row) -> Row:
+        found = {name: row[name] for name in self.short if row[name] is not None}
+        short = {name: float(str(self.short[name](value))) for name, value in found.items()}
+        return {**row, **short} if short else row
 
 
 def read_cell(row: Row, key: str, name: str, number: int) -> Any:

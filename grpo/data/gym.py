@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from tokenize import TokenError
 from typing import Any
 
 from grpo.config import nearest
 from grpo.data.arithmetic import at_least_one, size_key
+from grpo.data.rows import Generated
 from grpo.data.source import Source
 from grpo.data.verify import comparable, extractor, likely_answer
 from grpo.errors import ConfigError
@@ -55,7 +56,7 @@ class ReasoningGym(Source):
         self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
         self.extract, self.strict = extractor(extract), strict
 
-    def rows(self, split: str) -> list[Example]:
+    def rows(self, split: str) -> Sequence[Example]:
         size: int = getattr(self, size_key(split))
         seed = 2 * self.seed + (split == "test")
         import reasoning_gym
@@ -63,12 +64,14 @@ class ReasoningGym(Source):
         options = with_specs(self.options) if self.task == "composite" else self.options
         try:
             problems = reasoning_gym.create_dataset(self.task, size=size, seed=seed, **options)
-            entries = list(problems)
+            probed = [problems[number] for number in range(min(size, PROBED))]
         except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(f"dataset.options of {self.task}: {error}") from error
-        refused = self._refused(problems, entries)
-        return [
-            Example(
+        refused = self._refused(problems, probed)
+
+        def make(number: int) -> Example:
+            entry = problems[number]
+            return Example(
                 question=entry["question"],
                 answer=gold_of(entry),
                 verify=self._verifier(problems, entry, self.extract, refused),
@@ -76,8 +79,8 @@ class ReasoningGym(Source):
                 read=self.extract,
                 lenient=self._verifier(problems, entry, likely_answer, refused),
             )
-            for entry in entries
-        ]
+
+        return Generated(size, make)
 
     def example(self, row: Example, number: int) -> Example:
         return row
@@ -92,7 +95,7 @@ class ReasoningGym(Source):
         for answer in NON_ANSWERS:
             wrongly = [
                 credit_of(problems, answer, entry) >= 1.0 and not is_gold(answer, entry)
-                for entry in entries[:PROBED]
+                for entry in entries
             ]
             if 2 * sum(wrongly) > len(wrongly):
                 refused.append(answer)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +24,7 @@ class Order:
     size has to divide another. Several sets are mixed by drawing, for each k, which one is next.
     """
 
-    sets: tuple[tuple[int, ...], ...]  # the rows of each
+    sets: tuple[Sequence[int], ...]  # the rows of each, ascending
     probabilities: tuple[float, ...]  # of each set
     seed: int
     shuffled: bool = True
@@ -31,18 +33,20 @@ class Order:
         """The rows of a step's batch, step 1 first."""
         return self.rows((step - 1) * batch_size, batch_size)
 
-    def extra(self, step: int, attempt: int, stale: Sequence[int]) -> list[int]:
+    def extra(
+        self, step: int, attempt: int | str, stale: Sequence[int], shown: Collection[int] = ()
+    ) -> list[int]:
         """Rows in the place of those of a step that taught nothing: others of the same set.
 
-        Drawn at random whatever the order, and without those of the step where there are enough.
+        Drawn at random whatever the order. None of `stale` and `shown`, which the step has had,
+        comes again before all others of its set have; the time doesn't depend on their number.
         """
-        draw = random.Random(f"{self.seed} {step} {attempt}")
+        rng = random.Random(f"{self.seed} {step} {attempt}")
+        had = {*stale, *shown}
         found: list[int] = []
         for own in self.sets:
-            wanted = sum(row in own for row in stale)
-            others = [row for row in own if row not in stale]
-            enough = wanted <= len(others)
-            found += draw.sample(others, wanted) if enough else draw.choices(own, k=wanted)
+            wanted = sum(holds(own, row) for row in stale)
+            found += draw_others(rng, own, wanted, {row for row in had if holds(own, row)})
         return found
 
     def rows(self, first: int, count: int) -> list[int]:
@@ -63,6 +67,29 @@ class Order:
         before = counts(block, self.probabilities, self.seed)
         number = drawn[at]
         return number, before[number] + drawn[:at].count(number)
+
+
+def holds(rows: Sequence[int], row: int) -> bool:
+    """Whether a row is among ascending ones."""
+    at = bisect_left(rows, row)
+    return at < len(rows) and rows[at] == row
+
+
+def draw_others(
+    rng: random.Random, rows: Sequence[int], count: int, had: Collection[int]
+) -> list[int]:
+    """So many rows at random: different ones that are not among `had`, while there are any."""
+    if len(rows) > 2 * (len(had) + count):  # at least every other draw is a new one
+        fresh: dict[int, None] = {}
+        while len(fresh) < count:
+            row = rows[rng.randrange(len(rows))]
+            if row not in had:
+                fresh[row] = None
+        return list(fresh)
+    others = [row for row in rows if row not in had]
+    found = rng.sample(others, min(count, len(others)))
+    again = rng.sample(sorted(had), min(count - len(found), len(had)))
+    return [*found, *again, *rng.choices(rows, k=count - len(found) - len(again))]
 
 
 @lru_cache(maxsize=8)
@@ -90,15 +117,23 @@ def counts(block: int, probabilities: tuple[float, ...], seed: int) -> list[int]
 
 
 def one_set(rows: int, seed: int, shuffled: bool = True) -> Order:
-    return Order((tuple(range(rows)),), (1.0,), seed, shuffled)
+    return Order((range(rows),), (1.0,), seed, shuffled)
 
 
 def mixed(sources: Sequence[str], probabilities: dict[str, float], seed: int) -> Order:
     """An order over rows of several sets, each row's set named."""
-    sets = tuple(
-        tuple(row for row, own in enumerate(sources) if own == name) for name in probabilities
-    )
+    sets = tuple(rows_from(sources, name) for name in probabilities)
     return Order(sets, tuple(probabilities.values()), seed)
+
+
+def rows_from(sources: Sequence[str], name: str) -> Sequence[int]:
+    """The rows of one set; a range where they stand together, as they mostly do."""
+    count = sources.count(name)
+    first = sources.index(name) if count else 0
+    together = range(first, first + count)
+    if all(sources[row] == name for row in together):
+        return together
+    return array("q", (row for row, own in enumerate(sources) if own == name))
 
 
 def total_steps(rows: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:

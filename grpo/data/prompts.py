@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple, overload
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo.data.rows import Examples
 from grpo.errors import ConfigError
 from grpo.types import Example, Prompt
 
 log = logging.getLogger(__name__)
+
+CACHED = 4096  # prompts
+SAMPLE = 256
 
 
 @dataclass(frozen=True)
@@ -62,18 +69,123 @@ class PromptFormat:
         return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
+class DrawnSet(NamedTuple):
+    """A set of training rows whose prompts are made as they are drawn."""
+
+    examples: Sequence[Example]
+    format: PromptFormat
+    left_out: frozenset[str]  # questions that are the evaluation's
+    name: str  # of the set in a mix
+
+
+class DrawnPrompts(Sequence[Prompt]):
+    """Prompts made when they are asked for, where there are too many to make them all beforehand.
+
+    So it comes out only then that one is too long. `fits` says it of each; those that don't are
+    left out by whoever draws, and counted here, out loud.
+    """
+
+    def __init__(self, sets: Sequence[DrawnSet], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.sets, self.tokenizer = sets, tokenizer
+        self.ends = list(accumulate(len(own.examples) for own in sets))
+        self.most_tokens = max(own.format.max_prompt_tokens for own in sets)
+        self.unfit: set[int] = set()
+        self.made = lru_cache(maxsize=CACHED)(self._make)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @overload
+    def __getitem__(self, row: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Prompt]: ...
+    def __getitem__(self, row: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(row, slice):
+            return [self.made(n) for n in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.made(row)
+
+    def fits(self, row: int) -> bool:
+        """Whether a prompt is short enough, and not one of the evaluation's."""
+        own = self.sets[bisect_right(self.ends, row)]
+        if self.short(row) and self.made(row).example.question not in own.left_out:
+            return True
+        self.unfit.add(row)
+        if len(self.unfit).bit_count() == 1:  # 1, 2, 4, 8 …
+            log.warning(
+                "%d training prompts so far are too long or evaluation rows; others are drawn in "
+                "their place.", len(self.unfit),
+            )  # fmt: skip
+        return False
+
+    def look_at_some(self, most_tokens: int) -> None:
+        """Says what is known of their lengths before any is drawn, from a sample.
+
+        Args:
+            most_tokens: what the model has room for.
+
+        Raises:
+            ConfigError: none of the sample fits.
+        """
+        self.most_tokens = min(self.most_tokens, most_tokens)
+        rows = range(0, len(self), -(-len(self) // SAMPLE))
+        short = [row for row in rows if self.short(row)]
+        if not short:
+            shortest = min(len(self.made(row).token_ids) for row in rows)
+            raise ConfigError(
+                f"dataset.max_prompt_tokens={self.most_tokens}: the shortest of {len(rows)} "
+                f"training prompts has {shortest} tokens, so none is left."
+            )
+        log.info(
+            "%d training rows: their prompts are made as they are drawn; of a sample of %d, %d are "
+            "longer than %d tokens. Longer ones are left out, and others drawn in their place.",
+            len(self), len(rows), len(rows) - len(short), self.most_tokens,
+        )  # fmt: skip
+
+    def short(self, row: int) -> bool:
+        own = self.sets[bisect_right(self.ends, row)]
+        most = min(own.format.max_prompt_tokens, self.most_tokens)
+        return len(self.made(row).token_ids) <= most
+
+    def all_that_fit(self) -> list[Prompt]:
+        return [self.made(row) for row in range(len(self)) if self.fits(row)]
+
+    def sources(self) -> list[str]:
+        return [name for own in self.sets for name in [own.name] * len(own.examples)]
+
+    def asked(self, questions: set[str]) -> set[str]:
+        """Those of some questions that are trained on."""
+        found: set[str] = set()
+        for own in self.sets:
+            rest = questions - own.left_out
+            if rest:
+                found.update(e.question for e in own.examples if e.question in rest)
+        return found
+
+    def _make(self, row: int) -> Prompt:
+        at = bisect_right(self.ends, row)
+        own, before = self.sets[at], self.ends[at - 1] if at else 0
+        example = own.examples[row - before]
+        return Prompt(*own.format.render(example, self.tokenizer), example)
+
+
 @dataclass(frozen=True)
 class PromptSets:
-    train: list[Prompt]
+    train: list[Prompt] | DrawnPrompts
     evaluation: list[Prompt]
 
 
 def without_held_out(
     train: Sequence[Example], evaluation: Sequence[Example], key: str
-) -> list[Example]:
+) -> Sequence[Example]:
     """The training rows that are no evaluation rows; what is left out is counted, out loud."""
     held_out = {example.question for example in evaluation}
-    apart = [example for example in train if example.question not in held_out]
+    apart: Sequence[Example]
+    if isinstance(train, Examples):
+        apart = train.without(held_out)
+    else:
+        apart = [example for example in train if example.question not in held_out]
     if not apart:
         raise ConfigError(
             f"{key}: every training row is an evaluation row too; choose another {key}.slice or "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.data.rows import EAGER, Examples
 from grpo.data.slices import parse_slice
 from grpo.types import Example
 
@@ -24,7 +25,10 @@ class Source(ABC):
 
     @abstractmethod
     def example(self, row: Any, number: int) -> Example:
-        """Row `number` (from 0) as an example; made only of rows that a slice selects."""
+        """Row `number` (from 0) as an example; made only of rows that a slice selects.
+
+        Where there are many rows an example is made anew each time that it is asked for.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,15 @@ class Slices:
     eval_split: str
     eval_slice: str
 
-    def train(self, source: Source) -> list[Example]:
-        return select(source, self.split, self.slice, "dataset.slice")
+    def train(self, source: Source) -> Sequence[Example]:
+        """The examples to train on; of more than EAGER, each is made when it is asked for."""
+        rows = source.rows(self.split)
+        numbers = parse_slice(self.slice, len(rows), "dataset.slice")
+        if len(numbers) > EAGER:
+            return Examples(rows, numbers, source.example)
+        return [source.example(rows[i], i) for i in numbers]
 
     def evaluation(self, source: Source) -> list[Example]:
-        return select(source, self.eval_split, self.eval_slice, "dataset.eval_slice")
-
-
-def select(source: Source, split: str, slice: str, key: str) -> list[Example]:
-    rows = source.rows(split)
-    return [source.example(rows[i], i) for i in parse_slice(slice, len(rows), key)]
+        rows = source.rows(self.eval_split)
+        numbers = parse_slice(self.eval_slice, len(rows), "dataset.eval_slice")
+        return [source.example(rows[i], i) for i in numbers]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grpo.data.cells import Row, as_messages, as_text, read_cell
+from grpo.data.cells import Row, ShortFloats, as_messages, as_text, read_cell
+from grpo.data.rows import EAGER, HubRows, JsonlRows, Rows, TableRows
 from grpo.data.source import Source
 from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
@@ -114,33 +114,10 @@ def read_file(file: Path) -> Sequence[Row]:
     rows = READERS[file.suffix](file)
     if not rows:
         raise ConfigError(f"dataset.path={file}: the file has no rows.")
-    return rows
+    return rows if len(rows) > EAGER else list(rows)
 
 
-def read_jsonl(file: Path) -> Sequence[Row]:
-    rows = []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"dataset.path={file}: not UTF-8 text ({error.reason}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"dataset.path={file}: line {number} is not JSON ({error.msg})."
-            ) from error
-        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-            raise ConfigError(f"dataset.path={file}: line {number}: {error}.") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"dataset.path={file}: line {number} is not a JSON object.")
-        rows.append(row)
-    return rows
-
-
-def read_parquet(file: Path) -> Sequence[Row]:
+def read_parquet(file: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -149,39 +126,10 @@ def read_parquet(file: Path) -> Sequence[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"dataset.path={file}: not a parquet file ({error}).") from error
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
-    return shorten_floats(table.to_pylist(), types)
+    return TableRows(table, ShortFloats(types))
 
 
-# By the name that Arrow gives it, or a feature of datasets.
-SHORT_FLOATS = {
-    "float": "float32",
-    "halffloat": "float16",
-    "float32": "float32",
-    "float16": "float16",
-}
-
-
-def shorten_floats(rows: list[Row], types: Mapping[str, str]) -> list[Row]:
-    """Rows in which a float32's 0.1 is 0.1, not 0.10000000149011612."""
-    import numpy
-
-    short = {
-        name: getattr(numpy, SHORT_FLOATS[kind])
-        for name, kind in types.items()
-        if kind in SHORT_FLOATS
-    }
-    if not short:
-        return rows
-    return [
-        {
-            name: float(str(short[name](value))) if name in short and value is not None else value
-            for name, value in row.items()
-        }
-        for row in rows
-    ]
-
-
-READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": JsonlRows, ".parquet": read_parquet}
 
 
 def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
@@ -198,7 +146,8 @@ def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
     try:
         found = datasets.load_dataset(id, subset, split=split)
         types = {name: getattr(kind, "dtype", "") for name, kind in found.features.items()}
-        return shorten_floats(list(found), types)
+        rows = HubRows(found, ShortFloats(types))
+        return rows if len(rows) > EAGER else list(rows)
     except (ConnectionError, OSError) as error:
         raise ConfigError(
             f"dataset: {id} is not in the local cache and {unreachable or error}. Use "

@@ -69,6 +69,11 @@ class Course:
         return (fmean(values[:window]), fmean(values[-window:])) if values else None
 
 
+def with_kl(course: Course, algorithm: str) -> str:
+    """The override for an algorithm that brings no KL, with the weight of the run's own."""
+    return f"algorithm={algorithm} kl_weight={course.config['kl_weight']:g}"
+
+
 def no_reward(course: Course) -> Found | None:
     steps = course.steps
     unsolved, agree = course.values("reward/unsolved_groups"), "reward/zero_variance_groups"
@@ -144,7 +149,7 @@ def entropy_collapses(course: Course) -> Found | None:
     return Found(
         f"{now:.2g} nats a token, {before:.2g} at the start; {solved:.0%} of the groups solved.",
         "The policy says one thing only, so its groups hold nothing to choose from.",
-        f"learning_rate={rate:.2g} algorithm.entropy_weight=0.003, or algorithm=dapo",
+        f"learning_rate={rate:.2g} algorithm.entropy_weight=0.003, or {with_kl(course, 'dapo')}",
     )
 
 
@@ -157,7 +162,8 @@ def lengths_explode(course: Course) -> Found | None:
         f"{now:.0%} of the completions are cut off at max_new_tokens={tokens}, {before:.0%} at the "
         f"start.",
         "Longer is rewarded, or averaged so that length dilutes a mistake.",
-        f"algorithm=dr_grpo, reward=[answer,soft_overlong], or max_new_tokens={tokens * 2}",
+        f"{with_kl(course, 'dr_grpo')}, reward=[answer,soft_overlong], or "
+        f"max_new_tokens={tokens * 2}",
     )
 
 

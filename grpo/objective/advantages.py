@@ -1,7 +1,8 @@
 """Advantages: what a completion's reward says about it, next to the others'.
 
 A reward is compared with a baseline and divided by a scale: two choices, free to mix. NaN is a
-reward that doesn't apply: it takes no part in any mean or deviation, and its advantage is zero.
+reward that doesn't apply, or that no one knows: it takes no part in any mean or deviation, and its
+advantage is zero.
 """
 
 from __future__ import annotations
@@ -89,22 +90,45 @@ class Normalize(NamedTuple):
         return (rewards_BG - self.baseline(rewards_BG)) / self.scale(rewards_BG)
 
 
-def sum_then_normalize(parts_RBG: Tensor, weights_R: Tensor, normalize: Normalize) -> Tensor:
-    """Advantages [B, G] of the weighted sum of the rewards."""
-    return normalize(weighted_sum(parts_RBG, weights_R)).nan_to_num(nan=0.0)
+def sum_then_normalize(
+    parts_RBG: Tensor, weights_R: Tensor, normalize: Normalize, penalty_BG: Tensor | None = None
+) -> Tensor:
+    """Advantages [B, G] of the weighted sum of the rewards.
+
+    Args:
+        penalty_BG: weight x divergence, where the KL is in the reward: taken off the sum first, as
+            in RLOO (2402.14740), eq. 3.
+    """
+    total_BG = weighted_sum(parts_RBG, weights_R)
+    if penalty_BG is not None:
+        total_BG = total_BG - penalty_BG
+    return normalize(total_BG).nan_to_num(nan=0.0)
 
 
-def normalize_then_sum(parts_RBG: Tensor, weights_R: Tensor, normalize: Normalize) -> Tensor:
+def normalize_then_sum(
+    parts_RBG: Tensor, weights_R: Tensor, normalize: Normalize, penalty_BG: Tensor | None = None
+) -> Tensor:
     """Each reward by itself, then their weighted sum over the step's deviation.
 
     So a reward with a small spread is not drowned by one with a large one: GDPO (2601.05242).
+
+    Args:
+        penalty_BG: weight x divergence, where the KL is in the reward. GDPO has it in the loss, and
+            normalised as one more reward it would pull alike whatever its size. So it is compared
+            with the same baseline, but divided by nothing, and taken off the advantages, whose
+            deviation is 1: a completion that is a nat further away than its group's mean loses
+            kl_weight deviations.
     """
     each_RBG = torch.stack([normalize(part_BG) for part_BG in parts_RBG])
     total_BG = weighted_sum(each_RBG, weights_R)
-    return Normalize(batch_mean, batch_std)(total_BG).nan_to_num(nan=0.0)
+    advantages_BG = Normalize(batch_mean, batch_std)(total_BG)
+    if penalty_BG is not None:
+        penalty_BG = penalty_BG.masked_fill(total_BG.isnan(), torch.nan)
+        advantages_BG = advantages_BG - (penalty_BG - normalize.baseline(penalty_BG))
+    return advantages_BG.nan_to_num(nan=0.0)
 
 
-AGGREGATES: dict[str, Callable[[Tensor, Tensor, Normalize], Tensor]] = {
+AGGREGATES: dict[str, Callable[..., Tensor]] = {
     "sum_then_normalize": sum_then_normalize,
     "normalize_then_sum": normalize_then_sum,
 }

@@ -125,7 +125,7 @@ function browseCompletions(section, samples) {
   }
   const tests = {
     all: () => true,
-    mixed: (g) => new Set(g.rows.map((row) => row[REWARD])).size > 1,
+    mixed: (g) => new Set(g.rows.map((row) => row[REWARD]).filter((reward) => reward !== null)).size > 1,
     none: (g) => g.rows.every((row) => !(row[REWARD] > 0)),
     cut: (g) => g.rows.some((row) => row[CUT]),
     failed: (g) => g.rows.some((row) => row[FAILED]),

@@ -46,7 +46,7 @@ class RewardError(RunError):
 
 
 def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
-    """Every reward of every completion, and their weighted sum.
+    """Every reward of every completion, and their weighted sum; none where a reward failed.
 
     Raises:
         RewardError: naming the reward and showing the prompt and the completion that did it.
@@ -63,6 +63,7 @@ def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
     weights = {name: reward.weight for name, reward in rewards.items()}
     stacked_R1N = torch.stack(list(parts.values()))[:, None]
     total_N = weighted_sum(stacked_R1N, torch.tensor(list(weights.values())))[0]
+    total_N[sorted(set().union(*failures.values()))] = torch.nan
     for sample, total in zip(samples, total_N.tolist(), strict=True):
         if math.isinf(total):
             raise RewardError(explain("*", f"the weighted sum is {total}", sample))
@@ -150,18 +151,27 @@ def tell_failures(name: str, rows: Mapping[int, str], count: int) -> None:
     """Says that a reward could not be worked out for some completions."""
     if rows:
         log.warning(
-            "reward.%s failed for %d of %d completions, which it now doesn't count for: %s",
+            "reward.%s failed for %d of %d completions, which are not trained on: %s",
             name, len(rows), count, rows[min(rows)],
         )  # fmt: skip
 
 
 def stop_where_all_failed(rollout: Rollout, scores: Scores) -> None:
-    """Raises RewardError where a reward failed for every completion that it is for."""
+    """Raises RewardError where a reward failed for every completion that it is for.
+
+    And where the failures of several rewards leave no completion with a total.
+    """
     for name, rows in scores.failures.items():
         if rows and scores.parts[name].isnan().all():
             first = min(rows)
             what = f"it failed for all {len(rows)} completions, the first one with: {rows[first]}"
             raise RewardError(explain(name, what, to_samples(rollout)[first]))
+    failed = {n: name for name, rows in scores.failures.items() for n in rows}
+    if failed and scores.total_BG.isnan().all():
+        first = min(failed)
+        reason = scores.failures[failed[first]][first]
+        what = f"failures leave no completion with a reward, the first one with: {reason}"
+        raise RewardError(explain(failed[first], what, to_samples(rollout)[first]))
 
 
 def as_tensor(values: Sequence[Value]) -> Tensor:

@@ -1,0 +1,206 @@
+"""Rows and examples of which few are in memory: each is made when it is asked for.
+
+A data set of up to EAGER rows is read as a whole, as everything is simpler then. One of a million
+would take minutes and gigabytes, so of a larger one only what finds a row again is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
+
+from grpo.data.cells import Row, ShortFloats
+from grpo.errors import ConfigError
+from grpo.types import Example
+
+if TYPE_CHECKING:
+    import pyarrow
+
+EAGER = 16_384  # rows
+AT_ONCE = 4096  # rows of a table that become Python's at a time
+
+
+class Rows(Sequence[Any]):
+    """A sequence that can be asked for one item, or for a stretch of them in their order."""
+
+    def item(self, number: int) -> Any:
+        raise NotImplementedError
+
+    def stretch(self, numbers: range) -> Iterator[Any]:
+        """Those of a range; cheaper than one by one, where they lie beside each other."""
+        return (self.item(number) for number in numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> Any: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Any]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        if isinstance(number, slice):
+            return [self.item(n) for n in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        return self.item(number % len(self))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.stretch(range(len(self)))
+
+
+class Generated(Rows):
+    """Rows that are made by their number, and that nothing can be wrong with."""
+
+    def __init__(self, size: int, make: Callable[[int], Any]) -> None:
+        self.size, self.make = size, make
+
+    def __len__(self) -> int:
+        return self.size
+
+    def item(self, number: int) -> Any:
+        return self.make(number)
+
+
+class JsonlRows(Rows):
+    """The lines of a .jsonl file, by where each begins; blank ones are none."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.starts, self.lines = array("q"), array("q")
+        start = 0
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.isspace():
+                    self.starts.append(start)
+                    self.lines.append(number)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def item(self, number: int) -> Row:
+        with self.file.open("rb") as stream:
+            return next(self._read(stream, range(number, number + 1)))
+
+    def stretch(self, numbers: range) -> Iterator[Row]:
+        with self.file.open("rb") as stream:
+            yield from self._read(stream, numbers)
+
+    def _read(self, stream: BinaryIO, numbers: range) -> Iterator[Row]:
+        following = -1
+        for number in numbers:
+            if self.lines[number] != following:
+                stream.seek(self.starts[number])
+            following = self.lines[number] + 1
+            yield parse_line(stream.readline(), self.lines[number], self.file)
+
+
+def parse_line(line: bytes, number: int, file: Path) -> Row:
+    """A line of a .jsonl file, from 1.
+
+    Raises:
+        ConfigError: it is not UTF-8, not JSON, or no object.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason})."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"dataset.path={file}: line {number} is not JSON ({error.msg})."
+        ) from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise ConfigError(f"dataset.path={file}: line {number}: {error}.") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"dataset.path={file}: line {number} is not a JSON object.")
+    return row
+
+
+class TableRows(Rows):
+    """The rows of an Arrow table, which takes no more memory than its texts."""
+
+    def __init__(self, table: pyarrow.Table, floats: ShortFloats) -> None:
+        self.table, self.floats = table, floats
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def item(self, number: int) -> Row:
+        return self.floats.read(self.table.slice(number, 1).to_pylist()[0])
+
+    def stretch(self, numbers: range) -> Iterator[Row]:
+        for start in range(numbers.start, numbers.stop, AT_ONCE):
+            part = self.table.slice(start, min(AT_ONCE, numbers.stop - start))
+            yield from map(self.floats.read, part.to_pylist())
+
+
+class HubRows(Rows):
+    """The rows of a split of the datasets library, which stays on the disk."""
+
+    def __init__(self, split: Any, floats: ShortFloats) -> None:
+        self.split, self.floats = split, floats
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def item(self, number: int) -> Row:
+        return self.floats.read(self.split[number])
+
+    def stretch(self, numbers: range) -> Iterator[Row]:
+        for start in range(numbers.start, numbers.stop, AT_ONCE):
+            columns = self.split[start : min(start + AT_ONCE, numbers.stop)]
+            for values in zip(*columns.values(), strict=True):
+                yield self.floats.read(dict(zip(columns, values, strict=True)))
+
+
+class Examples(Rows):
+    """The rows of a slice as examples.
+
+    All are made once, so that what is wrong with a row is told before anything starts, and
+    forgotten; what is kept is a hash of each question, by which the evaluation's rows are found.
+    Generated rows are looked at as they are drawn.
+    """
+
+    def __init__(
+        self, rows: Sequence[Any], numbers: range, example: Callable[[Any, int], Example]
+    ) -> None:
+        self.rows, self.example = rows, example
+        self.numbers: Sequence[int] = numbers
+        self.hashes: array[int] | None = None
+        if not isinstance(rows, Generated):
+            stretch = (
+                rows.stretch(numbers) if isinstance(rows, Rows) else map(rows.__getitem__, numbers)
+            )
+            made = map(example, stretch, numbers)
+            self.hashes = array("q", (hash(one.question) for one in made))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def item(self, number: int) -> Example:
+        row = self.numbers[number]
+        return self.example(self.rows[row], row)
+
+    def stretch(self, numbers: range) -> Iterator[Example]:
+        own = self.numbers[numbers.start : numbers.stop]
+        if isinstance(self.rows, Rows) and isinstance(own, range):
+            return map(self.example, self.rows.stretch(own), own)
+        return (self.example(self.rows[row], row) for row in own)
+
+    def without(self, questions: set[str]) -> Examples:
+        """All but those that ask one of these questions, as far as that is known beforehand."""
+        if self.hashes is None:
+            return self
+        hashes = {hash(question) for question in questions}
+        likely = [number for number, own in enumerate(self.hashes) if own in hashes]
+        asking = {number for number in likely if self.item(number).question in questions}
+        if not asking:
+            return self
+        apart = copy(self)
+        kept = [n for n in range(len(self)) if n not in asking]
+        apart.numbers = array("q", (self.numbers[n] for n in kept))
+        apart.hashes = array("q", (self.hashes[n] for n in kept))
+        return apart
