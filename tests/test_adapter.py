@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo.device import Device
 from grpo.errors import ConfigError
+from grpo.models import adapter as adapter_module
 from grpo.models.adapter import Adapter, add_adapter, load_adapter, save_adapter
 from grpo.models.fast import lean
 from grpo.models.find import PACKAGED
@@ -239,3 +241,28 @@ def test_a_kl_that_is_added_later_begins_with_its_own_weight(grpo: Grpo, tmp_pat
     code, printed = grpo("resume=run", "kl=k3", "kl.target=0.1", "max_steps=2")
     assert code == 0, printed
     assert lines(tmp_path / "run/metrics.jsonl")[-1]["kl/weight"] == 0.02
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_merged_weights_are_handed_over_one_layer_at_a_time(
+    dora: bool, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as the merged model's, and no more than one layer is ever copied."""
+    add_adapter(tiny.model, replace(LORA, dora=dora), seed=0)
+    stir(tiny.model)
+    expected = dict(adapter_module.merged(tiny.model).named_parameters())
+    copied: list[int] = []
+    deepcopy = copy.deepcopy
+
+    def watched(layer: Any, *rest: Any) -> Any:
+        if isinstance(layer, torch.nn.Module):
+            copied.append(sum(x.numel() for x in layer.parameters()))
+        return deepcopy(layer, *rest)
+
+    monkeypatch.setattr(adapter_module.copy, "deepcopy", watched)
+    found = dict(adapter_module.merged_weights(tiny.model))
+    assert set(found) == set(expected)
+    for name, weight in expected.items():
+        assert_close(found[name], weight.detach())
+    largest = max(x.numel() for x in tiny.model.model.layers.parameters())
+    assert max(copied) < 2 * largest

@@ -19,6 +19,7 @@ from grpo.errors import ConfigError, RunError
 from grpo.memory import HEAP_IN_BF16, Held, Work, budget_of, held_by, kept_by_token
 from grpo.models.load import LanguageModel
 from grpo.models.reference import reference_of
+from grpo.rollout.vllm import share_of_gpu
 
 CPU = torch.device("cpu")
 HELD = Held(training=1.0, sampling=2.0, token=1e6, position=1e5)
@@ -191,3 +192,13 @@ def test_a_run_that_is_out_of_memory_goes_on_with_less(tmp_path: Path) -> None:
     assert found["memory/peak_gb"] < expected["memory/peak_gb"]
     for name in ("loss/total", "kl/mean", "optim/grad_norm", "policy/entropy", "reward/mean"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+
+
+def test_vllm_takes_what_is_free_beside_the_policy() -> None:
+    """60 of 80 GB: 95% of that is 0.71 of the whole, 56.8; less 3 of weights and 2 to work with."""
+    share, room = share_of_gpu(60 * 10**9, 80 * 10**9, 3 * 10**9)
+    assert share == 0.71
+    assert room == pytest.approx(51.8e9)
+    assert share_of_gpu(80 * 10**9, 80 * 10**9, 0)[0] == 0.95
+    with pytest.raises(ConfigError, match=r"rollout=vllm: 8.0 GB of the GPU are free .* 6.0 GB"):
+        share_of_gpu(8 * 10**9, 80 * 10**9, 6 * 10**9)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -206,3 +207,33 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     del model.peft_config
     model._hf_peft_config_loaded = False  # else it would be saved as an adapter
     return model
+
+
+@torch.no_grad()
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights of the plain model that `merged` gives, made one layer at a time.
+
+    Sums are in fp32, whatever precision the frozen weights are kept in.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [n for n, x in model.named_modules() if isinstance(x, BaseTunerLayer)]
+    adapted = [n for n in adapted if not n.endswith(".base_layer")]
+    for name, weight in model.named_parameters():
+        if not any(name.startswith(f"{layer}.") for layer in adapted):
+            yield name, weight.detach()
+    for name in adapted:
+        plain = merged_layer(copy.deepcopy(model.get_submodule(name)).float())
+        for part, weight in plain.named_parameters():
+            yield f"{name}.{part}", weight.detach()
+
+
+def merged_layer(layer: Any) -> nn.Module:
+    """The plain layer under an adapted one, which is used up; experts are a layer in a layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    while isinstance(layer, BaseTunerLayer):
+        layer.merge(safe_merge=True, adapter_names=[POLICY])
+        layer = layer.base_layer
+    plain: nn.Module = layer
+    return plain

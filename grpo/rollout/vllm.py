@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.budget import Budget
 from grpo.errors import ConfigError
 from grpo.memory import cached_by_position
-from grpo.models.adapter import has_adapter, merged
+from grpo.models.adapter import has_adapter, merged_weights
 from grpo.models.load import LanguageModel
 from grpo.rollout.engine import NoDistribution, Row, assemble
 from grpo.types import Prompt, Rollout, Sampling
@@ -67,15 +67,21 @@ class VLLMEngine:
 
     def _settings(self) -> dict[str, Any]:
         dtype = self.policy.device.autocast_dtype or torch.float32
-        longest = min(self.policy.context, self.budget.cached.most)
-        share = dtype.itemsize / torch.float32.itemsize
+        positions = self.budget.cached.most
+        cache = int(cached_by_position(self.policy) * positions)
+        longest = min(self.policy.context, positions)
+        beside = {}
+        if self.sleeps:
+            weights = sum(x.numel() for x in self.policy.model.parameters()) * dtype.itemsize
+            free, total = torch.cuda.mem_get_info(self.policy.device.torch_device)
+            beside["gpu_memory_utilization"], room = share_of_gpu(free, total, weights)
+            cache = min(cache, room)
         return {
+            **beside,
             "load_format": "dummy",  # the weights are handed over before each rollout
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": longest,
-            "kv_cache_memory_bytes": int(
-                cached_by_position(self.policy) * share * self.budget.cached.most
-            ),
+            "kv_cache_memory_bytes": cache,
             # A prompt read in pieces steps back in its seeded generator; a CPU's can't (vLLM 0.32).
             "enable_chunked_prefill": self.sleeps,
             "max_num_batched_tokens": max(8192, longest),
@@ -156,11 +162,38 @@ class VLLMEngine:
             self.llm.sleep(level=2)
 
 
+WORKING_GB = 2.0  # activations, captured graphs and buffers of vLLM's own
+
+
+def share_of_gpu(free: int, total: int, weights: int) -> tuple[float, int]:
+    """What vLLM may take of a GPU that the policy is on already, and what of it is for its cache.
+
+    vLLM refuses to start where less is free than its share of the whole, 0.9 unless it is told.
+
+    Args:
+        free, total: bytes of the GPU's memory.
+        weights: bytes of vLLM's copy of the model.
+
+    Raises:
+        ConfigError: there is no room for a cache.
+    """
+    share = math.floor(95 * free / total) / 100
+    room = int(share * total - weights - WORKING_GB * 1e9)
+    if room <= 0:
+        raise ConfigError(
+            f"rollout=vllm: {free / 1e9:.1f} GB of the GPU are free beside the policy, and vLLM's "
+            f"copy of it takes {weights / 1e9:.1f} GB and {WORKING_GB:g} GB to work with: use "
+            f"rollout=native, adapter=lora or a smaller model."
+        )
+    return share, room
+
+
 def plain_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights as a checkpoint of the model alone has them, an adapter added in."""
-    plain: nn.Module = merged(model) if has_adapter(model) else model
-    for name, weight in plain.named_parameters():
-        yield name, weight.detach()
+    """Names and weights as a checkpoint of the model alone has them, one after the other.
+
+    An adapter is added into each layer by itself, so that no second model is ever there.
+    """
+    yield from merged_weights(model) if has_adapter(model) else model.named_parameters()
 
 
 @contextmanager
