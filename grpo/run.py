@@ -273,9 +273,10 @@ def starting_point(
 
 def tell_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
     """Says where a run goes on with another KL than it began with, before algorithms had theirs."""
-    weight = before.get("kl_weight")
-    if "kl_weight" in before.get("algorithm", {}) or weight is None or weight == cfg.kl_weight:
+    known = "kl_weight" in before.get("algorithm", {}) or "kl_weight" not in before
+    if known or before["kl"]["estimator"] is None or before["kl_weight"] == cfg.kl_weight:
         return
+    weight = before["kl_weight"]
     log.warning(
         "kl_weight is %g, and was %g before: this algorithm brings its own by now; "
         "kl_weight=%g kl=%s kl.within=%s goes on as it began.",

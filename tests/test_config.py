@@ -18,6 +18,7 @@ from grpo import again, config
 from grpo.build import tell_unused_kl
 from grpo.check import check
 from grpo.cli import flat_keys
+from grpo.run import tell_changed_kl
 
 Grpo = Callable[..., tuple[int, str]]
 CONF = config.conf_folder()
@@ -128,6 +129,17 @@ def test_a_kl_that_is_asked_for_and_has_no_weight_is_told(
 ) -> None:
     tell_unused_kl(compose(*overrides), overrides, "k3")
     assert (said in caplog.text) if said else not caplog.records
+
+
+def test_a_run_that_goes_on_with_another_kl_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """As a job of a sweep does that was started before algorithms had a KL of their own."""
+    before = {"kl_weight": 0.02, "kl": {"estimator": "k3", "within": "loss"}, "algorithm": {}}
+    tell_changed_kl(compose(), before)
+    tell_changed_kl(compose("algorithm=dapo"), {**before, "algorithm": {"kl_weight": 0.02}})
+    tell_changed_kl(compose("algorithm=dapo"), {**before, "kl": {"estimator": None}})
+    assert not caplog.records
+    tell_changed_kl(compose("algorithm=dapo"), before)
+    assert "kl_weight=0.02 kl=k3 kl.within=loss goes on as it began" in caplog.text
 
 
 def test_slices_need_no_quoting() -> None:
