@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -84,13 +85,14 @@ def held_by(policy: LanguageModel, work: Work) -> Held:
 
 
 def head_bytes(policy: LanguageModel) -> int:
-    """What the head's weight [V, D] takes besides itself while it is read: its gradient by a chunk.
+    """What the head's weight [V, D] takes besides itself while it is read.
 
-    In a lower precision also a copy of it.
+    That is a chunk's gradient where it is trained, and a copy where it is rounded.
     """
-    size = policy.head.vocabulary * int(policy.model.config.get_text_config().hidden_size)
-    dtype = policy.device.autocast_dtype
-    return size * (4 if dtype is None else 4 + dtype.itemsize)
+    weight = cast(Tensor, policy.head.linear.weight)
+    dtype = policy.device.autocast_dtype or weight.dtype
+    copy = 0 if weight.dtype == dtype else dtype.itemsize
+    return weight.numel() * (copy + (4 if weight.requires_grad else 0))
 
 
 _kept: dict[tuple[object, ...], float] = {}  # a sweep's jobs train the same model

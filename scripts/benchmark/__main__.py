@@ -7,6 +7,7 @@
     scripts/bench lengths note          rollout and update at half, once and twice the tokens
     scripts/bench roofline              what the machine can do
     scripts/bench memory                what a step is predicted to hold, and holds
+    scripts/bench capacity              which models GPUs are predicted to hold
     scripts/bench startup               seconds until a command answers
     scripts/bench sweep                 what a job of a sweep takes beside its training
     scripts/bench page                  how long a large run's page takes to open in a browser
@@ -42,8 +43,25 @@ from work import ROOT, gsm8k, prepare
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, {"fp32": 2e-3, "bf16": 5e-2}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing is asked of a network meanwhile
-PARTS = ("step", "rollout", "update", "lengths", "roofline", "memory", "startup", "sweep", "page")
-WITHOUT_WORK = {"memory", "startup", "sweep", "page"}  # those that need no prompts of GSM8K
+PARTS = (
+    "step",
+    "rollout",
+    "update",
+    "lengths",
+    "roofline",
+    "memory",
+    "capacity",
+    "startup",
+    "sweep",
+    "page",
+)
+WITHOUT_WORK = {
+    "memory",
+    "capacity",
+    "startup",
+    "sweep",
+    "page",
+}  # those that need no prompts of GSM8K
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -112,6 +130,8 @@ def measure(part: str, name: str, work: Path) -> dict[str, Any]:
         return step(name, work)
     if part == "memory":
         return {f"{x} {y}": child("memory.py", x, y) for x in SHAPES for y in ("fp32", "bf16")}
+    if part == "capacity":
+        return child("capacity.py")
     if part == "startup":
         return startup()
     if part == "sweep":
@@ -263,6 +283,14 @@ def told(part: str, name: str, result: dict[str, Any]) -> str:
         return "\n".join(
             f"  {name:<12} predicted {own['predicted_gb']:5.2f} GB, measured "
             f"{own['measured_gb']:5.2f}, {own['predicted_gb'] / own['measured_gb']:.2f}"
+            for name, own in result.items()
+        )
+    if part == "capacity":
+        return "\n".join(
+            f"  {name:<10} by hand {own['by_hand_gb']:6.1f} GB, predicted "
+            f"{own['weights_gb']:6.1f}, "
+            f"a completion with it {own['needed_gb']['kept']:6.1f}, recomputed "
+            f"{own['needed_gb']['recomputed']:6.1f}"
             for name, own in result.items()
         )
     if part == "startup":

@@ -1,0 +1,130 @@
+"""What GPUs are predicted to hold, and what the parts add up to by hand: capacity.py OUT
+
+The predictions are those that a run makes, here for models whose layers are counted up from one and
+two, on a CPU by the branches that a GPU takes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from grpo import memory
+from grpo.device import open_device
+from grpo.memory import SHARE, Held, Work, held_by
+from grpo.models import attention, head, products
+from grpo.models.adapter import Adapter, add_adapter
+from grpo.models.find import PACKAGED
+from grpo.models.forward import shared_prefix
+from grpo.models.head import Head
+from grpo.models.load import LanguageModel
+from grpo.models.precision import store_frozen_weights
+
+GPUS = (24, 80, 141)  # GB
+PROMPT, COMPLETION, GROUP = 512, 1024, 8
+VOCABULARY = 151936
+# Qwen2.5's: layers, hidden size, width of the block, heads, heads of keys, tied embeddings.
+MODELS = {
+    "0.5B": (24, 896, 4864, 14, 2, True),
+    "1.5B": (28, 1536, 8960, 12, 2, True),
+    "3B": (36, 2048, 11008, 16, 2, True),
+    "7B": (28, 3584, 18944, 28, 4, False),
+    "14B": (48, 5120, 13824, 40, 8, False),
+}
+LORA = Adapter(16, 32.0, "all-linear", rslora=False, dora=False, quantized=False)
+
+
+def as_on_a_gpu() -> None:
+    """This process predicts for a GPU."""
+    attention.has_fused_kernel = lambda x: False  # type: ignore[assignment]
+    products.HAS_ONEDNN = False
+    head.CHUNK_LOGITS["cpu"] = head.CHUNK_LOGITS["cuda"]
+    memory.HEAP_IN_BF16 = 1.0
+
+
+def model_of(name: str, layers: int, vocabulary: int, lora: bool, recompute: bool) -> LanguageModel:
+    """Weights of no value, as many as a model of so many layers and tokens has."""
+    _, hidden, width, heads, kv_heads, tied = MODELS[name]
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=width,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    model = model.to_empty(device="cpu").eval()
+    model.tie_weights()
+    with torch.no_grad():
+        for weight in (*model.parameters(), *model.buffers()):
+            weight.zero_()
+    device = open_device("cpu", "bf16")
+    if lora:
+        store_frozen_weights(model.requires_grad_(False), device.autocast_dtype)
+        add_adapter(model, LORA, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
+    own_head = Head(model)
+    return LanguageModel(
+        model, tokenizer, own_head, shared_prefix, (0,), 2048, device, recompute=recompute
+    )
+
+
+def predicted(name: str, lora: bool, recompute: bool) -> Held:
+    """Of the whole model, from what a layer more and a token more add to a small one."""
+    work = Work(PROMPT, COMPLETION, GROUP, "adamw", reference=not lora, reference_moves=False)
+    small, deeper, wider = (
+        astuple(held_by(model_of(name, layers, tokens, lora, recompute), work))
+        for layers, tokens in ((1, 1024), (2, 1024), (1, 2048))
+    )
+    layers, tokens = MODELS[name][0] - 1, (VOCABULARY - 1024) / 1024
+    each = zip(small, deeper, wider, strict=True)
+    return Held(*(a + layers * (b - a) + tokens * (c - a) for a, b, c in each))
+
+
+def by_hand(name: str, lora: bool) -> float:
+    """GB of weights, their rounded copies, gradients, Adam's two moments and the reference."""
+    layers, hidden, width, heads, kv_heads, tied = MODELS[name]
+    head_width = hidden // heads
+    asked = (heads + 2 * kv_heads) * head_width
+    layer = hidden * asked + asked + heads * head_width * hidden + 3 * hidden * width
+    blocks, table = layers * layer, VOCABULARY * hidden
+    if lora:
+        sides = (hidden + heads * head_width) * 2 + (hidden + kv_heads * head_width) * 2
+        trained = layers * LORA.rank * (sides + 3 * (hidden + width))
+        tables = 2 * table * (1 if tied else 2)
+        return (2 * blocks + tables + 16 * trained + 2 * trained) / 1e9
+    weights = blocks + table * (1 if tied else 2)
+    reference = 2 * weights
+    return (16 * weights + 2 * blocks + reference) / 1e9
+
+
+def main(out: Path) -> None:
+    as_on_a_gpu()
+    found: dict[str, Any] = {}
+    for lora in (False, True):
+        for name in MODELS:
+            kept, again = predicted(name, lora, False), predicted(name, lora, True)
+            needed = {
+                key: held.training + held.token * (PROMPT + COMPLETION) / 1e9
+                for key, held in (("kept", kept), ("recomputed", again))
+            }
+            fits = {
+                key: [gpu for gpu in GPUS if own <= SHARE["cuda"] * gpu]
+                for key, own in needed.items()
+            }
+            found[f"{name} {'lora' if lora else 'full'}"] = {
+                "by_hand_gb": by_hand(name, lora),
+                "weights_gb": kept.training,
+                "needed_gb": needed,
+                "fits": fits,
+            }
+    out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
