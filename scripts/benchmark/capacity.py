@@ -6,6 +6,7 @@ two, on a CPU by the branches that a GPU takes.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import astuple
@@ -77,10 +78,11 @@ def model_of(name: str, layers: int, vocabulary: int, lora: bool, recompute: boo
 def predicted(name: str, lora: bool, recompute: bool) -> Held:
     """Of the whole model, from what a layer more and a token more add to a small one."""
     work = Work(PROMPT, COMPLETION, GROUP, "adamw", reference=not lora, reference_moves=False)
-    small, deeper, wider = (
-        astuple(held_by(model_of(name, layers, tokens, lora, recompute), work))
-        for layers, tokens in ((1, 1024), (2, 1024), (1, 2048))
-    )
+    found = []
+    for layers, tokens in ((1, 1024), (2, 1024), (1, 2048)):
+        found.append(astuple(held_by(model_of(name, layers, tokens, lora, recompute), work)))
+        gc.collect()  # a model is a circle of references, and these are large
+    small, deeper, wider = found
     layers, tokens = MODELS[name][0] - 1, (VOCABULARY - 1024) / 1024
     each = zip(small, deeper, wider, strict=True)
     return Held(*(a + layers * (b - a) + tokens * (c - a) for a, b, c in each))
