@@ -198,11 +198,29 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model with the adapter added into its weights: a plain model again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True, adapter_names=[POLICY])
-            model.set_submodule(name, module.get_base_layer())
+        if name.endswith(".base_layer") or not isinstance(module, BaseTunerLayer):
+            continue
+        # Two adapted weights of one module, such as a mixture's experts, are a layer in a layer.
+        layer: nn.Module = module
+        while isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True, adapter_names=[POLICY])
+            layer = layer.base_layer
+        model.set_submodule(name, layer)
     del model.peft_config
     model._hf_peft_config_loaded = False  # else it would be saved as an adapter
     return model
+
+
+def copy_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy; what a module keeps of its last forward pass loses its gradient in both.
+
+    RecurrentGemma's keep their last state, which torch can't copy while it has one.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+    copied: PreTrainedModel = copy.deepcopy(model)
+    return copied
