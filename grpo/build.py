@@ -48,7 +48,8 @@ from grpo.objective import (
 )
 from grpo.optim import SCHEDULES, Optimizer
 from grpo.rewards import WeightedReward
-from grpo.rollout import Engine
+from grpo.rollout import Engine, HFEngine, NativeEngine
+from grpo.rollout.trial import check_sampler
 from grpo.types import Prompt, Sampling
 from grpo.update import KLTerm, Objective
 
@@ -192,6 +193,20 @@ def takes_samples(function: Any) -> bool:
     except ValueError:  # a builtin without a signature
         return callable(function)
     return True
+
+
+def build_engine(
+    make_engine: functools.partial[Any], policy: LanguageModel, max_new_tokens: int, budget: Budget
+) -> Engine:
+    """The sampler, tried on a few tokens first where that is cheap.
+
+    Raises:
+        ConfigError: it can't sample from this model, or samples from something else than it.
+    """
+    if make_engine.func in (NativeEngine, HFEngine):
+        check_sampler(make_engine, policy)
+    engine: Engine = make_engine(policy=policy, max_new_tokens=max_new_tokens, budget=budget)
+    return engine
 
 
 def build_sampling(cfg: DictConfig) -> Sampling:

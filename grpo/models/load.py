@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 from contextlib import nullcontext
@@ -20,17 +19,19 @@ from transformers import (
 )
 
 from grpo.device import Device
-from grpo.errors import ConfigError
-from grpo.models.adapter import has_adapter, load_adapter, save_adapter
+from grpo.errors import ConfigError, one_line
+from grpo.models.adapter import copy_model, has_adapter, load_adapter, save_adapter
 from grpo.models.fast import lean
 from grpo.models.find import base_folder
 from grpo.models.forward import (
+    UNSUITED,
     Completions,
     Forward,
-    agrees_with_plain,
     plain,
+    reads_padding,
     score_completions,
     shared_prefix,
+    why_not_shared,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
 from grpo.models.recompute import recomputed
@@ -52,6 +53,7 @@ class LanguageModel:
     device: Device
     base: str = ""  # where the frozen weights under an adapter are found: a folder or a hub id
     recompute: bool = False  # activations are made again in the backward pass
+    reads_padding: bool = False  # what stands before a shorter prompt changes what it says
 
     @property
     def pad_id(self) -> int:
@@ -131,6 +133,8 @@ def load_language_model(folder: Path, device: Device, quantized: bool = False) -
         context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20,
         device=device,
         base=str(base.resolve()),
+        # A shared prompt was compared with one that has no padding, and has none either.
+        reads_padding=forward is plain and reads_padding(model, head),
     )
 
 
@@ -165,18 +169,29 @@ def in_four_bits(folder: Path, device: Device) -> PreTrainedModel:
 
 def frozen_copy(policy: LanguageModel) -> LanguageModel:
     """The reference: the policy as it is now, never trained."""
-    model = copy.deepcopy(policy.model).requires_grad_(False)
+    model = copy_model(policy.model).requires_grad_(False)
     return replace(policy, model=model, head=Head(model))
 
 
 def choose_forward(model: PreTrainedModel, head: Head) -> Forward:
-    if agrees_with_plain(model, head):
+    """The fastest forward pass that gives the model's own numbers.
+
+    Raises:
+        ConfigError: it can't be run at all.
+    """
+    try:
+        why_not = why_not_shared(model, head)
+    except UNSUITED as error:
+        raise ConfigError(
+            f"{type(model).__name__}: its forward pass fails on a few tokens: {one_line(error)}"
+        ) from error
+    if not why_not:
         return shared_prefix
     log.warning(
-        "%s: its log-probabilities can't be had from a shared prompt; using the plain forward, "
-        "which is slower and needs more memory.",
-        type(model).__name__,
-    )
+        "%s: its log-probabilities can't be had from a shared prompt (%s); using the plain "
+        "forward, which is slower and needs more memory.",
+        type(model).__name__, why_not,
+    )  # fmt: skip
     return plain
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class HFEngine:
                     num_generation,
                     self.max_new_tokens,
                     together,
-                    lambda share: self._sample(
+                    lambda share: self._sample_share(
                         [prompts[b] for b in share], num_generation, sampling
                     ),
                 )
@@ -66,6 +67,13 @@ class HFEngine:
             repetition_penalty=sampling.repetition_penalty,
             **(drawn if sampling.temperature else {"do_sample": False}),
         )
+
+    def _sample_share(self, prompts: Sequence[Prompt], group: int, sampling: Sampling) -> list[Row]:
+        """Prompts given in length order; a model that reads padding is given none."""
+        if not self.policy.reads_padding:
+            return self._sample(prompts, group, sampling)
+        alike = groupby(prompts, key=lambda prompt: len(prompt.token_ids))
+        return [row for _, own in alike for row in self._sample(list(own), group, sampling)]
 
     def _sample(self, prompts: Sequence[Prompt], group: int, sampling: Sampling) -> list[Row]:
         policy, device = self.policy, self.policy.device.torch_device
