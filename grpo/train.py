@@ -124,7 +124,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     update_seconds = clock.lap()
 
     rows = completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
-    spelled = with_tokens(rows, batch.rollout, pulled.reference_NC, run.policy.tokenizer)
+    spelled = with_tokens(rows, batch.rollout, pulled.reference_NC, run.policy.decoder)
     run.tracker.completions(spelled)
     run.tracker.distributions(
         step,

@@ -71,7 +71,7 @@ class Rollout:
     logprobs_NC: Tensor  # float32, the policy's, of what is sampled from; 0 past a row's length
     lengths_N: Tensor  # int64, the end-of-sequence token counted
     truncated_N: Tensor  # bool: stopped by max_new_tokens, not by an end-of-sequence token
-    texts: tuple[str, ...]  # N, special tokens left out
+    texts: tuple[str, ...]  # N, without what ends them and padding
     # The sampler's log-probabilities, where that was not the policy itself but a copy of it that
     # computes in another way.
     sampler_NC: Tensor | None = None

@@ -21,6 +21,7 @@ from transformers import (
 from grpo.device import Device
 from grpo.errors import ConfigError, one_line
 from grpo.models.adapter import copy_model, has_adapter, load_adapter, save_adapter
+from grpo.models.ends import Decoder, end_ids, left_out_ids
 from grpo.models.fast import lean
 from grpo.models.find import base_folder
 from grpo.models.forward import (
@@ -54,11 +55,16 @@ class LanguageModel:
     base: str = ""  # where the frozen weights under an adapter are found: a folder or a hub id
     recompute: bool = False  # activations are made again in the backward pass
     reads_padding: bool = False  # what stands before a shorter prompt changes what it says
+    left_out: frozenset[int] = frozenset()  # tokens that the text of a completion doesn't show
 
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else self.end_ids[0]
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.tokenizer, self.left_out)
 
     def features(self, batch: Completions) -> Features:
         """What a forward pass knows of each completion token."""
@@ -124,17 +130,20 @@ def load_language_model(folder: Path, device: Device, quantized: bool = False) -
     forward = choose_forward(model, head)
     if base != folder:
         load_adapter(model, folder)
+    ends = end_ids(model, tokenizer, head.vocabulary)
+    pad = tokenizer.pad_token_id
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
         head=head,
         forward=forward,
-        end_ids=end_ids(model, tokenizer),
+        end_ids=ends,
         context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20,
         device=device,
         base=str(base.resolve()),
         # A shared prompt was compared with one that has no padding, and has none either.
         reads_padding=forward is plain and reads_padding(model, head),
+        left_out=left_out_ids(tokenizer, ends, ends[0] if pad is None else pad),
     )
 
 
@@ -202,12 +211,3 @@ def fingerprint(model: PreTrainedModel) -> str:
         sample = weight.flatten()[:: max(1, weight.numel() // 16)].cpu().float()
         total.update(name.encode() + sample.numpy().tobytes())
     return total.hexdigest()[:16]
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every end-of-sequence id that the generation config names, else the tokenizer's."""
-    for source in (model.generation_config, model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
-    raise ConfigError(f"{type(model).__name__} names no end-of-sequence token.")
