@@ -32,6 +32,7 @@ from grpo.hub import from_hub
 from grpo.kl import KLPull, Pull
 from grpo.memory import budget_of, held_by
 from grpo.models.adapter import Adapter, add_adapter
+from grpo.models.find import is_quantized
 from grpo.models.load import LanguageModel, fingerprint, load_language_model
 from grpo.models.recompute import recomputable
 from grpo.models.reference import reference_of
@@ -64,6 +65,11 @@ def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[Languag
     """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
     adapter, folder = build_adapter(cfg), found.model()
     policy = load_model(cfg, folder, device)
+    if getattr(policy.model, "is_quantized", False) and is_quantized(folder):
+        raise ConfigError(
+            f"model={cfg.model.name}: its weights are quantized already, so they can't be trained; "
+            f"take the model that they were made of, which adapter=qlora puts in 4 bits."
+        )
     base = fingerprint(policy.model)
     if adapter is not None:
         add_adapter(policy.model, adapter, cfg.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from importlib.util import find_spec
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -10,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from grpo.config import at_least, more_than_nothing, nearest, one_of
 from grpo.errors import ConfigError
 
+NO_PROJECT, NO_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
 EVAL_METRICS = (
     "eval/reward",
     "eval/accuracy",
@@ -64,7 +66,7 @@ def check(cfg: DictConfig) -> None:
     one_of(cfg, "optim.schedule", ("constant", "linear", "cosine"))
     one_of(cfg, "optim.name", ("adamw", "adamw_8bit"))
     if "wandb" in cfg.tracking:
-        one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
+        check_wandb(cfg)
     check_model(cfg.model)
     check_rewards(cfg.reward)
     check_adapter(cfg)
@@ -112,6 +114,33 @@ def check_model(model: DictConfig) -> None:
         raise ConfigError(
             f"model={model.name}: give exactly one of model.id=ORG/NAME (on the hub) and "
             f"model.path=FOLDER, not {' and '.join(given) or 'none'}."
+        )
+
+
+def check_wandb(cfg: DictConfig) -> None:
+    """W&B's own rules, which it would tell once the model is loaded."""
+    one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
+    project = cfg.tracking.wandb.project
+    if (
+        not isinstance(project, str)
+        or not 1 <= len(project) <= 128
+        or set(project) & set(NO_PROJECT)
+    ):
+        raise ConfigError(
+            f"tracking.wandb.project={project}: should be a name of 1 to 128 characters, none of "
+            f"them {' '.join(NO_PROJECT)}; an entity is a key of its own, tracking.wandb.entity."
+        )
+    tags = cfg.tracking.wandb.tags
+    if not isinstance(tags, ListConfig):
+        raise ConfigError(f"tracking.wandb.tags={tags}: should be a list: [{tags}]")
+    for tag in tags:
+        if not 1 <= len(str(tag)) <= 64:
+            raise ConfigError(f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.")
+    own = os.environ.get("WANDB_RUN_ID")
+    if own and cfg.resume is None and (own != own.strip() or set(own) & set(NO_RUN_ID)):
+        raise ConfigError(
+            f"WANDB_RUN_ID={own}: a run's id can't begin or end with a space, nor hold any of "
+            f"{' '.join(NO_RUN_ID)}"
         )
 
 

@@ -178,7 +178,7 @@ def why_not_shared(model: PreTrainedModel, head: Head) -> str:
         ours = score_completions(shared_prefix(model, head, batch), batch, readout).logprobs
     except UNSUITED as error:
         return f"{type(error).__name__}: {error}"
-    if same_logprobs(ours, expected):
+    if same_logprobs(model, ours, expected):
         return ""
     return f"off by {float((ours - expected).abs().max()):.2g} nats"
 
@@ -198,10 +198,21 @@ def reads_padding(model: PreTrainedModel, head: Head) -> bool:
         batch.prompts_BP, batch.prompt_lengths_B, batch.tokens_NC[::2, :1], batch.mask_NC[::2, :1]
     )
     alone = plain(model, head, first).values_TX
-    return not same_logprobs(padded.float().log_softmax(dim=-1), alone.float().log_softmax(dim=-1))
+    ours, theirs = (logits.float().log_softmax(dim=-1) for logits in (padded, alone))
+    return not same_logprobs(model, ours, theirs)
 
 
-def same_logprobs(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether they differ by no more than rounding."""
-    tolerance = 1e-3 if ours.dtype == torch.float32 and not torch.is_autocast_enabled() else 5e-2
-    return bool(torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance))
+def same_logprobs(model: PreTrainedModel, ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two ways to a model's log-probabilities differ by no more than rounding."""
+    if computes_in_fp32(model):
+        return bool(torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3))
+    # Rounded to 8 bits single tokens may be far off, but not all of them.
+    return float((ours - theirs).abs().mean()) <= 0.1
+
+
+def computes_in_fp32(model: PreTrainedModel) -> bool:
+    return (
+        model.dtype == torch.float32
+        and not getattr(model, "is_quantized", False)
+        and not torch.is_autocast_enabled(model.device.type)
+    )

@@ -168,7 +168,4 @@ def agrees_at_length(policy: LanguageModel, prompt_tokens: int, max_new_tokens: 
         own = Features(hidden[0, prompt_tokens - 1 : -1], head, head.vocabulary)
         expected = score_completions(own, batch, readout).logprobs
         ours = score_completions(shared_prefix(model, head, batch), batch, readout).logprobs
-        if policy.device.autocast_dtype is None and not getattr(model, "is_quantized", False):
-            return same_logprobs(ours, expected)
-        # Rounded to 8 bits single tokens may be far off, but not all of them.
-        return float((ours - expected).abs().mean()) <= 0.1
+        return same_logprobs(model, ours, expected)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -118,15 +118,11 @@ def load_language_model(folder: Path, device: Device, quantized: bool = False) -
         ConfigError: the folder doesn't hold a causal language model that can be loaded.
     """
     base = base_folder(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading_errors(base):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = in_four_bits(base, device) if quantized else in_full(base, device)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"{base}: transformers can't load this as a causal model: {error}"
-        ) from error
-    model.eval()
-    head = Head(model)
+        model.eval()
+        head = Head(model)
     forward = choose_forward(model, head)
     if base != folder:
         load_adapter(model, folder)
@@ -147,8 +143,35 @@ def load_language_model(folder: Path, device: Device, quantized: bool = False) -
     )
 
 
+@contextmanager
+def loading_errors(folder: Path) -> Iterator[None]:
+    """Within it, whatever transformers, tokenizers or a quantizer raise says what can't be loaded.
+
+    Raises:
+        ConfigError: with their reason, in one line.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # each of these libraries has errors of its own
+        reason = one_line(error)
+        if "trust_remote_code" in reason:
+            reason = "it needs code that comes with it, and code from a model's folder is never run"
+        raise ConfigError(
+            f"{folder}: transformers can't load this as a causal model: {reason}"
+        ) from error
+
+
 def in_full(folder: Path, device: Device) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"{folder}: has no weights for {', '.join(missing[:3])} ({len(missing)} are missing), "
+            f"which would be random numbers; it should be a trained causal model."
+        )
     return model.to(device.torch_device)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from grpo.budget import Budget
 from grpo.errors import ConfigError, one_line
-from grpo.models.forward import UNSUITED, random_completions, shared_prefix
+from grpo.models.forward import UNSUITED, computes_in_fp32, random_completions, shared_prefix
 from grpo.models.load import LanguageModel
 from grpo.pieces import MicroBatch, completions
 from grpo.rollout.engine import Engine
@@ -48,10 +48,9 @@ def check_sampler(make_engine: Callable[..., Engine], policy: LanguageModel) -> 
             f"rollout={choice}: it can't sample from {name}: {one_line(error)}; {instead}."
         ) from error
     off = most_off(policy, rollout)
-    rounded = policy.device.autocast_dtype is not None or getattr(
-        policy.model, "is_quantized", False
-    )
-    if off > (0.5 if rounded else 1e-2):
+    with policy.device.autocast():
+        most = 1e-2 if computes_in_fp32(policy.model) else 0.5
+    if off > most:
         raise ConfigError(
             f"rollout={choice}: what it samples is not what {name} thinks likeliest (off by "
             f"{off:.2g} nats): the model keeps something that this sampler doesn't know; "
