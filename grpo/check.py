@@ -8,10 +8,12 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from grpo.config import at_least, more_than_nothing, nearest, one_of
+from grpo.config import at_least, flat, more_than_nothing, nearest, one_of
 from grpo.errors import ConfigError
+from grpo.seeds import SEEDS
 
 NO_PROJECT, NO_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
+LARGEST = 2**31 - 1  # of whole numbers, and of tokens that are sampled together
 EVAL_METRICS = (
     "eval/reward",
     "eval/accuracy",
@@ -53,6 +55,7 @@ def check(cfg: DictConfig) -> None:
         at_least(cfg, key, 0)
     for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm", "seed"):
         at_least(cfg, key, 0.0)
+    check_sizes(cfg)
     for key in ("temperature", "learning_rate", "eval.temperature"):
         more_than_nothing(cfg, key)
     if cfg.device.memory_gb is not None:
@@ -77,6 +80,24 @@ def check(cfg: DictConfig) -> None:
             at_least(cfg, key, 1)
     if not (cfg.eval.greedy or cfg.eval.samples):
         raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
+
+
+def check_sizes(cfg: DictConfig) -> None:
+    """Refuses numbers beyond what torch or a machine takes."""
+    if cfg.seed >= SEEDS:
+        raise ConfigError(f"seed={cfg.seed}: must be less than 2**64 = {SEEDS}.")
+    for key, value in flat(OmegaConf.to_container(cfg, resolve=True)).items():  # type: ignore[arg-type]
+        whole = isinstance(value, int) and not key.endswith("seed")
+        if whole and abs(value) > LARGEST:
+            raise ConfigError(f"{key}={value}: must be at most {LARGEST}.")
+    for keys in (("batch_size", "num_generation"), ("eval.samples",), ("curriculum.samples",)):
+        factors = {key: OmegaConf.select(cfg, key) for key in (*keys, "max_new_tokens")}
+        if math.prod(factors.values()) > LARGEST:
+            given = " ".join(f"{key}={value}" for key, value in factors.items())
+            raise ConfigError(
+                f"{given}: that is up to {math.prod(factors.values())} tokens at once, and more "
+                f"than {LARGEST} can't be held; lower one of them."
+            )
 
 
 def check_metric(cfg: DictConfig, metric: str, key: str) -> None:

@@ -285,8 +285,8 @@ def known_keys(job: str, overrides: Argv) -> list[str]:
 
 
 def of_choices(job: str, overrides: Argv) -> DictConfig:
-    """The config with the groups chosen, and nothing else that was asked for."""
-    chosen = [o for o in overrides if o.partition("=")[0] in groups()]
+    """The config with the groups chosen and the keys added, and nothing else that was asked for."""
+    chosen = [o for o in overrides if o.partition("=")[0] in groups() or o.startswith("+")]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
         try:

@@ -18,6 +18,7 @@ from grpo.interrupt import Interrupt
 from grpo.kl import Pull
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
+from grpo.seeds import stream_seed
 from grpo.tracking.tokens import with_tokens
 from grpo.tracking.tracker import Tracker, answer_rows, completion_rows
 from grpo.update import Learned, Objective, update
@@ -116,7 +117,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
             0.0 if pulled.divergence_BG is not None else pulled.weight,
         ),
         run.budget.computed,
-        seed=run.seed * 1_000_003 + step,
+        seed=stream_seed(run.seed, step),
     )
     stats = updated.metrics
     stats |= run.pull.follow(step, stats, len(batch.rollout.texts))
