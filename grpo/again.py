@@ -135,9 +135,22 @@ def value_of(key: str, overrides: Sequence[str]) -> str | None:
 
 
 def merged(past: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Past overrides that are not given anew, then the new ones."""
+    """Past overrides that are not given anew, then the new ones.
+
+    A key that was added with a + is one of the run's own: given anew it needs no + again.
+    """
     renewed = {key_of(override) for override in given} | set(NOT_THE_EXPERIMENT)
-    return [o for o in past if key_of(o) not in renewed] + list(given)
+    added = {key_of(o): prefix_of(o) for o in past if prefix_of(o).startswith("+")}
+    return [o for o in past if key_of(o) not in renewed] + [
+        f"{added.get(key_of(o), '') if not prefix_of(o) else ''}{o}"
+        for o in given
+        if not (prefix_of(o) == "~" and key_of(o) in added)  # with the past one it is gone
+    ]
+
+
+def prefix_of(override: str) -> str:
+    """What says that a key is added or deleted: +, ++ or ~; empty where it is set."""
+    return override[: len(override) - len(override.lstrip("+~"))]
 
 
 def past_overrides(run: Path) -> list[str]:

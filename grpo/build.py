@@ -36,6 +36,7 @@ from grpo.hub import from_hub
 from grpo.kl import KLPull, Pull
 from grpo.memory import Work, budget_of, held_by
 from grpo.models.adapter import Adapter, add_adapter
+from grpo.models.find import is_quantized
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.recompute import recomputable
 from grpo.models.reference import reference_of
@@ -52,7 +53,8 @@ from grpo.objective import (
 )
 from grpo.optim import SCHEDULES, Optimizer
 from grpo.rewards import WeightedReward
-from grpo.rollout import Engine
+from grpo.rollout import Engine, HFEngine, NativeEngine
+from grpo.rollout.trial import check_sampler
 from grpo.types import Prompt, Sampling
 from grpo.update import KLTerm, Objective
 
@@ -67,6 +69,11 @@ def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[Languag
     """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
     adapter, folder = build_adapter(cfg), found.model()
     policy = load_model(cfg, folder, device, frozen=adapter is not None)
+    if getattr(policy.model, "is_quantized", False) and is_quantized(folder):
+        raise ConfigError(
+            f"model={cfg.model.name}: its weights are quantized already, so they can't be trained; "
+            f"take the model that they were made of, which adapter=qlora puts in 4 bits."
+        )
     if adapter is not None:
         add_adapter(policy.model, adapter, cfg.seed)
     # A checkpoint of an adapter names its base: by id where that is how it is found again.
@@ -217,6 +224,20 @@ def takes_samples(function: Any) -> bool:
     except ValueError:  # a builtin without a signature
         return callable(function)
     return True
+
+
+def build_engine(
+    make_engine: functools.partial[Any], policy: LanguageModel, max_new_tokens: int, budget: Budget
+) -> Engine:
+    """The sampler, tried on a few tokens first where that is cheap.
+
+    Raises:
+        ConfigError: it can't sample from this model, or samples from something else than it.
+    """
+    if make_engine.func in (NativeEngine, HFEngine):
+        check_sampler(make_engine, policy)
+    engine: Engine = make_engine(policy=policy, max_new_tokens=max_new_tokens, budget=budget)
+    return engine
 
 
 def build_sampling(cfg: DictConfig) -> Sampling:

@@ -159,7 +159,7 @@ def answer(voice: Voice, said: str, prompt_format: PromptFormat, options: Option
             eos_token_id=list(voice.model.end_ids), pad_token_id=voice.model.pad_id,
             **(warm if options.temperature else {"do_sample": False}),
         )  # fmt: skip
-    text = str(tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
+    text = voice.model.decoder.text(written[0, len(ids) :].tolist())
     voice.turns.append({"role": "assistant", "content": text})
     return text
 

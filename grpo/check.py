@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from importlib.util import find_spec
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from grpo.config import at_least, more_than_nothing, nearest, one_of
+from grpo.config import at_least, flat, more_than_nothing, nearest, one_of
 from grpo.errors import ConfigError
+from grpo.seeds import SEEDS
 
+NO_PROJECT, NO_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
+LARGEST = 2**31 - 1  # of whole numbers, and of tokens that are sampled together
 EVAL_METRICS = (
     "eval/reward",
     "eval/accuracy",
@@ -51,6 +55,7 @@ def check(cfg: DictConfig) -> None:
         at_least(cfg, key, 0)
     for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm", "seed"):
         at_least(cfg, key, 0.0)
+    check_sizes(cfg)
     for key in ("temperature", "learning_rate", "eval.temperature"):
         more_than_nothing(cfg, key)
     if cfg.device.memory_gb is not None:
@@ -64,7 +69,7 @@ def check(cfg: DictConfig) -> None:
     one_of(cfg, "optim.schedule", ("constant", "linear", "cosine"))
     one_of(cfg, "optim.name", ("adamw", "adamw_8bit"))
     if "wandb" in cfg.tracking:
-        one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
+        check_wandb(cfg)
     check_model(cfg.model)
     check_rewards(cfg.reward)
     check_adapter(cfg)
@@ -75,6 +80,24 @@ def check(cfg: DictConfig) -> None:
             at_least(cfg, key, 1)
     if not (cfg.eval.greedy or cfg.eval.samples):
         raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
+
+
+def check_sizes(cfg: DictConfig) -> None:
+    """Refuses numbers beyond what torch or a machine takes."""
+    if cfg.seed >= SEEDS:
+        raise ConfigError(f"seed={cfg.seed}: must be less than 2**64 = {SEEDS}.")
+    for key, value in flat(OmegaConf.to_container(cfg, resolve=True)).items():  # type: ignore[arg-type]
+        whole = isinstance(value, int) and not key.endswith("seed")
+        if whole and abs(value) > LARGEST:
+            raise ConfigError(f"{key}={value}: must be at most {LARGEST}.")
+    for keys in (("batch_size", "num_generation"), ("eval.samples",), ("curriculum.samples",)):
+        factors = {key: OmegaConf.select(cfg, key) for key in (*keys, "max_new_tokens")}
+        if math.prod(factors.values()) > LARGEST:
+            given = " ".join(f"{key}={value}" for key, value in factors.items())
+            raise ConfigError(
+                f"{given}: that is up to {math.prod(factors.values())} tokens at once, and more "
+                f"than {LARGEST} can't be held; lower one of them."
+            )
 
 
 def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
@@ -112,6 +135,33 @@ def check_model(model: DictConfig) -> None:
         raise ConfigError(
             f"model={model.name}: give exactly one of model.id=ORG/NAME (on the hub) and "
             f"model.path=FOLDER, not {' and '.join(given) or 'none'}."
+        )
+
+
+def check_wandb(cfg: DictConfig) -> None:
+    """W&B's own rules, which it would tell once the model is loaded."""
+    one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
+    project = cfg.tracking.wandb.project
+    if (
+        not isinstance(project, str)
+        or not 1 <= len(project) <= 128
+        or set(project) & set(NO_PROJECT)
+    ):
+        raise ConfigError(
+            f"tracking.wandb.project={project}: should be a name of 1 to 128 characters, none of "
+            f"them {' '.join(NO_PROJECT)}; an entity is a key of its own, tracking.wandb.entity."
+        )
+    tags = cfg.tracking.wandb.tags
+    if not isinstance(tags, ListConfig):
+        raise ConfigError(f"tracking.wandb.tags={tags}: should be a list: [{tags}]")
+    for tag in tags:
+        if not 1 <= len(str(tag)) <= 64:
+            raise ConfigError(f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.")
+    own = os.environ.get("WANDB_RUN_ID")
+    if own and cfg.resume is None and (own != own.strip() or set(own) & set(NO_RUN_ID)):
+        raise ConfigError(
+            f"WANDB_RUN_ID={own}: a run's id can't begin or end with a space, nor hold any of "
+            f"{' '.join(NO_RUN_ID)}"
         )
 
 

@@ -209,7 +209,7 @@ def explain(error: Exception, job: str, overrides: Argv) -> str:
     """Hydra's error as one line: what was given, and the nearest of what there is."""
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not an override; write key=value (quote spaces and brackets)."
+        return not_an_override(str(error.override), text)
     if isinstance(error, MissingConfigException):
         found = re.search(r"Could not find '([^']+)'", text)
         wanted = found[1] if found else str(error.missing_cfg_file)
@@ -234,6 +234,20 @@ def explain(error: Exception, job: str, overrides: Argv) -> str:
             reason = str(error.__cause__).splitlines()[0]
             return f"{text.removeprefix('Error merging override ')}: {reason}"
     return text.splitlines()[0]
+
+
+def not_an_override(override: str, said: str) -> str:
+    """Why Hydra can't read an override: its own reason where a function in it fails."""
+    failed = re.search(r"\w+ while evaluating '(.*?)': (.+)", said, re.DOTALL)
+    if failed is None:
+        return f"{override}: not an override; write key=value (quote spaces and brackets)."
+    call, reason = failed[1], " ".join(failed[2].partition("See https://")[0].split())
+    key = again.key_of(override)
+    choices_of = re.fullmatch(r"choice\((.*)\)", call, re.DOTALL)
+    if choices_of and "NoneType" in reason:
+        return f"{override}: choice() takes no null; write {key}={choices_of[1]}"
+    reason = re.sub(r"\b(Union|Optional|List|Dict)\[.*\]", "what it takes", reason)
+    return f"{override}: {call} can't be evaluated ({reason})."
 
 
 def wrong_value(error: BaseException) -> str | None:
@@ -271,8 +285,8 @@ def known_keys(job: str, overrides: Argv) -> list[str]:
 
 
 def of_choices(job: str, overrides: Argv) -> DictConfig:
-    """The config with the groups chosen, and nothing else that was asked for."""
-    chosen = [o for o in overrides if o.partition("=")[0] in groups()]
+    """The config with the groups chosen and the keys added, and nothing else that was asked for."""
+    chosen = [o for o in overrides if o.partition("=")[0] in groups() or o.startswith("+")]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
         try:

@@ -16,6 +16,7 @@ from grpo.objective.advantages import agrees
 from grpo.rewards import WeightedReward, score
 from grpo.rewards.score import stop_where_all_failed
 from grpo.rollout import Engine
+from grpo.seeds import stream_seed
 from grpo.types import Prompt, Rollout, Sampling, Scores
 
 TRIES = 1000  # prompts looked at for one that fits
@@ -59,7 +60,7 @@ class Collector:
         scores: list[Scores] = []
 
         def sample(indices: Sequence[int]) -> Scores:
-            seed = (self.seed * 1_000_003 + step) + 500_000_003 * len(rollouts)
+            seed = stream_seed(self.seed, step + 500_000_003 * len(rollouts))
             prompts = [self.prompts[i] for i in indices]
             rollouts.append(self.engine.generate(prompts, self.num_generation, self.sampling, seed))
             times["time/rollout"] += clock.lap()

@@ -19,6 +19,7 @@ from grpo.build import (
     build_budget,
     build_curriculum,
     build_device,
+    build_engine,
     build_evaluation,
     build_objective,
     build_optimizer,
@@ -44,6 +45,7 @@ from grpo.evaluate import metrics_of, report
 from grpo.find import Found, bind, plain
 from grpo.interrupt import Interrupt
 from grpo.kl import Pull
+from grpo.models.lengths import suited_to_lengths
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.past import RUNNING, is_finished, newest_step
@@ -117,11 +119,11 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     formats = [prompt_format(own.options, own.key) for own in found.sets]
     model = load_model(cfg, found.model(), device, frozen=True)
     prompts = build_prompts(found, formats, model.tokenizer).evaluation
-    longest = check_fits(cfg, model, prompts)
+    model, longest = fit_to_lengths(cfg, model, prompts)
     model.model.requires_grad_(False)
     budget = build_budget(cfg, model, longest, with_reference=False)
     make_engine = bind(cfg.rollout, "rollout")
-    engine = make_engine(policy=model, max_new_tokens=cfg.max_new_tokens, budget=budget)
+    engine = build_engine(make_engine, model, cfg.max_new_tokens, budget)
     evaluation = build_evaluation(cfg, engine, prompts, rewards)
     try:
         greedy, sampled = evaluation.answer()
@@ -152,10 +154,10 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     formats = [prompt_format(own.options, own.key) for own in found.sets]
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
-    longest = check_fits(cfg, policy, prompts.evaluation, prompts.train)
+    policy, longest = fit_to_lengths(cfg, policy, prompts.evaluation, prompts.train)
     copied = objective.kl is not None and cfg.adapter is None
     budget = build_budget(cfg, policy, longest, with_reference=copied)
-    engine = make_engine(policy=policy, max_new_tokens=cfg.max_new_tokens, budget=budget)
+    engine = build_engine(make_engine, policy, cfg.max_new_tokens, budget)
     train_prompts: Sequence[Prompt] = prompts.train
     curriculum = build_curriculum(cfg)
     if curriculum.samples:
@@ -213,16 +215,19 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     return run, Standing(start)
 
 
-def check_fits(
+def fit_to_lengths(
     cfg: DictConfig,
     policy: LanguageModel,
     prompts: Sequence[Prompt],
     train: Sequence[Prompt] = (),
-) -> int:
-    """Tokens of the longest prompt and its completion.
+) -> tuple[LanguageModel, int]:
+    """The model as it is used at these lengths; tokens of the longest prompt and its completion.
 
     Of prompts that are made as they are drawn it is the longest that there may be: longer ones than
     the context has room for are left out.
+
+    Raises:
+        ConfigError: that is more than the model can read.
     """
     known = [] if isinstance(train, DrawnPrompts) else train
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *known))
@@ -234,7 +239,8 @@ def check_fits(
             f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
             f"than the model's context of {policy.context}; lower it or dataset.max_prompt_tokens."
         )
-    return longest + int(cfg.max_new_tokens)
+    policy = suited_to_lengths(policy, longest, cfg.max_new_tokens)
+    return policy, longest + int(cfg.max_new_tokens)
 
 
 def starting_point(

@@ -19,6 +19,7 @@ from grpo.interrupt import Interrupt
 from grpo.kl import Pull
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
+from grpo.seeds import stream_seed
 from grpo.tracking.tokens import with_tokens
 from grpo.tracking.tracker import Tracker, answer_rows, completion_rows
 from grpo.update import Learned, Objective, old_policy, update
@@ -143,7 +144,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
             batch.scores.total_BG.isnan().flatten().to(run.device.torch_device),
         ),
         run.budget.computed,
-        seed=run.seed * 1_000_003 + step,
+        seed=stream_seed(run.seed, step),
     )
     stats = updated.metrics
     stats |= run.pull.follow(step, stats, len(batch.rollout.texts))
@@ -151,7 +152,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     update_seconds = clock.lap()
 
     rows = completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
-    spelled = with_tokens(rows, batch.rollout, updated.log_ratio_NC, run.policy.tokenizer)
+    spelled = with_tokens(rows, batch.rollout, updated.log_ratio_NC, run.policy.decoder)
     run.tracker.completions(spelled)
     run.tracker.distributions(
         step,

@@ -76,7 +76,7 @@ class Rollout:
     logprobs_NC: Tensor  # float32, the sampler's, of what it sampled from; 0 past a row's length
     lengths_N: Tensor  # int64, the end-of-sequence token counted
     truncated_N: Tensor  # bool: stopped by max_new_tokens, not by an end-of-sequence token
-    texts: tuple[str, ...]  # N, special tokens left out
+    texts: tuple[str, ...]  # N, without what ends them and padding
     # The sampler's log-probabilities are the policy's, but for rounding in fp32. Not so where it
     # computes in bf16, or is another engine: what it says is then near the policy's and no more.
     exact: bool = True

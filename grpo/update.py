@@ -23,6 +23,7 @@ from grpo.objective.ratios import Ratio
 from grpo.objective.weights import Averaging
 from grpo.optim import Optimizer
 from grpo.pieces import completions, micro_batches, other_side, read_at_once, score_rollout
+from grpo.seeds import SEEDS
 from grpo.types import Rollout, Sampling
 
 CHEAP_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on
@@ -176,7 +177,7 @@ def counts_without(unscored_N: Tensor, tokens: Tokens, averaging: Averaging) -> 
 
 def minibatch_of(prompts: int, count: int, seed: int) -> Tensor:
     """[B] which of `count` minibatches each prompt's group is in: a random split, even to one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % SEEDS)
     share_B = torch.empty(prompts, dtype=torch.int64)
     share_B[torch.randperm(prompts, generator=generator)] = torch.arange(prompts) % count
     return share_B

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,14 +19,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.models import adapter as adapter_module
-from grpo.models.adapter import Adapter, add_adapter, load_adapter, save_adapter
+from grpo.models.adapter import Adapter, add_adapter, load_adapter, merged, save_adapter
 from grpo.models.fast import lean
 from grpo.models.find import PACKAGED
 from grpo.models.forward import Completions, Forward, plain, score_completions, shared_prefix
 from grpo.models.head import Head, Readout
-from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.load import LanguageModel, choose_forward, load_language_model
 from grpo.models.reference import reference_of
 from grpo.types import Sampling
+from tests.conftest import SHAPE, with_distinct_logits
 from tests.test_end_to_end import lines
 from tests.test_forward import random_batch
 
@@ -123,6 +125,41 @@ def test_a_saved_adapter_loads_in_transformers_and_here(
     assert torch.equal(
         scores(load_language_model(tmp_path / "model", device).model, batch), expected
     )
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral"])
+def test_an_adapter_over_experts_is_kept_moved_and_merged(
+    family: str, tmp_path: Path, device: Device
+) -> None:
+    """Of a mixture's experts peft wraps two weights of one module, a layer in a layer."""
+    shape = {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2}
+    if family == "Qwen3Moe":
+        shape |= {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
+    config = getattr(transformers, f"{family}Config")(**shape)
+    model = with_distinct_logits(lambda: AutoModelForCausalLM.from_config(config))
+    head, batch = Head(model), random_batch()
+    policy = LanguageModel(model, None, head, choose_forward(model, head), (2,), 128, device)  # type: ignore[arg-type]
+    base = copy.deepcopy(model)
+    before = scores(model, batch)
+    add_adapter(model, LORA, seed=0)
+    assert any(".experts." in name for name, p in model.named_parameters() if p.requires_grad)
+    reference = reference_of(policy, moves=True)
+    stir(model)
+    after = scores(model, batch)
+    assert not torch.allclose(after, before)
+
+    def referred() -> Tensor:
+        return score_completions(reference.features(batch), batch, READOUT).logprobs
+
+    assert_close(referred(), before, atol=1e-5, rtol=1e-5)
+    reference.move(1.0)
+    assert_close(referred(), after, atol=1e-5, rtol=1e-5)
+    assert_close(scores(merged(model), batch), after, atol=1e-4, rtol=1e-4)
+    save_adapter(model, tmp_path, "nowhere")
+    load_adapter(base, tmp_path)
+    assert_close(scores(base, batch), after, atol=1e-5, rtol=1e-5)
+    plain_names = {name for name, _ in merged(base).named_parameters()}
+    assert plain_names == {name for name, _ in type(model)(config).named_parameters()}
 
 
 def test_an_adapter_of_another_shape_is_refused(tiny: LanguageModel, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from grpo import past
+from grpo import again, past
 from grpo.checkpoint import digests
 from tests.conftest import metrics, start, wait_for_step
 
@@ -387,3 +387,41 @@ def test_whatever_has_a_state_goes_on_where_it_stood(
     assert len(whole) == 6
     if "kl.target=0.001" in extra:
         assert len({row["kl/weight"] for row in whole[1:]}) > 3
+
+
+@pytest.mark.parametrize(
+    ("past", "given", "merged"),
+    [
+        (["+a.b=1"], ["a.b=2"], ["+a.b=2"]),
+        (["++a.b=1"], ["a.b=2"], ["++a.b=2"]),
+        (["+a.b=1"], ["+a.b=2"], ["+a.b=2"]),
+        (["+a.b=1", "c=3"], ["a.c=2"], ["+a.b=1", "c=3", "a.c=2"]),
+        (["+a.b=1", "c=3"], ["~a.b"], ["c=3"]),
+        (["c=1"], ["~c"], ["~c"]),
+        (["~c"], ["c=1"], ["c=1"]),
+    ],
+)
+def test_a_key_that_was_added_is_the_runs_own(
+    past: list[str], given: list[str], merged: list[str]
+) -> None:
+    assert again.merged(past, given) == merged
+
+
+def test_what_was_added_to_a_run_is_given_anew_without_a_plus(grpo: Grpo, tmp_path: Path) -> None:
+    (tmp_path / "short_is_good.py").write_text(
+        "def few(samples, most):\n    return [float(len(s.token_ids) <= most) for s in samples]\n"
+    )
+    added = ("_target_=short_is_good.few", "most=30", "weight=0.3")
+    job = ("experiment=smoke", "tracking=none", "dataset.size=20", "dataset.eval_size=4")
+    steps = ("max_steps=1", "eval.every=0", "hydra.run.dir=run")
+    code, printed = grpo(*job, *steps, *(f"+reward.few.{option}" for option in added))
+    assert code == 0, printed
+    code, printed = grpo("resume=run", "max_steps=2", "reward.few.weight=0.6")
+    assert code == 0, printed
+    assert "weight: 0.6" in (tmp_path / "run/.hydra/config.yaml").read_text()
+    code, printed = grpo("eval", "checkpoint=run", "reward.few.most=3", "hydra.run.dir=asked")
+    assert code == 0, printed
+    assert "most: 3" in (tmp_path / "asked/.hydra/config.yaml").read_text()
+    code, printed = grpo("resume=run", "max_steps=3", "reward.few.wieght=0.6")
+    assert code == 2
+    assert "did you mean reward.few.weight" in printed

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from grpo.seeds import stream_seed
+
 BLOCK = 1024  # draws of a mix decided on at once
 
 
@@ -94,14 +96,14 @@ def draw_others(
 
 @lru_cache(maxsize=8)
 def epoch_order(epoch: int, rows: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(stream_seed(seed, epoch))
     return torch.randperm(rows, generator=generator)
 
 
 @lru_cache(maxsize=4)
 def drawn_sets(block: int, probabilities: tuple[float, ...], seed: int) -> list[int]:
     """Which set each of a block of draws is from."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + block)
+    generator = torch.Generator().manual_seed(stream_seed(seed, 500_009 + block))
     weights = torch.tensor(probabilities)
     return torch.multinomial(weights, BLOCK, replacement=True, generator=generator).tolist()
 

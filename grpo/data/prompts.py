@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.data.rows import Examples
 from grpo.errors import ConfigError
+from grpo.models.chat_template import render_question
 from grpo.types import Example, Prompt
 
 log = logging.getLogger(__name__)
@@ -53,20 +54,53 @@ class PromptFormat:
         return [*messages, *asked]
 
     def render(
-        self, example: Example, tokenizer: PreTrainedTokenizerBase
+        self, example: Example, tokenizer: PreTrainedTokenizerBase, key: str = "dataset"
     ) -> tuple[str, tuple[int, ...]]:
-        """A prompt's text and tokens: by the chat template, or as plain text."""
+        """A prompt's text and tokens: by the chat template, or as plain text.
+
+        Args:
+            key: where the data set's config is, for the messages.
+
+        Raises:
+            ConfigError: the template refuses it.
+        """
         messages = self.messages(example)
         if not self.chat or tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages)
             text = text + "\n\n" if self.chat else text
-            return text, tuple(tokenizer.encode(text))
-        text = str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_options
-            )
-        )
-        return text, tuple(tokenizer.encode(text, add_special_tokens=False))
+            return text, prompt_ids(text, tokenizer, begins=True)
+        text = render_question(tokenizer, messages, self.template_options, key)
+        return text, prompt_ids(text, tokenizer, begins=False)
+
+
+def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, begins: bool) -> tuple[int, ...]:
+    """The tokens of a text that is to be continued: begun once, and not ended.
+
+    Args:
+        begins: what the tokenizer puts before every text goes before this one; a chat template
+            writes it itself.
+    """
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if begins:
+        before = put_before(ids, tokenizer.encode(text))
+        written = [n for n in range(len(before) + 1) if before[len(before) - n :] == ids[:n]]
+        ids = [*before, *ids[max(written) :]]
+    ends_with_it = text.endswith(tokenizer.eos_token or " ")
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not ends_with_it:
+        ids = ids[:-1]
+    return tuple(ids)
+
+
+def put_before(ids: Sequence[int], whole: Sequence[int]) -> list[int]:
+    """The special tokens that stand before a text's own."""
+    if not ids:
+        return list(whole)
+    for start in range(len(whole) - len(ids) + 1):
+        if whole[start : start + len(ids)] == ids:
+            return list(whole[:start])
+    return []
 
 
 class DrawnSet(NamedTuple):
@@ -213,7 +247,7 @@ def tokenized(
     Args:
         role, key: what they are for and where their config is, for the messages.
     """
-    prompts = [Prompt(*format.render(e, tokenizer), e) for e in examples]
+    prompts = [Prompt(*format.render(e, tokenizer, key), e) for e in examples]
     kept = [p for p in prompts if len(p.token_ids) <= format.max_prompt_tokens]
     if len(kept) < len(prompts):
         log.warning(

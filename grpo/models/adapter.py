@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, one_line
 
 log = logging.getLogger(__name__)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it talks
@@ -45,22 +45,25 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
     from peft import LoraConfig
 
     target = adapter.target if isinstance(adapter.target, str) else list(adapter.target)
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=0.0,  # a dropout would break the ratios
-        target_modules=target,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
-        task_type="CAUSAL_LM",
-    )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GPT-2's layers are transposed: peft sees that and says so
         torch.manual_seed(seed)
         try:
+            config = LoraConfig(
+                r=adapter.rank,
+                lora_alpha=adapter.alpha,
+                lora_dropout=0.0,  # a dropout would break the ratios
+                target_modules=target,
+                use_rslora=adapter.rslora,
+                use_dora=adapter.dora,
+                task_type="CAUSAL_LM",
+            )
             model.add_adapter(config)
-        except ValueError as error:
-            raise ConfigError(f"adapter.target={adapter.target}: {error}") from error
+        except Exception as error:  # of peft, of a regular expression, of a quantizer
+            raise ConfigError(
+                f"adapter.target={adapter.target} dora={adapter.dora}: peft can't adapt "
+                f"{type(model).__name__} so: {one_line(error)}"
+            ) from error
     if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
         raise ConfigError(
             f"adapter.target={adapter.target}: the output layer is read apart from the model, so "
@@ -181,15 +184,21 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     from peft import PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    if not has_adapter(model):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.add_adapter(PeftConfig.from_pretrained(folder))
-        settle(model)
     try:
-        result = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+        if not has_adapter(model):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.add_adapter(PeftConfig.from_pretrained(folder))
+            settle(model)
+        weights = load_file(folder / WEIGHTS)
+    except Exception as error:  # of peft, safetensors, or what the adapter's kind needs
+        raise ConfigError(f"{folder}: this adapter can't be loaded: {one_line(error)}") from error
+    try:
+        result = set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
-        raise ConfigError(f"{folder}: this adapter is of another shape: {error}") from error
+        raise ConfigError(
+            f"{folder}: this adapter is of another shape: {one_line(error)}"
+        ) from error
     lacking = [key for key in result.missing_keys if "lora_" in key and f".{POLICY}." in key]
     if lacking or result.unexpected_keys:
         raise ConfigError(f"{folder}: this adapter is of another model or has other targets.")
@@ -199,11 +208,11 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model with the adapter added into its weights: a plain model again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True, adapter_names=[POLICY])
-            model.set_submodule(name, module.get_base_layer())
+        if name.endswith(".base_layer") or not isinstance(module, BaseTunerLayer):
+            continue
+        model.set_submodule(name, merged_layer(module))
     del model.peft_config
     model._hf_peft_config_loaded = False  # else it would be saved as an adapter
     return model
@@ -229,7 +238,10 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def merged_layer(layer: Any) -> nn.Module:
-    """The plain layer under an adapted one, which is used up; experts are a layer in a layer."""
+    """The plain layer under an adapted one, which is used up.
+
+    Two adapted weights of one module, such as a mixture's experts, are a layer in a layer.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     while isinstance(layer, BaseTunerLayer):
@@ -237,3 +249,16 @@ def merged_layer(layer: Any) -> nn.Module:
         layer = layer.base_layer
     plain: nn.Module = layer
     return plain
+
+
+def copy_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy; what a module keeps of its last forward pass loses its gradient in both.
+
+    RecurrentGemma's keep their last state, which torch can't copy while it has one.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+    copied: PreTrainedModel = copy.deepcopy(model)
+    return copied

@@ -60,7 +60,7 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **ignored: Any,  # transformers' interface; what matters of it is seen by `agrees_with_plain`
+    **ignored: Any,  # transformers' interface; what matters of it is seen by `why_not_shared`
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, H, T, d] in, [1, T, H, d] out."""
     dtype = compute_dtype(query)

@@ -120,3 +120,8 @@ def local_folder(key: str, path: str) -> Path:
             f"*.safetensors and a tokenizer, as `save_pretrained` writes it."
         )
     return folder
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the weights in a model's folder are quantized."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text())

@@ -6,7 +6,7 @@ against when a model is loaded, and what is used for a model where the two diffe
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,6 @@ from grpo.models.head import Features, Head, Readout, TokenScores, score
 from grpo.models.rows import taken
 from grpo.models.warp import KeptTokens, cut
 from grpo.types import Sampling
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,15 +113,26 @@ def predictors(tree: Tree, mask_NC: Tensor) -> Tensor:
 
 
 def plain(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
-    """The logits at each completion token the usual way: each row's prompt again, all logits."""
-    rows, width = batch.rows_a_prompt, batch.tokens_NC.shape[1]
-    prompt_mask_NP = left_mask(batch.prompts_BP, batch.prompt_lengths_B).repeat_interleave(rows, 0)
-    tokens = torch.cat([batch.prompts_BP.repeat_interleave(rows, dim=0), batch.tokens_NC], dim=1)
-    mask = torch.cat([prompt_mask_NP, batch.mask_NC.long()], dim=1)
-    logits = model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False
-    ).logits
-    logits_TV = logits[:, -width - 1 : -1][batch.mask_NC]
+    """The logits at each completion token the usual way: each row's prompt again, all logits.
+
+    Prompts of one length at a time: no padding stands before any of them, since a model may not
+    know an attention mask, as RWKV.
+    """
+    rows_R = torch.arange(batch.rows_a_prompt, device=batch.tokens_NC.device)
+    row_T = batch.mask_NC.nonzero()[:, 0]
+    found: list[Tensor] = []
+    places: list[Tensor] = []
+    for length in batch.prompt_lengths_B.unique().tolist():
+        prompts = (batch.prompt_lengths_B == length).nonzero()[:, 0]
+        row_N = (prompts[:, None] * len(rows_R) + rows_R).flatten()
+        tokens_NC, mask_NC = batch.tokens_NC[row_N], batch.mask_NC[row_N]
+        prompts_NP = batch.prompts_BP[prompts, -length:].repeat_interleave(len(rows_R), dim=0)
+        tokens = torch.cat([prompts_NP, tokens_NC], dim=1)
+        mask = torch.cat([torch.ones_like(prompts_NP), mask_NC.long()], dim=1)
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        found.append(logits[:, length - 1 : -1][mask_NC])
+        places.append(torch.isin(row_T, row_N).nonzero()[:, 0])
+    logits_TV = taken(torch.cat(found), torch.cat(places).argsort())
     return Features(logits_TV, Tensor.float, logits_TV.shape[-1])
 
 
@@ -154,31 +163,76 @@ def scatter(values_T: Tensor, mask_NC: Tensor) -> Tensor:
     )
 
 
+def random_completions(vocabulary: int, device: torch.device) -> Completions:
+    """Two prompts of different lengths, two completions each, one of them shorter."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (2, 16), generator=generator).to(device)
+    mask_NC = torch.ones(4, 4, dtype=torch.bool, device=device)
+    mask_NC[1, 2:] = False
+    lengths_B = torch.tensor([8, 5], device=device)
+    return Completions(tokens[:, :8], lengths_B, tokens[:, 8:].reshape(4, 4), mask_NC)
+
+
+# What a model raises that is asked for something it doesn't have, as a state-space model for its
+# attention.
+UNSUITED = (AttributeError, IndexError, NotImplementedError, TypeError, ValueError, RuntimeError)
+
+
 @torch.no_grad()
-def agrees_with_plain(model: PreTrainedModel, head: Head) -> bool:
-    """Whether `shared_prefix` gives this model's own log-probabilities, tried on random tokens.
+def why_not_shared(model: PreTrainedModel, head: Head) -> str:
+    """Why `shared_prefix` doesn't give this model's own log-probabilities; empty where it does.
 
     A model may change its logits after the head, or keep a state that can't be repeated over a
-    group; which ones do is not written down anywhere, so it is measured, once for each load.
+    group; which ones do is not written down anywhere, so it is measured on random tokens, once for
+    each load.
     """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, head.vocabulary, (2, 16), generator=generator).to(model.device)
-    lengths_B = torch.tensor([8, 5], device=model.device)
-    mask_NC = torch.ones(4, 4, dtype=torch.bool, device=model.device)
-    mask_NC[1, 2:] = False
-    batch = Completions(tokens[:, :8], lengths_B, tokens[:, 8:].reshape(4, 4), mask_NC)
+    batch = random_completions(head.vocabulary, model.device)
     readout = Readout(Sampling(temperature=0.7))
-    try:
-        ours = score_completions(shared_prefix(model, head, batch), batch, readout).logprobs
-    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        # E.g. a state-space model, which has no attention to ask.
-        log.warning("a shared prompt fails: %s: %s", type(error).__name__, error)
-        return False
-    theirs = score_completions(plain(model, head, batch), batch, readout).logprobs
-    if not bool(theirs.isfinite().all()):
+    expected = score_completions(plain(model, head, batch), batch, readout).logprobs
+    if not bool(expected.isfinite().all()):
         raise ConfigError(
             f"{type(model).__name__}: its logits are NaN or infinite: the weights of this "
             f"checkpoint are broken, or of another precision than it says."
         )
-    tolerance = 1e-3 if ours.dtype == torch.float32 and not torch.is_autocast_enabled() else 5e-2
-    return bool(torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance))
+    try:
+        ours = score_completions(shared_prefix(model, head, batch), batch, readout).logprobs
+    except UNSUITED as error:
+        return f"{type(error).__name__}: {error}"
+    if same_logprobs(ours, expected):
+        return ""
+    return f"off by {float((ours - expected).abs().max()):.2g} nats"
+
+
+@torch.no_grad()
+def reads_padding(model: PreTrainedModel, head: Head) -> bool:
+    """Whether padding before a prompt changes what the model says after it, measured as above."""
+    batch = random_completions(head.vocabulary, model.device)
+    mask = left_mask(batch.prompts_BP, batch.prompt_lengths_B)
+    options: dict[str, Tensor] = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # as `generate` asks too
+        options["position_ids"] = positions(mask)
+    padded = model(
+        input_ids=batch.prompts_BP, attention_mask=mask, use_cache=False, **options
+    ).logits[:, -1]
+    first = Completions(
+        batch.prompts_BP, batch.prompt_lengths_B, batch.tokens_NC[::2, :1], batch.mask_NC[::2, :1]
+    )
+    alone = plain(model, head, first).values_TX
+    ours, theirs = (logits.float().log_softmax(dim=-1) for logits in (padded, alone))
+    return not same_logprobs(ours, theirs)
+
+
+def same_logprobs(ours: Tensor, theirs: Tensor, in_fp32: bool = True) -> bool:
+    """Whether two ways to a model's log-probabilities differ by no more than rounding."""
+    if in_fp32:
+        return bool(torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3))
+    # Rounded to 8 bits single tokens may be far off, but not all of them.
+    return float((ours - theirs).abs().mean()) <= 0.1
+
+
+def computes_in_fp32(model: PreTrainedModel) -> bool:
+    return (
+        model.dtype == torch.float32
+        and not getattr(model, "is_quantized", False)
+        and not torch.is_autocast_enabled(model.device.type)
+    )

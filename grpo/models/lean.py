@@ -6,6 +6,7 @@ taken to be one of these. In fp32 on a CPU alone.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -163,12 +164,25 @@ def looks_gated(module: Any) -> bool:
 
 def lean_norms(model: nn.Module) -> dict[nn.Module, Forward]:
     """Its root-mean-square norms, and what computes them."""
-    found: dict[nn.Module, Forward] = {}
-    for module in filter(looks_like_norm, model.modules()):
-        forward = partial(rms_norm, norm=module)
-        if computes(module, forward, len(module.weight)):  # type: ignore[arg-type]
-            found[module] = forward
-    return found
+    return {
+        module: partial(rms_norm, norm=module)
+        for module in filter(looks_like_norm, model.modules())
+        if is_usual_norm(module)
+    }
+
+
+@torch.no_grad()
+def is_usual_norm(module: Any) -> bool:
+    """Whether `rms_norm` does what norms of this class do, tried with a weight that is not ones.
+
+    FalconMamba's have a weight and don't use it.
+    """
+    kind = (type(module), type(None))
+    if kind not in _computes:
+        tried = copy.deepcopy(module)
+        tried.weight.copy_(torch.linspace(0.5, 2.0, len(tried.weight)))
+        computes(tried, partial(rms_norm, norm=tried), len(tried.weight))
+    return _computes[kind]
 
 
 def lean_blocks(model: nn.Module) -> dict[nn.Module, Forward]:

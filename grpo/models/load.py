@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,17 +19,20 @@ from transformers import (
 )
 
 from grpo.device import Device
-from grpo.errors import ConfigError
-from grpo.models.adapter import has_adapter, load_adapter, save_adapter
+from grpo.errors import ConfigError, one_line
+from grpo.models.adapter import copy_model, has_adapter, load_adapter, save_adapter
+from grpo.models.ends import Decoder, end_ids, left_out_ids
 from grpo.models.fast import lean
 from grpo.models.find import base_folder
 from grpo.models.forward import (
+    UNSUITED,
     Completions,
     Forward,
-    agrees_with_plain,
     plain,
+    reads_padding,
     score_completions,
     shared_prefix,
+    why_not_shared,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
 from grpo.models.precision import four_bits_in_fp32, store_frozen_weights
@@ -54,11 +56,17 @@ class LanguageModel:
     base: str = ""  # where the frozen weights under an adapter are found: a folder or a hub id
     fingerprint: str = ""  # of the weights as they were loaded
     recompute: bool = False  # activations are made again in the backward pass
+    reads_padding: bool = False  # what stands before a shorter prompt changes what it says
+    left_out: frozenset[int] = frozenset()  # tokens that the text of a completion doesn't show
 
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else self.end_ids[0]
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.tokenizer, self.left_out)
 
     def features(self, batch: Completions) -> Features:
         """What a forward pass knows of each completion token."""
@@ -116,41 +124,71 @@ def load_language_model(
         ConfigError: the folder doesn't hold a causal language model that can be loaded.
     """
     base = base_folder(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading_errors(base):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = in_four_bits(base, device) if quantized else in_full(base)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"{base}: transformers can't load this as a causal model: {error}"
-        ) from error
-    model.eval()
-    if not (frozen or quantized):
-        model.to(device.torch_device)
-    head = Head(model)
+        model.eval()
+        if not (frozen or quantized):
+            model.to(device.torch_device)
+        head = Head(model)
     with four_bits_in_fp32(model):  # else bf16's rounding would hide, or be taken for, a difference
         forward = choose_forward(model, head)
+        pads = forward is plain and reads_padding(model, head)
     weights = fingerprint(model)
     if frozen or quantized:
         store_frozen_weights(model.requires_grad_(False), device.autocast_dtype)
         model.to(device.torch_device)  # only now: a GPU never holds them in fp32
     if base != folder:
         load_adapter(model, folder)
+    ends = end_ids(model, tokenizer, head.vocabulary)
+    pad = tokenizer.pad_token_id
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
         head=head,
         forward=forward,
-        end_ids=end_ids(model, tokenizer),
+        end_ids=ends,
         context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20,
         device=device,
         base=str(base.resolve()),
         fingerprint=weights,
+        # A shared prompt was compared with one that has no padding, and has none either.
+        reads_padding=pads,
+        left_out=left_out_ids(tokenizer, ends, ends[0] if pad is None else pad),
     )
+
+
+@contextmanager
+def loading_errors(folder: Path) -> Iterator[None]:
+    """Within it, whatever transformers, tokenizers or a quantizer raise says what can't be loaded.
+
+    Raises:
+        ConfigError: with their reason, in one line.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # each of these libraries has errors of its own
+        reason = one_line(error)
+        if "trust_remote_code" in reason:
+            reason = "it needs code that comes with it, and code from a model's folder is never run"
+        raise ConfigError(
+            f"{folder}: transformers can't load this as a causal model: {reason}"
+        ) from error
 
 
 def in_full(folder: Path) -> PreTrainedModel:
     """On the CPU, in fp32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"{folder}: has no weights for {', '.join(missing[:3])} ({len(missing)} are missing), "
+            f"which would be random numbers; it should be a trained causal model."
+        )
+    return model
 
 
 def in_four_bits(folder: Path, device: Device) -> PreTrainedModel:
@@ -182,20 +220,31 @@ def frozen_copy(policy: LanguageModel, in_fp32: bool) -> LanguageModel:
 
     in_fp32: else in the precision that is computed in, which can't hold weights that move a little.
     """
-    model = copy.deepcopy(policy.model).requires_grad_(False)
+    model = copy_model(policy.model).requires_grad_(False)
     if not in_fp32:
         store_frozen_weights(model, policy.device.autocast_dtype)
     return replace(policy, model=model, head=Head(model))
 
 
 def choose_forward(model: PreTrainedModel, head: Head) -> Forward:
-    if agrees_with_plain(model, head):
+    """The fastest forward pass that gives the model's own numbers.
+
+    Raises:
+        ConfigError: it can't be run at all.
+    """
+    try:
+        why_not = why_not_shared(model, head)
+    except UNSUITED as error:
+        raise ConfigError(
+            f"{type(model).__name__}: its forward pass fails on a few tokens: {one_line(error)}"
+        ) from error
+    if not why_not:
         return shared_prefix
     log.warning(
-        "%s: its log-probabilities can't be had from a shared prompt; using the plain forward, "
-        "which is slower and needs more memory.",
-        type(model).__name__,
-    )
+        "%s: its log-probabilities can't be had from a shared prompt (%s); using the plain "
+        "forward, which is slower and needs more memory.",
+        type(model).__name__, why_not,
+    )  # fmt: skip
     return plain
 
 
@@ -206,12 +255,3 @@ def fingerprint(model: PreTrainedModel) -> str:
         sample = weight.flatten()[:: max(1, weight.numel() // 16)].cpu().float()
         total.update(name.encode() + sample.numpy().tobytes())
     return total.hexdigest()[:16]
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every end-of-sequence id that the generation config names, else the tokenizer's."""
-    for source in (model.generation_config, model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
-    raise ConfigError(f"{type(model).__name__} names no end-of-sequence token.")

@@ -13,7 +13,7 @@ from grpo.device import open_device
 from grpo.hub import holds_adapter
 from grpo.models.adapter import load_adapter, merged
 from grpo.models.find import base_folder
-from grpo.models.load import in_four_bits, in_full
+from grpo.models.load import in_four_bits, in_full, loading_errors
 
 
 def write_merged(model: Path, folder: Path) -> None:
@@ -28,10 +28,11 @@ def write_merged(model: Path, folder: Path) -> None:
         shutil.copytree(model, folder, dirs_exist_ok=True)
         return
     device, base = open_device("cpu", "fp32"), base_folder(model)
-    if was_quantized(model):
-        whole = in_four_bits(base, device).dequantize(torch.float32)
-    else:
-        whole = in_full(base)
+    with loading_errors(base):
+        if was_quantized(model):
+            whole = in_four_bits(base, device).dequantize(torch.float32)
+        else:
+            whole = in_full(base)
     load_adapter(whole, model)
     merged(whole).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)

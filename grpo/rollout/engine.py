@@ -154,9 +154,7 @@ def assemble(
     """Rows b*G+g as one padded rollout, with their texts; exact: as `Rollout` says."""
     tokens_NC, lengths_N = pad_right([row.tokens for row in rows], policy.pad_id)
     logprobs_NC, _ = pad_right([row.logprobs for row in rows], 0.0)
-    texts = policy.tokenizer.batch_decode(
-        [row.tokens.tolist() for row in rows], skip_special_tokens=True
-    )
+    texts = policy.decoder.texts([row.tokens.tolist() for row in rows])
     return Rollout(
         prompts=tuple(prompts),
         tokens_NC=tokens_NC,

@@ -49,7 +49,7 @@ class HFEngine:
                         [prompts[b] for b in share], len(group), sampling
                     ),
                     # generate penalises the padding before a shorter prompt as if it had been said.
-                    unpadded=sampling.repetition_penalty != 1,
+                    unpadded=self.policy.reads_padding or sampling.repetition_penalty != 1,
                 )
         finally:
             self.policy.model.generation_config = own

@@ -19,6 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 from grpo.config import nearest
 from grpo.errors import ConfigError
+from grpo.seeds import SEEDS, stream_seed
 from grpo.sweep.space import Space
 
 JOURNAL = "study.journal"
@@ -53,9 +54,10 @@ class Options:
         options = cls(**given)
         for key in ("n_trials", "n_jobs", "seed"):
             value, least = getattr(options, key), 0 if key == "seed" else 1
-            if type(value) is not int or value < least:
+            most = SEEDS - 1 if key == "seed" else 2**31 - 1
+            if type(value) is not int or not least <= value <= most:
                 raise ConfigError(
-                    f"hydra.sweeper.{key}={value}: must be a whole number, at least {least}."
+                    f"hydra.sweeper.{key}={value}: must be a whole number from {least} to {most}."
                 )
         for key, choices in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
             value = getattr(options, key)
@@ -85,7 +87,7 @@ class Options:
 
     def make_sampler(self, trials: int) -> optuna.samplers.BaseSampler:
         """Anew for each trial, from how many there were: so a search resumed is the same search."""
-        seed = self.seed * 1_000_003 + trials
+        seed = stream_seed(self.seed, trials) % 2**32  # NumPy takes no more
         made: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
             "tpe": optuna.samplers.TPESampler,
             "gp": optuna.samplers.GPSampler,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from grpo.models.ends import Decoder
 from grpo.tracking.tracker import CompletionRow
 from grpo.types import Rollout
 
@@ -18,7 +18,7 @@ def with_tokens(
     rows: Sequence[CompletionRow],
     rollout: Rollout,
     log_ratio_NC: Tensor | None,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
 ) -> list[CompletionRow]:
     """The rows of a rollout's first completions, with what there is to say of each token.
 
@@ -32,22 +32,22 @@ def with_tokens(
     return [
         replace(
             row,
-            token_ends=token_ends(tokenizer, ids[: row.tokens], row.completion),
+            token_ends=token_ends(decoder, ids[: row.tokens], row.completion),
             token_kl=[round(x, 3) for x in logs[: row.tokens]],
         )
         for row, ids, logs in zip(rows, rollout.tokens_NC[own].tolist(), kl, strict=True)
     ]
 
 
-def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[int]:
+def token_ends(decoder: Decoder, ids: Sequence[int], text: str) -> list[int]:
     """Where in a text each of the tokens that it was decoded from ends.
 
-    Special tokens take no place. Nothing where the tokens don't spell the text: a stop string was
-    cut off.
+    What the text doesn't show takes no place. Nothing where the tokens don't spell the text: a
+    stop string was cut off.
     """
-    pieces = tokenizer.batch_decode([[one] for one in ids], skip_special_tokens=True)
+    pieces = decoder.texts([[one] for one in ids])
     if "".join(pieces) != text:  # characters of several tokens, or spaces that depend on neighbours
-        pieces = one_by_one(tokenizer, ids)
+        pieces = one_by_one(decoder, ids)
     ends, end = [], 0
     for piece in pieces:
         end += len(piece)
@@ -55,13 +55,11 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str
     return ends if end == len(text) else []
 
 
-def one_by_one(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def one_by_one(decoder: Decoder, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text of those before it; the last of a character has it all."""
     pieces, start, done = [], 0, 0
     for n in range(1, len(ids) + 1):
-        before, after = (
-            tokenizer.decode(list(ids[start:end]), skip_special_tokens=True) for end in (done, n)
-        )
+        before, after = decoder.texts([ids[start:end] for end in (done, n)])
         if after.endswith(BROKEN) and n < len(ids):
             pieces.append("")
             continue

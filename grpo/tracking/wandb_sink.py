@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, one_line
 from grpo.past import ENDED
 from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink, values_of
 
@@ -45,33 +45,25 @@ class WandB(Sink):
         import wandb
 
         self.info, self.table_every, self.log_model = info, table_every, log_model
-        asked = mode
-        if asked == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        self.mode = os.environ.get("WANDB_MODE", mode) if asked == "auto" else mode
-        arguments: dict[str, Any] = {
-            "mode": self.mode,
-            "project": project,
-            "entity": entity,
-            "id": info.id,
-            "name": info.name,
-            "group": group or info.group,
-            "tags": list(tags),
-            "notes": notes,
-            "config": {**info.config, "git_commit": info.commit},
-            "dir": str(info.folder),
-            "resume": "allow" if self.mode == "online" else None,
-            "reinit": "finish_previous",
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
-        }
         try:
-            self.run = wandb.init(**arguments)
-        except wandb.errors.Error as error:
-            if asked == "online":
-                raise ConfigError(f"tracking.wandb.mode=online: {error}") from error
-            log.warning("W&B can't be reached (%s); this run is recorded offline.", error)
-            self.mode = "offline"
-            self.run = wandb.init(**{**arguments, "mode": "offline", "resume": None})
+            self.run, self.mode = open_run(
+                mode,
+                {
+                    "project": project,
+                    "entity": entity,
+                    "id": info.id,
+                    "name": info.name,
+                    "group": group or info.group,
+                    "tags": list(tags),
+                    "notes": notes,
+                    "config": {**info.config, "git_commit": info.commit},
+                    "dir": str(info.folder),
+                    "reinit": "finish_previous",
+                },
+            )
+        except (wandb.errors.Error, ValueError, TypeError) as error:  # of these or WANDB_…
+            key = "tracking.wandb.mode=online" if mode == "online" else "tracking.wandb"
+            raise ConfigError(f"{key}: {one_line(error)}") from error
         self.run.define_metric("step", hidden=True)
         for section in SECTIONS:
             self.run.define_metric(f"{section}/*", step_metric="step")
@@ -115,3 +107,28 @@ class WandB(Sink):
         self.run.finish(exit_code=0 if status in ENDED else 1)
         if self.mode == "offline":
             log.info("W&B ran offline; to upload: wandb sync %s", folder.removesuffix("/files"))
+
+
+def open_run(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
+    """The W&B run, and the mode it is recorded in: offline where W&B can't be reached.
+
+    Raises:
+        ConfigError: it can't be reached, and mode=online.
+    """
+    import wandb
+
+    chosen = mode
+    if mode == "auto":
+        known = wandb.login(prompt=False, verify=False)
+        chosen = os.environ.get("WANDB_MODE", "online" if known else "offline")
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    how = {"mode": chosen, "resume": "allow" if chosen == "online" else None}
+    try:
+        return wandb.init(**{**arguments, **how}, settings=settings), chosen
+    except wandb.errors.UsageError:
+        raise
+    except wandb.errors.Error as error:
+        if mode == "online":
+            raise ConfigError(f"tracking.wandb.mode=online: {one_line(error)}") from error
+        log.warning("W&B can't be reached (%s); this run is recorded offline.", error)
+        return wandb.init(**arguments, mode="offline", settings=settings), "offline"

@@ -1,0 +1,101 @@
+"""Where a completion ends, and how one becomes text.
+
+A completion ends with any token that a source names as an end: the generation config, the model's
+config, the tokenizer, or the chat template, which writes one behind what the assistant says. Its
+text is all that the model wrote but these ends, padding and the token that begins a text: other
+special tokens may be tags that a reward looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.errors import ConfigError
+from grpo.models.chat_template import render_chat
+
+SAID = "7f3a9c"  # what the assistant is made to say, to see what stands behind it
+
+
+def end_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> tuple[int, ...]:
+    """Every token that ends a completion, those of the generation config first.
+
+    Raises:
+        ConfigError: nothing names one.
+    """
+    generation = model.generation_config
+    # Without a file of its own it repeats the model's config, where a class has an end by default,
+    # which may be any word of this vocabulary.
+    repeats = generation is None or getattr(generation, "_from_model_config", False)
+    named = [] if repeats else ids_of(generation.eos_token_id, tokenizer)
+    in_config = ids_of(getattr(model.config.get_text_config(), "eos_token_id", None), tokenizer)
+    others = [*ids_of(tokenizer.eos_token_id, tokenizer), *template_ends(tokenizer)]
+    special = added_ids(tokenizer)
+    sure = [id for id in in_config if id in special or not (named or others)]
+    found = [id for id in dict.fromkeys([*named, *sure, *others]) if 0 <= id < vocabulary]
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__}: neither its configs nor its tokenizer name an "
+            f"end-of-sequence token within its vocabulary of {vocabulary}."
+        )
+    return tuple(found)
+
+
+def ids_of(named: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids from what a config names: one or several, as numbers or as the tokens."""
+    if isinstance(named, list | tuple):
+        return [id for one in named for id in ids_of(one, tokenizer)]
+    if isinstance(named, str):
+        named = tokenizer.get_vocab().get(named)
+    return [named] if isinstance(named, int) and not isinstance(named, bool) else []
+
+
+def template_ends(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """The added token that a chat template writes right behind an assistant's message, if any."""
+    if tokenizer.chat_template is None:
+        return
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
+    try:
+        text = render_chat(tokenizer, messages, {}, answers=False)
+    except ConfigError:
+        return  # what is wrong with it is said where prompts are made
+    _, said, behind = text.rpartition(SAID)
+    behind = behind.lstrip()
+    added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
+    ends = [token for token in added if token and behind.startswith(token)]
+    if said and ends and tokenizer.bos_token not in ends:
+        yield added[max(ends, key=len)]
+
+
+def added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that are no part of ordinary text."""
+    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Completions' tokens to text, the same way everywhere."""
+
+    tokenizer: PreTrainedTokenizerBase
+    left_out: frozenset[int]  # ends, padding, the token that begins a text
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        kept = [[id for id in row if id not in self.left_out] for row in rows]
+        found: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=False)
+        return found
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.texts([ids])[0]
+
+
+def left_out_ids(
+    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], pad: int
+) -> frozenset[int]:
+    """What a text doesn't show. An end that is an ordinary word, as a line break, is shown."""
+    unshown = {*ends, pad, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return frozenset(unshown & added_ids(tokenizer))

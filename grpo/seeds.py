@@ -1,0 +1,18 @@
+"""Seeds of many streams of random numbers from the one in the config."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+SEEDS = 2**64  # so many seeds a generator of torch takes
+SMALL = 2**31
+
+
+def stream_seed(seed: int, number: int) -> int:
+    """The seed of a run's stream of this number, from any seed that is not negative.
+
+    A large one is hashed: a product would not fit, and on a CPU torch reads 32 bits of it alone.
+    """
+    if seed < SMALL:
+        return (seed * 1_000_003 + number) % SEEDS
+    return int.from_bytes(blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
