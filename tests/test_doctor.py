@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grpo.doctor import diagnoses, watch
 from grpo.doctor.diagnoses import DIAGNOSES
@@ -58,6 +59,9 @@ class Lying(NativeEngine):
         rollout = super().generate(prompts, num_generation, sampling, seed)
         return replace(rollout, logprobs_NC=rollout.logprobs_NC - 0.3)
 '''
+
+
+WATCH = Path(__file__).parents[1] / "conf/doctor/watch.yaml"
 
 
 def own(name: str) -> tuple[str, str, str]:
@@ -149,3 +153,15 @@ def test_limits_can_be_set(grpo: Grpo, tmp_path: Path) -> None:
     kl = [json.loads(line)["kl/k3"] for line in lines if "kl/k3" in line][-3:]
     (one,) = [d for d in read_run(tmp_path / "run").diagnoses if d.name == "kl_runs_away"]
     assert one.evidence.startswith(f"{sum(kl) / 3:.3g} nats a token")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"), [(0.6, True), (0.97, False), (1.02, False), (2.0, True)]
+)
+def test_a_sampler_may_be_off_either_way(ratio: float, told: bool) -> None:
+    """The largest ratio of a step is far below 1 where all completions became unlikely."""
+    config = {"algorithm": {"num_iterations": 1, "minibatches": 1}}
+    lines = [{"step": 1, "time/step": 1.0, "policy/ratio_max": ratio}]
+    limits = Limits(**yaml.safe_load(WATCH.read_text()))
+    found = diagnoses.engine_differs(diagnoses.Course(lines, config, limits))
+    assert (found is not None) == told

@@ -205,7 +205,8 @@ def engine_differs(course: Course) -> Found | None:
     algorithm = course.config["algorithm"]
     once = algorithm["num_iterations"] * algorithm["minibatches"] == 1
     ratio = course.lately("policy/ratio_max") if once else None
-    if ratio is None or ratio < course.limits.ratio_high:
+    # The largest is no smaller than 1 where some are larger and some smaller.
+    if ratio is None or 1 / course.limits.ratio_high < ratio < course.limits.ratio_high:
         return None
     return Found(
         f"policy/ratio_max is {ratio:.3g} before anything was updated, where 1 is right.",
