@@ -151,7 +151,9 @@ def kept_bytes(policy: LanguageModel, prompt: int, completion: int, group: int) 
 def cached_by_position(policy: LanguageModel) -> float:
     """Bytes of the keys and values of a token."""
     config = policy.model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0.0  # a state-space model, whose state doesn't grow
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
     size = (policy.device.autocast_dtype or torch.float32).itemsize

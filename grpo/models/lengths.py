@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.errors import ConfigError, one_line
+from grpo.models.adapter import has_adapter
 from grpo.models.forward import (
     UNSUITED,
     Completions,
@@ -60,6 +61,11 @@ def suited_to_lengths(
     try:
         agrees = agrees_at_length(policy, prompt_tokens, max_new_tokens)
     except UNSUITED as error:
+        if not reads(policy, 2):
+            adapted = " with this adapter" if has_adapter(policy.model) else ""
+            raise ConfigError(
+                f"{name}{adapted}: its forward pass fails: {one_line(error)}"
+            ) from error
         raise ConfigError(
             f"max_new_tokens={max_new_tokens}: {name} can't read {longest} tokens, a prompt of "
             f"{prompt_tokens} and its completion ({one_line(error)}); lower it or "
@@ -141,6 +147,17 @@ def first_change(rotations: Rotations, most: int) -> int | None:
         else:
             other = middle
     return same
+
+
+@torch.no_grad()
+def reads(policy: LanguageModel, length: int) -> bool:
+    """Whether the model can be run on a text of so many tokens at all."""
+    tokens = torch.zeros(1, length, dtype=torch.int64, device=policy.model.device)
+    try:
+        policy.model(input_ids=tokens, use_cache=False)
+    except UNSUITED:
+        return False
+    return True
 
 
 @torch.no_grad()
