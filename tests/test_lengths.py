@@ -100,7 +100,7 @@ def test_positions_that_change_with_length_stay_the_same_within_a_run(
     """Completions that pass the change, that begin behind it, and that never come near it."""
     fresh = with_distinct_logits(longrope)
     policy = suited_to_lengths(wrap(with_distinct_logits(longrope), device), max(prompts), new)
-    reference = frozen_copy(policy)
+    reference = frozen_copy(policy, in_fp32=True)
     rollout = ENGINES[engine](policy, new, ROOM).generate(
         prompts_of(*prompts), 3, Sampling(1.0), seed=4
     )
@@ -197,5 +197,5 @@ def test_models_without_an_attention_to_ask_train_on_their_own_numbers(
     rollout = HFEngine(policy, 7, ROOM).generate(prompts_of(9, 3, 3), 2, Sampling(1.0), seed=5)
     assert_close(own_logprobs(made, rollout), rollout.logprobs_NC, atol=2e-5, rtol=1e-4)
     assert policy.features(random_completions(97, made.device)).values_TX.requires_grad
-    reference = frozen_copy(policy)
+    reference = frozen_copy(policy, in_fp32=True)
     assert torch.equal(rescored(reference, rollout), rescored(policy, rollout))
