@@ -1,0 +1,136 @@
+"""What sampling left of the vocabulary stays what it was, however far the policy has moved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grpo import update as update_module
+from grpo.budget import Budget
+from grpo.models.forward import Completions
+from grpo.models.head import TokenScores
+from grpo.models.load import LanguageModel
+from grpo.objective import AVERAGINGS, RATIOS, clipped_surrogate
+from grpo.optim import SCHEDULES, Optimizer
+from grpo.rollout import NativeEngine
+from grpo.types import Example, Prompt, Rollout, Sampling
+from grpo.update import Learned, MicroLoss, Minibatch, Objective, old_policy, update
+
+QUESTIONS = ("What is 12 + 63?", "What is 88 - 9?", "What is 4 + 4?", "What is 70 - 35?")
+GROUP = 3
+SAMPLINGS = {
+    "top_p": Sampling(temperature=1.2, top_p=0.8),
+    "top_k": Sampling(temperature=1.2, top_k=4),
+    "min_p": Sampling(temperature=1.2, min_p=0.1),
+}
+
+
+class SnapshotOptimizer(Optimizer):
+    """Keeps a copy of the model as it was after each step."""
+
+    model: nn.Module
+    after: list[nn.Module]
+
+    def step(self) -> dict[str, float]:
+        stats = super().step()
+        self.after.append(copy.deepcopy(self.model))
+        return stats
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, rollout: Rollout, row: int, temperature: float) -> Tensor:
+    """[C, V] before each token of a completion, by a plain forward of it alone."""
+    prompt = rollout.prompts[row // rollout.num_generation].token_ids
+    own = rollout.tokens_NC[row, : rollout.lengths_N[row]].tolist()
+    logits_SV = model(input_ids=torch.tensor([[*prompt, *own]])).logits[0]
+    return logits_SV[len(prompt) - 1 : -1] / temperature
+
+
+def kept_by(logits_V: Tensor, sampling: Sampling) -> set[int]:
+    """The tokens that top-k, top-p or min-p leaves, by their definitions."""
+    probabilities = logits_V.softmax(dim=0).tolist()
+    ranked = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    if sampling.top_k:
+        return set(ranked[: sampling.top_k])
+    if sampling.min_p:
+        least = sampling.min_p * probabilities[ranked[0]]
+        return {token for token in ranked if probabilities[token] >= least}
+    kept, total = set(), 0.0
+    for token in ranked:
+        kept.add(token)
+        total += probabilities[token]
+        if total >= sampling.top_p:
+            break
+    return kept
+
+
+def log_ratio(token: int, old_V: Tensor, new_V: Tensor, kept: set[int]) -> float:
+    """log of pi_new / pi_old of a token, both over the same tokens."""
+    ids = sorted(kept)
+    among = old_V[ids].logsumexp(dim=0) - new_V[ids].logsumexp(dim=0)
+    return float(new_V[token] - old_V[token] + among)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_ratio_is_over_what_the_sampler_kept(
+    name: str, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of two minibatches, after a step that moves the set of each token's rivals."""
+    sampling, limit = SAMPLINGS[name], Budget.of(150)
+    prompts = [
+        Prompt(question, tuple(tiny.tokenizer.encode(question)), Example(question, "", float))
+        for question in QUESTIONS
+    ]
+    rollout = NativeEngine(tiny, 12, limit).generate(prompts, GROUP, sampling, seed=3)
+    objective = Objective(
+        RATIOS["token"], clipped_surrogate, AVERAGINGS["token_mean"], None, sampling, 12,
+        minibatches=2,
+    )  # fmt: skip
+    before = copy.deepcopy(tiny.model)
+    old = old_policy(tiny, objective, rollout, limit.computed)
+    optimizer = SnapshotOptimizer(
+        tiny.model, "adamw", 5e-3, 2, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
+    )
+    optimizer.model, optimizer.after = tiny.model, []
+    losses = update_module.losses
+    ratios: dict[int, tuple[int, Tensor]] = {}  # row -> steps taken before, ratios of its tokens
+
+    def watched(
+        objective: Objective,
+        rollout: Rollout,
+        learned: Learned,
+        minibatch: Minibatch,
+        rows: Tensor,
+        inputs: Completions,
+        scored: TokenScores,
+    ) -> MicroLoss:
+        loss = losses(objective, rollout, learned, minibatch, rows, inputs, scored)
+        for row, ratio_C, mask_C in zip(rows.tolist(), loss.ratio_NC, inputs.mask_NC, strict=True):
+            ratios[row] = (len(optimizer.after), ratio_C[mask_C])
+        return loss
+
+    monkeypatch.setattr(update_module, "losses", watched)
+    generator = torch.Generator().manual_seed(5)
+    advantages_N = torch.randn(len(rollout.texts), generator=generator)
+    learned = Learned(advantages_N, old, None, 0.0)
+    update(tiny, None, optimizer, objective, rollout, learned, limit.computed)
+
+    second = [row for row, (step, _) in ratios.items() if step == 1]
+    assert len(second) == len(ratios) / 2 == len(QUESTIONS) * GROUP / 2
+    elsewhere = outside = 0  # places where the new policy would keep others; not even the token
+    for row in second:
+        old_CV = logits_of(before, rollout, row, sampling.temperature)
+        new_CV = logits_of(optimizer.after[0], rollout, row, sampling.temperature)
+        for place, ratio in enumerate(ratios[row][1].tolist()):
+            token, old_V, new_V = int(rollout.tokens_NC[row, place]), old_CV[place], new_CV[place]
+            kept, new_kept = kept_by(old_V, sampling), kept_by(new_V, sampling)
+            assert token in kept
+            expected = log_ratio(token, old_V, new_V, kept)
+            assert torch.tensor(ratio).log().item() == pytest.approx(expected, abs=1e-4)
+            elsewhere += kept != new_kept
+            outside += token not in new_kept
+    assert elsewhere > 10
+    assert outside > 0
