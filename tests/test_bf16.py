@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grpo import train
+from grpo.budget import Budget
+from grpo.device import open_device
+from grpo.models.find import model_folder
+from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.reference import Reference, reference_of
+from grpo.objective import RATIOS, clipped_surrogate
+from grpo.objective.kl import k3
+from grpo.objective.ratios import Ratio
+from grpo.objective.weights import sequence_mean
+from grpo.optim import SCHEDULES, Optimizer
+from grpo.pieces import score_rollout
+from grpo.rollout import NativeEngine
+from grpo.types import Example, Prompt, Rollout, Sample, Sampling
+from grpo.update import KLTerm, Learned, Objective, update
+from tests.conftest import metrics
 from tests.test_algorithms import combinations
 from tests.test_end_to_end import lines
 
+ROOT = Path(__file__).resolve().parents[1]
 Grpo = Callable[..., tuple[int, str]]
 BF16 = ("device=cpu", "device.precision=bf16", "tracking=none", "hydra.run.dir=run")
 SHORT = (
@@ -105,3 +124,149 @@ def test_a_step_makes_no_float64(
     code, printed = grpo(*BF16, *SHORT, f"device.precision={precision}", *overrides)
     assert code == 0, printed
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("engine", ["native", "hf"])
+def test_a_cpu_of_its_own_branches_trains(engine: str, grpo: Grpo, tmp_path: Path) -> None:
+    """With the products and kernels that a CPU has, whichever they are."""
+    code, printed = grpo(f"rollout={engine}", *BF16, *SHORT, "learning_rate=1e-3")
+    assert code == 0, printed
+    steps = steps_of(tmp_path)
+    for step in steps:
+        assert step["policy/ratio_max"] == 1.0
+        assert step["policy/clip_fraction"] == 0.0
+        assert abs(step["sampler/kl"]) < 1e-3
+    assert max(step["optim/grad_norm"] for step in steps) > 0
+
+
+@pytest.mark.usefixtures("gpu_branches")
+def test_resumed_it_gives_the_same_numbers(grpo: Grpo, tmp_path: Path) -> None:
+    """Bit for bit: four steps at once, or two and then two more."""
+    job = [
+        "device=cpu", "device.precision=bf16", "tracking=none", *SHORT, "eval.every=2",
+        "learning_rate=1e-3", "kl_weight=0.1", "algorithm.minibatches=2",
+    ]  # fmt: skip
+    for arguments in (
+        [*job, "max_steps=4", "hydra.run.dir=whole"],
+        [*job, "max_steps=2", "hydra.run.dir=parts"],
+        ["resume=parts", "max_steps=4"],
+    ):
+        code, printed = grpo(*arguments)
+        assert code == 0, printed
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert [step["step"] for step in metrics(whole)] == [0, 1, 2, 3, 4]
+    assert metrics(whole) == metrics(parts)
+    files = [run / "checkpoints/latest/model/model.safetensors" for run in (whole, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """SmolLM2-135M's folder, from the hub's cache or the wheel."""
+    own = OmegaConf.load(ROOT / "conf/model/smollm2_135m.yaml")
+    return model_folder(own.name, own.id, None, None, OmegaConf.to_container(own.wheel))
+
+
+class KeepsGradient(Optimizer):
+    """The gradient of its step, end to end, in fp32 on the CPU."""
+
+    gradient: Tensor
+
+    def step(self) -> dict[str, float]:
+        self.gradient = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+        return super().step()
+
+
+def shake(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(0.01 * float(weight.abs().mean()) * noise)
+
+
+def chats(policy: LanguageModel) -> list[Prompt]:
+    def tokens(question: str) -> tuple[int, ...]:
+        message = [{"role": "user", "content": question}]
+        encoded = policy.tokenizer.apply_chat_template(message, add_generation_prompt=True)
+        return tuple(encoded["input_ids"])
+
+    questions = ("What is 47 + 38?", "Name three rivers of France.")
+    return [Prompt(q, tokens(q), Example(q, "", float)) for q in questions]
+
+
+def gradient_of_step(
+    policy: LanguageModel, reference: Reference, rollout: Rollout, ratio: Ratio
+) -> tuple[Tensor, dict[str, float]]:
+    """Of random advantages, and a KL to a reference that the policy has moved away from.
+
+    The rollout counts as the policy's own, so that no token is weighed by how likely it was in
+    another precision.
+    """
+    limit, sampling = Budget.of(2048).computed, Sampling(1.0)
+    term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
+    objective = Objective(ratio, clipped_surrogate, sequence_mean, term, sampling, 24)
+    of_policy = score_rollout(policy, rollout, objective.readout, limit)
+    of_reference = score_rollout(reference.model, rollout, objective.readout, limit)
+    optimizer = KeepsGradient(
+        policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
+    )
+    advantages_N = torch.randn(len(rollout.texts), generator=torch.Generator().manual_seed(3))
+    learned = Learned(advantages_N, None, of_reference.plain, 0.1)
+    own = replace(rollout, logprobs_NC=of_policy.logprobs)
+    updated = update(policy, reference, optimizer, objective, own, learned, limit)
+    return optimizer.gradient.double(), updated.metrics
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu_branches")
+def test_the_gradient_is_that_of_fp32(smollm2: Path) -> None:
+    found: dict[str, Tensor] = {}
+    rollout: Rollout | None = None
+    for precision in ("fp32", "bf16"):
+        policy = load_language_model(smollm2, open_device("cpu", precision))
+        reference = reference_of(policy, moves=False)
+        shake(policy.model)
+        if rollout is None:
+            engine = NativeEngine(policy, 24, Budget.of(2048))
+            rollout = engine.generate(chats(policy), 4, Sampling(1.0), seed=2)
+        for name in ("token", "sequence"):
+            gradient, stats = gradient_of_step(policy, reference, rollout, RATIOS[name])
+            assert stats["policy/ratio_max"] == 1.0
+            assert stats["kl/k3"] > 1e-3
+            if precision == "fp32":
+                found[name] = gradient
+                continue
+            cosine = torch.nn.functional.cosine_similarity(gradient, found[name], dim=0)
+            assert float(cosine) >= 0.999
+            assert float(gradient.norm()) == pytest.approx(float(found[name].norm()), rel=0.02)
+
+
+def vowels(samples: Sequence[Sample]) -> list[float]:
+    """A reward that differs from one completion to the next."""
+    return [sum(x in "aeiou" for x in s.completion) / (1 + len(s.completion)) for s in samples]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu_branches")
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_gspo_is_on_policy_with_a_real_model(
+    minibatches: int, grpo: Grpo, smollm2: Path, tmp_path: Path
+) -> None:
+    """Its clip is so narrow that a sampler's rounding alone would put most of a rollout outside.
+
+    At a rate that moves nothing, where there are several updates.
+    """
+    code, printed = grpo(
+        "model=local", f"model.path={smollm2}", "algorithm=gspo", "rollout=native", *BF16, *SHORT,
+        f"algorithm.minibatches={minibatches}",
+        f"learning_rate={1e-5 if minibatches == 1 else 1e-30}",
+        "~reward.answer", "+reward.vowels._target_=tests.test_bf16.vowels",
+        "+reward.vowels.weight=1.0",
+    )  # fmt: skip
+    assert code == 0, printed
+    for step in steps_of(tmp_path):
+        assert step["policy/ratio_max"] == 1.0
+        assert step["policy/clip_fraction"] == 0.0
+        assert step["optim/grad_norm"] > 0
+        assert step["sampler/importance_max"] > 1.01  # the sampler does round otherwise
