@@ -15,6 +15,10 @@
 Each measurement has a process of its own, and a step to warm up first. Both sides are given the
 same model, prompts and reward, and write every completion to its full length; that they did, and
 that both have the same gradient on the same batch, is checked. Times are medians.
+
+A step is taken by this project in the precision that it chooses for the machine, and by the peer in
+fp32 and, where the processor computes in bf16 or there is a GPU, in bf16 too; the ratio is to the
+faster of the two. --precision fp32 or bf16 holds both sides to one.
 """
 
 from __future__ import annotations
@@ -29,39 +33,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import ours
 import pages
+from processes import child, quietly
 from settings import ON_CPU, ON_GPU, SETTINGS, SHAPES
+from step import PRECISIONS, format_step, measure_step
 from work import ROOT, gsm8k, prepare
 
-HERE = Path(__file__).resolve().parent
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, {"fp32": 2e-3, "bf16": 5e-2}
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing is asked of a network meanwhile
-PARTS = (
-    "step",
-    "rollout",
-    "update",
-    "lengths",
-    "roofline",
-    "memory",
-    "capacity",
-    "startup",
-    "sweep",
-    "page",
-)
-WITHOUT_WORK = {
-    "memory",
-    "capacity",
-    "startup",
-    "sweep",
-    "page",
-}  # those that need no prompts of GSM8K
+# Those that need no prompts of GSM8K.
+WITHOUT_WORK = ("memory", "capacity", "startup", "sweep", "page")
+PARTS = ("step", "rollout", "update", "lengths", "roofline", *WITHOUT_WORK)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -77,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
             work = Path(temporary)
             if options.part not in WITHOUT_WORK:
                 prepare(SETTINGS[name], rows, work)
-            result = measure(options.part, name, work)
+            result = measure(options.part, name, work, options.precision or "best")
             found["results"].append({"part": options.part, "setting": name, **result})
             out.write_text(json.dumps(found, indent=2) + "\n")
             print(told(options.part, name, result), flush=True)
@@ -90,6 +75,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("part", nargs="?", default="step", choices=PARTS)
     parser.add_argument("settings", nargs="*", help=", ".join(SETTINGS))
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of a step; best by default: see above"
+    )
     parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl; without it, from the hub")
     parser.add_argument("--out", type=Path, help="a .json, or its folder; outputs/bench by default")
     options = parser.parse_args(arguments)
@@ -100,6 +88,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         usual = ON_GPU if has_gpu() else ON_CPU
         several = options.part == "step"
         options.settings = list(usual) if several else [usual[-1] if has_gpu() else "long"]
+    if options.precision is not None and options.part != "step":
+        parser.error(f"--precision {options.precision}: only for the part step, not {options.part}")
     if options.data is not None and not options.data.is_file():
         parser.error(f"--data {options.data}: no such file")
     return options
@@ -125,9 +115,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure(part: str, name: str, work: Path) -> dict[str, Any]:
+def measure(part: str, name: str, work: Path, precision: str) -> dict[str, Any]:
     if part == "step":
-        return step(name, work)
+        return measure_step(name, work, precision)
     if part == "memory":
         return {f"{x} {y}": child("memory.py", x, y) for x in SHAPES for y in ("fp32", "bf16")}
     if part == "capacity":
@@ -139,73 +129,6 @@ def measure(part: str, name: str, work: Path) -> dict[str, Any]:
     if part == "page":
         return pages.page(work)
     return child("parts.py", part, work, name)
-
-
-def child(script: str, *arguments: Any) -> dict[str, Any]:
-    """Runs a script of this folder in a process of its own and reads what it leaves."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, str(HERE / script), *map(str, arguments), str(out)]
-        quietly(command)
-        content: dict[str, Any] = json.loads(out.read_text())
-        return content
-
-
-def quietly(command: list[str]) -> None:
-    """Runs it; what it printed is shown where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout}{done.stderr}\n{command[1]} failed")
-
-
-def step(name: str, work: Path) -> dict[str, Any]:
-    """Both sides' steps, and their ratios; refuses to compare what was not the same work."""
-    setting = SETTINGS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        peer_out = Path(folder) / "peer.json"
-        command = [sys.executable, str(HERE / "peer.py"), str(work), name, str(peer_out)]
-        quietly(command)
-        peer: dict[str, Any] = json.loads(peer_out.read_text())
-        same = child("same.py", work, name, peer_out)
-    own = ours.run(setting, work)
-    check_same(name, work, peer, own, same)
-    peer_seconds, own_seconds = peer["seconds"][1:], own["seconds"][1:]
-    return {
-        "work": asdict(setting),
-        "peer": {k: v for k, v in peer.items() if k != "first_prompts"},
-        "ours": {k: v for k, v in own.items() if k != "first_prompts"},
-        "same_batch": same,
-        "speedup": median(peer_seconds) / median(own_seconds),
-        "speedup_least": min(peer_seconds) / max(own_seconds),
-        "speedup_most": max(peer_seconds) / min(own_seconds),
-        "memory": own["peak_gb"] / peer["peak_gb"],
-    }  # fmt: skip
-
-
-def check_same(
-    name: str, work: Path, peer: dict[str, Any], own: dict[str, Any], same: dict[str, Any]
-) -> None:
-    """Raises SystemExit where the two sides did not do the same work."""
-    from transformers import AutoTokenizer
-
-    setting = SETTINGS[name]
-    tokenizer = AutoTokenizer.from_pretrained(work / "model")
-    prompts = {tuple(tokenizer.encode(text)) for text in own["first_prompts"]}
-    differences = []
-    if prompts != set(map(tuple, peer["first_prompts"])):
-        differences.append("the first step's prompts differ")
-    for side, figures in (("peer", peer), ("ours", own)):
-        if any(length != setting.tokens for length in figures["length"]):
-            differences.append(f"{side}: completions of {figures['length']} tokens")
-        if len(figures["seconds"]) != setting.steps + 1:
-            differences.append(f"{side}: {len(figures['seconds'])} steps")
-    if abs(same["loss"] - peer["loss"][0]) > LOSS_TOLERANCE:
-        differences.append(f"loss {peer['loss'][0]} and {same['loss']}")
-    norms = same["grad_norm"], peer["grad_norm"][0]
-    if abs(norms[0] - norms[1]) > GRADIENT_TOLERANCE[setting.precision] * norms[1]:
-        differences.append(f"gradients of norm {norms[1]} and {norms[0]}")
-    if differences:
-        raise SystemExit(f"{name}: not the same work: {'; '.join(differences)}")
 
 
 def startup() -> dict[str, Any]:
@@ -267,18 +190,7 @@ def two_jobs(work: Path) -> dict[str, float]:
 def told(part: str, name: str, result: dict[str, Any]) -> str:
     """A result in a few lines."""
     if part == "step":
-        lines = [f"{name}: {SETTINGS[name]}"]
-        for side, label in (("peer", f"TRL {result['peer']['version']}"), ("ours", "grpo")):
-            seconds = result[side]["seconds"][1:]
-            lines.append(
-                f"  {label:<12} {median(seconds):8.1f} s a step ({min(seconds):.1f} to "
-                f"{max(seconds):.1f}), peak {result[side]['peak_gb']:.2f} GB"
-            )
-        lines.append(
-            f"  {result['speedup']:.2f} times as fast ({result['speedup_least']:.2f} to "
-            f"{result['speedup_most']:.2f}), {result['memory']:.2f} of the memory"
-        )
-        return "\n".join(lines)
+        return "\n".join([f"{name}: {SETTINGS[name]}", *format_step(result)])
     if part == "memory":
         return "\n".join(
             f"  {name:<12} predicted {own['predicted_gb']:5.2f} GB, measured "

@@ -11,11 +11,13 @@ from typing import Any
 
 from settings import SYSTEM_PROMPT, Setting
 
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # as a run's summary says and its config
 
-def overrides(setting: Setting, work: Path) -> list[str]:
+
+def overrides(setting: Setting, precision: str, work: Path) -> list[str]:
     return [
         "model=local", f"model.path={work}/model", f"device={setting.device}",
-        f"device.precision={setting.precision}", "dataset=jsonl",
+        f"device.precision={precision}", "dataset=jsonl",
         f"dataset.path={work}/rows.jsonl", "dataset.slice=:-1", "dataset.eval_slice=-1:",
         f"dataset.system_prompt='{SYSTEM_PROMPT}'", "dataset.max_prompt_tokens=2048",
         f"dataset.worked_examples={quoted(json.loads((work / 'worked.json').read_text()))}",
@@ -39,10 +41,14 @@ def quoted(examples: list[dict[str, str]]) -> str:
     return f"[{', '.join(rows)}]"
 
 
-def run(setting: Setting, work: Path) -> dict[str, Any]:
-    """Its steps' figures, of a process of its own."""
+def run(setting: Setting, precision: str, work: Path) -> dict[str, Any]:
+    """Its steps' figures, of a process of its own.
+
+    precision: as `device.precision`, auto included.
+    """
     folder = work / "ours"
-    command = [sys.executable, "-m", "grpo", *overrides(setting, work), f"hydra.run.dir={folder}"]
+    command = [sys.executable, "-m", "grpo", *overrides(setting, precision, work)]
+    command.append(f"hydra.run.dir={folder}")
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
@@ -51,8 +57,10 @@ def run(setting: Setting, work: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "time/step" in line]
     shown = [json.loads(x) for x in (folder / "completions.jsonl").read_text().splitlines()]
+    device = json.loads((folder / "summary.json").read_text())["device"]
     first = [row["prompt"] for row in shown if row["step"] == 1]
     return {
+        "precision": PRECISIONS[device.split(", ")[-1]],
         "seconds": [step["time/step"] for step in steps],
         "generation": [step["time/rollout"] for step in steps],
         "update": [step["time/update"] for step in steps],

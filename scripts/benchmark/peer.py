@@ -1,4 +1,4 @@
-"""The peer, in a process of its own: TRL's GRPOTrainer. peer.py WORK SETTING OUT"""
+"""The peer, in a process of its own: TRL's GRPOTrainer. peer.py WORK SETTING PRECISION OUT"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import trl
 from datasets import Dataset
 from settings import SETTINGS
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from work import vowels
 
@@ -37,6 +38,8 @@ class Peer(trl.GRPOTrainer):
 
     kept: list[dict[str, Any]]
     generation: list[float]
+    generating: set[str]  # the precisions of products
+    updating: set[str]
 
     def _generate_single_turn(self, *arguments: Any, **named: Any) -> Any:
         began = time.perf_counter()
@@ -51,7 +54,20 @@ class Peer(trl.GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def main(work: Path, name: str, out: Path) -> None:
+def watch_products(trainer: Peer) -> None:
+    """Notes in which precision the first layer's products come out, in generation and update."""
+    trainer.generating, trainer.updating = set(), set()
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+    def note(module: nn.Module, inputs: Any, product: torch.Tensor) -> None:
+        found = trainer.updating if torch.is_grad_enabled() else trainer.generating
+        found.add(names[product.dtype])
+
+    layer = next(m for m in trainer.model.modules() if isinstance(m, nn.Linear))
+    layer.register_forward_hook(note)
+
+
+def main(work: Path, name: str, precision: str, out: Path) -> None:
     setting = SETTINGS[name]
     rows = setting.prompts * setting.group
     micro = setting.peer_rows or rows
@@ -70,15 +86,17 @@ def main(work: Path, name: str, out: Path) -> None:
         callbacks=[clock],
         args=trl.GRPOConfig(
             output_dir=str(work / "peer"), report_to="none", save_strategy="no", disable_tqdm=True,
-            use_cpu=on_cpu, bf16=setting.precision == "bf16", gradient_checkpointing=False,
+            use_cpu=on_cpu, bf16=precision == "bf16", gradient_checkpointing=False,
             max_steps=setting.steps + 1, logging_steps=1, shuffle_dataset=False,
             per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
             num_generations=setting.group, max_completion_length=setting.tokens,
             temperature=setting.temperature, beta=setting.kl_weight, loss_type="grpo",
             learning_rate=setting.learning_rate, lr_scheduler_type="constant",
+            use_bias_correction_kl=False,
         ),
     )  # fmt: skip
     trainer.kept, trainer.generation = [], []
+    watch_products(trainer)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     torch.save(trainer.kept, out.with_suffix(".pt"))
@@ -99,10 +117,12 @@ def main(work: Path, name: str, out: Path) -> None:
         "grad_norm": [float(entry["grad_norm"]) for entry in steps],
         "length": [float(entry["completions/mean_length"]) for entry in steps],
         "first_prompts": prompts,
+        "computed_in": sorted(trainer.updating),
+        "generated_in": sorted(trainer.generating),
         "version": trl.__version__,
     }
     out.write_text(json.dumps(content))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))

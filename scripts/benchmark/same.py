@@ -1,6 +1,6 @@
 """Whether both sides compute the same: this project's loss and gradient on the peer's first batch.
 
-same.py WORK SETTING PEER OUT
+same.py WORK SETTING PRECISION PEER OUT
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from grpo.update import KLTerm, Learned, Objective, update
 LIMIT = Budget.of(2048).computed
 
 
-def main(work: Path, name: str, peer: Path, out: Path) -> None:
+def main(work: Path, name: str, precision: str, peer: Path, out: Path) -> None:
     setting = SETTINGS[name]
     batches = torch.load(peer.with_suffix(".pt"))
-    device = open_device(setting.device, setting.precision)
+    device = open_device(setting.device, precision)
     policy = load_language_model(work / "model", device)
     reference = reference_of(policy, moves=False)
     rows = [
@@ -71,4 +71,4 @@ def main(work: Path, name: str, peer: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))
