@@ -154,10 +154,10 @@ def minibatches(
     for iteration in range(objective.num_iterations):
         minibatch_B = minibatch_of(len(rollout.prompts), objective.minibatches, seed + iteration)
         minibatch_N = minibatch_B.repeat_interleave(rollout.num_generation).to(mask_NC.device)
-        weights_NC = objective.averaging(Tokens(mask_NC, minibatch_N, objective.max_tokens))
+        tokens = Tokens(mask_NC, minibatch_N, objective.max_tokens)
+        weights_NC = objective.averaging(tokens)
         counts_NC = chosen_NC
         if unscored_N is not None and unscored_N.any():
-            tokens = Tokens(mask_NC, minibatch_N, objective.max_tokens)
             counts_NC = chosen_NC * counts_without(unscored_N, tokens, objective.averaging)
         for own in range(objective.minibatches):
             prompts = (minibatch_B == own).nonzero()[:, 0].tolist()
