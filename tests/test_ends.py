@@ -105,6 +105,25 @@ def test_a_model_that_names_no_end_is_refused(tmp_path: Path, device: Device) ->
         load_language_model(folder, device)
 
 
+def test_a_model_that_can_write_no_end_says_so(
+    tmp_path: Path, device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its vocabulary is of 319 tokens, 0 to 318."""
+
+    def folder(name: str, pad: str | None) -> Path:
+        beyond = {name: {"eos_token_id": 319} for name in (GENERATION, CONFIG)}
+        made = edited(tmp_path / name, beyond, UNENDED)
+        file = made / "tokenizer_config.json"
+        own = {"eos_token": None, "pad_token": pad}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+        return made
+
+    assert load_language_model(folder("padded", "<|im_end|>"), device).end_ids == (319,)
+    assert "no token that ends a completion" in caplog.text
+    with pytest.raises(ConfigError, match="name an end-of-sequence token"):
+        load_language_model(folder("bare", None), device)
+
+
 def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
     example = Example(text, "", lambda _: 0.0)
     return Prompt(*PromptFormat(None, (), True, {}, 512).render(example, tokenizer), example)

@@ -8,6 +8,7 @@ special tokens may be tags that a reward looks for.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.errors import ConfigError
 from grpo.models.chat_template import render_chat
+
+log = logging.getLogger(__name__)
 
 SAID = "7f3a9c"  # what the assistant is made to say, to see what stands behind it
 
@@ -26,7 +29,8 @@ def end_ids(
     """Every token that ends a completion, those of the generation config first.
 
     Raises:
-        ConfigError: nothing names one.
+        ConfigError: nothing names one, or only one that the model can't write where that would
+            have to be the padding, too.
     """
     generation = model.generation_config
     # Without a file of its own it repeats the model's config, where a class has an end by default,
@@ -37,13 +41,20 @@ def end_ids(
     others = [*ids_of(tokenizer.eos_token_id, tokenizer), *template_ends(tokenizer)]
     special = added_ids(tokenizer)
     sure = [id for id in in_config if id in special or not (named or others)]
-    found = [id for id in dict.fromkeys([*named, *sure, *others]) if 0 <= id < vocabulary]
-    if not found:
+    every = tuple(dict.fromkeys([*named, *sure, *others]))
+    written = tuple(id for id in every if 0 <= id < vocabulary)
+    if not written and (not every or tokenizer.pad_token_id is None):
         raise ConfigError(
             f"{type(model).__name__}: neither its configs nor its tokenizer name an "
             f"end-of-sequence token within its vocabulary of {vocabulary}."
         )
-    return tuple(found)
+    if not written:
+        log.warning(
+            "%s has no token that ends a completion: of its vocabulary of %d, none is %s. "
+            "Every completion will have max_new_tokens tokens.",
+            type(model).__name__, vocabulary, " or ".join(map(str, every)),
+        )  # fmt: skip
+    return written or every
 
 
 def ids_of(named: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -85,6 +85,8 @@ def endless(source: Path, folder: Path) -> None:
     spare = [f"<|spare{n}|>" for n in range(size - len(tokenizer))]
     pad = tokenizer.pad_token
     tokenizer.add_special_tokens({"additional_special_tokens": [*spare, END]})
+    # A chat template that ends what the assistant says names that token as an end, too.
+    tokenizer.chat_template = tokenizer.chat_template.replace(tokenizer.eos_token, "")
     tokenizer.add_special_tokens({"eos_token": END, "pad_token": pad})
     assert tokenizer.eos_token_id == size, (tokenizer.eos_token_id, size)
     tokenizer.save_pretrained(folder)
