@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo.again import key_of
+from grpo.allocator import LARGEST, LARGEST_IN_BF16, keep_freed_memory
 from grpo.budget import Budget
 from grpo.data.difficulty import Curriculum
 from grpo.data.order import Order, mixed, one_set
@@ -62,7 +63,10 @@ log = logging.getLogger(__name__)
 
 
 def build_device(cfg: DictConfig) -> Device:
-    return open_device(cfg.device.kind, cfg.device.precision)
+    device = open_device(cfg.device.kind, cfg.device.precision)
+    if device.torch_device.type == "cpu":
+        keep_freed_memory(LARGEST if device.autocast_dtype is None else LARGEST_IN_BF16)
+    return device
 
 
 def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[LanguageModel, str]:

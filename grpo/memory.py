@@ -30,7 +30,7 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # a trained weight
 BESIDE = 1.25  # what is kept for the backward pass, and what is made beside it for a while
 # On a CPU the rounded copies of weights come and go between activations of other sizes, and the
 # heap keeps what is freed (`allocator`): so much is held for each byte in use (`scripts/bench`).
-HEAP_IN_BF16 = 2.4
+HEAP_IN_BF16 = 1.6
 TRIED = 64  # tokens of the smaller of two forward passes that are compared
 
 

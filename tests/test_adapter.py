@@ -171,7 +171,7 @@ def test_an_adapter_of_another_shape_is_refused(tiny: LanguageModel, tmp_path: P
         load_adapter(other, tmp_path)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
     adapter: str, grpo: Grpo, tmp_path: Path, device: Device
 ) -> None:
@@ -250,6 +250,7 @@ def test_tied_embeddings_are_not_adapted_alone(grpo: Grpo) -> None:
     assert "output layer too" in printed
 
 
+@pytest.mark.slow
 def test_a_moved_reference_is_not_forgotten(grpo: Grpo, tmp_path: Path) -> None:
     """Moved in the first part, and kept as it is by the second and third."""
     common = ["experiment=smoke", "tracking=none", "dataset.eval_size=4", "learning_rate=1e-3"]

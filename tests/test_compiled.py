@@ -144,6 +144,7 @@ def test_no_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_disturb_each_other(fresh: Path) -> None:
     program = "from grpo.models.compiled import kernel; assert kernel().wide() > 0"
     running = [

@@ -99,7 +99,19 @@ def test_every_limit_is_a_key_that_is_read_and_explained() -> None:
         assert f"`{limit.name}`" in page or f"`doctor.{limit.name}`" in page, limit.name
 
 
-@pytest.mark.parametrize("name", list(SICK))
+LONG = (
+    "kl_runs_away",
+    "entropy_collapses",
+    "lengths_explode",
+    "lengths_vanish",
+    "reward_is_hacked",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in SICK],
+)
 def test_a_sick_run_is_told_what_it_has(name: str, grpo: Grpo, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     code, printed = grpo(*QUICK, *SICK[name])

@@ -183,6 +183,7 @@ def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path)
     assert trained[16::4] == [row["prompt"] for row in kept[4:8]]
 
 
+@pytest.mark.slow
 def test_the_evaluation_may_have_a_temperature_of_its_own(grpo: Grpo, tmp_path: Path) -> None:
     """So that runs at several temperatures can be compared."""
     job = ("experiment=smoke", "tracking=none", "max_steps=1")

@@ -82,6 +82,7 @@ def test_a_worker_that_dies_costs_its_own_job_alone(
     assert "no more of this" in done.stderr
 
 
+@pytest.mark.slow
 def test_each_process_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
     """What matters of it can be seen without one: who sees which."""
     done = subprocess.run(

@@ -25,7 +25,10 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(part, marks=[pytest.mark.slow] * (part != "a reward")) for part in PARTS],
+)
 def test_a_part_of_ones_own_takes_under_15_lines_and_works(part: str, tmp_path: Path) -> None:
     names, word = PARTS[part]
     assert sum(line.strip() != "" for name in names for line in FILES[name].splitlines()) < 15

@@ -85,6 +85,7 @@ def test_seeds_are_folded_and_settings_ranked(sweep: Path) -> None:
     assert [setting.mean for setting in fewest.settings] == ordered[::-1]
 
 
+@pytest.mark.slow
 def test_the_best_setting_gives_the_same_run_again(sweep: Path) -> None:
     best = rank(read_sweeps([sweep])).settings[0]
     done = grpo_process(

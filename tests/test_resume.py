@@ -171,6 +171,7 @@ def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: G
     assert after["algorithm"]["baseline"] == "leave_one_out"
 
 
+@pytest.mark.slow
 def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
     grpo: Grpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +357,10 @@ def test_only_the_newest_are_kept(whole: Path) -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        ["kl.target=0.001", "kl.horizon=50", "kl.sync_every=2", "kl.sync_share=0.5", FEW],
+        pytest.param(
+            ["kl.target=0.001", "kl.horizon=50", "kl.sync_every=2", "kl.sync_share=0.5", FEW],
+            marks=pytest.mark.slow,
+        ),
         ["algorithm=dapo", "algorithm.num_iterations=2", "algorithm.minibatches=2", "kl=full", FEW],
         [
             "dataset=mix",
@@ -364,7 +368,10 @@ def test_only_the_newest_are_kept(whole: Path) -> None:
             "device.gradient_checkpointing=true",
             "optim.name=adamw_8bit",
         ],
-        ["kl=k1", "kl.within=reward", "sampling.top_p=0.9", "reward=[answer,math,length]", FEW],
+        pytest.param(
+            ["kl=k1", "kl.within=reward", "sampling.top_p=0.9", "reward=[answer,math,length]", FEW],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["moving", "several updates", "mix", "kl in the reward"],
 )

@@ -206,6 +206,7 @@ def test_hyperband_gives_up_trials_too(grpo: Grpo, tmp_path: Path) -> None:
         assert steps == (trial.last_step if trial.state == TrialState.PRUNED else 8)
 
 
+@pytest.mark.slow
 def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
     """No trial is lost, doubled or replayed, and the rest of them are what they would have been."""
     sweep = tmp_path / "x/sweep"
@@ -225,6 +226,7 @@ def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
 CREATE_TRIAL = 4  # as a line of Optuna's journal says it
 
 
+@pytest.mark.slow
 def test_a_search_killed_before_a_trials_job_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
     """The third trial is in the study and no more: it has all its values from the first."""
     sweep = tmp_path / "x/sweep"
@@ -334,6 +336,7 @@ def test_a_study_of_something_else_is_refused(whole: Path, tmp_path: Path, grpo:
     assert told(study_in(sweep)) == told(study_in(whole))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     """No trial is lost or doubled."""
     command = (*SEARCH, "max_steps=1", "hydra.sweeper.n_trials=4", "sweep_dir=sweep")
@@ -351,6 +354,7 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     assert min(ran) >= 1
 
 
+@pytest.mark.slow
 def test_several_objectives(grpo: Grpo, tmp_path: Path) -> None:
     code, printed = grpo(
         *SEARCH, "hydra.sweeper.n_trials=3", "sweep_dir=sweep",
@@ -396,6 +400,7 @@ def test_the_front_is_optunas(points: list[tuple[int, int]], minimized: bool) ->
     assert {n for n, is_best in enumerate(best) if is_best} == front
 
 
+@pytest.mark.slow
 def test_every_value_of_a_grid_is_tried(grpo: Grpo, tmp_path: Path) -> None:
     code, printed = grpo(
         "-m", "hydra/sweeper=optuna", *TWO_STEPS, "max_steps=1", "seed=0,1", "kl=k1,k3",

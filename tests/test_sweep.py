@@ -263,6 +263,7 @@ def test_two_sweeps_dont_share_a_folder(grpo: Grpo, tmp_path: Path) -> None:
     assert (tmp_path / "sweep/sweep.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_processes_dont_run_one_grid(grpo: Grpo, tmp_path: Path) -> None:
     process = start(tmp_path, *GRID, "sweep_dir=sweep")
     wait_for_step(tmp_path / "sweep/0", 1, process)
@@ -273,6 +274,7 @@ def test_two_processes_dont_run_one_grid(grpo: Grpo, tmp_path: Path) -> None:
     assert "another process is running in this folder" in printed
 
 
+@pytest.mark.slow
 def test_a_job_that_another_process_goes_on_with_is_left_to_it(grpo: Grpo, tmp_path: Path) -> None:
     """Its folder is not written to; the others run."""
     assert grpo("-m", *TWO_STEPS, "max_steps=1", "seed=0,1", "sweep_dir=sweep")[0] == 0
@@ -316,6 +318,7 @@ def test_what_a_study_fixes_is_fixed(grpo: Grpo) -> None:
         assert f"  temperature: {expected}\n" in printed
 
 
+@pytest.mark.slow
 def test_each_job_is_a_wandb_run_of_the_sweeps_group(grpo: Grpo, tmp_path: Path) -> None:
     job = [o for o in TWO_STEPS if o != "tracking=none"]
     assert grpo("-m", *job, "max_steps=1", "seed=0,1", "sweep_dir=my_sweep")[0] == 0

@@ -187,6 +187,7 @@ def test_jobs_of_a_sweep_are_runs_of_their_own_in_trackio(tmp_path: Path) -> Non
     assert [line["step"] for own in logged.values() for line in own] == [0, 1, 0, 1]
 
 
+@pytest.mark.slow
 def test_jobs_of_one_process_share_trackios_folder(tmp_path: Path) -> None:
     done = grpo_process(
         "-m", *JOB, "max_steps=1", "tracking=trackio", "tracking.trackio.folder=one,other",

@@ -77,7 +77,7 @@ def in_terminal(*arguments: str, cwd: Path, columns: int = 120, rows: int = 40) 
 JOB = ("experiment=smoke", "tracking=none", "max_steps=4", "dataset.eval_slice=:16")
 
 
-def test_a_wide_terminal_has_charts_and_a_narrow_one_a_line(tmp_path: Path) -> None:
+def test_a_wide_terminal_has_charts(tmp_path: Path) -> None:
     wide = in_terminal(*JOB, "hydra.run.dir=run", cwd=tmp_path)
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()][1:]
     rewards = [step["reward/mean"] for step in steps]
@@ -85,6 +85,10 @@ def test_a_wide_terminal_has_charts_and_a_narrow_one_a_line(tmp_path: Path) -> N
     assert re.search(r"kl \S+ \u2192 \S+ +length \S+ \u2192", wide)
     if max(rewards) > min(rewards):
         assert "█" in wide
+
+
+@pytest.mark.slow
+def test_a_narrow_terminal_has_a_line(tmp_path: Path) -> None:
     narrow = in_terminal(*JOB, "hydra.run.dir=narrow", cwd=tmp_path, columns=80)
     assert "step 4/4" in narrow
     assert "\u2192 " not in narrow.partition("finished:")[0]

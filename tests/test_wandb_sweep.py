@@ -52,6 +52,7 @@ def test_a_grid_stays_one() -> None:
     assert found["parameters"]["kl_weight"] == {"values": [0, 0.01, 0.1]}
 
 
+@pytest.mark.slow
 def test_the_agents_command_trains(tmp_path: Path) -> None:
     """One run, with the agent's values, under the agent's id."""
     found = written(

@@ -40,7 +40,7 @@ from typing import Any
 
 import pages
 from processes import child, quietly
-from settings import ON_CPU, ON_GPU, SETTINGS, SHAPES
+from settings import ON_CPU, ON_GPU, QWEN, SETTINGS, SHAPES
 from step import PRECISIONS, format_step, measure_step
 from work import ROOT, gsm8k, prepare
 
@@ -121,7 +121,7 @@ def measure(part: str, name: str, work: Path, precision: str) -> dict[str, Any]:
     if part == "memory":
         return {f"{x} {y}": child("memory.py", x, y) for x in SHAPES for y in ("fp32", "bf16")}
     if part == "capacity":
-        return child("capacity.py")
+        return {f"{x} {y}": child("capacity.py", x, y) for y in ("full", "lora") for x in QWEN}
     if part == "startup":
         return startup()
     if part == "sweep":
@@ -202,7 +202,9 @@ def told(part: str, name: str, result: dict[str, Any]) -> str:
             f"  {name:<10} by hand {own['by_hand_gb']:6.1f} GB, predicted "
             f"{own['weights_gb']:6.1f}, "
             f"a completion with it {own['needed_gb']['kept']:6.1f}, recomputed "
-            f"{own['needed_gb']['recomputed']:6.1f}"
+            f"{own['needed_gb']['recomputed']:6.1f}; smallest GPU "
+            f"{min(own['fits']['kept'], default='none')} GB, recomputed "
+            f"{min(own['fits']['recomputed'], default='none')} GB"
             for name, own in result.items()
         )
     if part == "startup":

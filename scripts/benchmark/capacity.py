@@ -1,4 +1,6 @@
-"""What GPUs are predicted to hold, and what the parts add up to by hand: capacity.py OUT
+"""What GPUs are predicted to hold, and what the parts add up to by hand.
+
+capacity.py MODEL full|lora OUT
 
 The predictions are those that a run makes, here for models whose layers are counted up from one and
 two, on a CPU by the branches that a GPU takes.
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from settings import QWEN
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from grpo import memory
@@ -30,14 +33,6 @@ from grpo.models.precision import store_frozen_weights
 GPUS = (24, 80, 141)  # GB
 PROMPT, COMPLETION, GROUP = 512, 1024, 8
 VOCABULARY = 151936
-# Qwen2.5's: layers, hidden size, width of the block, heads, heads of keys, tied embeddings.
-MODELS = {
-    "0.5B": (24, 896, 4864, 14, 2, True),
-    "1.5B": (28, 1536, 8960, 12, 2, True),
-    "3B": (36, 2048, 11008, 16, 2, True),
-    "7B": (28, 3584, 18944, 28, 4, False),
-    "14B": (48, 5120, 13824, 40, 8, False),
-}
 LORA = Adapter(16, 32.0, "all-linear", rslora=False, dora=False, quantized=False)
 
 
@@ -51,7 +46,7 @@ def as_on_a_gpu() -> None:
 
 def model_of(name: str, layers: int, vocabulary: int, lora: bool, recompute: bool) -> LanguageModel:
     """Weights of no value, as many as a model of so many layers and tokens has."""
-    _, hidden, width, heads, kv_heads, tied = MODELS[name]
+    _, hidden, width, heads, kv_heads, tied = QWEN[name]
     config = Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=width,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
@@ -83,14 +78,14 @@ def predicted(name: str, lora: bool, recompute: bool) -> Held:
         found.append(astuple(held_by(model_of(name, layers, tokens, lora, recompute), work)))
         gc.collect()  # a model is a circle of references, and these are large
     small, deeper, wider = found
-    layers, tokens = MODELS[name][0] - 1, (VOCABULARY - 1024) / 1024
+    layers, tokens = QWEN[name][0] - 1, (VOCABULARY - 1024) / 1024
     each = zip(small, deeper, wider, strict=True)
     return Held(*(a + layers * (b - a) + tokens * (c - a) for a, b, c in each))
 
 
 def by_hand(name: str, lora: bool) -> float:
     """GB of weights, their rounded copies, gradients, Adam's two moments and the reference."""
-    layers, hidden, width, heads, kv_heads, tied = MODELS[name]
+    layers, hidden, width, heads, kv_heads, tied = QWEN[name]
     head_width = hidden // heads
     asked = (heads + 2 * kv_heads) * head_width
     layer = hidden * asked + asked + heads * head_width * hidden + 3 * hidden * width
@@ -105,28 +100,23 @@ def by_hand(name: str, lora: bool) -> float:
     return (16 * weights + 2 * blocks + reference) / 1e9
 
 
-def main(out: Path) -> None:
+def main(name: str, lora: bool, out: Path) -> None:
     as_on_a_gpu()
-    found: dict[str, Any] = {}
-    for lora in (False, True):
-        for name in MODELS:
-            kept, again = predicted(name, lora, False), predicted(name, lora, True)
-            needed = {
-                key: held.training + held.token * (PROMPT + COMPLETION) / 1e9
-                for key, held in (("kept", kept), ("recomputed", again))
-            }
-            fits = {
-                key: [gpu for gpu in GPUS if own <= SHARE["cuda"] * gpu]
-                for key, own in needed.items()
-            }
-            found[f"{name} {'lora' if lora else 'full'}"] = {
-                "by_hand_gb": by_hand(name, lora),
-                "weights_gb": kept.training,
-                "needed_gb": needed,
-                "fits": fits,
-            }
+    kept, again = predicted(name, lora, False), predicted(name, lora, True)
+    needed = {
+        key: held.training + held.token * (PROMPT + COMPLETION) / 1e9
+        for key, held in (("kept", kept), ("recomputed", again))
+    }
+    found: dict[str, Any] = {
+        "by_hand_gb": by_hand(name, lora),
+        "weights_gb": kept.training,
+        "needed_gb": needed,
+        "fits": {
+            key: [gpu for gpu in GPUS if own <= SHARE["cuda"] * gpu] for key, own in needed.items()
+        },
+    }
     out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], sys.argv[2] == "lora", Path(sys.argv[3]))

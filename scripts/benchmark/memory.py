@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from grpo.allocator import keep_freed_memory
+from grpo.allocator import LARGEST, LARGEST_IN_BF16, keep_freed_memory
 
 keep_freed_memory()
 
@@ -65,6 +65,7 @@ def written(groups: int) -> Rollout:
 
 def main(shape: str, precision: str, out: Path) -> None:
     torch.manual_seed(0)
+    keep_freed_memory(LARGEST_IN_BF16 if precision == "bf16" else LARGEST)  # as a run does
     policy = random_model(shape, precision)
     work = Work(PROMPT, COMPLETION, GROUP, "adamw", reference=True, reference_moves=False)
     held, rollout = held_by(policy, work), written(2)

@@ -61,3 +61,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
+
+# Qwen2.5's: layers, hidden size, width of the block, heads, heads of keys, tied embeddings.
+QWEN = {
+    "0.5B": (24, 896, 4864, 14, 2, True),
+    "1.5B": (28, 1536, 8960, 12, 2, True),
+    "3B": (36, 2048, 11008, 16, 2, True),
+    "7B": (28, 3584, 18944, 28, 4, False),
+    "14B": (48, 5120, 13824, 40, 8, False),
+}
