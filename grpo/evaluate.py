@@ -37,6 +37,16 @@ class Evaluation:
     sampling: Sampling
     overlap: float = 0.0  # the share of its questions that are trained on
 
+    @property
+    def trials(self) -> dict[str, int]:
+        """Of each metric that is a share of right answers: of how many answers."""
+        counts = Counter(prompt.example.source for prompt in self.prompts)
+        found = {}
+        for kind, each in (("accuracy", 1), ("sampled_accuracy", self.samples)):
+            found[f"eval/{kind}"] = each * len(self.prompts)
+            found |= {f"eval/{kind}_from_{own}": each * n for own, n in counts.items() if own}
+        return {**found, "eval/pass_at_k": len(self.prompts)}
+
     def answer(self) -> tuple[Answers | None, Answers | None]:
         """Greedy and sampled completions, scored."""
         greedy = self._answers(1, self.sampling.greedy()) if self.greedy else None

@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from grpo.allocator import give_back_freed_memory
 from grpo.budget import Budget
 from grpo.build import (
     build_advantage,
@@ -72,7 +73,9 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
         SystemExit: 130, it was interrupted and is saved.
     """
     run, standing = build_training(cfg, folder, found)
-    summary = Summary(folder, cfg.objective, run.device, run.total_steps)
+    give_back_freed_memory()  # of checks and trials: training would not fit the gaps they left
+    trials = run.evaluation.trials
+    summary = Summary(folder, cfg.objective, run.device, run.total_steps, trials)
     summary.write(RUNNING, standing.progress)
     status, error = "failed", "ended from outside"
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +22,16 @@ PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wan
 class Summary:
     """Written when a run starts and anew when it ends, so a killed run still says `running`."""
 
-    def __init__(self, folder: Path, objective: str, device: Device, total_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        objective: str,
+        device: Device,
+        total_steps: int,
+        trials: Mapping[str, int],
+    ) -> None:
         self.folder, self.metric, self.device = folder, objective, device
-        self.total_steps = total_steps
+        self.total_steps, self.trials = total_steps, dict(trials)
         self.started = time.time()
 
     def write(self, status: str, progress: Progress, error: str = "") -> dict[str, Any]:
@@ -40,6 +48,7 @@ class Summary:
                 "name": self.metric,
                 "value": last.get(self.metric) if status == "finished" else None,
             },
+            "trials": self.trials,
             "first_evaluation": evaluations[0] if evaluations else None,
             "last_evaluation": last or None,
             "steps": progress.step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shlex
 import shutil
@@ -11,17 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import optuna
 import pyarrow.parquet as parquet
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.distributions import FloatDistribution
+from optuna.importance import FanovaImportanceEvaluator
+from optuna.trial import create_trial
 
 from grpo.report.command import write_report
 from grpo.report.sweep.best import experiment
 from grpo.report.sweep.importance import fanova
-from grpo.report.sweep.ranking import Ranking, Setting, rank
-from grpo.report.sweep.read import read_sweeps
-from grpo.report.sweep.statistics import difference
+from grpo.report.sweep.ranking import rank
+from grpo.report.sweep.read import Job, Sweep, read_sweeps
+from grpo.sweep.study import spelled
 from tests.conftest import grpo_process, metrics
 from tests.test_sweep import TWO_STEPS, Grpo
 
@@ -166,19 +172,69 @@ def test_a_half_finished_sweep_of_another_objective(copy: Path, grpo: Grpo) -> N
     assert read_sweeps([copy]).objectives == {"eval/accuracy": "maximize"}
 
 
-def verdict(best: dict[int, float], second: dict[int, float], minimized: bool = False) -> str:
-    """Of two settings, their objectives given by seed."""
-    settings = [Setting((n,), own, [], None) for n, own in enumerate((best, second))]
-    behind = difference(best, second)
-    return Ranking(["key"], settings, [behind], [behind.p], minimized).verdict
+def made(
+    by_setting: dict[str, dict[int, float | None]], trials: int = 0, way: str = "maximize"
+) -> Sweep:
+    """A sweep in which each setting came to these values on these seeds; None: to no number."""
+    jobs = []
+    for name, by_seed in by_setting.items():
+        for seed, value in by_seed.items():
+            values = {"key": name, "seed": seed}
+            lines = [{"step": 0, "eval/accuracy": 0.01}, {"step": 1, "eval/accuracy": value}]
+            job = Job(
+                "",
+                len(jobs),
+                Path(),
+                "finished",
+                "",
+                [],
+                values,
+                "eval/accuracy",
+                lines,
+                1.0,
+                trials,
+            )
+            jobs.append(job)
+    return Sweep([Path("sweep")], jobs, {"eval/accuracy": way})
 
 
 def test_the_verdict_says_what_is_missing() -> None:
-    assert "one of the two has a single seed" in verdict({0: 0.9, 1: 0.8}, {0: 0.7})
-    assert "they share no two seeds" in verdict({0: 0.9, 1: 0.8}, {2: 0.7, 3: 0.85})
-    assert verdict({0: 0.1, 1: 0.2}, {0: 0.3, 1: 0.4}, minimized=True) == (
-        "key=0 came out lowest, and the data tells it from every other setting."
+    one_seed = rank(made({"a": {0: 0.9, 1: 0.8}, "b": {0: 0.7}}))
+    assert "one of the two has a single seed" in one_seed.verdict
+    told = rank(made({"a": {0: 0.1, 1: 0.2}, "b": {0: 0.3, 1: 0.4001}}, way="minimize"))
+    assert told.verdict == (
+        "key=a came out lowest, at 0.15, and the data tells it from every other setting."
     )
+    alone = rank(made({"a": {0: 0.1}, "b": {0: 0.3}}))
+    assert "key=b came out highest, at 0.3, on one seed each" in alone.verdict
+    assert rank(made({"a": {0: 0.1}})).verdict.startswith("There is one setting only, at 0.1")
+    close = rank(made({"a": {0: 0.5, 1: 0.6, 2: 0.7}, "b": {0: 0.5, 1: 0.55, 2: 0.8}}))
+    assert "key=b came out highest, at 0.6167, and the data tells it from no other" in close.verdict
+    assert re.search(
+        r"differ by 0.017; 3 seeds each tell a difference of 0\.\d+ four", close.verdict
+    )
+
+
+def test_a_tie_to_the_last_digit_is_called_one() -> None:
+    for seeds in ((0,), (0, 1)):
+        found = rank(
+            made({n: dict.fromkeys(seeds, v) for n, v in {"a": 0.5, "b": 0.25, "c": 0.5}.items()})
+        )
+        assert found.verdict.startswith("key=a and key=c came out alike, highest at 0.5, ")
+        assert found.behind == [0.0, 0.25]
+
+
+def test_the_setting_that_is_worse_on_the_shared_seeds_is_not_the_best() -> None:
+    """Worse by 0.105 on both; a job of it failed, on a seed that is hard for all."""
+    found = rank(made({"a": {0: 0.8, 1: 0.79}, "b": {0: 0.9, 1: 0.9, 2: 0.3}}))
+    assert found.settings[0].values == ("b",)
+    assert found.behind == pytest.approx([0.105])
+    assert found.unequal
+
+
+def test_a_value_that_is_no_number_is_no_earlier_one() -> None:
+    found = rank(made({"a": {0: 0.1}, "b": {0: None}}))
+    assert [setting.values for setting in found.settings] == [("a",)]
 
 
 def test_on_one_seed_each_nothing_is_said_that_needs_more(sweep: Path, copy: Path) -> None:
@@ -202,7 +258,7 @@ def test_a_sweep_of_which_nothing_has_finished(copy: Path, grpo: Grpo) -> None:
         shutil.rmtree(copy / str(number))
     code, printed = grpo("report", "sweep")
     assert code == 0, printed
-    assert "No job has finished yet." in printed
+    assert "No job has finished with a value of the objective yet." in printed
     assert len(rows(copy)) == 8
 
 
@@ -258,11 +314,31 @@ def test_overrides_become_an_experiment() -> None:
 def test_the_key_that_matters_is_found() -> None:
     """y = 10·a + b: a explains nearly all of it; what is constant, nothing."""
     rows = [{"a": a, "b": b, "c": c} for a in range(4) for b in range(3) for c in ("x", "y")]
-    found = fanova(rows, [10.0 * row["a"] + row["b"] for row in rows])  # type: ignore[operator]
+    outcomes = [10.0 * row["a"] + row["b"] for row in rows]  # type: ignore[operator]
+    found = fanova(rows, outcomes, {})
     assert next(iter(found)) == "a"
     assert found["a"] > 0.9
     assert found["c"] < 0.02
     assert sum(found.values()) == pytest.approx(1)
+
+
+def test_a_search_and_its_page_agree_on_what_matters() -> None:
+    """The learning rate is drawn on a logarithmic scale, and put in on one."""
+    study, rng = optuna.create_study(direction="maximize"), np.random.default_rng(0)
+    space = {"rate": FloatDistribution(1e-6, 1e-2, log=True), "kl": FloatDistribution(0.0, 1.0)}
+    for _ in range(60):
+        params = {"rate": 10.0 ** rng.uniform(-6, -2), "kl": rng.uniform()}
+        value = -abs(math.log10(params["rate"]) + 4) - 2 * (params["kl"] - 0.5) ** 2
+        study.add_trial(create_trial(params=params, distributions=space, value=value))
+    evaluator = FanovaImportanceEvaluator(seed=0)
+    expected = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    outcomes = [float(trial.value or 0) for trial in study.trials]
+    found = fanova([trial.params for trial in study.trials], outcomes, spelled(space))
+    assert found == pytest.approx(expected, abs=0.02)
+    other = fanova(
+        [trial.params for trial in study.trials], outcomes, spelled({"rate": space["kl"]})
+    )
+    assert abs(other["rate"] - expected["rate"]) > 0.02  # what it was
 
 
 def test_the_command_prints_what_the_page_says(sweep: Path) -> None:

@@ -28,13 +28,13 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState, create_trial
 
 from grpo.errors import ConfigError
-from grpo.past import locked
+from grpo.past import locked, write_json
 from grpo.report.sweep.front import unbeaten
 from grpo.report.sweep.ranking import rank
 from grpo.report.sweep.read import read_sweeps
 from grpo.sweep.folder import StudyFile
 from grpo.sweep.search import reached_values
-from grpo.sweep.space import combinations, space_of, written
+from grpo.sweep.space import Space, combinations, corners, space_of, written
 from grpo.sweep.study import Options
 from tests.conftest import grpo_process, metrics, start, wait_for_step
 from tests.test_sweep import TWO_STEPS, Grpo, summary
@@ -415,6 +415,36 @@ def test_a_value_that_is_missing_fails_its_trial(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl/mean": null, "loss/total": 2.0}\n')
     assert reached_values(tmp_path, ["loss/total"]) == ([2.0], "")
     assert reached_values(tmp_path, ["loss/total", "kl/mean"]) == ([2.0], "kl/mean")
+
+
+@pytest.mark.parametrize("evaluation", [{"eval/accuracy": None}, {}])
+def test_a_value_that_was_no_number_at_the_end_is_none(
+    evaluation: dict[str, None], tmp_path: Path
+) -> None:
+    """An evaluation that came to NaN is null in both files; the one before doesn't count."""
+    lines = '{"step": 0, "eval/accuracy": 0.5}\n{"step": 2, "eval/accuracy": null}\n'
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    write_json(tmp_path / "summary.json", {"last_evaluation": evaluation})
+    assert reached_values(tmp_path, ["eval/accuracy"]) == ([], "eval/accuracy")
+
+
+def test_every_choice_is_tried_before_the_first_job(grpo: Grpo, tmp_path: Path) -> None:
+    code, printed = grpo(
+        *SEARCH, "algorithm=grpo,dapoo,dapo", "sweep_dir=sweep", "hydra.sweeper.n_trials=2"
+    )
+    assert code == 2
+    assert "dapoo" in printed
+    assert not (tmp_path / "sweep/0").exists()
+
+
+def test_corners_hold_every_choice_and_both_ends() -> None:
+    space: Space = {
+        "a": CategoricalDistribution(["x", "y", "z"]),
+        "b": IntDistribution(1, 8),
+        "c": CategoricalDistribution([1, 2]),
+    }
+    found = [tuple(own[key] for key in "abc") for own in corners(space)]
+    assert found == [("x", 1, 1), ("y", 1, 1), ("z", 1, 1), ("x", 1, 2), ("z", 8, 2)]
 
 
 # Storages

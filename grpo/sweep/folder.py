@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,7 @@ class StudyFile:
     pruner: str
     pruner_options: dict[str, Any]
     folder: str  # a name for the folder that it keeps wherever it is moved
+    space: dict[str, Any] = field(default_factory=dict)  # Optuna's distribution of each key
 
     def write(self, folder: Path) -> None:
         write_json(folder / STUDY, asdict(self))

@@ -43,7 +43,7 @@ from grpo.sweep.study import (
     told,
 )
 from grpo.sweep.view import viewed
-from grpo.tracking.files import last_values, read_lines
+from grpo.tracking.files import read_lines
 
 NOWHERE = ""  # the folder of a trial that came too late to be run
 
@@ -151,7 +151,8 @@ def open_study(
         check_same(study, objectives, space, fixed)
         place = there.folder if there else uuid.uuid4().hex[:8]
         pruner = (options.pruner, dict(options.pruner_options))
-        StudyFile(options.storage, name, objectives, *pruner, place).write(folder)
+        file = StudyFile(options.storage, name, objectives, *pruner, place, spelled(space))
+        file.write(folder)
     return study, place
 
 
@@ -378,8 +379,13 @@ class Search:
 
 
 def reached_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:
-    """The last value of each metric, and the name of one that has none."""
-    last = last_values(read_lines(job / "metrics.jsonl"))
+    """The value of each metric where it was logged last, and the name of one that has none there.
+
+    A value that was no number is null in the files, and none; an earlier one doesn't count.
+    """
+    last: dict[str, Any] = {}
+    for line in read_lines(job / "metrics.jsonl"):
+        last |= line
     last |= (read_summary(job) or {}).get("last_evaluation") or {}
-    missing = next((metric for metric in objectives if metric not in last), "")
-    return [float(last[metric]) for metric in objectives if metric in last], missing
+    missing = next((metric for metric in objectives if last.get(metric) is None), "")
+    return [float(last[m]) for m in objectives if last.get(m) is not None], missing

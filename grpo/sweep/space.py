@@ -83,17 +83,21 @@ def written(key: str, value: object) -> str:
 
 
 def corners(space: Space) -> list[dict[str, Any]]:
-    """All lowest and all highest values: if these can be run, most of what lies between can."""
-    found: list[dict[str, Any]] = []
-    for first in (True, False):
-        values: dict[str, Any] = {}
-        for key, own in space.items():
-            if isinstance(own, CategoricalDistribution):
-                values[key] = own.choices[0 if first else -1]
-            elif isinstance(own, IntDistribution | FloatDistribution):
-                values[key] = own.low if first else own.high
-        found.append(values)
-    return found
+    """The lowest values with every choice, and the highest: if these can be run, the rest can."""
+    lowest: dict[str, Any] = {}
+    highest: dict[str, Any] = {}
+    for key, own in space.items():
+        if isinstance(own, CategoricalDistribution):
+            lowest[key], highest[key] = own.choices[0], own.choices[-1]
+        elif isinstance(own, IntDistribution | FloatDistribution):
+            lowest[key], highest[key] = own.low, own.high
+    others = [
+        {**lowest, key: choice}
+        for key, own in space.items()
+        if isinstance(own, CategoricalDistribution)
+        for choice in own.choices[1:]
+    ]
+    return [lowest, *others, highest]
 
 
 def combinations(space: Space) -> list[dict[str, Any]]:

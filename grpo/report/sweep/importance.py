@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo.report.sweep.by_key import is_number, over_magnitudes
 from grpo.report.sweep.read import Sweep
 
 
@@ -21,10 +22,19 @@ def importances(sweep: Sweep) -> dict[str, float]:
     outcomes = [float(job.value or 0.0) for job in jobs]
     if len(set(outcomes)) < 2 or len(rows) < 4 or not keys:
         return {}
-    return fanova(rows, outcomes)
+    return fanova(rows, outcomes, sweep.space)
 
 
-def fanova(rows: Sequence[Mapping[str, Any]], outcomes: Sequence[float]) -> dict[str, float]:
+def fanova(
+    rows: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[float],
+    searched: Mapping[str, Any],
+) -> dict[str, float]:
+    """searched: the distributions of a search's numbers, as JSON; other numbers are a grid's.
+
+    A number is put in on a logarithmic scale where it was drawn on one; a grid's, where its values
+    are spread over more than a magnitude.
+    """
     import optuna
     from optuna.distributions import (
         BaseDistribution,
@@ -35,8 +45,12 @@ def fanova(rows: Sequence[Mapping[str, Any]], outcomes: Sequence[float]) -> dict
     space: dict[str, BaseDistribution] = {}
     for key in rows[0]:
         values = [row[key] for row in rows]
-        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            space[key] = FloatDistribution(min(values), max(values))
+        if all(map(is_number, values)):
+            low, high = min(values), max(values)
+            drawn = searched.get(key, {}).get("attributes", {})
+            log = drawn.get("log", key not in searched and over_magnitudes(values))
+            low, high = min(low, drawn.get("low", low)), max(high, drawn.get("high", high))
+            space[key] = FloatDistribution(low, high, log=log)
         else:
             space[key] = CategoricalDistribution(sorted(set(map(str, values))))
     optuna.logging.set_verbosity(optuna.logging.WARNING)

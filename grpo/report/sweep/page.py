@@ -63,29 +63,42 @@ def ranking_table(sweep: Sweep, ranking: Ranking) -> str:
     if not ranking.settings:
         return ""
     repeated = any(len(setting.by_seed) > 1 for setting in ranking.settings)
-    told = ["95% interval", "behind the best", "p"] if repeated else ["behind the best"]
+    more = ["95% interval", "behind the best", "p"] if repeated else ["behind the best"]
     rows = []
     for place, setting in enumerate(ranking.settings):
         spread = setting.interval
-        cells = dict.fromkeys(told, "")
+        cells = dict.fromkeys(more, "")
         sure = ""
         if repeated and spread is not None:
             cells["95% interval"] = f"{spread.low:.4g} to {spread.high:.4g}"
         if place:
-            cells["behind the best"] = f"{abs(ranking.behind[place - 1].mean):.3g}"
+            cells["behind the best"] = f"{ranking.behind[place - 1]:.3g}"
             if len(setting.by_seed) > 1:
                 cells["p"] = f"{ranking.p[place - 1]:.3f}"
-                sure = "sure" if ranking.p[place - 1] <= 0.05 else ""
+                sure = "sure" if ranking.told[place - 1] else ""
         first = [*map(shown, setting.values), str(len(setting.by_seed)), f"{setting.mean:.4g}"]
         rows.append(row([*first, *cells.values()], sure))
-    note = (
-        "Compared with the best by a paired t-test over the seeds that both have, p for all "
-        "comparisons together (Holm). A bold p is a difference that the data supports."
-        if repeated
-        else "On one seed each, so that a small difference may be luck."
-    )
     heads = [*ranking.keys, "seeds", f"mean {sweep.objective}" if repeated else sweep.objective]
-    return f"<section><h2>Ranking</h2><p>{note}</p>{table([*heads, *told], rows)}</section>"
+    note = note_of(ranking) if repeated else "One seed each, so small differences may be noise."
+    return f"<section><h2>Ranking</h2><p>{note}</p>{table([*heads, *more], rows)}</section>"
+
+
+def note_of(ranking: Ranking) -> str:
+    """How to read the table."""
+    text = (
+        "Intervals are Student's, of one setting's mean over seeds. p compares with the best, for "
+        "all pairs of settings together (Tukey's range test and each pair's own t-test, see "
+        "docs/statistics.md); a bold p is a difference that the data supports. "
+    )
+    if ranking.unequal:
+        text += (
+            "Not all settings have the same seeds: they are ranked by means from which a model of "
+            "settings and seeds takes out what the missing seeds would change. "
+        )
+    return (
+        f"{text}The best is chosen by the same evaluation that it is shown by, so expect a little "
+        f"less of it on fresh seeds and rows."
+    )
 
 
 def jobs_table(sweep: Sweep) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from grpo.report.sweep.read import Job, Sweep
-from grpo.report.sweep.statistics import Difference, Interval, difference, holm, mean_interval
+from grpo.report.sweep.statistics import (
+    LEVEL,
+    Interval,
+    compare,
+    least_difference,
+    mean_interval,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class Setting:
     values: tuple[Any, ...]  # of the sweep's keys
     by_seed: dict[int, float]  # the objective
     jobs: list[Job]  # that have one
-    interval: Interval | None
+    interval: Interval | None  # of its mean
 
     @property
     def mean(self) -> float:
@@ -28,50 +35,85 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Best first, and how each compares with the best; p for all comparisons together (Holm)."""
+    """Best first, and how each compares with the best.
+
+    Attributes:
+        levels: by which settings are ranked: their means, on equal terms where they lack seeds.
+        p: of each but the best, that it is no worse; for all comparisons together.
+        spread: of a result from seed to seed; NaN where no setting has two.
+        unequal: some settings lack seeds that others have.
+    """
 
     keys: list[str]
     settings: list[Setting]
-    behind: list[Difference]  # of each but the best; how much the best is better
+    levels: list[float]
     p: list[float]
     minimized: bool
+    spread: float = math.nan
+    unequal: bool = False
+
+    @property
+    def behind(self) -> list[float]:
+        """How much better the best is than each of the others."""
+        sign = -1.0 if self.minimized else 1.0
+        return [sign * (self.levels[0] - level) for level in self.levels[1:]]
+
+    @property
+    def told(self) -> list[bool]:
+        """Of each but the best, whether the data tells it from the best."""
+        return [p <= 1 - LEVEL for p in self.p]
+
+    @property
+    def ties(self) -> list[Setting]:
+        """The best and all that came out equal to it to the last digit."""
+        levels = zip(self.settings, self.levels, strict=True)
+        return [setting for setting, level in levels if level == self.levels[0]]
 
     @property
     def verdict(self) -> str:
         """What can be said of the best in a sentence or two."""
         if not self.settings:
-            return "No job has finished yet."
+            return "No job has finished with a value of the objective yet."
         best, end = self.settings[0], "lowest" if self.minimized else "highest"
+        value = shown(self.levels[0])
         if len(self.settings) == 1:
-            return "There is one setting only, so nothing to compare."
+            return f"There is one setting only, at {value}, so nothing to compare."
+        if len(self.ties) > 1:
+            named = [self.named(setting) for setting in self.ties]
+            text = f"{', '.join(named[:-1])} and {named[-1]} came out alike, {end} at {value}"
+        else:
+            text = f"{self.named(best)} came out {end}, at {value}"
         if all(len(setting.by_seed) < 2 for setting in self.settings):
             return (
-                f"{self.named(best)} came out {end}, on one seed each: how much of that is luck "
-                f"can't be said. Run the first few on more seeds: seed=0,1,2"
+                f"{text}, on one seed each, so the differences may be noise. "
+                f"Run the first few on more seeds: seed=0,1,2"
             )
-        second = self.behind[0]
-        if second.mean == 0:
-            return f"{self.named(best)} and {self.named(self.settings[1])} came out alike."
-        told = [n for n, p in enumerate(self.p) if p <= 0.05]
-        text = f"{self.named(best)} came out {end}, and "
+        told = sum(self.told)
+        if told == len(self.p):
+            return f"{text}, and the data tells it from every other setting."
         text += (
-            "the data tells it from every other setting."
-            if len(told) == len(self.p)
-            else f"the data tells it from {len(told)} of {len(self.p)} others."
+            f", and the data tells it from {told} of {len(self.p)} others."
+            if told
+            else ", and the data tells it from no other setting."
         )
-        if self.p[0] > 0.05:
-            text += f" From the second, {self.named(self.settings[1])}, it is not told apart"
-            if min(len(setting.by_seed) for setting in self.settings[:2]) < 2:
-                text += "; one of the two has a single seed: run both on more, seed=0,1,2."
-            elif not second.paired:
-                text += "; they share no two seeds: run both on the same ones."
-            elif second.more_seeds is None:
-                text += "; more seeds would hardly change that."
-            elif second.more_seeds == 0:
-                text += " among so many comparisons; alone it would be."
-            else:
-                text += f"; about {second.more_seeds} more seeds of both would settle it."
-        return text
+        nearest = self.told.index(False) + 1
+        text += f" From {self.named(self.settings[nearest])} it is not told apart"
+        return f"{text}{self.why_not(nearest)}."
+
+    def why_not(self, place: int) -> str:
+        """Why a setting isn't told from the best, and what would help."""
+        seeds = [len(self.settings[n].by_seed) for n in (0, place)]
+        if min(seeds) < 2:
+            return ": one of the two has a single seed; run both on more, seed=0,1,2"
+        counted = sum(len(setting.by_seed) > 1 for setting in self.settings)
+        least = least_difference(self.spread, counted, min(seeds)) if self.spread > 0 else math.nan
+        if math.isnan(least):
+            return ": there is no spread to judge a difference by"
+        more = least_difference(self.spread, counted, 2 * min(seeds))
+        return (
+            f": they differ by {self.behind[place - 1]:.2g}; {min(seeds)} seeds each tell a "
+            f"difference of {least:.2g} four times in five, {2 * min(seeds)} one of {more:.2g}"
+        )
 
     def named(self, setting: Setting) -> str:
         pairs = zip(self.keys, setting.values, strict=True)
@@ -91,15 +133,36 @@ def rank(sweep: Sweep) -> Ranking:
         if job.value is not None:
             groups.setdefault(tuple(map(str, sweep.setting(job))), []).append(job)
     settings = [setting_of(sweep, jobs) for jobs in groups.values()]
+    repeated = [n for n, setting in enumerate(settings) if len(setting.by_seed) > 1]
+    levels = [setting.mean for setting in settings]
+    found = None
+    if repeated:
+        trials = min(job.trials for setting in settings for job in setting.jobs)
+        found = compare([settings[n].by_seed for n in repeated], trials)
+        for n, level in zip(repeated, found.levels, strict=True):
+            levels[n] = float(level)
+    levels = [round(level, 12) for level in levels]  # so that a tie is one
     sign = -1.0 if sweep.minimized else 1.0
-    settings.sort(key=lambda setting: -sign * setting.mean)
-    best = settings[0].by_seed if settings else {}
-    behind = [difference(best, setting.by_seed) for setting in settings[1:]]
-    p = holm([one.p for one in behind])
-    return Ranking(sweep.keys, settings, behind, p, sweep.minimized)
+    order = sorted(range(len(settings)), key=lambda n: -sign * levels[n])
+
+    def p(n: int) -> float:
+        if found is None or not {order[0], n} <= set(repeated):
+            return 1.0
+        return found.p(repeated.index(order[0]), repeated.index(n))
+
+    return Ranking(
+        keys=sweep.keys,
+        settings=[settings[n] for n in order],
+        levels=[levels[n] for n in order],
+        p=[p(n) for n in order[1:]],
+        minimized=sweep.minimized,
+        spread=math.sqrt(found.variance) if found else math.nan,
+        unequal=len({frozenset(setting.by_seed) for setting in settings}) > 1,
+    )
 
 
 def setting_of(sweep: Sweep, jobs: Sequence[Job]) -> Setting:
     by_seed = {int(job.values.get("seed") or 0): float(job.value or 0.0) for job in jobs}
-    values = list(by_seed.values())
-    return Setting(sweep.setting(jobs[0]), by_seed, list(jobs), mean_interval(values))
+    trials = min(job.trials for job in jobs)
+    interval = mean_interval(list(by_seed.values()), trials)
+    return Setting(sweep.setting(jobs[0]), by_seed, list(jobs), interval)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Job:
     objective: str
     lines: list[dict[str, Any]]  # of metrics.jsonl
     seconds: float
+    trials: int = 0  # of how many right or wrong answers the objective is the share; 0: of none
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -39,10 +40,11 @@ class Job:
 
     @property
     def value(self) -> float | None:
-        """The objective at its end; None where it hasn't come to it."""
-        if self.status != "finished" or not self.evaluations:
+        """The objective at its end; None where it hasn't come to it, or is no number there."""
+        logged = [line[self.objective] for line in self.lines if self.objective in line]
+        if self.status != "finished" or not logged or logged[-1] is None:
             return None
-        return float(self.evaluations[-1][self.objective])
+        return float(logged[-1])
 
     @property
     def last(self) -> dict[str, float]:
@@ -65,6 +67,7 @@ class Sweep:
     folders: list[Path]
     jobs: list[Job]
     objectives: dict[str, str]  # each metric, and whether to maximize or minimize it
+    space: dict[str, Any] = field(default_factory=dict)  # of a search: as StudyFile's
 
     @property
     def objective(self) -> str:
@@ -105,7 +108,8 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
         found += [(name, n, folder, own) for n, own in enumerate(record.jobs) if own]
     given = [parsed(overrides) for _, _, _, overrides in found]
     keys = list(dict.fromkeys(key for one in given for key in one))
-    searched = {folder: objectives_of(folder) for folder in folders}
+    studies = {folder: StudyFile.read(folder) for folder in folders}
+    searched = {folder: own.objectives if own else {} for folder, own in studies.items()}
     jobs = [
         read_job(name, number, folder, overrides, own, keys, next(iter(searched[folder]), ""))
         for (name, number, folder, overrides), own in zip(found, given, strict=True)
@@ -118,13 +122,8 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
     if len(objectives) > 1:
         raise ConfigError(f"these sweeps have several objectives: {', '.join(sorted(objectives))}.")
     directions = [own for own in searched.values() if own] or [{jobs[0].objective: "maximize"}]
-    return Sweep(list(folders), jobs, directions[0])
-
-
-def objectives_of(folder: Path) -> dict[str, str]:
-    """Those of a search; none of a grid."""
-    study = StudyFile.read(folder)
-    return study.objectives if study else {}
+    spaces = [own.space for own in studies.values() if own]
+    return Sweep(list(folders), jobs, directions[0], spaces[0] if spaces else {})
 
 
 def parsed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -147,7 +146,8 @@ def read_job(
     config = resolved(read_yaml(where.folder / ".hydra" / "config.yaml") or {})
     hydra = read_yaml(where.folder / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
     choices = hydra["hydra"]["runtime"].get("choices", {})
-    objective = (where.summary.get("objective") or {}).get("name") or config.get("objective")
+    metric = (where.summary.get("objective") or {}).get("name") or config.get("objective")
+    objective = str(searched or metric or "")  # one that hasn't begun has none of its own
     return Job(
         sweep=sweep,
         number=number,
@@ -159,9 +159,10 @@ def read_job(
             key: plain_number(own[key] if key in own else choices.get(key, looked_up(config, key)))
             for key in keys
         },
-        objective=str(searched or objective or ""),  # one that hasn't begun has none of its own
+        objective=objective,
         lines=read_lines(where.folder / "metrics.jsonl"),
         seconds=float(where.summary.get("wall_seconds") or 0.0),
+        trials=int((where.summary.get("trials") or {}).get(objective, 0)),
     )
 
 
