@@ -50,7 +50,7 @@ def check(cfg: DictConfig) -> None:
     for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
         at_least(cfg, key, 1)
     for key in ("max_steps", "device.token_budget", "device.cache_budget"):
-        at_least(cfg, key, 1)
+        at_least(cfg, key, 1, optional=True)
     for key in ("eval.every", "eval.samples", "optim.warmup_steps", "log_prompts"):
         at_least(cfg, key, 0)
     for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm", "seed"):
@@ -274,7 +274,7 @@ def check_policy_loss(cfg: DictConfig) -> None:
     """Ranges of the package's own losses; types are checked when they are bound."""
     loss = cfg.algorithm.policy_loss
     for name in ("clip_low", "clip_high"):
-        at_least(cfg, f"algorithm.policy_loss.{name}", 0.0)
+        at_least(cfg, f"algorithm.policy_loss.{name}", 0.0, optional=True)
     for name in ("ratio_max", "sharpness_positive", "sharpness_negative", "decay_positive"):
         if name in loss:
             more_than_nothing(cfg, f"algorithm.policy_loss.{name}")

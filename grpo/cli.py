@@ -34,7 +34,7 @@ from grpo import again, config, past
 from grpo.allocator import keep_freed_memory
 from grpo.check import check, check_training
 from grpo.errors import ConfigError, RunError
-from grpo.help import choices, help_text
+from grpo.help import choices, help_text, version_text
 from grpo.sweep.gpus import take_gpu
 from grpo.sweep.launch import NOT_THE_JOB
 from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep, leave_terminal
@@ -53,11 +53,14 @@ Argv = Sequence[str]
 
 def main() -> None:
     """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
-    if {"--help", "-h"} & set(sys.argv):
-        print(help_text(sys.argv))
-        return None
     prepare()
     with plainly():
+        if {"--help", "-h"} & set(sys.argv):
+            print(help_text(sys.argv), flush=True)
+            return None
+        if "--version" in sys.argv:
+            print(version_text(), flush=True)
+            return None
         job, overrides = split_job(sys.argv[1:])
         if job in WITHOUT_CONFIG:
             run = getattr(import_module(WITHOUT_CONFIG[job]), job)
@@ -76,6 +79,10 @@ def main() -> None:
             if not str(error).startswith("Unexpected type for root"):  # OmegaConf's, of `none.key`
                 raise
             refuse(ConfigError(key_of_nothing(job, overrides)))
+        except ValueError as error:
+            if not str(error).startswith("Config group override must be"):
+                raise
+            refuse(ConfigError(no_choice(overrides)))
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
@@ -94,6 +101,9 @@ def plainly() -> Iterator[None]:
         refuse(error)
     except RunError as error:
         stop(str(error))
+    except BrokenPipeError:  # who read this has heard enough, as in `grpo --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def prepare() -> None:
@@ -111,7 +121,7 @@ def split_job(arguments: Argv) -> tuple[str, list[str]]:
     known = (*JOBS, *WITHOUT_CONFIG)
     if job not in known:
         raise ConfigError(
-            f"{job}: no such job; there are {', '.join(known)}{config.nearest(job, known)} "
+            f"{job}: no such job; there are {', '.join(known)}{config.nearest(job, known) or '.'} "
             f"An override is written key=value."
         )
     return job, list(arguments[1:])
@@ -216,7 +226,7 @@ def explain(error: Exception, job: str, overrides: Argv) -> str:
         group, _, choice = wanted.rpartition("/")
         options = list(error.options or known_choices(group))
         return (
-            f"{group}={choice}: no such choice{config.nearest(choice, options)} "
+            f"{group}={choice}: no such choice{config.nearest(choice, options) or '.'} "
             f"There are {', '.join(options)}."
         )
     if there := re.search(r"An item is already at '([^']+)'", text):
@@ -277,6 +287,25 @@ def key_of_nothing(job: str, overrides: Argv) -> str:
                 f"{' or '.join(others)}."
             )
     return "a key is set of a part that is none; leave it out."
+
+
+def no_choice(overrides: Argv) -> str:
+    """Says which override gives a group a number, or nothing, for a choice."""
+    for own in overrides:
+        group, _, value = own.partition("=")
+        if group in groups() and not isinstance(yaml.safe_load(value), str | list):
+            known = known_choices(group)
+            meant = [key for key in vars(config.Config) if key.startswith(f"{group}_")]
+            nothing = value in ("null", "~", "")
+            hint = (
+                f"; did you mean {group}=none?"
+                if nothing and "none" in known
+                else f"; did you mean {meant[0]}={value}?"
+                if meant and not nothing
+                else ""
+            )
+            return f"{own}: no such choice{hint or '.'} There are {', '.join(known)}."
+    return "a group was given something that is no choice of it."
 
 
 def known_keys(job: str, overrides: Argv) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo import past
@@ -163,6 +164,14 @@ def register() -> None:
     OmegaConf.register_new_resolver("pid", lambda: os.getpid(), replace=True)
 
 
+def without_hydra(config: DictConfig) -> DictConfig:
+    """The experiment's own config, its types with it."""
+    own = copy.deepcopy(config)
+    with flag_override(own, ["struct", "readonly"], [False, False]):
+        own.pop("hydra", None)
+    return own
+
+
 def conf_folder() -> Path:
     """The project's configs: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parent
@@ -189,12 +198,16 @@ def likeness(word: str, choice: str) -> float:
     return max(whole, 0.9 * same_name if same_name >= 0.75 else 0.0)
 
 
-def at_least(cfg: DictConfig, key: str, least: float, *, whole: bool = False) -> None:
+def at_least(
+    cfg: DictConfig, key: str, least: float, *, whole: bool = False, optional: bool = False
+) -> None:
+    """optional: it may be null."""
     value = OmegaConf.select(cfg, key)
-    if value is None:
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise ConfigError(f"{key}={value}: should be a {'whole ' if whole else ''}number.")
+        given = "null" if value is None else value
+        raise ConfigError(f"{key}={given}: should be a {'whole ' if whole else ''}number.")
     if not (value >= least and math.isfinite(value)):
         raise ConfigError(f"{key}={value}: must be at least {least:g}.")
 
@@ -217,23 +230,58 @@ def more_than_nothing(cfg: DictConfig, key: str, most: float = math.inf) -> None
         raise ConfigError(f"{key}={value}: must be at most {most:g}.")
 
 
+def check_hydra(config: DictConfig) -> None:
+    """Refuses settings of Hydra's under which runs are not found or their paths not meant."""
+    own = config.hydra
+    if own.output_subdir != ".hydra":
+        given = "null" if own.output_subdir is None else own.output_subdir
+        raise ConfigError(
+            f"hydra.output_subdir={given}: must be .hydra, where resume, eval and reports read a "
+            f"run's config."
+        )
+    if own.job.chdir:
+        raise ConfigError(
+            "hydra.job.chdir=true: relative paths (model.path, dataset.path, resume) are relative "
+            "to where you start, so a run stays there; leave it out."
+        )
+
+
 class CheckBeforeRun(Callback):
     """Hydra's door: a refused config leaves no folder behind."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from grpo.cli import refuse
+
+        try:
+            check_hydra(config)
+            if any(own.startswith("hydra.sweep.subdir=") for own in config.hydra.overrides.hydra):
+                raise ConfigError(
+                    "hydra.sweep.subdir: a sweep's jobs lie in folders of their numbers, by which "
+                    "it goes on and is reported; leave it out."
+                )
+            if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+                raise ConfigError(
+                    "hydra/sweeper=basic: has no report and can't go on after a kill; leave it out "
+                    "for grid, which takes the same overrides."
+                )
+        except ConfigError as error:
+            refuse(error)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         from grpo.check import check
         from grpo.cli import refuse
 
         try:
-            cfg = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            check(cfg)
+            check_hydra(config)
+            check(without_hydra(config))
             folder = Path(config.hydra.run.dir)
             past.check_folder(folder, config.resume, config.model, config.adapter)
             writable(folder, "hydra.run.dir")
         except ConfigError as error:
             refuse(error)
         except OmegaConfBaseException as error:  # an interpolation to what is not there
-            refuse(ConfigError(str(error).splitlines()[0]))
+            key = getattr(error, "full_key", None)
+            refuse(ConfigError(f"{f'{key}: ' if key else ''}{str(error).splitlines()[0]}"))
 
 
 def writable(folder: Path, key: str) -> None:

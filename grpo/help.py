@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
+from grpo import __version__
 from grpo.config import conf_folder
 
 USAGE = """\
@@ -27,8 +29,47 @@ grpo: train a language model by group-relative policy optimization (GRPO)
 """
 
 
+OF_JOBS = {
+    "report": """\
+grpo report DIR…: a page of what runs left
+
+  grpo report RUN         RUN/report.html: curves, completions, diagnoses
+  grpo report RUN RUN…    runs.html in the first: the runs side by side
+  grpo report SWEEP…      SWEEP/report.html, results.csv, experiment/best.yaml: the ranking, and
+                          which differences the data supports (docs/statistics.md)
+""",
+    "dashboard": """\
+grpo dashboard [FOLDER]: runs, sweeps and studies in the browser
+
+  FOLDER                  of runs and sweeps; outputs where none is given
+  --host=ADDRESS          this machine alone unless told otherwise
+  --port=N                0: any that is free
+""",
+    "chat": """\
+grpo chat RUN: the base and the trained model, side by side
+
+  RUN                     a run's folder, or one of its checkpoints
+""",
+    "export": """\
+grpo export RUN DIR: a folder that transformers loads, with a card that says where it comes from
+
+  RUN                     a run's folder, or one of its checkpoints; an adapter is merged
+  DIR                     a new or an empty folder
+  --push ORG/NAME         upload it to the hub as well
+""",
+}
+
+
+def version_text() -> str:
+    """What --version prints: this package's, and those that its numbers depend on."""
+    beside = ("torch", "transformers", "hydra-core")
+    return f"grpo-bench {__version__} ({', '.join(f'{name} {version(name)}' for name in beside)})"
+
+
 def help_text(arguments: Sequence[str]) -> str:
     """What --help prints, with the choices in a --config-dir that is given beside it."""
+    if len(arguments) > 1 and arguments[1] in OF_JOBS:
+        return OF_JOBS[arguments[1]].rstrip()
     folders = [conf_folder(), *map(Path, own_folders(arguments))]
     groups = {
         str(path.relative_to(folder))

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,13 @@ def grpo(
 
 
 def grpo_process(
-    *arguments: str, cwd: Path, timeout: float = 300
+    *arguments: str, cwd: Path, timeout: float = 300, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m grpo …` as a process of its own."""
+    """Runs `python -m grpo …` as a process of its own; env: added to this one's."""
     return subprocess.run(
         [sys.executable, "-m", "grpo", *arguments],
         cwd=cwd,
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -23,6 +23,7 @@ from tests.conftest import grpo_process
 Grpo = Callable[..., tuple[int, str]]
 RUN = "hydra.run.dir=run"
 WHOLE = ("dataset.slice=:", "dataset.eval_slice=:")
+SEARCH = ("-m", "hydra/sweeper=optuna", "kl_weight=interval(0,1)")
 QUICK = ("experiment=smoke", "tracking=none", RUN)
 
 
@@ -51,6 +52,45 @@ CASES = {
     "unknown nested key": (["optim.warmup=3"], "optim.warmup: no such key", "optim.warmup_steps"),
     "unknown key of a group": (["dataset.digit=3"], "dataset.digit: no such key", "dataset.digits"),
     "unknown choice": (["model=tinny"], "model=tinny: no such choice", "tiny"),
+    "no choice": (["tracking=null"], "tracking=null: no such choice", "tracking=none"),
+    "a number for a choice": (["kl=0.1"], "kl=0.1: no such choice", "kl_weight=0.1"),
+    "a checkpoint never, by nothing": (
+        ["checkpoint.every=null"],
+        "checkpoint.every=null",
+        "number",
+    ),
+    "nothing kept": (["checkpoint.keep=null"], "checkpoint.keep=null", "number"),
+    "no folder for Hydra's files": (
+        ["hydra.output_subdir=null"],
+        "hydra.output_subdir=null",
+        "must be .hydra",
+    ),
+    "another working directory": (["hydra.job.chdir=true"], "hydra.job.chdir=true", "leave it out"),
+    "a sweep's own folders": (
+        ["-m", "seed=0,1", "hydra.sweep.subdir=x"],
+        "hydra.sweep.subdir",
+        "leave it out",
+    ),
+    "Hydra's own sweeper": (
+        ["-m", "hydra/sweeper=basic", "seed=0,1"],
+        "hydra/sweeper=basic",
+        "grid",
+    ),
+    "a seed of the sampler, twice": (
+        [
+            "-m",
+            "hydra/sweeper=optuna",
+            "kl_weight=interval(0,1)",
+            "+hydra.sweeper.sampler_options.seed=3",
+        ],
+        "hydra.sweeper.sampler_options.seed",
+        "hydra.sweeper.seed",
+    ),
+    "several trials at once, one after the other": (
+        [*SEARCH, "hydra.sweeper.n_jobs=2"],
+        "hydra.sweeper.n_jobs=2",
+        "hydra/launcher=joblib",
+    ),
     "unknown group": (["modle=tiny"], "modle: no such key", "model"),
     "unknown experiment": (["experiment=smok"], "experiment=smok: no such choice", "smoke"),
     "key of a part that is off": (["adapter.rank=4"], "adapter.rank=4: adapter is none", "lora"),
@@ -410,6 +450,34 @@ def test_a_real_process_says_it_in_one_line_and_exits_2(tmp_path: Path) -> None:
     assert result.stdout == ""
     assert result.stderr == ("grpo: num_generations: no such key; did you mean num_generation?\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_from_the_environment_is_one(tmp_path: Path) -> None:
+    done = grpo_process(
+        "seed=${oc.env:SEED}", "learning_rate=${oc.env:RATE}", "--cfg", "job", "--resolve",
+        cwd=tmp_path, env={"SEED": "7", "RATE": "1e-3"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\nseed: 7\n" in done.stdout
+    refused = grpo_process("seed=${oc.env:SEED}", cwd=tmp_path, env={"SEED": "seven"})
+    assert refused.returncode == 2
+    assert "seed" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_job_explains_itself(tmp_path: Path) -> None:
+    for job in ("report", "dashboard", "chat", "export"):
+        done = grpo_process(job, "--help", cwd=tmp_path)
+        assert done.returncode == 0
+        assert done.stdout.startswith(f"grpo {job} ")
+    assert grpo_process("--version", cwd=tmp_path).stdout.startswith("grpo-bench 0.")
+
+
+def test_who_stops_reading_gets_no_traceback(tmp_path: Path) -> None:
+    program = f"{sys.executable} -m grpo --help | head -1"
+    done = subprocess.run(program, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("grpo: train")
+    assert done.stderr == ""
 
 
 def test_help_config_and_refusals_import_nothing_heavy(tmp_path: Path) -> None:

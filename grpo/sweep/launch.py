@@ -13,10 +13,11 @@ from typing import Any
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from grpo.again import key_of, quoted
 from grpo.check import check, check_training
+from grpo.config import without_hydra
 from grpo.errors import ConfigError, RunError
 from grpo.sweep.folder import standing
 from grpo.sweep.stop import stoppable
@@ -114,7 +115,7 @@ class Launch:
             ConfigError: it is wrong; or Hydra's own errors, where it can't be composed.
         """
         whole = self.context.config_loader.load_sweep_config(self.config, list(job))
-        own = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        own = without_hydra(whole)
         try:
             check(own)
             check_training(own)

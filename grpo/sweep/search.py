@@ -72,6 +72,11 @@ def search(
             "(kl_weight=interval(0,0.1)), or a sweep=CHOICE."
         )
     options.check_space(space)
+    if options.n_jobs > 1 and type(launch.launcher).__name__ == "BasicLauncher":
+        raise ConfigError(
+            f"hydra.sweeper.n_jobs={options.n_jobs}: this launcher runs one job at a time; add "
+            f"hydra/launcher=joblib, or start the same search several times."
+        )
     if options.sampler == "grid":
         combinations(space)  # refuses one without end
     objectives = check_objectives(options, [launch.compose(jobs) for jobs in ends(fixed, space)])

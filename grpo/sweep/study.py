@@ -76,6 +76,10 @@ class Options:
                 raise ConfigError(
                     f"hydra.sweeper.objectives.{metric}={direction}: maximize or minimize."
                 )
+        if "seed" in options.sampler_options:
+            raise ConfigError(
+                "hydra.sweeper.sampler_options.seed: the sampler's seed is hydra.sweeper.seed."
+            )
         if options.pruner != "none" and len(options.objectives or {}) > 1:
             raise ConfigError(
                 f"hydra.sweeper.pruner={options.pruner}: which of several objectives a trial falls "
