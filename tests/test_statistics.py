@@ -267,8 +267,8 @@ def main() -> None:
         ]
         power = [hits for _, _, hits in runs[1::2]]
         print(
-            f"{settings} settings, {seeds} seeds{', some missing' if unequal else ''}: told without "
-            f"a difference {max(run[0] for run in runs):.1%}, the wrong way "
+            f"{settings} settings, {seeds} seeds{', some missing' if unequal else ''}: "
+            f"told without a difference {max(run[0] for run in runs):.1%}, the wrong way "
             f"{max(run[1] for run in runs):.1%}, power {min(power):.0%} to {max(power):.0%}",
             flush=True,
         )
