@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
+from grpo import trust
 from grpo.errors import ConfigError
 from grpo.past import is_finished, is_locked, locked, newest_step, run_of
 from grpo.sweep.folder import read_record
@@ -18,14 +19,18 @@ NOT_THE_EXPERIMENT = ("resume", "hydra.run.dir", "checkpoint")  # where a run go
 OTHER_THAN_RUN = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--run", "-r"}
 
 
-def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
+def with_past_overrides(job: str, arguments: Sequence[str], trusted: bool = False) -> list[str]:
     """The arguments with those of the run that is resumed or evaluated put before them.
 
     So `grpo resume=DIR` needs no repetition of how DIR was started, and what is given now wins.
 
+    Args:
+        trusted: what that run names may be run, whatever it is.
+
     Raises:
-        ConfigError: that run can't be resumed or evaluated.
+        ConfigError: that run can't be resumed or evaluated, or names code that isn't trusted.
     """
+    trust.SOURCE.folder = None  # of this command
     given, flags = overrides_and_flags(arguments)
     several = bool({"-m", "--multirun"} & set(flags))
     if not (several or OTHER_THAN_RUN & {flag.partition("=")[0] for flag in flags}) and (
@@ -35,14 +40,17 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
     if job == "eval" and several:
         raise ConfigError("grpo eval takes one checkpoint at a time: leave out -m.")
     if job == "train" and (sweep_dir := value_of("sweep_dir", given)):
-        return with_past_sweep(Path(sweep_dir).expanduser(), given, flags, several)
+        return with_past_sweep(Path(sweep_dir).expanduser(), given, flags, several, trusted)
     if job == "eval":
         checkpoint = value_of("checkpoint", given)
         run = run_of(Path(checkpoint).expanduser()) if checkpoint else None
         if run is None:
             return list(arguments)
         past = [o for o in past_overrides(run) if not key_of(o).startswith("checkpoint.")]
-        return [*flags, *past_flags(run, flags), *merged(past, given)]
+        own_flags = past_flags(run, flags)
+        if not trusted:
+            trust.take_from(run, past, own_flags[-1] if own_flags else None, given)
+        return [*flags, *own_flags, *merged(past, given)]
     resume = value_of("resume", given)
     if resume in (None, "null", "") or several:
         return list(arguments)
@@ -54,10 +62,13 @@ def with_past_overrides(job: str, arguments: Sequence[str]) -> list[str]:
             return list(arguments)
         return [*merged(kl_of_old_run(unfinished), arguments), run_dir(unfinished)]
     run = resumable(resume)
+    past, own_flags = past_overrides(run), past_flags(run, flags)
+    if not trusted:
+        trust.take_from(run, past, own_flags[-1] if own_flags else None, given)
     return [
         *flags,
-        *past_flags(run, flags),
-        *merged(past_overrides(run), given),
+        *own_flags,
+        *merged(past, given),
         run_dir(run),
     ]
 
@@ -69,7 +80,7 @@ def names_study(job: str, given: Sequence[str]) -> bool:
 
 
 def with_past_sweep(
-    sweep: Path, given: Sequence[str], flags: Sequence[str], several: bool
+    sweep: Path, given: Sequence[str], flags: Sequence[str], several: bool, trusted: bool
 ) -> list[str]:
     """The arguments with those of the sweep in that folder put before them, if one is there.
 
@@ -81,8 +92,11 @@ def with_past_sweep(
         if not several and value_of("sweep", given) is None:
             raise ConfigError(f"sweep_dir={sweep}: holds no sweep; -m starts one.")
         return [*flags, *given]
-    if record.config_dir is not None and not names_config_dir(flags):
-        flags = [*flags, "--config-dir", record.config_dir]
+    own_configs = None if names_config_dir(flags) else record.config_dir
+    if not trusted:
+        trust.take_from(sweep, record.arguments, own_configs, given)
+    if own_configs is not None:
+        flags = [*flags, "--config-dir", own_configs]
     return [*([] if several else ["-m"]), *flags, *merged(record.arguments, given)]
 
 

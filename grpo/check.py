@@ -32,10 +32,14 @@ REWARD_METRICS = (
 )
 STEP_METRICS = (
     *("loss/total", "loss/policy", "loss/kl", "kl/mean", "kl/k1", "kl/k2", "kl/k3"),
-    *("policy/entropy", "policy/clip_fraction", "policy/ratio_max", "sampler/kl"),
+    *("kl/weight", "policy/entropy", "policy/clip_fraction", "policy/ratio_max"),
+    *("sampler/kl", "sampler/importance_min", "sampler/importance_max"),
     *("completion/length_mean", "completion/length_max", "completion/truncated"),
-    *("optim/grad_norm", "time/step", "perf/completion_tokens_per_second", "memory/peak_gb"),
+    *("completion/answered", "optim/grad_norm", "optim/learning_rate", "optim/moved"),
+    *("optim/skipped", "time/step", "time/rollout", "time/reward", "time/update"),
+    *("perf/completion_tokens_per_second", "perf/samples_per_second", "memory/peak_gb"),
 )
+OF_SOURCE = ("eval/accuracy_from_", "eval/sampled_accuracy_from_", "reward/from_")  # a mix's set
 
 
 def check(cfg: DictConfig) -> None:
@@ -103,7 +107,9 @@ def check_sizes(cfg: DictConfig) -> None:
 def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
     """Refuses a metric that no run logs."""
     rewards = [f"reward/{name}" for name in (*REWARD_METRICS, *cfg.reward)]
-    known = [*EVAL_METRICS, *rewards, *STEP_METRICS]
+    known = [*EVAL_METRICS, "eval/overlap", *rewards, *STEP_METRICS]
+    for source in cfg.dataset.get("sets") or ():
+        known += [f"{name}{source}" for name in OF_SOURCE]
     if cfg.kl.estimator == "full":
         known.append("kl/full")
     if metric.startswith("kl/") and (cfg.kl.estimator is None or not cfg.kl_weight):
@@ -141,20 +147,22 @@ def check_model(model: DictConfig) -> None:
 def check_wandb(cfg: DictConfig) -> None:
     """W&B's own rules, which it would tell once the model is loaded."""
     one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
-    project = cfg.tracking.wandb.project
-    if (
+    key, project = "tracking.wandb.project", cfg.tracking.wandb.project
+    if project is None and os.environ.get("WANDB_PROJECT"):
+        key, project = "WANDB_PROJECT", os.environ["WANDB_PROJECT"]
+    if project is not None and (
         not isinstance(project, str)
         or not 1 <= len(project) <= 128
         or set(project) & set(NO_PROJECT)
     ):
         raise ConfigError(
-            f"tracking.wandb.project={project}: should be a name of 1 to 128 characters, none of "
+            f"{key}={project}: should be a name of 1 to 128 characters, none of "
             f"them {' '.join(NO_PROJECT)}; an entity is a key of its own, tracking.wandb.entity."
         )
     tags = cfg.tracking.wandb.tags
-    if not isinstance(tags, ListConfig):
+    if not isinstance(tags, ListConfig | None):
         raise ConfigError(f"tracking.wandb.tags={tags}: should be a list: [{tags}]")
-    for tag in tags:
+    for tag in tags or ():
         if not 1 <= len(str(tag)) <= 64:
             raise ConfigError(f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.")
     own = os.environ.get("WANDB_RUN_ID")

@@ -15,6 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+if os.name == "nt":
+    print("grpo: runs on Linux and macOS; on Windows, inside WSL (wsl --install).", file=sys.stderr)
+    raise SystemExit(2)
+
 os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and are told here
 
 import hydra
@@ -65,7 +69,9 @@ def main() -> None:
         if job in WITHOUT_CONFIG:
             run = getattr(import_module(WITHOUT_CONFIG[job]), job)
             return run(overrides)  # type: ignore[no-any-return]
-        overrides = again.with_past_overrides(job, overrides)
+        trusted = "--trust" in overrides
+        overrides = [own for own in overrides if own != "--trust"]
+        overrides = again.with_past_overrides(job, overrides, trusted)
         sys.argv = ["grpo", *overrides]
         command = hydra.main(
             version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]

@@ -270,10 +270,13 @@ class CheckBeforeRun(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         from grpo.check import check
         from grpo.cli import refuse
+        from grpo.trust import check_code
 
         try:
             check_hydra(config)
-            check(without_hydra(config))
+            own = without_hydra(config)
+            check_code(own)
+            check(own)
             folder = Path(config.hydra.run.dir)
             past.check_folder(folder, config.resume, config.model, config.adapter)
             writable(folder, "hydra.run.dir")

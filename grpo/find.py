@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_object
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config import at_least, nearest
@@ -167,7 +167,8 @@ def imported(path: str, key: str) -> Callable[..., Any]:
         ConfigError: it can't be imported.
     """
     try:
-        found: Callable[..., Any] = get_object(path)
+        # Hydra's own way to a callable, with what it never lets a config name.
+        found: Callable[..., Any] = instantiate({"_target_": path, "_partial_": True}).func
     except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
         raise ConfigError(f"{key}={path}: can't be imported ({root_cause(error)}).") from error
     return found

@@ -24,6 +24,7 @@ grpo: train a language model by group-relative policy optimization (GRPO)
 
   --cfg job               the config with these overrides, as YAML
   --info defaults-tree    the files it comes from
+  --trust                 run what DIR names, though it is neither this package's nor yours
   --config-dir DIR        choices of your own, in folders named as below
   --hydra-help            Hydra's own flags; shell completion: eval "$(grpo -sc install=bash)"
 """

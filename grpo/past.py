@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ class Occupied(ConfigError):
 
 
 RUNNING = "running"  # also of a run that was killed
+A_LOOK = 1.0  # seconds that `is_locked` of another process may hold up a lock, at the very most
 ENDED = ("finished", "pruned")  # the statuses of runs of which nothing is left to do
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -94,20 +96,31 @@ def locked(run: Path) -> Iterator[None]:
     """
     descriptor = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        until = time.monotonic() + A_LOOK
+        while not take_lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() > until:
+                raise Occupied(f"{run}: another process is running in this folder.")
+            time.sleep(0.02)
         yield
-    except BlockingIOError as error:
-        raise Occupied(f"{run}: another process is running in this folder.") from error
     finally:
         os.close(descriptor)
 
 
 def is_locked(run: Path) -> bool:
+    """Whether a process is in a run's folder, without keeping one out that wants to be."""
+    descriptor = os.open(run, os.O_RDONLY)
     try:
-        with locked(run):
-            return False
-    except Occupied:
-        return True
+        return not take_lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def take_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def checkpoint_model(checkpoint: str) -> Callable[[], Path]:

@@ -51,6 +51,7 @@ from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
 from grpo.past import RUNNING, is_finished, newest_step
 from grpo.report.run.page import write_run_page
+from grpo.rollout import HFEngine, NativeEngine
 from grpo.summary import Summary, git_commit
 from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 from grpo.sweep.trial import never, watcher_of
@@ -60,6 +61,7 @@ from grpo.tracking.files import encode, finite
 from grpo.tracking.tracker import answer_rows
 from grpo.train import Standing, Training, train
 from grpo.types import Prompt
+from grpo.unused import Facts, unused_keys
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +187,9 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         "%s: %d steps of %d x %d completions from %d prompts, on %s",
         info.name, steps, cfg.batch_size, cfg.num_generation, len(train_prompts), device.describe(),
     )  # fmt: skip
+    exact = isinstance(engine, NativeEngine | HFEngine) and device.autocast_dtype is None
+    for line in unused_keys(cfg, hydra.overrides.task, Facts(exact, steps * updates_of_step(cfg))):
+        log.warning("%s", line)
     collector = Collector(
         engine=engine,
         rewards=rewards,

@@ -19,6 +19,7 @@ from grpo.build import tell_unused_kl
 from grpo.check import check
 from grpo.cli import flat_keys
 from grpo.run import tell_changed_kl
+from grpo.unused import Facts, unused_keys
 
 Grpo = Callable[..., tuple[int, str]]
 CONF = config.conf_folder()
@@ -238,3 +239,26 @@ def test_a_config_file_that_is_not_yaml_is_named_with_its_line(grpo: Grpo, tmp_p
 def test_past_overrides_are_kept_unless_given_anew() -> None:
     merged = again.merged(["model=tiny", "seed=1", "+reward.x.weight=1", "resume=a"], ["seed=2"])
     assert merged == ["model=tiny", "+reward.x.weight=1", "seed=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "used"),
+    [
+        (["kl.sync_share=0.3"], "kl.sync_share", ["kl.sync_every=2"]),
+        (["kl.horizon=9"], "kl.horizon", ["kl.target=0.1"]),
+        (["algorithm.importance_cap=3"], "algorithm.importance_cap", None),
+        (["optim.warmup_steps=30"], "optim.warmup_steps", ["optim.warmup_steps=3"]),
+        (["num_epochs=3", "max_steps=5"], "num_epochs", ["max_steps=null"]),
+        (["curriculum.at_most=0.5"], "curriculum.at_most", ["curriculum.samples=2"]),
+        (["tracking.wandb.table_every=3", "log_prompts=0"], "table_every", ["log_prompts=1"]),
+    ],
+)
+def test_a_key_that_does_nothing_here_is_told(
+    overrides: list[str], key: str, used: list[str] | None
+) -> None:
+    found = list(unused_keys(compose(*overrides), overrides, Facts(exact=True, updates=10)))
+    assert len(found) == 1
+    assert key in found[0]
+    assert not list(unused_keys(compose(*overrides), [], Facts(exact=True, updates=10)))
+    then = [*overrides, *(used or [])]
+    assert not list(unused_keys(compose(*then), then, Facts(exact=used is not None, updates=10)))

@@ -155,6 +155,7 @@ def test_a_trained_model_is_evaluated_by_its_runs_folder(
         assert {key: found[key] for key in EVAL_METRICS} == {key: last[key] for key in EVAL_METRICS}
 
 
+@pytest.mark.slow
 def test_no_kl_weight_loads_no_reference_and_logs_no_kl(grpo: Grpo, tmp_path: Path) -> None:
     for override in ("kl_weight=0", "kl=none"):
         folder = override.replace("=", "")

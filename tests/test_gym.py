@@ -83,6 +83,7 @@ def test_a_composite_is_of_the_tasks_that_are_named() -> None:
     assert example.verify(f"<answer>{example.answer}</answer>") == 1.0
 
 
+@pytest.mark.slow
 def test_an_answer_that_never_ends_is_wrong_and_holds_nothing_up() -> None:
     """Of the task whose answers are worked out; powers that end are."""
     example = first("countdown")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from grpo import again, past
 from grpo.checkpoint import digests
+from grpo.past import Occupied, is_locked, locked
 from tests.conftest import metrics, start, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
@@ -70,6 +72,7 @@ def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_interrupted_it_finishes_the_step_saves_and_goes_on(
     whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -432,3 +435,29 @@ def test_what_was_added_to_a_run_is_given_anew_without_a_plus(grpo: Grpo, tmp_pa
     code, printed = grpo("resume=run", "max_steps=3", "reward.few.wieght=0.6")
     assert code == 2
     assert "did you mean reward.few.weight" in printed
+
+
+def test_who_looks_whether_a_run_goes_on_keeps_nobody_out(tmp_path: Path) -> None:
+    """As a dashboard does all the time; before, one lock in some was refused."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            is_locked(tmp_path)
+
+    watchers = [threading.Thread(target=look) for _ in range(2)]
+    for watcher in watchers:
+        watcher.start()
+    try:
+        for _ in range(200):
+            with locked(tmp_path):
+                pass
+    finally:
+        ended.set()
+        for watcher in watchers:
+            watcher.join()
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+        with pytest.raises(Occupied), locked(tmp_path):
+            pass
+    assert not is_locked(tmp_path)

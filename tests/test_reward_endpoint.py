@@ -34,6 +34,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.calls: Counter[str] = Counter()
         self.bodies: list[Any] = []
+        self.tokens: list[str | None] = []
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{quote(path)}"
@@ -47,6 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.calls[path] += 1
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)
+        self.server.tokens.append(self.headers.get("Authorization"))
         lengths = [len(sample["completion"]) for sample in body["samples"]]
         right = json.dumps({"rewards": lengths}).encode()
         if path == "flaky" and self.server.calls[path] <= 2:
@@ -200,3 +202,20 @@ def test_a_batch_that_fails_harms_no_other(server: Server) -> None:
 def test_a_bad_option_is_named_with_its_value(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Endpoint(**{"url": "http://localhost", **options})
+
+
+def test_a_token_comes_from_the_environment(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUR_TOKEN", "s3cret")
+    reward = Endpoint(server.url("well"), token_env="OUR_TOKEN")
+    assert reward(samples(2)) == [0.0, 1.0]
+    reward.close()
+    plain = Endpoint(server.url("well"))
+    plain(samples(1))
+    plain.close()
+    assert server.tokens == ["Bearer s3cret", None]
+    with pytest.raises(ConfigError, match="token_env=THEIRS"):
+        Endpoint(server.url("well"), token_env="THEIRS")
+    with pytest.raises(ConfigError, match="token_env=NAME"):
+        Endpoint("http://me:s3cret@localhost/x")

@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from grpo.check import check_metric
 from grpo.config import flat
+from grpo.errors import ConfigError
 from grpo.models.ends import Decoder
 from grpo.models.find import PACKAGED
 from grpo.report.run.browser import FIRST, Block, by_step, levels, packed_blocks, widths
@@ -27,7 +29,8 @@ from grpo.report.run.charts import smoothed, thinned
 from grpo.report.run.page import runs_page, write_run_page
 from grpo.report.run.read import differences, read_run, resolved
 from grpo.tracking.tokens import token_ends
-from tests.conftest import copy_with_text
+from tests.conftest import copy_with_text, metrics
+from tests.test_config import compose
 
 Grpo = Callable[..., tuple[int, str]]
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>&lt;`${1}`"
@@ -243,3 +246,15 @@ def test_a_letter_a_token_says_its_width_and_its_kl() -> None:
 def samples_of(block: Block) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(block.packed)))
     return found
+
+
+def test_every_metric_that_a_run_logs_may_be_searched_by(short_run: Path) -> None:
+    logged = {key for line in metrics(short_run) for key in line} - {"step"}
+    assert len(logged) > 30
+    for name in logged:
+        check_metric(compose("experiment=smoke"), name, "hydra.sweeper.objectives")
+    mix = compose("dataset=mix")
+    for name in ("eval/accuracy_from_sums", "reward/from_differences"):
+        check_metric(mix, name, "hydra.sweeper.objectives")
+    with pytest.raises(ConfigError, match="no run logs this"):
+        check_metric(mix, "eval/accuracy_from_products", "hydra.sweeper.objectives")

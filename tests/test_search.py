@@ -165,6 +165,7 @@ def told(study: optuna.Study) -> list[Any]:
     return [(t.state, t.params, t.values, t.intermediate_values) for t in study.trials]
 
 
+@pytest.mark.slow
 def test_a_search_says_what_its_jobs_came_to(whole: Path) -> None:
     study = study_in(whole)
     assert len(study.trials) == 5
@@ -251,6 +252,7 @@ def reward(samples):
 """
 
 
+@pytest.mark.slow
 def test_a_trial_that_failed_is_tried_again_by_the_next_start(grpo: Grpo, tmp_path: Path) -> None:
     """Once by each, and its job goes on; the folder of one that is done is filled again."""
     (tmp_path / "fails_once.py").write_text(FAILS_ONCE)
@@ -276,6 +278,7 @@ def test_a_trial_that_failed_is_tried_again_by_the_next_start(grpo: Grpo, tmp_pa
     ]
 
 
+@pytest.mark.slow
 def test_a_trial_whose_job_runs_elsewhere_is_left_to_it(
     whole: Path, grpo: Grpo, tmp_path: Path
 ) -> None:
@@ -448,6 +451,29 @@ def test_corners_hold_every_choice_and_both_ends() -> None:
 
 
 # Storages
+
+
+@pytest.mark.slow
+def test_a_password_lies_in_no_file(grpo: Grpo, tmp_path: Path) -> None:
+    """Given in the URL it is refused; from the environment it is used, and stays there."""
+    code, printed = grpo(
+        *SEARCH, "hydra.sweeper.storage='postgresql://me:s3cret@127.0.0.1:1/x'", "sweep_dir=sweep"
+    )
+    assert code == 2
+    assert "oc.env:OPTUNA_STORAGE" in printed
+    assert "s3cret" not in printed
+    url = f"sqlite:///{tmp_path}/study.db?timeout=31"
+    done = grpo_process(
+        *SEARCH, "hydra.sweeper.storage='${oc.env:OPTUNA_STORAGE}'", "hydra.sweeper.n_trials=1",
+        "max_steps=1", "sweep_dir=sweep", cwd=tmp_path, env={"OPTUNA_STORAGE": url},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "study.db").is_file()
+    for file in (tmp_path / "sweep").rglob("*"):
+        assert not file.is_file() or b"timeout=31" not in file.read_bytes(), file
+    again = grpo_process("-m", "sweep_dir=sweep", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "OPTUNA_STORAGE" in again.stderr
 
 
 def test_a_process_that_comes_too_late_ends_well(grpo: Grpo, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_ctrl_c_ends_a_sweep_in_order(tmp_path: Path) -> None:
     assert is_saved_where_it_stopped(sweep / "1")
 
 
+@pytest.mark.slow
 def test_more_seeds_are_added_to_a_sweep(grpo: Grpo, tmp_path: Path) -> None:
     """The jobs that are there keep their numbers; a folder deleted by hand is filled again."""
     assert grpo("-m", *TWO_STEPS, "kl_weight=0,0.1", "seed=1", "sweep_dir=sweep")[0] == 0

@@ -43,8 +43,12 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(both: Path) -> list[dict[str, Any]]:
+    return inspected(both / "run")
+
+
+def inspected(run: Path) -> list[dict[str, Any]]:
     """What W&B wrote, as W&B's own reader has it."""
-    (offline,) = (both / "run/wandb").glob("offline-run-*")
+    (offline,) = (run / "wandb").glob("offline-run-*")
     told = subprocess.run(
         [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)],
         capture_output=True, text=True, check=True,
@@ -174,6 +178,25 @@ def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
     assert [line["step"] for line in logged] == list(range(6))
     kept = [{k: v for k, v in line.items() if k != "timestamp"} for line in before]
     assert [{k: v for k, v in line.items() if k != "timestamp"} for line in logged[:3]] == kept[:3]
+
+
+@pytest.mark.slow
+def test_wandbs_own_environment_counts(tmp_path: Path) -> None:
+    """What a key says wins; what none says is taken from W&B's variables."""
+    env = {
+        "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team", "WANDB_RUN_GROUP": "group of theirs",
+        "WANDB_TAGS": "one,two", "WANDB_NOTES": "by the environment",
+    }  # fmt: skip
+    usual = (*JOB, "max_steps=1", "tracking=wandb", "tracking.wandb.mode=offline")
+    for name, own in (("theirs", ()), ("ours", ("tracking.wandb.project=ours",))):
+        done = grpo_process(*usual, *own, f"hydra.run.dir={name}", cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        (run,) = of_type(inspected(tmp_path / name), "run")
+        assert run["project"] == name
+        assert run["entity"] == "team"
+        assert run["run_group"] == "group of theirs"
+        assert run["tags"] == ["one", "two"]
+        assert run["notes"] == "by the environment"
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ def in_terminal(*arguments: str, cwd: Path, columns: int = 120, rows: int = 40) 
 JOB = ("experiment=smoke", "tracking=none", "max_steps=4", "dataset.eval_slice=:16")
 
 
+@pytest.mark.slow
 def test_a_wide_terminal_has_charts(tmp_path: Path) -> None:
     wide = in_terminal(*JOB, "hydra.run.dir=run", cwd=tmp_path)
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()][1:]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from anyio import to_thread
@@ -22,8 +24,9 @@ from grpo.dashboard.found import outputs_in
 from grpo.dashboard.home import home
 from grpo.dashboard.studies import Studies
 from grpo.errors import ConfigError
-from grpo.report.command import write_report
-from grpo.report.run.page import write_run_page
+from grpo.report.command import sweep_page
+from grpo.report.run.page import run_page
+from grpo.report.run.read import read_run
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -38,12 +41,15 @@ def dashboard_app(root: Path, host: str) -> Starlette:
         studies.follow(outputs.sweeps)
         return HTMLResponse(home(outputs, root, studies.ids, studies.unreadable))
 
+    pages = Pages()
+
     def run(request: Request) -> Response:
-        return page(folder_of(root, request), ["metrics.jsonl", "summary.json"], write_run_page)
+        sources = ["metrics.jsonl", "summary.json"]
+        return pages.show(folder_of(root, request), sources, lambda run: run_page(read_run(run)))
 
     def sweep(request: Request) -> Response:
-        own = ["sweep.json", "*/summary.json", "*/metrics.jsonl"]
-        return page(folder_of(root, request), own, lambda folder: write_report([folder]))
+        sources = ["sweep.json", "*/summary.json", "*/metrics.jsonl"]
+        return pages.show(folder_of(root, request), sources, sweep_page)
 
     runs = Late(lambda: trackio(root / "trackio"))
     routes = [
@@ -70,16 +76,36 @@ def folder_of(root: Path, request: Request) -> Path:
     return folder
 
 
-def page(folder: Path, sources: list[str], write: Callable[[Path], object]) -> Response:
-    """A folder's report, written anew where what it is made from is newer."""
-    report = folder / "report.html"
-    times = [file.stat().st_mtime for own in sources for file in folder.glob(own)]
-    if not report.is_file() or max(times, default=0.0) > report.stat().st_mtime:
-        try:
-            write(folder)
-        except ConfigError as error:
-            raise HTTPException(404, str(error)) from error
-    return FileResponse(report)
+class Pages:
+    """Reports as they are now: those that were written, or made and kept here; none is written."""
+
+    def __init__(self, most: int = 16) -> None:
+        self.most = most
+        self.made: OrderedDict[Path, tuple[float, str]] = OrderedDict()
+        self.locks: defaultdict[Path, Lock] = defaultdict(Lock)
+
+    def show(self, folder: Path, sources: list[str], make: Callable[[Path], str]) -> Response:
+        """A folder's report, made anew where what it is made from is newer.
+
+        Raises:
+            HTTPException: 404, there is nothing to show yet.
+        """
+        report = folder / "report.html"
+        times = [file.stat().st_mtime for own in sources for file in folder.glob(own)]
+        newest = max(times, default=0.0)
+        if report.is_file() and report.stat().st_mtime >= newest:
+            return FileResponse(report)
+        with self.locks[folder]:  # others who ask for it wait, and get the same
+            made = self.made.get(folder)
+            if made is None or made[0] != newest:
+                try:
+                    made = newest, make(folder)
+                except ConfigError as error:
+                    raise HTTPException(404, str(error)) from error
+                self.made[folder] = made
+                while len(self.made) > self.most:
+                    self.made.popitem(last=False)
+        return HTMLResponse(made[1])
 
 
 class Late:

@@ -127,12 +127,15 @@ def groups_agree(course: Course) -> Found | None:
 
 
 def kl_runs_away(course: Course) -> Found | None:
-    kl = course.lately("kl/k3")
+    # Not k3: a single token can make it large (docs/kl.md).
+    name = "full" if course.lately("kl/full") is not None else "k1"
+    kl = course.lately(f"kl/{name}")
     if kl is None or kl < course.limits.kl_high:
         return None
     weight, rate = course.config["kl_weight"], course.config["learning_rate"]
     return Found(
-        f"{kl:.3g} nats a token from the reference (k3, the last {course.limits.window} steps).",
+        f"{kl:.3g} nats a token from the reference (kl/{name}, the last "
+        f"{course.limits.window} steps).",
         "The policy leaves the model it came from faster than kl_weight pulls it back.",
         f"learning_rate={rate / 3:.2g}, or kl_weight={max(weight * 3, 0.01):.2g}",
     )

@@ -88,7 +88,9 @@ class LanguageModel:
         if has_adapter(self.model):
             load_adapter(self.model, folder)
         else:
-            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            saved = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False
+            )
             self.model.load_state_dict(saved.state_dict())
 
     def score(
@@ -205,6 +207,7 @@ def in_four_bits(folder: Path, device: Device) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
+        trust_remote_code=False,
         quantization_config=settings,
         device_map={"": device.torch_device},
     )

@@ -11,7 +11,7 @@ from grpo.errors import ConfigError
 from grpo.past import put
 from grpo.report.run.page import runs_page, write_run_page
 from grpo.report.run.read import is_run, read_run, told_apart
-from grpo.report.sweep.best import write_best
+from grpo.report.sweep.best import Best, best_setting
 from grpo.report.sweep.importance import importances
 from grpo.report.sweep.page import page
 from grpo.report.sweep.pictures import pictures
@@ -52,8 +52,11 @@ def write_report(folders: Sequence[Path]) -> str:
     sweep = read_sweeps(folders)
     ranking = rank(sweep)
     folder = folders[0]
-    command = best_of(sweep, ranking, folder) if ranking.settings else ""
-    html = page(sweep, ranking, command, list(pictures(sweep, ranking, importances(sweep))))
+    best = best_of(sweep, ranking, folder)
+    if best is not None:
+        best.write()
+    command = best.command if best else ""
+    html = page_of(sweep, ranking, command)
     rows = results(sweep)
     put(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
     put(folder / "results.csv", lambda file: rows.to_csv(file, index=False))
@@ -62,13 +65,28 @@ def write_report(folders: Sequence[Path]) -> str:
     return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
 
 
-def best_of(sweep: Sweep, ranking: Ranking, folder: Path) -> str:
+def sweep_page(folder: Path) -> str:
+    """The HTML that `write_report` would write of one sweep; nothing is written."""
+    sweep = read_sweeps([folder])
+    ranking = rank(sweep)
+    best = best_of(sweep, ranking, folder)
+    return page_of(sweep, ranking, best.command if best and best.file.is_file() else "")
+
+
+def page_of(sweep: Sweep, ranking: Ranking, command: str) -> str:
+    return page(sweep, ranking, command, list(pictures(sweep, ranking, importances(sweep))))
+
+
+def best_of(sweep: Sweep, ranking: Ranking, folder: Path) -> Best | None:
+    """None where no setting has come to anything."""
+    if not ranking.settings:
+        return None
     best = ranking.settings[0]
     job = min(best.jobs, key=lambda job: int(job.values.get("seed") or 0))
     why = f"The best setting of {folder}: {sweep.objective} {best.mean:.4g}\n"
     why += f"on {len(best.by_seed)} seed{'s' if len(best.by_seed) > 1 else ''}. {ranking.verdict}"
     record = read_record(job.folder.parent)
-    return write_best(folder, job.overrides, why, record.config_dir if record else None)
+    return best_setting(folder, job.overrides, why, record.config_dir if record else None)
 
 
 def results(sweep: Sweep) -> pd.DataFrame:

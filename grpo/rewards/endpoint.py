@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ class Endpoint:
         retries: tries after the first.
         batch_size: samples a request.
         workers: requests at a time.
+        token_env: the environment's variable that holds a token, sent as `Authorization: Bearer`.
     """
 
     concurrent = True
@@ -47,9 +49,17 @@ class Endpoint:
         retries: int = 3,
         batch_size: int = 64,
         workers: int = 4,
+        token_env: str | None = None,
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ConfigError(f"url={url}: should be like http://localhost:8000/rewards.")
+        if urlsplit(url).password:
+            raise ConfigError(
+                "url: a password in it would lie in the run's files; name a variable of the "
+                "environment that holds a token: token_env=NAME."
+            )
+        if token_env is not None and not os.environ.get(token_env):
+            raise ConfigError(f"token_env={token_env}: the environment has no such variable.")
         at_least(0, retries=retries)
         at_least(1, batch_size=batch_size, workers=workers)
         more_than_nothing(seconds=seconds)
@@ -58,6 +68,7 @@ class Endpoint:
         self.retries = retries
         self.batch_size = batch_size
         self.workers = workers
+        self.token_env = token_env
         self.threads: ThreadPoolExecutor | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure | None]:
@@ -79,7 +90,8 @@ class Endpoint:
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
                 time.sleep(pause * JITTER.uniform(0.5, 1.5))
             try:
-                return read_rewards(post(self.url, body, self.seconds), len(batch))
+                token = os.environ[self.token_env] if self.token_env else None
+                return read_rewards(post(self.url, body, self.seconds, token), len(batch))
             except HTTPError as error:
                 error.close()
                 reason = f"HTTP {error.code} {error.reason}"
@@ -102,13 +114,15 @@ def as_json(sample: Sample) -> dict[str, Any]:
     }
 
 
-def post(url: str, body: bytes, seconds: float) -> bytes:
+def post(url: str, body: bytes, seconds: float, token: str | None = None) -> bytes:
     """The answer to a request, all of it within a time limit.
 
     Raises:
         OSError, HTTPException: there is none; HTTPError where it is another status than 2xx.
     """
     request = Request(url, body, {"Content-Type": "application/json"})
+    if token is not None:  # for this address alone, wherever it sends one
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     deadline = time.monotonic() + seconds
     parts = []
     with urlopen(request, timeout=seconds) as response:  # a limit on each wait, not on their sum

@@ -106,6 +106,7 @@ class RewardModel:
         with torch.random.fork_rng(devices=[]):
             classifier, info = AutoModelForSequenceClassification.from_pretrained(
                 folder,
+                trust_remote_code=False,  # else it asks, and takes what is piped in for an answer
                 dtype=torch.float32 if device == "cpu" else "auto",
                 output_loading_info=True,
             )
@@ -115,7 +116,9 @@ class RewardModel:
                 f"sequence classifier."
             )
         check_label(self.model, self.label, classifier.config.num_labels)
-        tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, truncation_side="left", trust_remote_code=False
+        )
         config = classifier.config.get_text_config()
         if config.pad_token_id is None:
             self.batch_size = 1  # it tells a text's end by the padding
@@ -158,7 +161,7 @@ def outputs_of(folder: Path) -> int:
     """How many outputs the classifier in a folder has."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(folder).num_labels)
+    return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels)
 
 
 def folder_of(model: str) -> Path:

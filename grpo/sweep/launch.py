@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from grpo.again import key_of, quoted
 from grpo.check import check, check_training
@@ -21,6 +21,7 @@ from grpo.config import without_hydra
 from grpo.errors import ConfigError, RunError
 from grpo.sweep.folder import standing
 from grpo.sweep.stop import stoppable
+from grpo.trust import check_code
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,13 @@ class Launch:
 
     @property
     def arguments(self) -> list[str]:
-        """The command's own overrides, Hydra's and the experiment's."""
-        own = self.config.hydra.overrides
-        return [o for o in (*own.hydra, *own.task) if key_of(o) not in NOT_THE_JOB]
+        """The command's own overrides, Hydra's and the experiment's.
+
+        As they were given: what one takes from the environment is not looked up, and stays there.
+        """
+        own = OmegaConf.to_container(self.config.hydra.overrides, resolve=False)
+        assert isinstance(own, dict)
+        return [o for o in (*own["hydra"], *own["task"]) if key_of(o) not in NOT_THE_JOB]
 
     def compose(self, job: Sequence[str]) -> DictConfig:
         """The config of a job.
@@ -117,6 +122,7 @@ class Launch:
         whole = self.context.config_loader.load_sweep_config(self.config, list(job))
         own = without_hydra(whole)
         try:
+            check_code(own)
             check(own)
             check_training(own)
         except ConfigError as error:

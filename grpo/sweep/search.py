@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna.study import StudyDirection as Direction
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -38,6 +38,7 @@ from grpo.sweep.study import (
     quiet,
     reach,
     reason_of,
+    refuse_password,
     shown,
     spelled,
     told,
@@ -84,10 +85,12 @@ def search(
     record = read_record(folder)
     if record is not None and not (folder / STUDY).is_file():
         raise ConfigError(f"sweep_dir={folder}: holds a grid; give another sweep_dir.")
+    asked = OmegaConf.to_container(launch.config.hydra.sweeper)["storage"]  # type: ignore[call-overload, index]
     if options.storage is not None:
+        refuse_password(asked)
         reach(options.storage)
     writable(folder, "sweep_dir")
-    study, name = open_study(options, objectives, space, fixed, folder)
+    study, name = open_study(options, asked, objectives, space, fixed, folder)
     Search(launch, options, study, space, fixed, list(objectives), folder, name).run()
 
 
@@ -134,9 +137,17 @@ def check_objectives(options: Options, configs: Sequence[DictConfig]) -> dict[st
 
 
 def open_study(
-    options: Options, objectives: dict[str, str], space: Space, fixed: Sequence[str], folder: Path
+    options: Options,
+    storage_asked: str | None,
+    objectives: dict[str, str],
+    space: Space,
+    fixed: Sequence[str],
+    folder: Path,
 ) -> tuple[optuna.Study, str]:
     """The study, made or found again, and the name that it knows this folder by.
+
+    Args:
+        storage_asked: as it was given, so that what lies in the environment stays there.
 
     Raises:
         ConfigError: its storage can't be had, or it is a study of something else.
@@ -156,7 +167,7 @@ def open_study(
         check_same(study, objectives, space, fixed)
         place = there.folder if there else uuid.uuid4().hex[:8]
         pruner = (options.pruner, dict(options.pruner_options))
-        file = StudyFile(options.storage, name, objectives, *pruner, place, spelled(space))
+        file = StudyFile(storage_asked, name, objectives, *pruner, place, spelled(space))
         file.write(folder)
     return study, place
 

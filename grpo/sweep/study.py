@@ -13,6 +13,8 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -140,11 +142,15 @@ def built(make: Callable[..., Any], options: Mapping[str, Any], key: str) -> Any
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """A database, or the journal in the sweep's folder.
 
+    Args:
+        url: as study.json keeps it: what it takes from the environment is still to be looked up.
+
     Raises:
         ConfigError: it can't be used.
     """
     if url is None:
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    url = from_environment(url)
     options = {"pool_pre_ping": True, **patience(url)}
     with told(url):
         try:
@@ -152,6 +158,36 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         except sqlalchemy.exc.SQLAlchemyError:
             time.sleep(2)  # another process may be making its tables just now
             return RDBStorage(url, engine_kwargs=options)
+
+
+def from_environment(url: str) -> str:
+    """The URL with what it takes from the environment, as `${oc.env:STORAGE}`.
+
+    Raises:
+        ConfigError: that isn't set.
+    """
+    try:
+        return str(OmegaConf.create({"url": url}).url)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"hydra.sweeper.storage={url}: {reason}") from error
+
+
+def refuse_password(url: str) -> None:
+    """Refuses a URL with a password in it, which a sweep's files would keep.
+
+    Args:
+        url: as it was given, before anything is taken from the environment.
+    """
+    try:
+        password = sqlalchemy.make_url(url).password
+    except sqlalchemy.exc.ArgumentError:
+        return  # not a URL, or one that is all in the environment
+    if password and not str(password).startswith("${"):
+        raise ConfigError(
+            f"hydra.sweeper.storage={shown(url)}: its password would lie in the sweep's files; put "
+            f"the URL into the environment: hydra.sweeper.storage='${{oc.env:OPTUNA_STORAGE}}'"
+        )
 
 
 def reach(url: str) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PROJECT = "grpo-bench"
 # W&B makes a section of each, with the training's own step below every chart.
 SECTIONS = (
     "reward", "kl", "loss", "policy", "completion", "eval",
@@ -32,16 +33,21 @@ class WandB(Sink):
     def __init__(
         self,
         info: RunInfo,
-        project: str,
+        project: str | None,
         entity: str | None,
         mode: str,
         group: str | None,
-        tags: Sequence[str],
+        tags: Sequence[str] | None,
         notes: str | None,
         table_every: int,
         log_model: bool,
     ) -> None:
-        """mode: auto is online where a key is known, else offline. table_every: steps, 0: never."""
+        """What is None is taken from W&B's own environment variables, where they are set.
+
+        Args:
+            mode: auto is online where a key is known, else offline.
+            table_every: steps; 0: never.
+        """
         import wandb
 
         self.info, self.table_every, self.log_model = info, table_every, log_model
@@ -49,12 +55,12 @@ class WandB(Sink):
             self.run, self.mode = open_run(
                 mode,
                 {
-                    "project": project,
+                    "project": project or os.environ.get("WANDB_PROJECT") or PROJECT,
                     "entity": entity,
                     "id": info.id,
                     "name": info.name,
-                    "group": group or info.group,
-                    "tags": list(tags),
+                    "group": group or os.environ.get("WANDB_RUN_GROUP") or info.group,
+                    "tags": None if tags is None else list(tags),
                     "notes": notes,
                     "config": {**info.config, "git_commit": info.commit},
                     "dir": str(info.folder),

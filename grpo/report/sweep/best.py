@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from shlex import quote
@@ -17,8 +18,21 @@ from grpo.config import conf_folder
 LEFT_OUT = ("sweep", "sweep_dir", "resume", "name", "tracking")  # change nothing that is measured
 
 
-def write_best(sweep: Path, overrides: Sequence[str], why: str, own_configs: str | None) -> str:
-    """Writes SWEEP/experiment/best.yaml and returns the command that runs it.
+@dataclass(frozen=True)
+class Best:
+    """The best setting as a file, and the command that runs it."""
+
+    file: Path
+    content: str
+    command: str
+
+    def write(self) -> None:
+        self.file.parent.mkdir(exist_ok=True)
+        self.file.write_text(self.content)
+
+
+def best_setting(sweep: Path, overrides: Sequence[str], why: str, own_configs: str | None) -> Best:
+    """SWEEP/experiment/best.yaml, and the command that runs it.
 
     Where the sweep's own experiments have one of this name, it is best_2.yaml, and so on. What an
     override takes away (~reward.answer) a file can't: that goes into the command.
@@ -29,19 +43,16 @@ def write_best(sweep: Path, overrides: Sequence[str], why: str, own_configs: str
     """
     name = free_name(Path(own_configs)) if own_configs else "best"
     file = sweep / "experiment" / f"{name}.yaml"
-    file.parent.mkdir(exist_ok=True)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     deleted = [quote(f"~{one.key_or_group}") for one in parsed if one.is_delete()]
     if deleted:
         why += f"\nThe command that runs it must say {' '.join(deleted)} too."
     comment = "\n".join(f"# {line}" for line in why.splitlines())
-    file.write_text(f"# @package _global_\n{comment}\n{experiment(parsed, own_configs)}")
-    if own_configs is None:
-        return " ".join(["grpo", "--config-dir", quote(str(sweep)), f"experiment={name}", *deleted])
-    where = quote(f"hydra.searchpath=[file://{sweep.absolute()}]")
-    return " ".join(
-        ["grpo", "--config-dir", quote(own_configs), where, f"experiment={name}", *deleted]
-    )
+    content = f"# @package _global_\n{comment}\n{experiment(parsed, own_configs)}"
+    where = ["--config-dir", quote(own_configs or str(sweep))]
+    if own_configs is not None:
+        where.append(quote(f"hydra.searchpath=[file://{sweep.absolute()}]"))
+    return Best(file, content, " ".join(["grpo", *where, f"experiment={name}", *deleted]))
 
 
 def free_name(own_configs: Path) -> str:

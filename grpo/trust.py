@@ -1,0 +1,137 @@
+"""What a run's folder may have run: a stranger's folder is data, not a program.
+
+`grpo eval checkpoint=DIR`, `grpo resume=DIR` and `grpo -m sweep_dir=DIR` take overrides from that
+folder, and overrides can name any function. Those of this package and those in files of the working
+directory are the user's own; anything else is refused until `--trust` is given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.errors import ConfigError
+
+OWN = "grpo"
+HARMLESS = re.compile(  # of Hydra's own settings: they say where and how many, not what
+    r"hydra/launcher=(basic|joblib|ray|submitit_local|submitit_slurm|slurm)"
+    r"|hydra/sweeper=(grid|optuna)"
+    r"|hydra\.(mode|verbose|run\.dir|sweep\.(dir|subdir)|(sweeper|launcher)\.[\w.]+|job\.name)=.*"
+)
+
+
+@dataclass
+class Source:
+    """Where this command's overrides come from, if not from the command line alone."""
+
+    folder: Path | None = None
+    given: tuple[str, ...] = ()  # the keys of the command line itself
+
+
+SOURCE = Source()
+
+
+def take_from(
+    folder: Path, overrides: Sequence[str], config_dir: str | None, given: Sequence[str]
+) -> None:
+    """Notes that overrides come from this folder, and refuses those that reach Hydra itself.
+
+    Args:
+        config_dir: that the folder names, if any.
+        given: the command line's own overrides, which the user answers for.
+
+    Raises:
+        ConfigError: an override sets what Hydra runs, or the configs are not the user's own.
+    """
+    SOURCE.folder = folder
+    SOURCE.given = tuple(own.partition("=")[0].lstrip("+~") for own in given)
+    for override in overrides:
+        setting = override.lstrip("+~")
+        if setting.startswith("hydra") and (
+            "_target_" in setting or not HARMLESS.fullmatch(setting)
+        ):
+            raise refusal(folder, f"{override}, a setting of Hydra's that may run code")
+    if config_dir is not None and not is_users(Path(config_dir)):
+        raise refusal(folder, f"configs in {config_dir}, outside the working directory")
+
+
+def check_code(cfg: DictConfig) -> None:
+    """Refuses a config from a folder that names code which is neither this package's nor one's own.
+
+    Raises:
+        ConfigError: naming the key and the function.
+    """
+    if SOURCE.folder is None:
+        return
+    for key, path in named_code(OmegaConf.to_container(cfg, resolve=True)):  # type: ignore[arg-type]
+        by_hand = any(key == own or key.startswith(f"{own}.") for own in SOURCE.given)
+        if not (by_hand or is_own(path)):
+            raise refusal(SOURCE.folder, f"{key}={path}")
+
+
+def refusal(folder: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"{folder}: names {what}; it is neither part of this package nor in your working "
+        f"directory. Read it, and add --trust to run it."
+    )
+
+
+def named_code(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each key that names a function, with the function's path."""
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from named_code(value, f"{name}.")
+        elif key == "_target_" or (isinstance(value, str) and is_function_key(name, value)):
+            yield name, str(value)
+
+
+def is_function_key(name: str, value: str) -> bool:
+    return name.startswith("algorithm.") and "." in value
+
+
+def is_own(path: str) -> bool:
+    """Whether a dotted path is this package's, or in a file of the working directory."""
+    first, *rest = path.split(".")
+    if first == OWN:
+        return True
+    try:
+        spec = find_spec(first)  # of a first name it imports nothing
+    except ValueError:  # as of __main__
+        return False
+    if spec is None:
+        return True  # there is no such module: refused as that, later
+    if spec.origin is not None:
+        return is_users(Path(spec.origin))  # built-in ones have a word there, and no file
+    return all(
+        is_users(place) for place in inside([*(spec.submodule_search_locations or [])], rest)
+    )
+
+
+def inside(folders: Sequence[str], names: Sequence[str]) -> list[Path]:
+    """How far these names lead from folders without an __init__.py, which are one package."""
+    found = [Path(folder) for folder in folders]
+    for name in names:
+        files = [own / f"{name}.py" for own in found if (own / f"{name}.py").is_file()]
+        deeper = files or [own / name for own in found if (own / name).is_dir()]
+        if not deeper:
+            break
+        found = deeper
+    return found
+
+
+def is_users(place: Path) -> bool:
+    """Whether a file or folder lies in the working directory, and not in the folder in question.
+
+    An environment's packages may lie there too; they are not the user's.
+    """
+    place, here = place.expanduser().resolve(), Path.cwd()
+    if not place.exists() or not place.is_relative_to(here) or "site-packages" in place.parts:
+        return False
+    return SOURCE.folder is None or not place.is_relative_to(SOURCE.folder.resolve())

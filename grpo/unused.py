@@ -1,0 +1,79 @@
+"""Keys that are given and do nothing in this run: told, not ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.again import key_of
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a config alone doesn't say."""
+
+    exact: bool  # the sampler's probabilities are the policy's, but for rounding
+    updates: int  # of the optimizer, in the whole run
+
+
+@dataclass(frozen=True)
+class Rule:
+    key: str
+    is_unused: Callable[[DictConfig, Facts], bool]
+    why: str  # and what would give it something to do
+
+
+RULES = (
+    Rule(
+        "kl.sync_share",
+        lambda cfg, facts: not cfg.kl.sync_every,
+        "the reference doesn't move; set kl.sync_every",
+    ),
+    Rule(
+        "kl.horizon",
+        lambda cfg, facts: cfg.kl.target is None,
+        "the weight doesn't adapt; set kl.target",
+    ),
+    Rule(
+        "algorithm.importance_cap",
+        lambda cfg, facts: facts.exact,
+        "this sampler's probabilities are the policy's own; rollout=vllm and bf16 use it",
+    ),
+    Rule(
+        "optim.warmup_steps",
+        lambda cfg, facts: cfg.optim.warmup_steps > facts.updates,
+        "the run ends before the learning rate has come to its height",
+    ),
+    Rule(
+        "num_epochs",
+        lambda cfg, facts: cfg.max_steps is not None,
+        "max_steps says how long this run is",
+    ),
+    *(
+        Rule(
+            f"curriculum.{key}",
+            lambda cfg, facts: not cfg.curriculum.samples,
+            "how hard prompts are isn't known; set curriculum.samples",
+        )
+        for key in ("at_least", "at_most")
+    ),
+    Rule(
+        "tracking.wandb.table_every",
+        lambda cfg, facts: not cfg.log_prompts,
+        "no completions are kept; set log_prompts",
+    ),
+)
+
+
+def unused_keys(cfg: DictConfig, overrides: Sequence[str], facts: Facts) -> Iterator[str]:
+    """A line for each override that changes nothing in this run.
+
+    Args:
+        overrides: those of the command line; what an experiment's file sets may be for others.
+    """
+    given = {key_of(override) for override in overrides}
+    for rule in RULES:
+        if rule.key in given and rule.is_unused(cfg, facts):
+            yield f"{rule.key}={OmegaConf.select(cfg, rule.key)} does nothing here: {rule.why}."
