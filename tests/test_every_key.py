@@ -73,7 +73,7 @@ CHANGED: dict[str, tuple[str, tuple[str, ...]]] = {
     "dataset.eval_split": ("train", ("dataset.allow_overlap=true",)),
     "dataset.eval_slice": ("':4'", ()),
     "dataset.system_prompt": ("Be right.", ()),
-    "dataset.worked_examples": ("[{question: 1+1, answer: 2}]", ()),
+    "dataset.worked_examples": ("[{question: 1+1, answer: two}]", ()),
     "dataset.chat": ("false", ()),
     "dataset.template_options": ("{add_generation_prompt: false}", ()),
     "dataset.max_prompt_tokens": ("3", ()),
@@ -181,5 +181,5 @@ def test_a_key_that_is_changed_changes_something(
     code, printed = grpo(*USUAL, *beside, f"{key}={value}", "hydra.run.dir=changed")
     assert code in (0, 2), printed
     if code == 2:
-        assert key.rpartition(".")[2] in printed
+        assert key.partition(".")[0] in printed.splitlines()[-1]
     assert left_by(tmp_path / "changed") != known[beside]

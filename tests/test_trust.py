@@ -102,6 +102,7 @@ def test_whose_a_function_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "rewards_of_mine.py").write_text("")
     (tmp_path / "runs/one").mkdir(parents=True)
     (tmp_path / "runs/one/evil.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)  # where the command puts it
     monkeypatch.setattr(trust.SOURCE, "folder", tmp_path / "runs/one")
     assert is_own("grpo.rewards.Answer")
     assert is_own("rewards_of_mine.score")
