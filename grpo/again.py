@@ -47,10 +47,7 @@ def with_past_overrides(job: str, arguments: Sequence[str], trusted: bool = Fals
         if run is None:
             return list(arguments)
         past = [o for o in past_overrides(run) if not key_of(o).startswith("checkpoint.")]
-        own_flags = past_flags(run, flags)
-        if not trusted:
-            trust.take_from(run, past, own_flags[-1] if own_flags else None, given)
-        return [*flags, *own_flags, *merged(past, given)]
+        return with_overrides_of(run, past, given, flags, trusted)
     resume = value_of("resume", given)
     if resume in (None, "null", "") or several:
         return list(arguments)
@@ -62,15 +59,21 @@ def with_past_overrides(job: str, arguments: Sequence[str], trusted: bool = Fals
             return list(arguments)
         return [*merged(kl_of_old_run(unfinished), arguments), run_dir(unfinished)]
     run = resumable(resume)
-    past, own_flags = past_overrides(run), past_flags(run, flags)
+    return [*with_overrides_of(run, past_overrides(run), given, flags, trusted), run_dir(run)]
+
+
+def with_overrides_of(
+    run: Path, past: Sequence[str], given: Sequence[str], flags: Sequence[str], trusted: bool
+) -> list[str]:
+    """The flags and overrides given, with a run's own put before them.
+
+    Raises:
+        ConfigError: the run names code that isn't trusted.
+    """
+    own_flags = past_flags(run, flags)
     if not trusted:
         trust.take_from(run, past, own_flags[-1] if own_flags else None, given)
-    return [
-        *flags,
-        *own_flags,
-        *merged(past, given),
-        run_dir(run),
-    ]
+    return [*flags, *own_flags, *merged(past, given)]
 
 
 def names_study(job: str, given: Sequence[str]) -> bool:
