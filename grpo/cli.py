@@ -39,6 +39,7 @@ from grpo.allocator import keep_freed_memory
 from grpo.check import check, check_training
 from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text, version_text
+from grpo.secrets import cross_out_in_logs
 from grpo.sweep.gpus import take_gpu
 from grpo.sweep.launch import NOT_THE_JOB
 from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep, leave_terminal
@@ -51,6 +52,15 @@ WITHOUT_CONFIG = {  # jobs that read what a run left
     "export": "grpo.export",
     "chat": "grpo.chat",
     "dashboard": "grpo.dashboard.command",
+}
+HYDRAS_NAMES = {  # of Hydra's own Optuna sweeper, where this one has another
+    "hydra/sweeper/sampler": "hydra.sweeper.sampler",
+    "hydra/sweeper/pruner": "hydra.sweeper.pruner",
+    "hydra.sweeper.sampler.seed": "hydra.sweeper.seed",
+    "hydra.sweeper.sampler._target_": "hydra.sweeper.sampler",
+    "hydra.sweeper.search_space": "hydra.sweeper.params",
+    "hydra.sweeper.custom_search_space": "hydra.sweeper.params",
+    "hydra.sweeper.optuna_config": "hydra.sweeper",
 }
 Argv = Sequence[str]
 
@@ -175,6 +185,7 @@ def told() -> Iterator[Path]:
         own = [o for o in hydra_config.overrides.task if again.key_of(o) not in NOT_THE_JOB]
         say(f"\njob {folder.name}: {' '.join(own)}")
     prepare()
+    cross_out_in_logs()
     keep_freed_memory()  # before anything imports torch
     try:
         if is_job and (gpu := take_gpu(folder.parent)):
@@ -224,6 +235,9 @@ def stop(message: str) -> NoReturn:
 def explain(error: Exception, job: str, overrides: Argv) -> str:
     """Hydra's error as one line: what was given, and the nearest of what there is."""
     text = str(error).strip()
+    for own in overrides:
+        if (key := again.key_of(own)) in HYDRAS_NAMES:
+            return f"{own}: here it is {own.lstrip('+~').replace(key, HYDRAS_NAMES[key])}"
     if isinstance(error, OverrideParseException):
         return not_an_override(str(error.override), text)
     if isinstance(error, MissingConfigException):

@@ -6,7 +6,9 @@ import copy
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -250,41 +252,63 @@ class CheckBeforeRun(Callback):
     """Hydra's door: a refused config leaves no folder behind."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        from grpo.cli import refuse
-
-        try:
-            check_hydra(config)
-            if any(own.startswith("hydra.sweep.subdir=") for own in config.hydra.overrides.hydra):
-                raise ConfigError(
-                    "hydra.sweep.subdir: a sweep's jobs lie in folders of their numbers, by which "
-                    "it goes on and is reported; leave it out."
-                )
-            if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-                raise ConfigError(
-                    "hydra/sweeper=basic: has no report and can't go on after a kill; leave it out "
-                    "for grid, which takes the same overrides."
-                )
-        except ConfigError as error:
-            refuse(error)
+        with refusing():
+            check_sweep(config)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        from grpo.check import check
-        from grpo.cli import refuse
-        from grpo.trust import check_code
+        with refusing():
+            check_run(config)
 
-        try:
-            check_hydra(config)
-            own = without_hydra(config)
-            check_code(own)
-            check(own)
-            folder = Path(config.hydra.run.dir)
-            past.check_folder(folder, config.resume, config.model, config.adapter)
-            writable(folder, "hydra.run.dir")
-        except ConfigError as error:
-            refuse(error)
-        except OmegaConfBaseException as error:  # an interpolation to what is not there
-            key = getattr(error, "full_key", None)
-            refuse(ConfigError(f"{f'{key}: ' if key else ''}{str(error).splitlines()[0]}"))
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Ends the process at any error: one in a callback Hydra only warns of, and then runs."""
+    from grpo.cli import refuse
+
+    try:
+        yield
+    except ConfigError as error:
+        refuse(error)
+    except OmegaConfBaseException as error:  # an interpolation to what is not there
+        key = getattr(error, "full_key", None)
+        refuse(ConfigError(f"{f'{key}: ' if key else ''}{str(error).splitlines()[0]}"))
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+def check_sweep(config: DictConfig) -> None:
+    """Raises ConfigError where Hydra should not sweep as it is asked to."""
+    from grpo.secrets import refuse_secrets
+
+    refuse_secrets(config)
+    check_hydra(config)
+    if any(own.startswith("hydra.sweep.subdir=") for own in config.hydra.overrides.hydra):
+        raise ConfigError(
+            "hydra.sweep.subdir: a sweep's jobs lie in folders of their numbers, by which it goes "
+            "on and is reported; leave it out."
+        )
+    if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        raise ConfigError(
+            "hydra/sweeper=basic: has no report and can't go on after a kill; leave it out for "
+            "grid, which takes the same overrides."
+        )
+
+
+def check_run(config: DictConfig) -> None:
+    """Raises ConfigError where a config, or the folder that it names, is not fit for a run."""
+    from grpo.check import check
+    from grpo.secrets import refuse_secrets
+    from grpo.trust import check_code
+
+    refuse_secrets(config)
+    check_hydra(config)
+    own = without_hydra(config)
+    check_code(own)
+    check(own)
+    folder = Path(config.hydra.run.dir)
+    past.check_folder(folder, config.resume, config.model, config.adapter)
+    writable(folder, "hydra.run.dir")
 
 
 def writable(folder: Path, key: str) -> None:

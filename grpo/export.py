@@ -12,13 +12,18 @@ from typing import Any
 import yaml
 
 from grpo.arguments import option
+from grpo.config import flat
 from grpo.errors import ConfigError, RunError
 from grpo.hub import cached_model
 from grpo.past import HUB_ID, model_of_checkpoint, run_of
 from grpo.report.run.page import verdict, written
 from grpo.report.run.read import Run, diagnosed, differences, read_run, shipped_config
+from grpo.secrets import texts_of
 
-USAGE = "grpo export RUN DIR [--push ORG/NAME]"
+USAGE = "grpo export RUN DIR [--push ORG/NAME [--private]]"
+PRIVATE_PARTS = ("tracking", "hydra", "name", "resume", "sweep_dir")  # said of a run, not a model
+PRIVATE = re.compile(r"(path|url|dir|folder|file|host|address|email|user|_env|notes)$")
+PLACE = re.compile(r"\w+://|~/|/[^\s/]+/|\.{1,2}/|\w:\\|.*\$\{oc\.env:")
 SHOWN = ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/reward")
 
 
@@ -30,7 +35,10 @@ def export(arguments: Sequence[str]) -> None:
         RunError: the upload failed; the folder is written.
     """
     what = "the model's id on the hub, ORG/NAME"
-    given, hub_id = option(arguments, "--push", what)
+    given, hub_id = option([own for own in arguments if own != "--private"], "--push", what)
+    private = "--private" in arguments
+    if private and hub_id is None:
+        raise ConfigError("--private: says how --push makes the model's page on the hub.")
     if hub_id is not None and not HUB_ID.fullmatch(hub_id):
         raise ConfigError(f"--push {hub_id}: needs {what}.")
     if len(given) != 2:
@@ -51,7 +59,7 @@ def export(arguments: Sequence[str]) -> None:
     (folder / "README.md").write_text(card(run, hub_id or folder.name), encoding="utf-8")
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:
-        push(folder, hub_id)
+        push(folder, hub_id, private)
 
 
 def as_of(run: Run, model: Path) -> Run:
@@ -77,14 +85,27 @@ def check_hub(hub_id: str) -> None:
         raise ConfigError(f"--push {hub_id}: {reason} `hf auth login` logs in.") from error
 
 
-def push(folder: Path, hub_id: str) -> None:
+def push(folder: Path, hub_id: str, private: bool) -> None:
+    """Uploads a model.
+
+    Raises:
+        RunError: it can't be, or should be private and everyone can see what is there.
+    """
     from huggingface_hub import HfApi
 
     try:
-        HfApi().create_repo(hub_id, exist_ok=True)
-        HfApi().upload_folder(repo_id=hub_id, folder_path=folder)
+        # As its owner's account has it, if nothing is asked for; of one that is there it stays.
+        HfApi().create_repo(hub_id, private=private or None, exist_ok=True)
+        shown = private and not HfApi().repo_info(hub_id).private
+        if not shown:
+            HfApi().upload_folder(repo_id=hub_id, folder_path=folder)
     except Exception as error:  # as above
         raise RunError(f"--push {hub_id}: {error}; {folder} is whole.") from error
+    if shown:
+        raise RunError(
+            f"--private: {hub_id} is there already and is public, so nothing was uploaded; "
+            f"{folder} is whole."
+        )
     print(f"pushed to https://huggingface.co/{hub_id}", flush=True)
 
 
@@ -98,7 +119,11 @@ def card(run: Run, name: str) -> str:
         if first.get(key) is not None and last.get(key) is not None
     ]
     changed = differences([shipped_config(), run.config])
-    config = [f"| `{key}` | {cell(own)} | {cell(usual)} |" for key, (usual, own) in changed.items()]
+    config = [
+        f"| `{key}` | {cell(own)} | {cell(usual)} |"
+        for key, (usual, own) in changed.items()
+        if not is_private(key, own)
+    ]
     versions = ", ".join(f"{k} {v}" for k, v in (run.summary.get("versions") or {}).items())
     troubles = [f"- **{one.title}**: {one.evidence}" for one in run.diagnoses]
     parts = [
@@ -111,9 +136,9 @@ def card(run: Run, name: str) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n```',
         "## Data",
-        listed(plainly(run.config["dataset"])),
+        listed(public(run.config["dataset"])),
         "## Reward",
-        listed(plainly(run.config["reward"])),
+        listed(public(run.config["reward"])),
         "## How good it is",
         "On the evaluation rows, before and after training.\n\n"
         "| metric | before | after |\n|---|---|---|\n" + "\n".join(rows)
@@ -121,7 +146,7 @@ def card(run: Run, name: str) -> str:
         else "Not known.",
         *(["## What the doctor said", "\n".join(troubles)] if troubles else []),
         "## How it was trained",
-        f"```bash\ngrpo {' '.join(run.overrides)}\n```",
+        f"```bash\ngrpo {' '.join(public_overrides(run.overrides))}\n```",
         "Keys that differ from the shipped config:\n\n| key | here | as shipped |\n|---|---|---|\n"
         + "\n".join(config)
         if config
@@ -143,9 +168,14 @@ def front_matter(run: Run) -> str:
     }
     if model.get("id"):
         content["base_model"] = model["id"]
-    if isinstance(data.get("path"), str) and HUB_ID.fullmatch(data["path"]):
-        content["datasets"] = [data["path"]]
+    if sources := [own["id"] for own in sets_of(data) if own.get("id") and not own.get("path")]:
+        content["datasets"] = sources
     return f"---\n{yaml.safe_dump(content, sort_keys=False).rstrip()}\n---"
+
+
+def sets_of(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The data set, or each of a mix."""
+    return list((data.get("sets") or {"": data}).values())
 
 
 def cached(id: str | None) -> str | None:
@@ -167,8 +197,31 @@ def base_of(run: Run) -> str:
     return str(model.get("id") or model["name"])
 
 
-def plainly(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if value not in (None, [], {})}
+def public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set, each key by its dotted name, without what is nobody else's business."""
+    return {
+        key: value
+        for key, value in flat(config).items()
+        if value not in (None, [], {}) and not is_private(key, value)
+    }
+
+
+def public_overrides(overrides: Sequence[str]) -> list[str]:
+    """The same of a command; a key whose value is left out is shown as `key=…`."""
+    shown = []
+    for own in overrides:
+        key, equals, value = own.partition("=")
+        if key.lstrip("+~").startswith(PRIVATE_PARTS):
+            continue
+        shown.append(f"{key}=…" if equals and is_private(key, value.strip("'\"")) else own)
+    return shown
+
+
+def is_private(key: str, value: object) -> bool:
+    """Whether it says where something is on somebody's machines, or how it is reached there."""
+    if key.lstrip("+~").startswith(PRIVATE_PARTS) or PRIVATE.search(key):
+        return True
+    return any(PLACE.match(text.strip("'\" ")) for _, text in texts_of(value))
 
 
 def listed(config: Mapping[str, Any]) -> str:

@@ -57,6 +57,7 @@ grpo export RUN DIR: a folder that transformers loads, with a card that says whe
   RUN                     a run's folder, or one of its checkpoints; an adapter is merged
   DIR                     a new or an empty folder
   --push ORG/NAME         upload it to the hub as well
+  --private               a page that only its owner sees
 """,
 }
 

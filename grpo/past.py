@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from grpo.errors import ConfigError
 from grpo.hub import holds_adapter, holds_model
 from grpo.models.find import check_reachable, local_folder, model_folder
+from grpo.secrets import cross_out
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,7 +30,8 @@ class Occupied(ConfigError):
 
 RUNNING = "running"  # also of a run that was killed
 A_LOOK = 1.0  # seconds that `is_locked` of another process may hold up a lock, at the very most
-ENDED = ("finished", "pruned")  # the statuses of runs of which nothing is left to do
+FINISHED = "finished"
+ENDED = (FINISHED, "pruned")  # the statuses of runs of which nothing is left to do
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -80,7 +82,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def note_failure(run: Path, reason: str) -> None:
     """Says in a run's summary.json that it failed, where it can be written."""
-    content = {**(read_summary(run) or {}), "status": "failed", "error": reason}
+    content = {**(read_summary(run) or {}), "status": "failed", "error": cross_out(reason)}
     try:
         write_json(run / "summary.json", content)
     except OSError as error:

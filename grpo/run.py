@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,16 +51,17 @@ from grpo.kl import Pull
 from grpo.models.lengths import suited_to_lengths
 from grpo.models.load import LanguageModel
 from grpo.optim import Optimizer
-from grpo.past import RUNNING, is_finished, newest_step
+from grpo.past import FINISHED, RUNNING, is_finished, newest_step
 from grpo.report.run.page import write_run_page
 from grpo.rollout import HFEngine, NativeEngine
+from grpo.secrets import for_files
 from grpo.summary import Summary, git_commit
 from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 from grpo.sweep.trial import never, watcher_of
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import figures_table
 from grpo.tracking.files import encode, finite
-from grpo.tracking.tracker import answer_rows
+from grpo.tracking.tracker import answer_rows, evaluation_rows
 from grpo.train import Standing, Training, train
 from grpo.types import Prompt
 from grpo.unused import Facts, unused_keys
@@ -130,18 +133,28 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     make_engine = bind(cfg.rollout, "rollout")
     engine = build_engine(make_engine, model, cfg.max_new_tokens, budget)
     evaluation = build_evaluation(cfg, engine, prompts, rewards)
+    info = evaluation_info(cfg, folder)
+    tracker = Tracker([make(info=info) for make in bind_sinks(cfg)])
     try:
         greedy, sampled = evaluation.answer()
+    except BaseException:
+        tracker.close("failed", {"objective": {"name": cfg.objective, "value": None}})
+        raise
     finally:
         for reward in rewards.values():
             reward.close()
     metrics = metrics_of(greedy, sampled)
+    given = [own for own in (greedy, sampled) if own]
+    tracker.completions([row for a in given for row in evaluation_rows(a.rollout, a.scores)])
+    tracker.log(0, metrics)
     reports = report(greedy, sampled)
     content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts), **metrics}
     content["figures"] = reports
     (folder / "evaluation.json").write_text(json.dumps(finite(content), indent=2) + "\n")
-    rows = [row for a in (greedy, sampled) if a for row in answer_rows(a.rollout, a.scores)]
+    rows = [row for own in given for row in answer_rows(own.rollout, own.scores)]
     (folder / "completions.jsonl").write_text("".join(map(encode, rows)), encoding="utf-8")
+    objective = {"name": cfg.objective, "value": metrics.get(cfg.objective)}
+    tracker.close(FINISHED, {"objective": objective})
     print(figures_table(reports))
     print(f"written to {folder}: evaluation.json, completions.jsonl", flush=True)
     return metrics.get(cfg.objective)
@@ -155,7 +168,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     hydra = HydraConfig.get()
     tell_unused_kl(cfg, hydra.overrides.task, hydra.runtime.choices["kl"])
     make_engine = bind(cfg.rollout, "rollout")
-    make_sinks = [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
+    make_sinks = bind_sinks(cfg)
     formats = [prompt_format(own.options, own.key) for own in found.sets]
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
@@ -176,7 +189,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     pull = build_pull(cfg, policy, objective, budget)
     steps = total_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
-    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, plain(cfg))
+    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, for_files(cfg))
     start = starting_point(cfg, checkpoints, policy, optimizer, pull, budget, steps, base)
     info = run_info(cfg, folder, start, steps)
     # Those that may refuse come first: until then nothing of the run is on disk.
@@ -298,14 +311,51 @@ def tell_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
     )  # fmt: skip
 
 
+def usual_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
+    """Of a run: the experiment's, or what it trains on what."""
+    experiment = choices.get("experiment")
+    if isinstance(experiment, str) and experiment != "none":
+        return experiment
+    return f"{cfg.model.name}-{choices['dataset']}"
+
+
+def evaluation_info(cfg: DictConfig, folder: Path) -> RunInfo:
+    return RunInfo(
+        id=uuid.uuid4().hex[:8],
+        name=f"eval-{cfg.name or usual_name(cfg, HydraConfig.get().runtime.choices)}"
+        f"-{title_of(folder)}",
+        folder=folder,
+        config={**for_files(cfg), "checkpoint": str(cfg.checkpoint)},
+        group=None,
+        first_step=0,
+        logged_step=-1,
+        total_steps=0,
+        commit=git_commit(),
+        job="eval",
+    )
+
+
+def bind_sinks(cfg: DictConfig) -> list[functools.partial[Any]]:
+    """What makes each place that a run is recorded in, beside its folder."""
+    return [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
+
+
+def title_of(folder: Path) -> str:
+    """What tells a run's folder apart: its name, after the day where that is the folder's."""
+    day = folder.parent.name
+    return f"{day}-{folder.name}" if re.fullmatch(r"\d+-\d+-\d+", day) else folder.name
+
+
 def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:
     hydra = HydraConfig.get()
-    name = cfg.name or f"{cfg.model.name}-{hydra.runtime.choices['dataset']}"
+    name = cfg.name or usual_name(cfg, hydra.runtime.choices)
+    if in_sweep() or cfg.name is None:
+        name = f"{name}-{title_of(folder)}"
     return RunInfo(
         id=start.run_id,
-        name=f"{name}-{folder.name}" if in_sweep() else name,
+        name=name,
         folder=folder,
-        config=plain(cfg),
+        config=for_files(cfg),
         group=Path(hydra.sweep.dir).name if in_sweep() else None,
         first_step=start.step,
         logged_step=start.step if start.unlogged is None else start.step - 1,

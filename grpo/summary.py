@@ -14,6 +14,7 @@ from typing import Any
 from grpo.checkpoint import Progress
 from grpo.device import Device
 from grpo.past import write_json
+from grpo.secrets import cross_out
 from grpo.tracking.files import read_lines
 
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb")
@@ -58,7 +59,7 @@ class Summary:
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "git_commit": git_commit(),
             "device": self.device.describe(),
-            "error": error or None,
+            "error": cross_out(error) or None,
         }
         write_json(self.folder / "summary.json", content)
         return content

@@ -1,6 +1,6 @@
 """Prints a study in conf/sweep/ as the YAML of a W&B sweep, whose agents run `grpo`.
 
-    scripts/wandb_sweep sweep=search [overrides] > sweep.yaml
+    scripts/wandb_sweep [--config-dir DIR] sweep=search [overrides] > sweep.yaml
     wandb sweep sweep.yaml              # prints the sweep's id
     wandb agent ENTITY/PROJECT/ID       # on as many machines as you like
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -28,7 +29,8 @@ from optuna.distributions import (
 )
 
 from grpo import config
-from grpo.again import key_of
+from grpo.again import key_of, quoted
+from grpo.arguments import option
 from grpo.cli import explain, refuse
 from grpo.errors import ConfigError
 from grpo.sweep.search import fixed_of
@@ -37,9 +39,13 @@ from grpo.sweep.space import corners, space_of, values_of, written
 METHODS = {"random": "random", "grid": "grid"}  # of our samplers; all others learn: bayes
 
 
-def wandb_sweep(overrides: Sequence[str]) -> dict[str, Any]:
+def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
     """Raises ConfigError where there is nothing to sweep."""
-    composed = compose([o for o in overrides if not is_swept(o)])
+    overrides, own_configs = option(arguments, "--config-dir", "a folder")
+    if own_configs is not None and not Path(own_configs).is_dir():
+        raise ConfigError(f"--config-dir {own_configs}: there is no such folder.")
+    where = [] if own_configs is None else [searched(own_configs)]
+    composed = compose([*where, *(o for o in overrides if not is_swept(o))])
     sweeper = composed.hydra.sweeper
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     given = [o for o in overrides if not key_of(o).startswith("hydra")]
@@ -48,28 +54,34 @@ def wandb_sweep(overrides: Sequence[str]) -> dict[str, Any]:
     if not space:
         raise ConfigError("nothing to sweep; name a study: scripts/wandb_sweep sweep=search")
     for values in corners(space):  # an agent would find a wrong value one run after the other
-        compose([*fixed_of(parsed), *(written(key, value) for key, value in values.items())])
+        compose(
+            [*where, *fixed_of(parsed), *(written(key, value) for key, value in values.items())]
+        )
     searches = "sampler" in sweeper
     method = METHODS.get(sweeper.sampler, "bayes") if searches else "grid"
-    objectives = (sweeper.get("objectives") if searches else None) or {
-        composed.objective: "maximize"
-    }
+    objectives = sweeper.objectives or {composed.objective: sweeper.direction}
     if len(objectives) > 1:
         raise ConfigError("hydra.sweeper.objectives: a W&B sweep has one.")
     (metric, goal), *_ = objectives.items()
+    flags = [] if own_configs is None else ["--config-dir", own_configs]
     content = {
         "program": "grpo",
         "method": method,
         "metric": {"name": metric, "goal": goal},
         "parameters": {key: parameter(key, own, method) for key, own in space.items()},
         # One run for each; hydra.mode undoes what makes a sweep of the study itself.
-        "command": ["grpo", *fixed_of(parsed), "hydra.mode=RUN", "${args_no_hyphens}"],
+        "command": ["grpo", *flags, *fixed_of(parsed), "hydra.mode=RUN", "${args_no_hyphens}"],
     }
     if searches:
         content["run_cap"] = sweeper.n_trials
         if sweeper.pruner != "none":
             content["early_terminate"] = {"type": "hyperband", "min_iter": 2}
     return content
+
+
+def searched(folder: str) -> str:
+    """What --config-dir is to Hydra's command, as an override."""
+    return f"hydra.searchpath=[{quoted(f'file://{Path(folder).absolute()}')}]"
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

@@ -32,10 +32,11 @@ JOB = ("experiment=smoke", "max_steps=2", "dataset.eval_slice=:16")
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in Trackio and a search of two trials, where one command would put them."""
+    """A run in Trackio, its evaluation, and a search of two trials, where commands put them."""
     cwd = tmp_path_factory.mktemp("shown")
     for command in (
         (*JOB, "tracking=trackio", "hydra.run.dir=outputs/day/run"),
+        ("eval", "checkpoint=outputs/day/run", "hydra.run.dir=outputs/day/eval"),
         (
             "-m", *JOB, "tracking=none", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2",
             "learning_rate=tag(log,interval(1e-4,1e-3))", "sweep_dir=outputs/sweeps/day/search",
@@ -70,8 +71,11 @@ def address(outputs: Path) -> Iterator[str]:
         yield found
 
 
-def ask(address: str, method: str = "GET", host: str = "") -> tuple[int, str]:
-    request = urllib.request.Request(address, method=method, headers={"Host": host} if host else {})
+def ask(address: str, method: str = "GET", host: str = "", body: str = "") -> tuple[int, str]:
+    headers = ({"Host": host} if host else {}) | (
+        {"Content-Type": "application/json"} if body else {}
+    )
+    request = urllib.request.Request(address, body.encode() or None, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
@@ -86,6 +90,18 @@ def test_home_names_what_there_is(address: str) -> None:
     assert "href='/run/day/run'" in page
     assert "href='/sweep/sweeps/day/search'" in page
     assert "2 finished" in page
+
+
+def test_an_evaluation_is_beside_the_runs(outputs: Path, address: str) -> None:
+    """On the first page with what it found, and in Trackio, where its run is."""
+    page = ask(address)[1]
+    found = json.loads((outputs / "day/eval/evaluation.json").read_text())
+    row = page[page.index("<td>day/eval</td>") :].partition("</tr>")[0]
+    assert "<td>outputs/day/run</td><td>16</td>" in row
+    assert f"<td>{found['eval/sampled_accuracy']:.1%}</td>" in row
+    body = json.dumps({"project": "grpo-bench"})
+    _, told = ask(f"{address}/trackio/api/get_runs_for_project", "POST", body=body)
+    assert "eval-smoke" in told, told
 
 
 def test_reports_are_pages_and_made_anew_where_they_are_old(outputs: Path, address: str) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,17 +17,26 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.export import licence_of
-from tests.conftest import metrics
+from grpo.export import card, licence_of
+from grpo.report.run.read import read_run
+from tests.conftest import grpo_process, metrics
 
 Grpo = Callable[..., tuple[int, str]]
 SHORT = ("experiment=smoke", "tracking=none", "dataset.eval_size=16", "hydra.run.dir=run")
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cwd = tmp_path_factory.mktemp("once")
+    done = grpo_process(*SHORT, "kl_weight=0.05", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "run"
+
+
 @pytest.fixture
-def run(grpo: Grpo, tmp_path: Path) -> Path:
-    code, printed = grpo(*SHORT, "kl_weight=0.05")
-    assert code == 0, printed
+def run(once: Path, tmp_path: Path) -> Path:
+    """A run of this test's own, where it works."""
+    shutil.copytree(once, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
 
 
@@ -64,6 +77,122 @@ def test_the_card_of_a_checkpoint_speaks_of_no_later_step(
     assert "eval/accuracy" in by_step[3]  # the run has a later one
 
 
+def test_a_card_names_the_hubs_data_and_nobodys_folders(run: Path) -> None:
+    """A local file is no data set of the hub's, whatever its path looks like."""
+    trained = read_run(run)
+
+    def card_with(*overrides: str, **dataset: object) -> str:
+        config = {**trained.config, "dataset": {"_target_": "grpo.data.GSM8K", **dataset}}
+        reward = {"_target_": "grpo.rewards.Endpoint", "url": "http://10.0.0.7/judge", "weight": 2}
+        config["reward"] = {"judge": reward}
+        return card(replace(trained, config=config, overrides=list(overrides)), "mine")
+
+    hub = card_with("dataset=gsm8k", "seed=3", id="openai/gsm8k", subset="main", path=None)
+    assert yaml.safe_load(hub.split("---")[1])["datasets"] == ["openai/gsm8k"]
+    assert "grpo dataset=gsm8k seed=3" in hub
+    local = card_with(
+        "dataset.path=data/mine", "model.path=/home/me/secret_model", "tracking.wandb.entity=team",
+        "reward.judge.url=http://10.0.0.7/judge", "dataset.system_prompt=/no_think",
+        id="openai/gsm8k", path="data/mine", system_prompt="/no_think",
+    )  # fmt: skip
+    assert "datasets" not in yaml.safe_load(local.split("---")[1])
+    for private in ("data/mine", "/home", "secret_model", "team", "10.0.0.7"):
+        assert private not in local, private
+    for public in ("dataset.path=…", "dataset.system_prompt=/no_think", "grpo.rewards.Endpoint"):
+        assert public in local, public
+    mix = {"sets": {"a": {"id": "one/a", "path": None}, "b": {"path": "b.jsonl"}}}
+    assert yaml.safe_load(card_with(**mix).split("---")[1])["datasets"] == ["one/a"]
+
+
+@pytest.mark.parametrize(
+    ("private", "there_and_public"),
+    [
+        (True, True),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_push_is_private_where_that_is_asked(
+    private: bool, there_and_public: bool, run: Path, tmp_path: Path
+) -> None:
+    """Against a hub of our own; to a page that everyone can see nothing private is uploaded."""
+    with Hub(there_and_public) as hub:
+        flags = ["--private"] if private else []
+        done = grpo_process(
+            "export", "run", "mine", "--push", "me/mine", *flags,
+            cwd=tmp_path, env={"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_ours"},
+        )  # fmt: skip
+    assert hub.created == [private]
+    if private and there_and_public:
+        assert done.returncode == 1
+        assert "--private: me/mine is there already and is public" in done.stderr
+        assert hub.uploaded == set()
+    else:
+        assert done.returncode == 0, done.stderr
+        assert {"README.md", "config.json", "model.safetensors"} <= hub.uploaded
+    assert (tmp_path / "mine/model.safetensors").is_file()
+
+
+class Hub(HTTPServer):
+    """As much of the hub as a push asks."""
+
+    def __init__(self, public: bool) -> None:
+        super().__init__(("127.0.0.1", 0), HubPages)
+        self.public = public
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.created: list[bool] = []  # of each repository that was asked for: whether privately
+        self.uploaded: set[str] = set()
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class HubPages(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        private = self.server.created == [True] and not self.server.public
+        pages = {
+            "/api/whoami-v2": {"name": "me", "type": "user"},
+            "/api/models/me/mine": {"id": "me/mine", "private": private, "siblings": []},
+        }
+        self.answer(pages.get(self.path.partition("?")[0]))
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/api/repos/create":
+            self.server.created.append(json.loads(body).get("visibility") == "private")
+            self.answer({"url": f"{self.server.address}/me/mine"})
+        elif "/preupload/" in self.path:
+            files = [{"path": own["path"]} for own in json.loads(body)["files"]]
+            self.answer(
+                {"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        elif "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            self.server.uploaded |= {own["value"]["path"] for own in lines if own["key"] == "file"}
+            address = f"{self.server.address}/me/mine/commit/{'0' * 40}"
+            self.answer({"success": True, "commitUrl": address, "commitOid": "0" * 40})
+        else:
+            self.answer({"errors": [], "warnings": []})  # of the card's front matter
+
+    def answer(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("text", "licence"),
     [("---\nlicense: apache-2.0\n---\n# A", "apache-2.0"), ("# A", None), (None, None)],
@@ -86,6 +215,7 @@ def test_the_licence_is_the_base_models(
         (("run", "mine", "--push"), "needs the model's id"),
         (("run", "mine", "--push", "not an id"), "needs the model's id"),
         (("run", "mine", "--push=no"), "--push no: needs the model's id"),
+        (("run", "mine", "--private"), "--private: says how --push"),
         (("run", "mine", "--push", "some/body"), "--push some/body: "),
     ],
 )

@@ -23,7 +23,7 @@ from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import create_trial
 
 from grpo.report.command import write_report
-from grpo.report.sweep.best import experiment
+from grpo.report.sweep.best import best_setting, experiment
 from grpo.report.sweep.importance import fanova
 from grpo.report.sweep.ranking import rank
 from grpo.report.sweep.read import Job, Sweep, read_sweeps
@@ -117,6 +117,60 @@ def test_the_best_of_a_sweep_of_the_best(sweep: Path) -> None:
     assert metrics(sweep.parent / "of_the_best") == metrics(job.folder)
 
 
+def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> None:
+    """Ranked by the shortest completions, what was the longest is last."""
+    shutil.copytree(sweep, tmp_path / "short", symlinks=True)
+    record = json.loads((sweep / "sweep.json").read_text())
+    assert record["objectives"] == {"eval/sampled_accuracy": "maximize"}
+    record["objectives"] = {"eval/length_mean": "minimize"}
+    (tmp_path / "short/sweep.json").write_text(json.dumps(record))
+    ranking = rank(read_sweeps([tmp_path / "short"]))
+    lengths = [
+        np.mean([job.last["eval/length_mean"] for job in own.jobs]) for own in ranking.settings
+    ]
+    assert ranking.minimized
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+
+
+def test_a_direction_is_one_of_two_and_of_one_objective(grpo: Grpo, tmp_path: Path) -> None:
+    for own, says in (
+        (["hydra.sweeper.direction=down"], "hydra.sweeper.direction=down: maximize or minimize"),
+        (["hydra.sweeper.objectives={kl/mean: less}"], "objectives.kl/mean=less: maximize or"),
+        (
+            ["hydra.sweeper.objectives={kl/mean: minimize}", "hydra.sweeper.direction=minimize"],
+            "has a direction for each",
+        ),
+        (["hydra.sweeper.objectives={kl/meen: minimize}"], "kl/meen: no run logs this; did you"),
+        (["objective=eval/accuracy,eval/reward"], "compared by one"),
+    ):
+        for sweeper in ("grid", "optuna"):
+            values = "seed=0,1" if sweeper == "grid" else "seed=choice(0,1)"
+            code, printed = grpo("-m", *TWO_STEPS, f"hydra/sweeper={sweeper}", values, *own)
+            assert code == 2, printed
+            assert says in printed
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("chosen", ["[smoke,mine]", "mine", "none"])
+def test_the_best_of_several_experiments_is_composed_as_its_job_was(
+    chosen: str, grpo: Grpo, tmp_path: Path
+) -> None:
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text("# @package _global_\nkl_weight: 0.3\n")
+    overrides = [f"experiment={chosen}", "seed=7", "kl=k2"]
+    made = best_setting(tmp_path / "sweep", overrides, "why", "conf")
+    (tmp_path / "sweep").mkdir()
+    made.write()
+    where = ("--config-dir", "conf", "--cfg", "job")
+    code, asked = grpo(*where, *overrides)
+    assert code == 0, asked
+    assert ("kl_weight: 0.3" in asked) == (chosen != "none")
+    code, again = grpo(*shlex.split(made.command)[1:], "--cfg", "job")
+    assert code == 0, again
+    assert again == asked
+
+
 def test_what_a_sweep_takes_away_the_best_takes_away_too(grpo: Grpo, tmp_path: Path) -> None:
     (tmp_path / "own_of_best.py").write_text("def f(samples):\n    return [1.0 for _ in samples]\n")
     own = ("~reward.answer", "+reward.own._target_=own_of_best.f", "+reward.own.weight=1")
@@ -166,6 +220,8 @@ def test_a_half_finished_sweep_of_another_objective(copy: Path, grpo: Grpo) -> N
     for number in range(8):
         file = copy / str(number) / "summary.json"
         file.write_text(file.read_text().replace("eval/sampled_accuracy", "eval/accuracy"))
+    record = json.loads((copy / "sweep.json").read_text())
+    (copy / "sweep.json").write_text(json.dumps({**record, "objectives": {}}))  # as of an old one
     shutil.rmtree(copy / "7")
     code, printed = grpo("report", "sweep")
     assert code == 0, printed

@@ -33,7 +33,7 @@ from grpo.report.sweep.front import unbeaten
 from grpo.report.sweep.ranking import rank
 from grpo.report.sweep.read import read_sweeps
 from grpo.sweep.folder import StudyFile
-from grpo.sweep.search import reached_values
+from grpo.sweep.objectives import reached_values
 from grpo.sweep.space import Space, combinations, corners, space_of, written
 from grpo.sweep.study import Options
 from tests.conftest import grpo_process, metrics, start, wait_for_step
@@ -460,7 +460,7 @@ def test_a_password_lies_in_no_file(grpo: Grpo, tmp_path: Path) -> None:
         *SEARCH, "hydra.sweeper.storage='postgresql://me:s3cret@127.0.0.1:1/x'", "sweep_dir=sweep"
     )
     assert code == 2
-    assert "oc.env:OPTUNA_STORAGE" in printed
+    assert "hydra.sweeper.storage='${oc.env:" in printed
     assert "s3cret" not in printed
     url = f"sqlite:///{tmp_path}/study.db?timeout=31"
     done = grpo_process(

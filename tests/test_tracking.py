@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,9 @@ def test_wandbs_table_keeps_what_it_had(both: Path, records: list[dict[str, Any]
 
 def test_wandb_knows_why_and_with_what_it_ran(both: Path, records: list[dict[str, Any]]) -> None:
     (run,) = of_type(records, "run")
+    assert (
+        run["display_name"] == "smoke-run"
+    )  # by its folder, as single runs differ in nothing else
     assert run["notes"] == "why it ran"
     assert run["tags"] == ["first"]
     commit = json.loads((both / "run/summary.json").read_text())["git_commit"]
@@ -124,13 +128,31 @@ def test_wandb_knows_why_and_with_what_it_ran(both: Path, records: list[dict[str
 
 
 def test_the_trained_model_is_an_artifact_where_it_is_wanted(
-    records: list[dict[str, Any]], grpo: Grpo, tmp_path: Path
+    both: Path, records: list[dict[str, Any]], grpo: Grpo, tmp_path: Path
 ) -> None:
     (artifact,) = (own for own in of_type(records, "artifact") if own["type"] == "model")
     assert "model.safetensors" in json.dumps(artifact)
+    places = re.findall(r'"local_?path": "([^"]+)"', json.dumps(artifact), re.IGNORECASE)
+    assert places
+    assert all(
+        place.startswith(str(both / "run")) for place in places
+    )  # all of it is in its folder
     assert grpo(*JOB, "max_steps=1", "tracking=wandb", "hydra.run.dir=run")[0] == 0
     (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")
     assert b"model.safetensors" not in next(offline.glob("*.wandb")).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_a_run_of_its_own(both: Path) -> None:
+    run(both, "eval", "checkpoint=run", "eval.samples=2", "hydra.run.dir=evaluated")
+    found = json.loads((both / "evaluated/evaluation.json").read_text())
+    records = inspected(both / "evaluated")
+    (recorded,) = of_type(records, "run")
+    assert recorded["job_type"] == "eval"
+    assert recorded["display_name"] == "eval-smoke-evaluated"
+    (line,) = history(records).values()
+    assert line["eval/accuracy"] == found["eval/accuracy"]
+    assert line["completions.nrows"] == 3 * found["prompts"]
 
 
 def trackio_logs(cwd: Path) -> dict[str, list[dict[str, Any]]]:
@@ -149,8 +171,9 @@ def trackio_logs(cwd: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_trackio_has_every_number(both: Path) -> None:
-    ((name, logged),) = trackio_logs(both).items()
-    assert name.startswith("smoke-")
+    (name,) = (own for own in trackio_logs(both) if not own.startswith("eval-"))
+    logged = trackio_logs(both)[name]
+    assert name.startswith("smoke-run-")
     written = lines(both / "run/metrics.jsonl")
     assert [line["step"] for line in logged] == [line["step"] for line in written]
     for there, line in zip(logged, written, strict=True):

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.past import locked, write_json
-from grpo.sweep.folder import Record, objective_value
+from grpo.sweep.folder import Record, Standing
 from grpo.sweep.view import View
 from grpo.tracking.charts import averaged, chart
 
@@ -111,6 +111,10 @@ def test_a_sweep_shows_its_jobs_and_they_leave_it_the_terminal(
     assert len(list((tmp_path / "sweep").glob("*/report.html"))) == 2
 
 
+def value_of(job: Standing) -> float | None:
+    return (job.summary.get("objective") or {}).get("value")
+
+
 def put_job(sweep: Path, number: int, steps: int = 0, **summary: object) -> Path:
     """A job of eight steps that has come so far."""
     folder = sweep / str(number)
@@ -125,7 +129,7 @@ def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
     """Two done in ten seconds and half of a third: each takes four, so six more seconds."""
     jobs = [["kl_weight=0"], ["kl_weight=0.1"], ["kl_weight=0.2"], ["kl_weight=0.3"]]
     Record([], None, jobs).write(tmp_path)
-    view = View(tmp_path, 4, objective_value, False)
+    view = View(tmp_path, 4, value_of, False)
     assert str(view.shown(100).renderables[0]) == "4 to run"
     for number, value in ((0, 0.25), (1, 0.75)):
         objective = {"name": "eval/accuracy", "value": value}
@@ -136,7 +140,7 @@ def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
         head, job = map(str, view.shown(100).renderables)
     assert head == ("2 finished, 1 running, 1 to run  best 0.75: job 1, kl_weight=0.1  0m06s left")
     assert job == "  job 2  step 4/8  reward 0.500  ▁▁▁▁  kl_weight=0.2"
-    least = View(tmp_path, 4, objective_value, True)
+    least = View(tmp_path, 4, value_of, True)
     assert "best 0.25: job 0" in str(least.shown(100).renderables[0])
 
 
@@ -146,7 +150,7 @@ def test_what_the_view_says_of_broken_jobs(tmp_path: Path) -> None:
     before = put_job(tmp_path, 0, 2, status="failed", error="no room on the disk")
     os.utime(before / "summary.json", (0, 0))  # a kernel's clock may not tell now from just before
     put_job(tmp_path, 1, 4, status="running")
-    view = View(tmp_path, 3, objective_value, False)
+    view = View(tmp_path, 3, value_of, False)
     assert [str(line) for line in view.shown(100).renderables] == ["2 to run again, 1 to run"]
     assert view.work_before == pytest.approx(0.25 + 0.5)
 

@@ -52,6 +52,18 @@ def test_a_grid_stays_one() -> None:
     assert found["parameters"]["kl_weight"] == {"values": [0, 0.01, 0.1]}
 
 
+def test_a_study_of_ones_own_and_less_of_it_is_better(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/mine.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    direction: minimize\n"
+        "    params:\n      kl_weight: 0,0.5\n"
+    )
+    found = written("--config-dir", str(tmp_path), "sweep=mine")
+    assert found["parameters"] == {"kl_weight": {"values": [0, 0.5]}}
+    assert found["metric"] == {"name": "eval/sampled_accuracy", "goal": "minimize"}
+    assert found["command"][:3] == ["grpo", "--config-dir", str(tmp_path)]
+
+
 @pytest.mark.slow
 def test_the_agents_command_trains(tmp_path: Path) -> None:
     """One run, with the agent's values, under the agent's id."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from grpo.errors import ConfigError
 from grpo.past import read_summary
 from grpo.report.run.read import is_run
 from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, status_of
+
+EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,25 @@ class SweepFolder:
 
 
 @dataclass(frozen=True)
+class EvaluationFolder:
+    """What `grpo eval` found."""
+
+    folder: Path
+    found: Mapping[str, Any]  # evaluation.json
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
 class Outputs:
     runs: list[RunFolder]
+    evaluations: list[EvaluationFolder]
     sweeps: list[SweepFolder]
     broken: list[str]  # why a sweep can't be read
 
 
 def outputs_in(root: Path) -> Outputs:
-    """Runs and sweeps at any depth; the jobs of a sweep are the sweep's."""
-    runs, sweeps, broken = [], [], []
+    """Runs, evaluations and sweeps at any depth; the jobs of a sweep are the sweep's."""
+    runs, evaluations, sweeps, broken = [], [], [], []
     for name, inside, files in os.walk(root):
         folder = Path(name)
         if RECORD in files:
@@ -54,16 +67,22 @@ def outputs_in(root: Path) -> Outputs:
                 sweeps.append(SweepFolder(folder, list(jobs_of(folder))))
             except ConfigError as error:
                 broken.append(str(error))  # and it hides no other
-        elif is_run(folder) and (summary := read_summary(folder)) is not None:
+        elif is_run(folder) and (EVALUATION in files or read_summary(folder) is not None):
             try:
                 overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
             except ConfigError as error:
                 broken.append(str(error))
                 overrides = []
-            runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))
+            if EVALUATION in files:
+                found = json.loads((folder / EVALUATION).read_text())
+                evaluations.append(EvaluationFolder(folder, found, overrides))
+            else:
+                summary = read_summary(folder) or {}
+                runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))
         else:
             continue
         inside.clear()  # what is within it is its own
+    evaluations.sort(key=lambda own: (own.folder / EVALUATION).stat().st_mtime, reverse=True)
     runs.sort(key=lambda run: str(run.summary.get("started")), reverse=True)
     sweeps.sort(key=lambda sweep: (sweep.folder / RECORD).stat().st_mtime, reverse=True)
-    return Outputs(runs, sweeps, broken)
+    return Outputs(runs, evaluations, sweeps, broken)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from grpo.dashboard.found import Outputs, RunFolder, SweepFolder
+from grpo.dashboard.found import EvaluationFolder, Outputs, RunFolder, SweepFolder
 from grpo.past import RUNNING
 from grpo.report.shell import Page, table
 from grpo.sweep.close import counted
@@ -29,7 +29,7 @@ def home(
     page = Page(f"grpo: {root.absolute().name}")
     page.add(f"<h1>{escape(root.absolute().name)}</h1>")
     page.add(f"<p class=lead>{summed_up(outputs)}</p>")
-    if not outputs.runs and not outputs.sweeps:
+    if not (outputs.runs or outputs.sweeps or outputs.evaluations):
         page.add("<section><p>Train one: <code>grpo</code>. This page will show it.</p></section>")
     links = ["<a href='/trackio/'>Runs in Trackio</a>"]
     if studies:
@@ -47,6 +47,10 @@ def home(
         heads = ["run", "status", "steps", "sampled", "greedy", "time", "overrides"]
         rows = [run_row(run, root) for run in outputs.runs]
         page.add(f"<section><h2>Runs</h2>{table(heads, rows)}</section>")
+    if outputs.evaluations:
+        heads = ["evaluation", "of", "prompts", "sampled", "greedy", "pass@k", "overrides"]
+        rows = [evaluation_row(own, root) for own in outputs.evaluations]
+        page.add(f"<section><h2>Evaluations</h2>{table(heads, rows)}</section>")
     if any(status == RUNNING for status in statuses(outputs)):
         page.reload(SECONDS_BETWEEN_LOADS)
     return page.html()
@@ -72,6 +76,16 @@ def run_row(run: RunFolder, root: Path) -> str:
     cells = [run.status, steps, *gains, time, " ".join(run.overrides)]
     rest = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
     return f"<tr><td>{link('run', run.folder, root)}</td>{rest}</tr>"
+
+
+def evaluation_row(own: EvaluationFolder, root: Path) -> str:
+    shares = [
+        gain(None, own.found, f"eval/{key}")
+        for key in ("sampled_accuracy", "accuracy", "pass_at_k")
+    ]
+    place, given = str(own.folder.relative_to(root)), " ".join(own.overrides)
+    cells = [place, str(own.found["checkpoint"]), str(own.found["prompts"]), *shares, given]
+    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
 def gain(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, key: str) -> str:

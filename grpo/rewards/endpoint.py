@@ -55,8 +55,8 @@ class Endpoint:
             raise ConfigError(f"url={url}: should be like http://localhost:8000/rewards.")
         if urlsplit(url).password:
             raise ConfigError(
-                "url: a password in it would lie in the run's files; name a variable of the "
-                "environment that holds a token: token_env=NAME."
+                "url: takes no user and password; name a variable of the environment that holds a "
+                "token: token_env=NAME."
             )
         if token_env is not None and not os.environ.get(token_env):
             raise ConfigError(f"token_env={token_env}: the environment has no such variable.")

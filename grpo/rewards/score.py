@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo.errors import RunError
 from grpo.objective.advantages import weighted_sum
+from grpo.secrets import cross_out
 from grpo.types import Failure, Rollout, Sample, Scores
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
     samples = to_samples(rollout)
     values = all_values(rewards, samples)
     failures = {
-        name: {n: value.reason for n, value in enumerate(own) if isinstance(value, Failure)}
+        name: {n: cross_out(one.reason) for n, one in enumerate(own) if isinstance(one, Failure)}
         for name, own in values.items()
     }
     for name, rows in failures.items():

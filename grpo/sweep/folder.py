@@ -24,6 +24,7 @@ class Record:
     arguments: list[str]
     config_dir: str | None
     jobs: list[list[str]]  # the overrides of each; none: a shared study's trial run elsewhere
+    objectives: dict[str, str] = field(default_factory=dict)  # of a grid: as StudyFile's
 
     def write(self, folder: Path) -> None:
         write_json(folder / RECORD, asdict(self))
@@ -37,7 +38,8 @@ def read_record(folder: Path) -> Record | None:
     """
 
     def record(content: dict[str, Any]) -> Record:
-        return Record(content["arguments"], content["config_dir"], content["jobs"])
+        arguments, own_configs, jobs = (content[k] for k in ("arguments", "config_dir", "jobs"))
+        return Record(arguments, own_configs, jobs, content.get("objectives") or {})
 
     return read_file(folder / RECORD, record, "its jobs aren't known")
 
@@ -112,12 +114,6 @@ def standing(sweep: Path, number: int) -> Standing:
         step = newest_step(folder)
         reason = f"ended from outside; {f'saved at {step.name}' if step else 'nothing saved'}"
     return Standing(number, folder, status, reason, summary)
-
-
-def objective_value(job: Standing) -> float | None:
-    """What a job came to by its own objective."""
-    value = (job.summary.get("objective") or {}).get("value")
-    return None if value is None else float(value)
 
 
 def status_of(run: Path, summary: Mapping[str, Any]) -> str:

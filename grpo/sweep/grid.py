@@ -10,45 +10,60 @@ from hydra.errors import HydraException
 
 from grpo.config import writable
 from grpo.errors import ConfigError
-from grpo.past import locked
+from grpo.past import FINISHED, locked
 from grpo.sweep.close import close, counted
 from grpo.sweep.folder import (
     STUDY,
     Record,
+    Standing,
     jobs_of,
     numbered,
-    objective_value,
     read_record,
 )
 from grpo.sweep.launch import Launch, given
+from grpo.sweep.objectives import check_directions, objectives_of, reached_values
 from grpo.sweep.view import viewed
 
 
-def sweep(launch: Launch, params: Mapping[str, object], arguments: Sequence[str]) -> None:
+def sweep(
+    launch: Launch,
+    params: Mapping[str, object],
+    arguments: Sequence[str],
+    objectives: Mapping[str, str] | None,
+    direction: str,
+) -> None:
     """Runs what is left of a grid, and says what became of it.
 
     Args:
         params: values to sweep, from a file in conf/sweep/; the arguments win over them.
         arguments: the overrides of the command line.
+        objectives: what jobs are compared by, each with its direction; None: the config's one.
+        direction: of the config's one.
 
     Raises:
         ConfigError: there is nothing to sweep, a job's config is wrong, or the folder is another's.
         RunError: jobs failed.
     """
+    check_directions(objectives, direction)
     folder = launch.folder
     if (folder / STUDY).is_file():
         raise ConfigError(f"sweep_dir={folder}: holds a search; give another sweep_dir.")
     jobs = numbered(read_record(folder), combinations(launch, params, arguments), folder)
-    for job in jobs:
-        launch.compose(job)
+    compared = objectives_of(objectives, direction, [launch.compose(job) for job in jobs])
+    first, way = next(iter(compared.items()))
+
+    def value_of(job: Standing) -> float | None:
+        values, _ = reached_values(job.folder, [first])
+        return values[0] if values and job.status == FINISHED else None
+
     writable(folder, "sweep_dir")
     with locked(folder):
-        Record(launch.arguments, launch.config_dir, jobs).write(folder)
+        Record(launch.arguments, launch.config_dir, jobs, compared).write(folder)
         before = list(jobs_of(folder))
         counts = counted(own.status for own in before)
         print(f"sweep of {len(jobs)} jobs in {folder}: {counts}", flush=True)
         try:
-            with viewed(folder, len(before), objective_value, False):
+            with viewed(folder, len(before), value_of, way == "minimize"):
                 launch.run([(own.number, jobs[own.number]) for own in before if not own.ended])
         except (KeyboardInterrupt, SystemExit):
             print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)

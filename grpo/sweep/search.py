@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.study import StudyDirection as Direction
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from grpo.check import check_metric
 from grpo.config import writable
 from grpo.errors import ConfigError, RunError
-from grpo.past import RUNNING, is_locked, locked, note_failure, read_summary
+from grpo.past import RUNNING, is_locked, locked, note_failure
 from grpo.sweep.close import close, counted
 from grpo.sweep.folder import STUDY, Record, Standing, StudyFile, read_record, standing
 from grpo.sweep.launch import Launch, given
+from grpo.sweep.objectives import objectives_of, reached_values
 from grpo.sweep.space import Space, combinations, corners, space_of, written
 from grpo.sweep.study import (
     LOST,
@@ -38,13 +37,11 @@ from grpo.sweep.study import (
     quiet,
     reach,
     reason_of,
-    refuse_password,
     shown,
     spelled,
     told,
 )
 from grpo.sweep.view import viewed
-from grpo.tracking.files import read_lines
 
 NOWHERE = ""  # the folder of a trial that came too late to be run
 
@@ -87,7 +84,6 @@ def search(
         raise ConfigError(f"sweep_dir={folder}: holds a grid; give another sweep_dir.")
     asked = OmegaConf.to_container(launch.config.hydra.sweeper)["storage"]  # type: ignore[call-overload, index]
     if options.storage is not None:
-        refuse_password(asked)
         reach(options.storage)
     writable(folder, "sweep_dir")
     study, name = open_study(options, asked, objectives, space, fixed, folder)
@@ -118,10 +114,7 @@ def check_objectives(options: Options, configs: Sequence[DictConfig]) -> dict[st
     Raises:
         ConfigError: no run logs one, or a pruner has nothing to go by.
     """
-    objectives = dict(options.objectives or {str(configs[0].objective): "maximize"})
-    some_pull = [config for config in configs if config.kl_weight] or configs
-    for metric, config in product(objectives, some_pull):
-        check_metric(config, metric, "hydra.sweeper.objectives")
+    objectives = objectives_of(options.objectives, options.direction, configs)
     if options.pruner != "none":
         (metric,) = objectives
         if not metric.startswith("eval/"):
@@ -392,16 +385,3 @@ class Search:
             for trial in best
         ]
         return "\nbest:\n" + "\n".join(lines)
-
-
-def reached_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:
-    """The value of each metric where it was logged last, and the name of one that has none there.
-
-    A value that was no number is null in the files, and none; an earlier one doesn't count.
-    """
-    last: dict[str, Any] = {}
-    for line in read_lines(job / "metrics.jsonl"):
-        last |= line
-    last |= (read_summary(job) or {}).get("last_evaluation") or {}
-    missing = next((metric for metric in objectives if last.get(metric) is None), "")
-    return [float(last[m]) for m in objectives if last.get(m) is not None], missing

@@ -22,12 +22,12 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from grpo.config import nearest
 from grpo.errors import ConfigError
 from grpo.seeds import SEEDS, stream_seed
+from grpo.sweep.objectives import check_directions
 from grpo.sweep.space import Space
 
 JOURNAL = "study.journal"
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
 PRUNERS = ("none", "median", "hyperband")
-DIRECTIONS = ("maximize", "minimize")
 LOST = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)  # of a database
 
 
@@ -41,6 +41,7 @@ class Options:
     sampler_options: Mapping[str, Any]
     pruner: str
     pruner_options: Mapping[str, Any]
+    direction: str
     objectives: Mapping[str, str] | None
     storage: str | None
     study_name: str | None
@@ -68,16 +69,7 @@ class Options:
                     f"hydra.sweeper.{key}={value}: use one of {', '.join(choices)}"
                     f"{nearest(str(value), choices)}"
                 )
-        if not isinstance(options.objectives, Mapping | None):
-            raise ConfigError(
-                f"hydra.sweeper.objectives={options.objectives}: write it with its direction, "
-                f"{{{options.objectives}: maximize}}."
-            )
-        for metric, direction in (options.objectives or {}).items():
-            if direction not in DIRECTIONS:
-                raise ConfigError(
-                    f"hydra.sweeper.objectives.{metric}={direction}: maximize or minimize."
-                )
+        check_directions(options.objectives, options.direction)
         if "seed" in options.sampler_options:
             raise ConfigError(
                 "hydra.sweeper.sampler_options.seed: the sampler's seed is hydra.sweeper.seed."
@@ -171,23 +163,6 @@ def from_environment(url: str) -> str:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"hydra.sweeper.storage={url}: {reason}") from error
-
-
-def refuse_password(url: str) -> None:
-    """Refuses a URL with a password in it, which a sweep's files would keep.
-
-    Args:
-        url: as it was given, before anything is taken from the environment.
-    """
-    try:
-        password = sqlalchemy.make_url(url).password
-    except sqlalchemy.exc.ArgumentError:
-        return  # not a URL, or one that is all in the environment
-    if password and not str(password).startswith("${"):
-        raise ConfigError(
-            f"hydra.sweeper.storage={shown(url)}: its password would lie in the sweep's files; put "
-            f"the URL into the environment: hydra.sweeper.storage='${{oc.env:OPTUNA_STORAGE}}'"
-        )
 
 
 def reach(url: str) -> None:

@@ -28,6 +28,7 @@ class RunInfo:
     logged_step: int  # the last step whose metrics stand; -1 for a new run
     total_steps: int
     commit: str | None  # of the code it was run with, where that is a checkout
+    job: str = "train"  # or eval
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,16 @@ def completion_rows(
     ]
 
 
+def evaluation_rows(rollout: Rollout, scores: Scores) -> list[CompletionRow]:
+    """Each completion of an evaluation, which has no advantage."""
+    nothing_BG = scores.total_BG.new_zeros(scores.total_BG.shape)
+    return completion_rows(0, rollout, scores, nothing_BG, len(rollout.prompts))
+
+
 def answer_rows(rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
     """Each completion of an evaluation, as a line of its completions.jsonl."""
     size = rollout.num_generation
-    nothing_BG = scores.total_BG.new_zeros(scores.total_BG.shape)
-    rows = completion_rows(0, rollout, scores, nothing_BG, len(rollout.prompts))
+    rows = evaluation_rows(rollout, scores)
     return [
         {
             "source": scores.sources[n // size],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import ConfigError, one_line
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROJECT = "grpo-bench"
+DATA_DIR = "WANDB_DATA_DIR"
 # W&B makes a section of each, with the training's own step below every chart.
 SECTIONS = (
     "reward", "kl", "loss", "policy", "completion", "eval",
@@ -50,7 +52,12 @@ class WandB(Sink):
         """
         import wandb
 
-        self.info, self.table_every, self.log_model = info, table_every, log_model
+        self.info, self.table_every = info, table_every
+        self.log_model = log_model and info.job == "train"
+        # Where W&B keeps an artifact's files until they are uploaded: with the run, not at home.
+        self.own_data = DATA_DIR not in os.environ
+        if self.own_data:
+            os.environ[DATA_DIR] = str(info.folder / "wandb")
         try:
             self.run, self.mode = open_run(
                 mode,
@@ -59,6 +66,7 @@ class WandB(Sink):
                     "entity": entity,
                     "id": info.id,
                     "name": info.name,
+                    "job_type": info.job,
                     "group": group or os.environ.get("WANDB_RUN_GROUP") or info.group,
                     "tags": None if tags is None else list(tags),
                     "notes": notes,
@@ -111,8 +119,12 @@ class WandB(Sink):
             artifact.add_dir(str(self.info.folder / "checkpoints" / "latest" / "model"))
             self.run.log_artifact(artifact)
         self.run.finish(exit_code=0 if status in ENDED else 1)
+        if self.own_data:
+            os.environ.pop(DATA_DIR, None)  # the next job's files belong to the next job
         if self.mode == "offline":
-            log.info("W&B ran offline; to upload: wandb sync %s", folder.removesuffix("/files"))
+            parts = sorted(own.name for own in Path(folder).parents[1].glob("offline-run-*"))
+            places = " ".join(str(Path(folder).parents[1] / part) for part in parts)
+            log.info("W&B ran offline; to upload: wandb sync %s", places)
 
 
 def open_run(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
@@ -123,18 +135,17 @@ def open_run(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
     """
     import wandb
 
-    chosen = mode
+    chosen: Any = mode
     if mode == "auto":
         known = wandb.login(prompt=False, verify=False)
         chosen = os.environ.get("WANDB_MODE", "online" if known else "offline")
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
-    how = {"mode": chosen, "resume": "allow" if chosen == "online" else None}
     try:
-        return wandb.init(**{**arguments, **how}, settings=settings), chosen
+        return wandb.init(**arguments, mode=chosen, resume="allow", settings=settings), chosen
     except wandb.errors.UsageError:
         raise
     except wandb.errors.Error as error:
         if mode == "online":
             raise ConfigError(f"tracking.wandb.mode=online: {one_line(error)}") from error
         log.warning("W&B can't be reached (%s); this run is recorded offline.", error)
-        return wandb.init(**arguments, mode="offline", settings=settings), "offline"
+        return wandb.init(**arguments, mode="offline", resume="allow", settings=settings), "offline"

@@ -13,8 +13,14 @@ from omegaconf import DictConfig
 class GridSweeper(Sweeper):
     """Every combination of the values given; see `grpo.sweep.grid`."""
 
-    def __init__(self, params: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        params: Mapping[str, Any] | None,
+        direction: str,
+        objectives: Mapping[str, str] | None,
+    ) -> None:
         self.params = params or {}
+        self.direction, self.objectives = direction, objectives
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -26,4 +32,4 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         from grpo.sweep.grid import sweep
 
-        sweep(self.launch, self.params, arguments)
+        sweep(self.launch, self.params, arguments, self.objectives, self.direction)

@@ -18,6 +18,7 @@ from grpo.doctor.diagnoses import Diagnosis, diagnose
 from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError
 from grpo.past import read_summary
+from grpo.secrets import hide, texts_of_environment
 from grpo.tracking.files import read_lines
 
 NOT_COMPARED = ("hydra", "sweep_dir", "resume", "name")
@@ -93,9 +94,13 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def resolved(config: Any) -> dict[str, Any]:
-    """The config with what its keys refer to in their place, and without what is not compared."""
+    """The config with what its keys refer to in their place, and without what is not compared.
+
+    Texts of the environment stay as they are written.
+    """
     content = OmegaConf.create({k: v for k, v in config.items() if k != "hydra"})
-    made = values_of(content)
+    written, made = OmegaConf.to_container(content), values_of(content)
+    made = hide(written, made, set(texts_of_environment(written, made)))
     return {key: value for key, value in made.items() if key == "name" or key not in NOT_COMPARED}
 
 

@@ -76,7 +76,8 @@ def experiment(overrides: Sequence[Override], own_configs: str | None) -> str:
             continue
         if any((folder / name).is_dir() for folder in folders):
             if name == "experiment":
-                base.append(one.value())
+                chosen = one.value()  # one, or [several], or null
+                base += chosen if isinstance(chosen, list) else [chosen] if chosen else []
             else:
                 defaults.append({f"override /{name}": one.value()})
             continue

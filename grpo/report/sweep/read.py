@@ -109,7 +109,10 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
     given = [parsed(overrides) for _, _, _, overrides in found]
     keys = list(dict.fromkeys(key for one in given for key in one))
     studies = {folder: StudyFile.read(folder) for folder in folders}
-    searched = {folder: own.objectives if own else {} for folder, own in studies.items()}
+    searched = {
+        folder: own.objectives if own else record_of(folder).objectives
+        for folder, own in studies.items()
+    }
     jobs = [
         read_job(name, number, folder, overrides, own, keys, next(iter(searched[folder]), ""))
         for (name, number, folder, overrides), own in zip(found, given, strict=True)
@@ -122,6 +125,8 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
     if len(objectives) > 1:
         raise ConfigError(f"these sweeps have several objectives: {', '.join(sorted(objectives))}.")
     directions = [own for own in searched.values() if own] or [{jobs[0].objective: "maximize"}]
+    if any(own != directions[0] for own in directions):
+        raise ConfigError(f"these sweeps' objectives differ: {' and '.join(map(str, directions))}.")
     spaces = [own.space for own in studies.values() if own]
     return Sweep(list(folders), jobs, directions[0], spaces[0] if spaces else {})
 

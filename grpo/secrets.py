@@ -1,0 +1,156 @@
+"""Secrets stay in the environment: the command takes none, and writes none into a file.
+
+A key that is named like a secret, or a value that looks like one, is refused where it is written
+out; as `${oc.env:NAME}` it is taken, and in every file it stays that. Where an error quotes it, it
+is crossed out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.errors import ConfigError
+
+NAMED = re.compile(  # a key's last part
+    r"(^|_)(pass(word|wd|phrase)|secret|credentials?|authorization|(api|access|secret|private)_?key"
+    r"|(api|auth|access|refresh|bearer|hf|hub)_?token)$|^token$",
+    re.IGNORECASE,
+)
+IN_ENVIRONMENT = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTHORIZATION)$")
+PASSWORD = re.compile(r"\w://[^/\s:@]*:([^/\s@]+)@")  # in a URL
+LOOKS = (
+    PASSWORD,
+    re.compile(r"https?://[^/\s:@]+@"),  # a token in a user's place
+    re.compile(r"[?&][\w-]*(token|secret|password|signature|key)=[^&\s]{6,}", re.IGNORECASE),
+    re.compile(r"\bBearer\s+\S{8,}"),
+    re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|AIza)[\w-]{16,}"),
+    re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"),  # a JSON web token
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+)
+SHORTEST = 8  # characters; a shorter value stands in texts that have nothing to do with it
+GONE = "***"
+
+
+def refuse_secrets(config: DictConfig) -> None:
+    """Refuses a composed config, Hydra's part with it, in which a secret is written out.
+
+    Raises:
+        ConfigError: naming the key, and not the secret.
+    """
+    whole = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(whole, dict)
+    found = list(texts_of({k: v for k, v in whole.items() if k != "hydra"}))
+    hydra = whole.get("hydra") or {}
+    found += texts_of({k: hydra.get(k) for k in ("sweeper", "launcher")}, "hydra.")
+    found += texts_of(hydra.get("job", {}).get("env_set") or {}, "hydra.job.env_set.")
+    found += swept_texts(hydra.get("overrides", {}).get("task") or ())
+    for key, text in found:
+        if is_secret(key, text):
+            raise ConfigError(
+                f"{key}: holds a secret, which the run's files would keep. Put it into the "
+                f"environment, and write {key}='${{oc.env:NAME}}'."
+            )
+
+
+def is_secret(key: str, text: str) -> bool:
+    """Whether a key's value is a secret that is written out."""
+    if "${" in text:
+        text = re.sub(r"\$\{[^}]*\}", "", text)
+        return any(look.search(text) for look in LOOKS)
+    named = NAMED.search(key.rpartition(".")[2]) is not None
+    return (named and bool(text)) or any(look.search(text) for look in LOOKS)
+
+
+def texts_of(node: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a config, with its dotted key."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from texts_of(value, f"{name}{'.' if name and name[-1] != '.' else ''}{key}")
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from texts_of(value, name)
+    elif isinstance(node, str):
+        yield name, node
+
+
+def swept_texts(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The same of overrides, each value of a sweep with them."""
+    for own in OverridesParser.create().parse_overrides(list(overrides)):
+        if own.is_delete():
+            continue
+        values = own.sweep_iterator() if own.is_discrete_sweep() else [own.get_value_string()]
+        for value in values:
+            yield own.key_or_group, str(value)
+
+
+def for_files(config: DictConfig) -> dict[str, Any]:
+    """A config as plain Python, its interpolations resolved, but for texts of the environment.
+
+    Those stay as they are written: `${oc.env:NAME}`, or what refers to it.
+    """
+    written, resolved = (OmegaConf.to_container(config, resolve=own) for own in (False, True))
+    assert isinstance(resolved, dict)
+    hidden = set(texts_of_environment(written, resolved))
+    return {str(key): value for key, value in hide(written, resolved, hidden).items()}
+
+
+def texts_of_environment(written: Any, resolved: Any) -> Iterator[str]:
+    """What stands in place of each `${oc.env:NAME}`, where it is a text."""
+    if isinstance(written, str):
+        if "oc.env" in written and isinstance(resolved, str) and resolved:
+            yield resolved
+    elif isinstance(written, dict):
+        for key, own in written.items():
+            yield from texts_of_environment(own, resolved[key])
+    elif isinstance(written, list):
+        for own, value in zip(written, resolved, strict=True):
+            yield from texts_of_environment(own, value)
+
+
+def hide(written: Any, resolved: Any, hidden: set[str]) -> Any:
+    """A resolved node, with what is written wherever a hidden text would stand."""
+    if isinstance(written, dict):
+        return {key: hide(own, resolved[key], hidden) for key, own in written.items()}
+    if isinstance(written, list):
+        return [hide(own, value, hidden) for own, value in zip(written, resolved, strict=True)]
+    referring = isinstance(written, str) and "${" in written
+    texts = [text for _, text in texts_of(resolved)] if referring else []
+    return written if any(own in text for own in hidden for text in texts) else resolved
+
+
+def cross_out(text: str) -> str:
+    """The text without the secrets of the environment, as a service's error may quote them."""
+    for secret in sorted(secrets_of_environment(), key=len, reverse=True):
+        text = text.replace(secret, GONE)
+    return text
+
+
+def secrets_of_environment() -> set[str]:
+    """Values of variables that are named like secrets, and passwords in all others' URLs."""
+    found = {value for name, value in os.environ.items() if IN_ENVIRONMENT.search(name.upper())}
+    found |= {own for value in os.environ.values() for own in PASSWORD.findall(value)}
+    return {value for value in found if len(value) >= SHORTEST}
+
+
+class CrossOut(logging.Filter):
+    """Takes the environment's secrets out of what is logged, tracebacks with it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = cross_out(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = cross_out(logging.Formatter().formatException(record.exc_info))
+        return True
+
+
+def cross_out_in_logs() -> None:
+    """From now on, in whatever the root's handlers write."""
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(own, CrossOut) for own in handler.filters):
+            handler.addFilter(CrossOut())

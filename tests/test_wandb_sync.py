@@ -1,0 +1,130 @@
+"""A run that was resumed offline, uploaded by `wandb sync` to a server of our own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import grpo_process
+
+JOB = ("experiment=smoke", "tracking=wandb", "eval.samples=1", "dataset.eval_slice=:16")
+
+
+class Server(ThreadingHTTPServer):
+    """As much of W&B as an upload asks for: one project, and what each run's history has."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.histories: dict[str, list[dict[str, Any]]] = {}
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        if self.path == "/graphql":
+            asked = json.loads(body)
+            found = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
+            name = found[1] if found else ""
+            made = getattr(self, name, lambda variables: {})(asked.get("variables") or {})
+            self.answer({"data": made})
+        elif streamed := re.search(r"/([^/]+)/file_stream", self.path):
+            files = json.loads(body).get("files") or {}
+            if part := files.get("wandb-history.jsonl"):
+                history = self.server.histories[streamed[1]]
+                history[part["offset"] :] = map(json.loads, part["content"])
+            self.answer({"exitcode": None, "limits": {}})
+        else:
+            self.answer({})
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.answer({})
+
+    def RunResumeStatus(self, asked: dict[str, Any]) -> dict[str, Any]:
+        history = self.server.histories.get(asked["name"])
+        bucket = None if history is None else self.bucket(asked["name"])
+        return {"model": {**PROJECT, "bucket": bucket}}
+
+    def UpsertBucket(self, asked: dict[str, Any]) -> dict[str, Any]:
+        fresh = asked["name"] not in self.server.histories
+        self.server.histories.setdefault(asked["name"], [])
+        bucket = {**self.bucket(asked["name"]), "project": PROJECT, "sweepName": None}
+        return {"upsertBucket": {"bucket": bucket, "inserted": fresh}}
+
+    def CreateRunFiles(self, asked: dict[str, Any]) -> dict[str, Any]:
+        files = [{"name": f, "uploadUrl": f"{self.server.address}/{f}"} for f in asked["files"]]
+        return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+
+    def bucket(self, name: str) -> dict[str, Any]:
+        """A run, as the server has it so far."""
+        history = self.server.histories[name]
+        return {
+            "id": name, "name": name, "displayName": name, "description": None, "config": "{}",
+            "summaryMetrics": "{}", "logLineCount": 0, "historyLineCount": len(history),
+            "eventsLineCount": 0, "eventsTail": "[]", "tags": [], "wandbConfig": '{"t": 1}',
+            "historyTail": json.dumps([json.dumps(line) for line in history[-1:]]),
+        }  # fmt: skip
+
+    def answer(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+PROJECT = {"id": "1", "name": "grpo-bench", "entity": {"id": "1", "name": "me"}}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_both_parts_of_a_run_resumed_offline_reach_one_run_of_wandbs(
+    server: Server, tmp_path: Path
+) -> None:
+    """Uploaded as the run's last line says, its history has every step once, with its numbers."""
+    assert grpo_process(*JOB, "max_steps=2", "hydra.run.dir=run", cwd=tmp_path).returncode == 0
+    done = grpo_process("resume=run", "max_steps=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (command,) = re.findall(r"to upload: (wandb sync .*)", done.stderr)
+    uploaded = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)], cwd=tmp_path, capture_output=True, text=True,
+        timeout=120,
+        env={**os.environ, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": "0" * 40},
+    )  # fmt: skip
+    assert uploaded.returncode == 0, uploaded.stderr
+    (history,) = server.histories.values()
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    written = {line["step"]: line for line in lines}
+    assert [line["_step"] for line in history] == [0, 1, 2, 3, 4]
+    for line in history:
+        known = written[line["_step"]]
+        assert {key: line[key] for key in known} == known
