@@ -30,7 +30,8 @@ LOOKS = (
     re.compile(r"https?://[^/\s:@]+@"),  # a token in a user's place
     re.compile(r"[?&][\w-]*(token|secret|password|signature|key)=[^&\s]{6,}", re.IGNORECASE),
     re.compile(r"\bBearer\s+\S{8,}"),
-    re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|AIza)[\w-]{16,}"),
+    re.compile(r"\b(hf_|sk-(\w+-){0,2}|gh[pousr]_|AKIA)[A-Za-z0-9]{16,}"),
+    re.compile(r"\b(github_pat_|glpat-|xox[abprs]-|AIza)[\w-]{16,}"),
     re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"),  # a JSON web token
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 )

@@ -33,6 +33,7 @@ from grpo.again import key_of, quoted
 from grpo.arguments import option
 from grpo.cli import explain, refuse
 from grpo.errors import ConfigError
+from grpo.secrets import refuse_secrets
 from grpo.sweep.search import fixed_of
 from grpo.sweep.space import corners, space_of, values_of, written
 
@@ -89,9 +90,11 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
         try:
-            return hydra.compose("config", list(overrides), return_hydra_config=True)
+            composed = hydra.compose("config", list(overrides), return_hydra_config=True)
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error, "train", overrides)) from error
+    refuse_secrets(composed)
+    return composed
 
 
 def is_swept(override: str) -> bool:

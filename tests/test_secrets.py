@@ -117,6 +117,7 @@ WRITTEN_OUT = {
     "a key in a URL": "reward.endpoint.url='https://there/?access_token=planted-words'",
     "a header": "+reward.judge.header='Bearer planted-words'",
     "a token of the hub": "+reward.judge.word=hf_plantedAAAAAAAAAAAAAAAAAAAA",
+    "a key of another": "+reward.judge.word=sk-ant-api03-plantedDDDDDDDDDDDDDD",
     "a key of a service": "tracking.wandb.notes='with sk-plantedBBBBBBBBBBBBBBBBBB'",
     "one in a list": "+reward.judge.words='[a,ghp_plantedCCCCCCCCCCCCCCCCCC]'",
     "one for Hydra to hand on": "+hydra.job.env_set.HF_TOKEN=planted-words",
@@ -167,6 +168,8 @@ def test_the_same_of_a_sweep_and_of_a_config_file(grpo: Grpo, tmp_path: Path) ->
         ("reward.judge.api_key", ""),
         ("reward.judge.end_token", "<|end|>"),
         ("dataset.path", "/data/sk-data/hf_datasets/eyes.jsonl"),
+        ("model.id", "mine/sk-learn-something-that-is-long"),
+        ("model.id", "mine/hf_a_model_of_a_long_name"),
         ("model.id", "org/a-name-that-is-long-enough-to-be-a-key"),
     ],
 )
