@@ -186,6 +186,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     alike = {choice: likeness(word, choice) for choice in choices}
     least = max(0.6, max(alike.values(), default=0.0) - 0.1)
     near = [choice for choice, own in alike.items() if own >= least]
+    near = [own for own in near if "." not in own or own.rpartition(".")[2] not in near]
     near.sort(key=lambda choice: -alike[choice])
     return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 

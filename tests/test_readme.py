@@ -57,6 +57,13 @@ def test_a_part_of_ones_own_takes_under_15_lines_and_works(part: str, tmp_path: 
         assert last["optim/grad_norm"] > 0
 
 
+def test_what_the_readme_shows_of_the_terminal_is_what_is_printed(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    command, printed = block.split("\n", 1)
+    done = grpo_process(*shlex.split(command.removeprefix("$ grpo ")), cwd=tmp_path)
+    assert done.stdout + done.stderr == printed
+
+
 def test_every_choice_is_in_the_readme() -> None:
     """In the table of what there is to choose from, group by group."""
     from grpo.config import conf_folder
