@@ -32,6 +32,15 @@ class Source:
 
     folder: Path | None = None
     given: tuple[str, ...] = ()  # the keys of the command line itself
+    past: tuple[str, ...] = ()  # those of the folder that are not given anew
+
+    def is_given(self, key: str) -> bool:
+        """Whether the user answers for a key: what is said of it most exactly is theirs."""
+        theirs, others = (
+            max((len(own) for own in keys if key == own or key.startswith(f"{own}.")), default=0)
+            for keys in (self.given, self.past)
+        )
+        return theirs > others
 
 
 SOURCE = Source()
@@ -49,8 +58,13 @@ def take_from(
     Raises:
         ConfigError: an override sets what Hydra runs, or the configs are not the user's own.
     """
+    given_keys, past_keys = (
+        [own.partition("=")[0].lstrip("+~").replace("/", ".") for own in part]
+        for part in (given, overrides)
+    )
     SOURCE.folder = folder
-    SOURCE.given = tuple(own.partition("=")[0].lstrip("+~") for own in given)
+    SOURCE.given = tuple(given_keys)
+    SOURCE.past = tuple(key for key in past_keys if key not in given_keys)
     for override in overrides:
         setting = override.lstrip("+~")
         if setting.startswith("hydra") and (
@@ -70,8 +84,7 @@ def check_code(cfg: DictConfig) -> None:
     if SOURCE.folder is None:
         return
     for key, path in named_code(OmegaConf.to_container(cfg, resolve=True)):  # type: ignore[arg-type]
-        by_hand = any(key == own or key.startswith(f"{own}.") for own in SOURCE.given)
-        if not (by_hand or is_own(path)):
+        if not (SOURCE.is_given(key) or is_own(path)):
             raise refusal(SOURCE.folder, f"{key}={path}")
 
 
@@ -93,7 +106,7 @@ def named_code(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def is_function_key(name: str, value: str) -> bool:
-    return name.startswith("algorithm.") and "." in value
+    return (name.startswith("algorithm.") or name == "kl.estimator") and "." in value
 
 
 def is_own(path: str) -> bool:

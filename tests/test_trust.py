@@ -49,6 +49,7 @@ def score(samples):
         ("+reward.evil._target_=stranger.evil.score", "stranger.evil.score"),
         ("+reward.evil={_target_: stranger.evil.score, weight: 1.0}", "stranger.evil.score"),
         ("algorithm.baseline=os.system", "algorithm.baseline=os.system"),
+        ("kl.estimator=stranger.evil.score", "kl.estimator=stranger.evil.score"),
         ("+hydra.callbacks.evil._target_=stranger.evil.score", "hydra.callbacks"),
         ("hydra.searchpath=[file:///tmp]", "hydra.searchpath"),
         ("hydra/job_logging=evil", "hydra/job_logging=evil"),
@@ -69,6 +70,18 @@ def test_what_a_strangers_folder_names_is_not_run(
     assert "--trust" in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "was_run").exists()
+
+
+def test_what_is_given_answers_for_itself_alone(
+    stranger: Callable[..., Path], grpo: Grpo, tmp_path: Path
+) -> None:
+    """A choice of the user's own doesn't vouch for what the folder adds to it."""
+    stranger("+reward.evil._target_=stranger.evil.score", "+reward.evil.weight=1.0")
+    for given in ("reward=answer", "+reward.evil={weight: 2.0}"):
+        code, printed = grpo("eval", "checkpoint=stranger", given, "hydra.run.dir=out")
+        assert code == 2, printed
+        assert "reward.evil._target_=stranger.evil.score" in printed, given
+        assert not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.slow
