@@ -2,56 +2,113 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
 from grpo.errors import ConfigError
+from grpo.models.own_code import own_files
 
 SECONDS = 4.0
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # its licence
+CODE = ["*.py"]
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REVISION = re.compile(r"(?!.*\.\.)[\w+@-][\w./+@-]*")  # no way out of the cache's folder
 
 
 class HubUnreachable(Exception):
     """The hub doesn't answer, or doesn't have it; says which."""
 
 
-def hub_model_folder(id: str) -> Path:
+def hub_model_folder(id: str, revision: str | None = None, *, with_code: bool = False) -> Path:
     """The folder with a hub model's files: from the local cache where it is whole, else downloaded.
+
+    Args:
+        revision: a branch, tag or commit; None is main.
+        with_code: the Python code beside the model too.
 
     Raises:
         HubUnreachable: it is not in the cache, and the hub can't give it.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if cached := cached_model(id):
+    if cached := cached_model(id, revision, with_code=with_code):
         return cached
+    folder = download(id, revision, [*FILES, *(CODE if with_code else [])])
+    if not any(folder.glob("*.safetensors")):
+        folder = download(id, revision, ["pytorch_model*.bin*"])
+    return folder
+
+
+def hub_config_folder(id: str, revision: str | None = None) -> Path:
+    """The folder with a hub model's config.json, if it has one, before the rest is downloaded.
+
+    Raises:
+        HubUnreachable: the hub can't give it.
+    """
+    return download(id, revision, ["config.json"])
+
+
+def download(id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Downloads the files of a hub model with these names, and returns their folder.
+
+    Raises:
+        HubUnreachable: the hub can't give them.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     require_hub()
     try:
-        folder = Path(snapshot_download(id, allow_patterns=FILES))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(id, allow_patterns=["pytorch_model*.bin*"]))
-        return folder
+        return Path(snapshot_download(id, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError as error:
+        raise HubUnreachable("the hub has no such revision of it") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise HubUnreachable(f"the hub answers: {str(error).splitlines()[0]}") from error
 
 
-def cached_model(id: str) -> Path | None:
-    """The folder of a hub model that is in the local cache with its weights.
+def cached_model(id: str, revision: str | None = None, *, with_code: bool = False) -> Path | None:
+    """The folder of a hub model that is in the local cache with its weights, at this revision.
+
+    with_code: and with the Python code beside the model.
 
     Raises:
-        ConfigError: the id is none that a hub could have.
+        ConfigError: the id or the revision is none that a hub could have.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    check_revision("revision", revision)
+    patterns = [*FILES, *(CODE if with_code else [])]
     try:
-        folder = Path(snapshot_download(id, allow_patterns=FILES, local_files_only=True))
+        folder = Path(
+            snapshot_download(id, revision=revision, allow_patterns=patterns, local_files_only=True)
+        )
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
         raise ConfigError(f"model.id={id}: write it as ORG/NAME.") from error
+    if with_code and not all((folder / name).is_file() for name in own_files(folder)):
+        return None  # downloaded when its code was not asked for
     return folder if holds_model(folder) else None
+
+
+def check_revision(key: str, revision: str | None) -> None:
+    """Raises ConfigError, naming `key`, where a revision is none that a hub could have."""
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise ConfigError(f"{key}={revision}: should be a branch, a tag or a commit of the hub.")
+
+
+def named_revision(id: str, revision: str | None) -> str:
+    """How a message names a model or data set of the hub."""
+    return id if revision is None else f"{id} at revision {revision}"
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a model's folder in the local cache of the hub holds; None of another one."""
+    return folder.name if from_hub(folder) and COMMIT.fullmatch(folder.name) else None
 
 
 def holds_model(folder: Path) -> bool:
@@ -69,7 +126,7 @@ def from_hub(folder: Path) -> bool:
     """Whether a folder is the hub's local cache of a model."""
     from huggingface_hub import constants
 
-    return folder.is_relative_to(constants.HF_HUB_CACHE)
+    return folder.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).expanduser().resolve())
 
 
 def require_hub() -> None:

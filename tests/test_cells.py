@@ -16,7 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from grpo.data import GSM8K, Jsonl
-from grpo.data.table import read_file, read_hub
+from grpo.data.files import read_file
+from grpo.data.hub_rows import read_hub
 from grpo.errors import ConfigError
 
 NOTHING = "nothing in column"
@@ -109,7 +110,8 @@ def test_short_floats_of_parquet_and_of_the_hub_are_what_was_written(
     (tmp_path / "rows").mkdir()
     pyarrow.parquet.write_table(table, tmp_path / "rows/train.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    hub = read_hub(str(tmp_path / "rows"), "default", "train")
+    hub, commit = read_hub(str(tmp_path / "rows"), "default", "train")
+    assert commit is None  # of a folder
     for rows in (read_file(tmp_path / "rows/train.parquet"), hub):
         assert [row["answer"] for row in rows] == [0.1, None, 2.5]
         assert [row["half"] for row in rows] == [0.1, 0.2, 0.3]

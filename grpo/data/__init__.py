@@ -3,7 +3,7 @@
 from grpo.data.arithmetic import Arithmetic
 from grpo.data.gym import ReasoningGym
 from grpo.data.source import Source
-from grpo.data.table import GSM8K, Jsonl
+from grpo.data.table import GSM8K, Hub, Jsonl
 from grpo.data.verify import answered
 
-__all__ = ["GSM8K", "Arithmetic", "Jsonl", "ReasoningGym", "Source", "answered"]
+__all__ = ["GSM8K", "Arithmetic", "Hub", "Jsonl", "ReasoningGym", "Source", "answered"]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
@@ -135,6 +137,29 @@ class TableRows(Rows):
         for start in range(numbers.start, numbers.stop, AT_ONCE):
             part = self.table.slice(start, min(AT_ONCE, numbers.stop - start))
             yield from map(self.floats.read, part.to_pylist())
+
+
+class Joined(Rows):
+    """The rows of several files, one file after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def item(self, number: int) -> Row:
+        part = bisect_right(self.ends, number)
+        row: Row = self.parts[part][number - self.ends[part]]  # from its end
+        return row
+
+    def stretch(self, numbers: range) -> Iterator[Row]:
+        for part, end in zip(self.parts, self.ends, strict=True):
+            begin = end - len(part)
+            start, stop = max(numbers.start, begin), min(numbers.stop, end)
+            if start < stop:
+                yield from part.stretch(range(start - begin, stop - begin))
 
 
 class HubRows(Rows):

@@ -15,6 +15,11 @@ from grpo.types import Example
 class Source(ABC):
     """Where examples come from."""
 
+    @property
+    def commit(self) -> str | None:
+        """Of the hub, that the rows are from, once some were read; None where they are not."""
+        return None
+
     @abstractmethod
     def rows(self, split: str) -> Sequence[Any]:
         """All rows of a split, in a fixed order.

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.data.cells import Row, ShortFloats, as_messages, as_text, read_cell
-from grpo.data.rows import EAGER, HubRows, JsonlRows, Rows, TableRows
+from grpo.data.cells import Row, as_messages, as_text, read_cell
+from grpo.data.files import KINDS, read_path
+from grpo.data.hub_rows import read_hub
 from grpo.data.source import Source
 from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
+from grpo.hub import check_revision
 from grpo.types import Example
 from grpo.verifiers.numbers import as_number
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-class Jsonl(Source):
-    """Rows of a .jsonl or .parquet file: one column asks, another holds the answer."""
 
-    def __init__(
-        self,
-        path: str | None,
-        question_column: str = "question",
-        answer_column: str = "answer",
-        extract: str = "tag",
-    ) -> None:
-        """path: one file, which is every split, or a folder with a file named by each split."""
-        self.path = path
+class Table(Source):
+    """Rows with columns: one asks, another holds the answer."""
+
+    def __init__(self, question_column: str, answer_column: str, extract: str) -> None:
         self.question_column, self.answer_column = question_column, answer_column
         extractor(extract)
         self.extract = extract
-
-    def rows(self, split: str) -> Sequence[Row]:
-        if self.path is None:
-            raise ConfigError("dataset.path is not set: name a .jsonl or .parquet file.")
-        return read_file(split_file(self.path, split))
 
     def example(self, row: Row, number: int) -> Example:
         asked, answer = self.question_column, self.answer_column
@@ -57,7 +49,68 @@ class Jsonl(Source):
         return text.strip()
 
 
-class GSM8K(Jsonl):
+class Jsonl(Table):
+    """A table in a file, or in a folder with a file or several shards for each split."""
+
+    def __init__(
+        self,
+        path: str | None,
+        question_column: str = "question",
+        answer_column: str = "answer",
+        extract: str = "tag",
+    ) -> None:
+        """path: one file, which is every split, or a folder whose files are named by splits."""
+        super().__init__(question_column, answer_column, extract)
+        self.path = path
+
+    def rows(self, split: str) -> Sequence[Row]:
+        if self.path is None:
+            raise ConfigError(f"dataset.path is not set: name a {KINDS} file.")
+        return read_path(self.path, split)
+
+
+class Hub(Table):
+    """A table on the hub."""
+
+    def __init__(
+        self,
+        id: str | None,
+        subset: str | int | None = None,
+        revision: str | int | None = None,
+        question_column: str = "question",
+        answer_column: str = "answer",
+        extract: str = "tag",
+    ) -> None:
+        """
+        Args:
+            subset: its configuration; None is the default one.
+            revision: a branch, tag or commit; None is main.
+        """
+        super().__init__(question_column, answer_column, extract)
+        self.id = id
+        self.subset = None if subset is None else str(subset)
+        self.revision = None if revision is None else str(revision)
+        check_revision("dataset.revision", self.revision)
+        self.found: str | None = None  # the commit
+
+    @property
+    def commit(self) -> str | None:
+        return self.found
+
+    def rows(self, split: str) -> Sequence[Row]:
+        if self.id is None:
+            raise ConfigError("dataset.id is not set: give it as dataset.id=ORG/NAME")
+        if Path(self.id).exists() or not HUB_ID.fullmatch(self.id):
+            raise ConfigError(
+                f"dataset.id={self.id}: should be ORG/NAME on the hub; for files there is "
+                f"dataset=jsonl dataset.path=FOLDER."
+            )
+        revision = self.found or self.revision  # every split from the same commit
+        rows, self.found = read_hub(self.id, self.subset, split, revision)
+        return rows
+
+
+class GSM8K(Table):
     """Grade-school word problems (2110.14168); the gold answer is the number behind `####`."""
 
     def __init__(
@@ -66,15 +119,23 @@ class GSM8K(Jsonl):
         extract: str = "tag",
         id: str = "openai/gsm8k",
         subset: str = "main",
+        revision: str | int | None = None,
     ) -> None:
-        """path: a file or folder as for Jsonl; None asks the hub for `id` and `subset`."""
-        super().__init__(path, extract=extract)
-        self.id, self.subset = id, subset
+        """path: a file or folder as for Jsonl; None asks the hub for `id`, `subset`, `revision`."""
+        super().__init__("question", "answer", extract)
+        if path is not None and revision is not None:
+            raise ConfigError(
+                f"dataset.revision={revision}: dataset.path={path} is read instead of the hub, and "
+                f"has no revisions; leave one of them out."
+            )
+        self.source = Hub(id, subset, revision) if path is None else Jsonl(path)
+
+    @property
+    def commit(self) -> str | None:
+        return self.source.commit
 
     def rows(self, split: str) -> Sequence[Row]:
-        if self.path is None:
-            return read_hub(self.id, self.subset, split)
-        return super().rows(split)
+        return self.source.rows(split)
 
     def gold_answer(self, text: str, number: int) -> str:
         _, mark, gold = text.rpartition("####")
@@ -87,74 +148,3 @@ class GSM8K(Jsonl):
         if not gold:
             raise ConfigError(f"dataset: row {number + 1} has nothing behind its last '####'.")
         return gold
-
-
-def split_file(path: str, split: str) -> Path:
-    """The file of a split: the one named by it in a folder, or the one file itself."""
-    given = Path(path).expanduser()
-    if not given.is_dir():
-        return given
-    for suffix in READERS:
-        file = given / f"{split}{suffix}"
-        if file.is_file():
-            return file
-    raise ConfigError(f"dataset.path={path}: holds no {' or '.join(split + s for s in READERS)}.")
-
-
-def read_file(file: Path) -> Sequence[Row]:
-    """All rows of a file.
-
-    Raises:
-        ConfigError: naming the file, and the line where a .jsonl is not JSON.
-    """
-    if not file.is_file():
-        raise ConfigError(f"dataset.path={file}: there is no such file.")
-    if file.suffix not in READERS:
-        raise ConfigError(f"dataset.path={file}: use a .jsonl or .parquet file.")
-    rows = READERS[file.suffix](file)
-    if not rows:
-        raise ConfigError(f"dataset.path={file}: the file has no rows.")
-    return rows if len(rows) > EAGER else list(rows)
-
-
-def read_parquet(file: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"dataset.path={file}: not a parquet file ({error}).") from error
-    types = {name: str(table.schema.field(name).type) for name in table.column_names}
-    return TableRows(table, ShortFloats(types))
-
-
-READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": JsonlRows, ".parquet": read_parquet}
-
-
-def read_hub(id: str, subset: str, split: str) -> Sequence[Row]:
-    """A split of a hub data set, from the local cache where the hub can't be reached."""
-    import datasets
-
-    from grpo.hub import HubUnreachable, require_hub
-
-    offline, unreachable = datasets.config.HF_HUB_OFFLINE, None
-    try:
-        require_hub()
-    except HubUnreachable as error:
-        datasets.config.HF_HUB_OFFLINE, unreachable = True, error  # straight to the cache
-    try:
-        found = datasets.load_dataset(id, subset, split=split)
-        types = {name: getattr(kind, "dtype", "") for name, kind in found.features.items()}
-        rows = HubRows(found, ShortFloats(types))
-        return rows if len(rows) > EAGER else list(rows)
-    except (ConnectionError, OSError) as error:
-        raise ConfigError(
-            f"dataset: {id} is not in the local cache and {unreachable or error}. Use "
-            f"dataset.path= with a local .jsonl or .parquet, or dataset=arithmetic, which is "
-            f"generated."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"dataset.split={split}: {error}") from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline

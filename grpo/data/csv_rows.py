@@ -1,0 +1,96 @@
+"""Comma- and tab-separated values (RFC 4180): the first line names the columns, cells are texts."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grpo.data.cells import ShortFloats
+from grpo.data.rows import AT_ONCE, TableRows
+from grpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _csv import Reader
+
+    import pyarrow
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+LONGEST = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
+
+
+def read_csv(file: Path) -> TableRows:
+    """The rows of a file, as an Arrow table of texts.
+
+    Raises:
+        ConfigError: naming the line that has too few or too many cells, or can't be read.
+    """
+    import pyarrow
+
+    limit = csv.field_size_limit(LONGEST)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter=DELIMITERS[file.suffix.lower()], strict=True)
+            names = next((row for row in reader if row), [])
+            check_names(names, file)
+            schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
+            batches = list(batches_of(reader_rows(reader, names, file), schema))
+    except csv.Error as error:
+        raise ConfigError(f"dataset.path={file}: line {reader.line_num}: {error}.") from error
+    except UnicodeDecodeError as error:
+        number = undecodable_line(file)
+        raise ConfigError(
+            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason})."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return TableRows(pyarrow.Table.from_batches(batches, schema), ShortFloats({}))
+
+
+def check_names(names: Sequence[str], file: Path) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"dataset.path={file}: its first line names {name!r} twice.")
+
+
+def reader_rows(reader: Reader, names: Sequence[str], file: Path) -> Iterator[list[str]]:
+    """Each row, as many cells as there are names; blank lines are none."""
+    for row in reader:
+        if len(row) == len(names):
+            yield row
+        elif row:
+            raise ConfigError(
+                f"dataset.path={file}: line {reader.line_num} has {len(row)} cells, where the "
+                f"first line names {len(names)} columns: {', '.join(names)}."
+            )
+
+
+def batches_of(rows: Iterator[list[str]], schema: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
+    """The rows in Arrow's form, some thousands at a time, so that few are Python's at once."""
+    part: list[list[str]] = []
+    for row in rows:
+        part.append(row)
+        if len(part) == AT_ONCE:
+            yield batch_of(part, schema)
+            part = []
+    if part:
+        yield batch_of(part, schema)
+
+
+def batch_of(rows: Sequence[Sequence[str]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    import pyarrow
+
+    columns = [pyarrow.array(cells, pyarrow.string()) for cells in zip(*rows, strict=True)]
+    return pyarrow.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def undecodable_line(file: Path) -> int:
+    """The first line, from 1, that is not UTF-8."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1

@@ -1,0 +1,143 @@
+"""Tables in local files: one file, one a split, or several shards a split as the hub lays them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from grpo.data.cells import Row, ShortFloats
+from grpo.data.csv_rows import read_csv
+from grpo.data.json_rows import read_json
+from grpo.data.rows import EAGER, Joined, JsonlRows, Rows, TableRows
+from grpo.errors import ConfigError
+
+SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5,})(-of-(?P<all>\d+))?(-[0-9a-f]{16})?")
+
+
+def read_path(path: str, split: str) -> Sequence[Row]:
+    """All rows of a file, which is every split, or of a split's files in a folder.
+
+    Raises:
+        ConfigError: naming what is not there, or can't be read.
+    """
+    given = Path(path).expanduser()
+    return read_files(split_files(given, split) if given.is_dir() else [given])
+
+
+def read_file(file: Path) -> Sequence[Row]:
+    """As `read_files`, of one."""
+    return read_files([file])
+
+
+def read_files(files: Sequence[Path]) -> Sequence[Row]:
+    """All rows of one file after the other.
+
+    Raises:
+        ConfigError: naming the file, and the line in it that can't be read.
+    """
+    parts = [reader_of(file)(file) for file in files]
+    rows = parts[0] if len(parts) == 1 else Joined(parts)
+    if not rows:
+        raise ConfigError(f"dataset.path={files[0]}: the file has no rows.")
+    return rows if len(rows) > EAGER else list(rows)
+
+
+def reader_of(file: Path) -> Callable[[Path], Rows]:
+    if not file.is_file():
+        raise ConfigError(f"dataset.path={file}: there is no such file.")
+    if file.suffix.lower() not in READERS:
+        raise ConfigError(f"dataset.path={file}: use a {KINDS} file.")
+    return READERS[file.suffix.lower()]
+
+
+def read_parquet(file: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"dataset.path={file}: not a parquet file ({error}).") from error
+    types = {name: str(table.schema.field(name).type) for name in table.column_names}
+    return TableRows(table, ShortFloats(types))
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": JsonlRows,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
+KINDS = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split: test.csv, test-00000-of-00002.parquet ..., or all in a folder test/.
+
+    They may lie in a folder data/, too. Of several kinds of files the first of READERS is taken.
+
+    Raises:
+        ConfigError: there is no such split, naming those there are; or a shard is missing.
+    """
+    splits = files_by_split(folder)
+    if not splits:
+        raise ConfigError(f"dataset.path={folder}: holds no {KINDS} file.")
+    if split not in splits:
+        raise ConfigError(
+            f"dataset.path={folder}: holds no split {split}, as {split}.jsonl would be; it has "
+            f"{', '.join(sorted(splits))}."
+        )
+    kinds = list(READERS)
+    of_kind = min((file.suffix.lower() for file in splits[split]), key=kinds.index)
+    files = [file for file in splits[split] if file.suffix.lower() == of_kind]
+    whole = [file for file in files if file.stem == split]
+    if whole:  # beside it, shards of the same rows
+        return whole[:1]
+    check_shards(folder, split, files)
+    return sorted(files, key=place_among_shards)
+
+
+def place_among_shards(file: Path) -> tuple[int, str]:
+    shard = SHARD.fullmatch(file.stem)
+    return int(shard["number"]) if shard else 0, file.name
+
+
+def files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The files that can be read, sorted, by the split that their names or their folder's say."""
+    splits: dict[str, list[Path]] = {}
+    for place in (folder / "data", folder):  # what lies in both is taken from the folder itself
+        if not place.is_dir():
+            continue
+        here: dict[str, list[Path]] = {}
+        for inside in sorted(place.iterdir()):
+            if inside.is_dir() and inside != folder / "data":
+                here.setdefault(inside.name, []).extend(readable(inside))
+        for file in readable(place):
+            shard = SHARD.fullmatch(file.stem)
+            here.setdefault(shard["split"] if shard else file.stem, []).append(file)
+        splits |= {split: files for split, files in here.items() if files}
+    return splits
+
+
+def readable(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in READERS)
+
+
+def check_shards(folder: Path, split: str, files: Sequence[Path]) -> None:
+    """Refuses a split of which a shard is missing, as their names say how many there are."""
+    shards = [shard for file in files if (shard := SHARD.fullmatch(file.stem)) and shard["all"]]
+    wanted = {int(shard["all"]) for shard in shards}
+    found = {int(shard["number"]) for shard in shards}
+    if len(wanted) > 1:
+        raise ConfigError(
+            f"dataset.path={folder}: holds shards of {split} that belong to different sets of "
+            f"files: of {' and of '.join(map(str, sorted(wanted)))}."
+        )
+    for most in wanted:
+        if missing := sorted(set(range(most)) - found):
+            raise ConfigError(
+                f"dataset.path={folder}: of the {most} shards of {split}, number {missing[0]} is "
+                f"missing (they count from 0)."
+            )

@@ -1,0 +1,124 @@
+"""Data sets of the hub, read by the datasets library: downloaded, or from its local cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.data.cells import Row, ShortFloats
+from grpo.data.rows import EAGER, HubRows
+from grpo.errors import ConfigError, one_line
+from grpo.hub import COMMIT, HubUnreachable, named_revision, require_hub
+
+
+def read_hub(
+    id: str, subset: str | None, split: str, revision: str | None = None
+) -> tuple[Sequence[Row], str | None]:
+    """A split of a hub data set, and the commit that it is from.
+
+    Args:
+        subset: its configuration; None is the default one.
+        revision: a branch, tag or commit; None is main, or where the hub can't be reached the
+            newest in the local cache.
+
+    Raises:
+        ConfigError: it can't be had, or has no such subset or split.
+    """
+    import datasets
+
+    wanted, unreachable = named_revision(id, revision), None
+    try:
+        require_hub()
+    except HubUnreachable as error:
+        unreachable = error
+    try:
+        found = load_split(id, subset, split, revision, offline=unreachable is not None)
+    except (ConnectionError, OSError) as error:
+        raise ConfigError(
+            f"dataset: {wanted} is not in the local cache and {unreachable or one_line(error)}. "
+            f"Use dataset.path= with a local .jsonl or .parquet, or dataset=arithmetic, which is "
+            f"generated."
+        ) from error
+    except ValueError as error:
+        key = "subset is not set" if subset is None else f"subset={subset}"
+        of_subset = "onfig" in str(error)  # datasets' word for it, configuration
+        raise ConfigError(
+            f"dataset.{key if of_subset else f'split={split}'}: {one_line(error)}"
+        ) from error
+    except (RuntimeError, datasets.exceptions.DatasetsError) as error:  # a script, mixed columns
+        raise ConfigError(f"dataset: {wanted} can't be read: {one_line(error)}") from error
+    types = {name: getattr(kind, "dtype", "") for name, kind in found.features.items()}
+    rows = HubRows(found, ShortFloats(types))
+    return rows if len(rows) > EAGER else list(rows), split_commit(found)
+
+
+def load_split(id: str, subset: str | None, split: str, revision: str | None, offline: bool) -> Any:
+    """As the datasets library loads it, but never another revision than the one asked for.
+
+    Where it can't have one, it takes the newest of its cache.
+    """
+    import datasets
+
+    if revision is None or not offline:
+        before = datasets.config.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = before or offline  # straight to the cache
+        try:
+            found = datasets.load_dataset(id, subset, split=split, revision=revision)
+        finally:
+            datasets.config.HF_HUB_OFFLINE = before
+        if revision is None or split_commit(found) == cached_commit(id, revision):
+            return found
+    commit = cached_commit(id, revision)
+    if commit is None:
+        raise ConnectionError("the hub doesn't give it")
+    return load_cached(id, subset, split, commit)
+
+
+def load_cached(id: str, subset: str | None, split: str, commit: str) -> Any:
+    """A split from the cache of the datasets library, of one commit.
+
+    Raises:
+        ConnectionError: that commit is not there.
+        ValueError: it has no such subset or split.
+    """
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+    from datasets.packaged_modules.cache.cache import Cache
+
+    owner, _, name = id.rpartition("/")
+    folder = f"{owner}___{camelcase_to_snakecase(name)}" if owner else camelcase_to_snakecase(name)
+    root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / folder
+    subsets = {place.parent.parent.name: place for place in root.glob(f"*/*/{commit}")}
+    if not subsets:
+        raise ConnectionError("the hub doesn't give it")
+    chosen = subset or ("default" if "default" in subsets else next(iter(subsets)))
+    if chosen not in subsets or (subset is None and chosen != "default" and len(subsets) > 1):
+        raise ValueError(f"of its configurations the cache has {', '.join(sorted(subsets))}")
+    builder = Cache(
+        dataset_name=name,
+        repo_id=id,
+        config_name=chosen,
+        version=subsets[chosen].parent.name,
+        hash=commit,
+    )
+    return builder.as_dataset(split=split)
+
+
+def cached_commit(id: str, revision: str | None) -> str | None:
+    """The commit that a revision of a data set was, when the hub was last asked for it."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if revision is None or COMMIT.fullmatch(revision):
+        return revision
+    folder = repo_folder_name(repo_id=id, repo_type="dataset")
+    file = Path(constants.HF_HUB_CACHE).expanduser() / folder / "refs" / revision
+    return file.read_text().strip() if file.is_file() else None
+
+
+def split_commit(split: Any) -> str | None:
+    """The commit of the hub that a split of the datasets library was made of, if any."""
+    files = split.cache_files
+    name = Path(files[0]["filename"]).parent.name if files else ""
+    return name if COMMIT.fullmatch(name) else None

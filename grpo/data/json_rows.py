@@ -1,0 +1,139 @@
+"""The rows of a .json file: a list of objects, an object that holds one, or an object a line."""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from pathlib import Path
+
+from grpo.data.cells import Row
+from grpo.data.rows import JsonlRows, Rows
+from grpo.errors import ConfigError
+
+BLANKS = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
+
+
+def read_json(file: Path) -> Rows:
+    """The objects of the one list in a file; of several values, one after the other, each object.
+
+    Raises:
+        ConfigError: naming the line where it is not JSON, or what it holds instead of rows.
+    """
+    try:
+        return find_rows(file.read_bytes().decode("utf-8-sig"), file)
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason})."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"dataset.path={file}: line {error.lineno} is not JSON ({error.msg})."
+        ) from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise ConfigError(f"dataset.path={file}: {error}.") from error
+
+
+def find_rows(text: str, file: Path) -> Rows:
+    start = skip_blanks(text, 0)
+    if start == len(text):
+        raise ConfigError(f"dataset.path={file}: the file has no rows.")
+    if text[start] == "[":
+        found, end = find_objects(text, start)
+        check_end(text, end)
+        if found is None:
+            raise ConfigError(f"dataset.path={file}: holds a list of something else than objects.")
+        return JsonRows(text, found)
+    if text[start] != "{":
+        DECODER.raw_decode(text, start)  # says where it is not JSON
+        raise ConfigError(f"dataset.path={file}: should hold a list of objects.")
+    lists, end = find_lists(text, start)
+    if skip_blanks(text, end) != len(text):
+        return JsonlRows(file)  # an object a line, whatever the file is named
+    if len(lists) != 1:
+        raise ConfigError(
+            f"dataset.path={file}: should hold one list of objects, and has "
+            f"{' and '.join(lists) or 'none'}."
+        )
+    return JsonRows(text, next(iter(lists.values())))
+
+
+class JsonRows(Rows):
+    """The objects of a list, by where each begins in the text; each is read when it is asked for.
+
+    The text is all that stays in memory, where the objects would take ten times as much.
+    """
+
+    def __init__(self, text: str, starts: array[int]) -> None:
+        self.text, self.starts = text, starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def item(self, number: int) -> Row:
+        row: Row = DECODER.raw_decode(self.text, self.starts[number])[0]
+        return row
+
+
+def find_lists(text: str, start: int) -> tuple[dict[str, array[int]], int]:
+    """Where the objects begin in each list of them that an object holds, and where it ends."""
+    lists: dict[str, array[int]] = {}
+    at = skip_blanks(text, start + 1)
+    while text[at : at + 1] != "}":
+        if text[at : at + 1] != '"':
+            raise json.JSONDecodeError("Expecting property name", text, at)
+        name, at = DECODER.raw_decode(text, at)
+        at = skip_blanks(text, expect(":", text, at))
+        found = None
+        if text[at : at + 1] == "[":
+            found, at = find_objects(text, at)
+        else:
+            _, at = DECODER.raw_decode(text, at)
+        if found:
+            lists[name] = found
+        at = next_item(text, at, "}")
+    return lists, at + 1
+
+
+def find_objects(text: str, start: int) -> tuple[array[int] | None, int]:
+    """Where the objects of a list begin, None where it holds others too; and where it ends."""
+    starts, only_objects = array("q"), True
+    at = skip_blanks(text, start + 1)
+    while text[at : at + 1] != "]":
+        only_objects = only_objects and text[at : at + 1] == "{"
+        starts.append(at)
+        _, at = DECODER.raw_decode(text, at)
+        at = next_item(text, at, "]")
+    return starts if only_objects else None, at + 1
+
+
+def next_item(text: str, at: int, end: str) -> int:
+    """Where the next item begins after one, or the end is."""
+    at = skip_blanks(text, at)
+    if text[at : at + 1] == end:
+        return at
+    at = skip_blanks(text, expect(",", text, at))
+    if text[at : at + 1] == end:
+        raise json.JSONDecodeError("Illegal trailing comma", text, at)
+    return at
+
+
+def expect(sign: str, text: str, at: int) -> int:
+    at = skip_blanks(text, at)
+    if text[at : at + 1] != sign:
+        raise json.JSONDecodeError(f"Expecting {sign!r}", text, at)
+    return at + 1
+
+
+def check_end(text: str, at: int) -> None:
+    at = skip_blanks(text, at)
+    if at != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+
+
+def skip_blanks(text: str, at: int) -> int:
+    blanks = BLANKS.match(text, at)
+    assert blanks is not None  # it matches nothing, too
+    return blanks.end()

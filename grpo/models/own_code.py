@@ -1,0 +1,76 @@
+"""Python code that comes with a model: run only where the user says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo.errors import ConfigError
+
+NEEDS_CODE = (
+    "needs Python code that comes with it, which is not run unless you say so: read it, then add "
+    "model.trust_remote_code=true (to grpo chat and grpo export: --trust)"
+)
+
+
+def check_own_code(folder: Path, trusted: bool) -> None:
+    """Refuses a model that transformers can't run without the code in its folder.
+
+    trusted: the user wants that code to be run.
+
+    Raises:
+        ConfigError: naming the folder, its files and the key.
+    """
+    if trusted or not named_classes(folder, "config.json") or is_known(folder):
+        return
+    files = ", ".join(own_files(folder)) or "in another repository of the hub"
+    raise ConfigError(f"{folder}: this model {NEEDS_CODE}. The code: {files}.")
+
+
+def has_own_code(folder: Path) -> bool:
+    """Whether the configs in a model's folder name classes of its own, or of another repository."""
+    return any(named_classes(folder, name) for name in ("config.json", "tokenizer_config.json"))
+
+
+def own_files(folder: Path) -> list[str]:
+    """The Python files in a model's folder that its configs name."""
+    named = {
+        path
+        for name in ("config.json", "tokenizer_config.json")
+        for path in named_classes(folder, name)
+    }
+    return sorted({f"{path.partition('.')[0]}.py" for path in named if "--" not in path})
+
+
+def is_known(folder: Path) -> bool:
+    """Whether transformers has code of its own for the causal model in a folder."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = read_config(folder / "config.json").get("model_type")
+    return kind in CONFIG_MAPPING_NAMES and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def named_classes(folder: Path, name: str) -> list[str]:
+    """What `auto_map` in a config names: module.Class, or ORG/NAME--module.Class."""
+    return list(texts_in(read_config(folder / name).get("auto_map")))
+
+
+def texts_in(node: Any) -> Iterator[str]:
+    """A tokenizer's is a pair, of which one may be null."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from texts_in(value)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config of transformers; empty where it can't be read, which loading the model says."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
