@@ -33,7 +33,7 @@ from grpo.device import Device, open_device
 from grpo.errors import ConfigError
 from grpo.evaluate import Evaluation
 from grpo.find import PROMPT_KEYS, Found, bind, check_options, named, plain
-from grpo.hub import from_hub
+from grpo.hub import commit_of, from_hub
 from grpo.kl import KLPull, Pull
 from grpo.memory import Work, budget_of, held_by
 from grpo.models.adapter import Adapter, add_adapter
@@ -82,13 +82,14 @@ def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[Languag
         add_adapter(policy.model, adapter, cfg.seed)
     # A checkpoint of an adapter names its base: by id where that is how it is found again.
     name = cfg.model.id if cfg.model.id and from_hub(folder) else policy.base
+    commit = commit_of(folder) if name == cfg.model.id else None
     if cfg.device.gradient_checkpointing and not recomputable(policy.model):
         raise ConfigError(
             f"device.gradient_checkpointing=true: {type(policy.model).__name__} has no layers that "
             f"can be recomputed."
         )
     recompute = cfg.device.gradient_checkpointing
-    return replace(policy, base=name, recompute=recompute), policy.fingerprint
+    return replace(policy, base=name, commit=commit, recompute=recompute), policy.fingerprint
 
 
 def load_model(cfg: DictConfig, folder: Path, device: Device, frozen: bool) -> LanguageModel:
@@ -98,7 +99,7 @@ def load_model(cfg: DictConfig, folder: Path, device: Device, frozen: bool) -> L
     """
     adapter = build_adapter(cfg)
     quantized = adapter is not None and adapter.quantized
-    return load_language_model(folder, device, quantized, frozen)
+    return load_language_model(folder, device, quantized, frozen, cfg.model.trust_remote_code)
 
 
 def build_budget(

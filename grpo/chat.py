@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from grpo.data.prompts import PromptFormat
     from grpo.models.load import LanguageModel
 
-USAGE = "grpo chat RUN_OR_MODEL [temperature=0] [max_new_tokens=256]"
+USAGE = "grpo chat RUN_OR_MODEL [temperature=0] [max_new_tokens=256] [--trust]"
 COMMANDS = "/reset begins anew, /temperature 0.7 sets it, /quit or Ctrl-D ends"
 NARROW = 90  # columns: below, answers stand under each other
 
@@ -48,12 +48,13 @@ def chat(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: there is no such run or model.
     """
-    places = [argument for argument in arguments if "=" not in argument]
+    trusted = "--trust" in arguments
+    places = [own for own in arguments if "=" not in own and own != "--trust"]
     if len(places) != 1:
         raise ConfigError(f"{USAGE}: name one run or model.")
     options = options_of([argument for argument in arguments if "=" in argument])
     console = Console()
-    prompt_format, voices = voices_of(places[0])
+    prompt_format, voices = voices_of(places[0], trusted)
     talking = sys.stdin.isatty()
     if talking:
         names = " and ".join(voice.name for voice in voices)
@@ -107,22 +108,28 @@ def told(command: str, options: Options) -> str:
     return f"temperature {options.temperature:g}"
 
 
-def voices_of(place: str) -> tuple[PromptFormat, list[Voice]]:
-    """How a question is put to the models, and the models: a run's base first."""
+def voices_of(place: str, trusted: bool) -> tuple[PromptFormat, list[Voice]]:
+    """How a question is put to the models, and the models: a run's base first.
+
+    trusted: Python code that comes with them may be run, whatever the run's folder says.
+    """
     from grpo.data.prompts import PromptFormat
     from grpo.device import open_device
     from grpo.models.load import load_language_model
 
     device = open_device("auto", "auto")
-    folder = checkpoint_model(place)()
+    folder = checkpoint_model(place, trust_remote_code=trusted)()
     run = run_of(Path(place).expanduser())
     if run is None:
         plain = PromptFormat(None, (), True, {}, 2**20)
-        return plain, [Voice(place, load_language_model(folder, device, frozen=True))]
+        model = load_language_model(folder, device, frozen=True, trust_remote_code=trusted)
+        return plain, [Voice(place, model)]
     from grpo.build import load_model, prompt_format
     from grpo.find import base_model
 
     cfg = OmegaConf.create(read_yaml(run / ".hydra" / "config.yaml") or {})
+    # An older run's has no revision.
+    cfg.model = {"revision": None, **cfg.model, "trust_remote_code": trusted}
     data, key = cfg.dataset, "dataset"
     if "sets" in data:
         name, data = next(iter(data.sets.items()))

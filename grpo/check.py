@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grpo.config import at_least, flat, more_than_nothing, nearest, one_of
 from grpo.errors import ConfigError
+from grpo.hub import check_revision
 from grpo.seeds import SEEDS
 
 NO_PROJECT, NO_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
@@ -128,6 +129,7 @@ def check_training(cfg: DictConfig) -> None:
             f"eval.samples={cfg.eval.samples} eval.greedy={cfg.eval.greedy}: training is followed "
             f"by both; leaving one out is for grpo eval."
         )
+    check_trained_model(cfg.model)
     at_least(cfg, "checkpoint.every", 0, whole=True)
     at_least(cfg, "checkpoint.keep", 1, whole=True)
     betas = list(cfg.optim.betas)
@@ -141,6 +143,21 @@ def check_model(model: DictConfig) -> None:
         raise ConfigError(
             f"model={model.name}: give exactly one of model.id=ORG/NAME (on the hub) and "
             f"model.path=FOLDER, not {' and '.join(given) or 'none'}."
+        )
+    check_revision("model.revision", model.revision)
+
+
+def check_trained_model(model: DictConfig) -> None:
+    """Refuses what says nothing of the model that is trained; of `grpo eval` it is another one."""
+    if model.revision is not None and model.id is None:
+        raise ConfigError(
+            f"model.revision={model.revision}: only a model on the hub has revisions, and "
+            f"model={model.name} is none; leave it out, or give model.id=ORG/NAME."
+        )
+    if model.trust_remote_code and model.packaged is not None:
+        raise ConfigError(
+            f"model.trust_remote_code=true: model={model.name} is part of this package and brings "
+            f"no code of its own; leave it out."
         )
 
 

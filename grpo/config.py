@@ -30,9 +30,11 @@ class ModelConfig:
 
     name: str = MISSING
     id: str | None = None
+    revision: str | None = None  # of an id: a branch, tag or commit; None is main
     path: str | None = None
     packaged: str | None = None
     wheel: dict[str, str] | None = None  # a GGUF on PyPI, for where the hub can't be reached
+    trust_remote_code: bool = False  # run the Python code in the model's folder
     learning_rate: float = MISSING
 
 

@@ -20,7 +20,8 @@ from grpo.report.run.page import verdict, written
 from grpo.report.run.read import Run, diagnosed, differences, read_run, shipped_config
 from grpo.secrets import texts_of
 
-USAGE = "grpo export RUN DIR [--push ORG/NAME [--private]]"
+USAGE = "grpo export RUN DIR [--push ORG/NAME [--private]] [--trust]"
+FLAGS = ("--private", "--trust")  # the second is of a base model under an adapter
 PRIVATE_PARTS = ("tracking", "hydra", "name", "resume", "sweep_dir")  # said of a run, not a model
 PRIVATE = re.compile(r"(path|url|dir|folder|file|host|address|email|user|_env|notes)$")
 PLACE = re.compile(r"\w+://|~/|/[^\s/]+/|\.{1,2}/|\w:\\|.*\$\{oc\.env:")
@@ -35,8 +36,8 @@ def export(arguments: Sequence[str]) -> None:
         RunError: the upload failed; the folder is written.
     """
     what = "the model's id on the hub, ORG/NAME"
-    given, hub_id = option([own for own in arguments if own != "--private"], "--push", what)
-    private = "--private" in arguments
+    private, trusted = "--private" in arguments, "--trust" in arguments
+    given, hub_id = option([own for own in arguments if own not in FLAGS], "--push", what)
     if private and hub_id is None:
         raise ConfigError("--private: says how --push makes the model's page on the hub.")
     if hub_id is not None and not HUB_ID.fullmatch(hub_id):
@@ -55,7 +56,7 @@ def export(arguments: Sequence[str]) -> None:
     run = as_of(read_run(home), model)
     from grpo.models.merge import write_merged
 
-    write_merged(model, folder)
+    write_merged(model, folder, trusted)
     (folder / "README.md").write_text(card(run, hub_id or folder.name), encoding="utf-8")
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from grpo.config import at_least, nearest
 from grpo.data.source import Slices, Source
 from grpo.errors import ConfigError
+from grpo.hub import commit_of
 from grpo.models.find import check_reachable, model_folder
 from grpo.past import checkpoint_model
 from grpo.types import Example
@@ -45,6 +46,7 @@ class FoundSet:
     train: Sequence[Example]
     evaluation: list[Example]
     options: DictConfig
+    commit: str | None = None  # of the hub, that the rows are from
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Found:
 
     sets: list[FoundSet]
     model: Callable[[], Path]  # its folder; the call downloads it where need be
+
+    def hub_commits(self) -> dict[str, str]:
+        """What the names of the hub stood for, by the key of the config; empty without the hub."""
+        commits = {"model": commit_of(self.model()), **{own.key: own.commit for own in self.sets}}
+        return {key: commit for key, commit in commits.items() if commit is not None}
 
 
 def find_for_training(cfg: DictConfig) -> Found:
@@ -68,7 +75,8 @@ def base_model(model: DictConfig) -> Callable[[], Path]:
         ConfigError: it can't be had.
     """
     options = plain(model)
-    where = {key: options[key] for key in ("id", "path", "packaged", "wheel")}
+    keys = ("id", "path", "packaged", "wheel", "revision", "trust_remote_code")
+    where = {key: options[key] for key in keys}
     where["name"] = f"model={options['name']}"
     check_reachable(**where)
     return functools.partial(model_folder, **where)
@@ -79,7 +87,9 @@ def find_for_evaluation(cfg: DictConfig) -> Found:
     if cfg.checkpoint is None:
         raise ConfigError("checkpoint is not set: grpo eval checkpoint=DIR, a run's or a model's.")
     sets = find_sets(cfg, training=False)
-    return Found(sets, checkpoint_model(str(cfg.checkpoint)))
+    model = cfg.model
+    found = checkpoint_model(str(cfg.checkpoint), model.revision, model.trust_remote_code)
+    return Found(sets, found)
 
 
 def find_sets(cfg: DictConfig, *, training: bool) -> list[FoundSet]:
@@ -116,7 +126,8 @@ def find_set(
     if name:
         source = Named(source, name)
     train = slices.train(source) if training else []
-    return FoundSet(key, name, probability, train, slices.evaluation(source), options)
+    evaluation = slices.evaluation(source)
+    return FoundSet(key, name, probability, train, evaluation, options, source.commit)
 
 
 class Named(Source):
@@ -124,6 +135,10 @@ class Named(Source):
 
     def __init__(self, source: Source, name: str) -> None:
         self.source, self.name = source, name
+
+    @property
+    def commit(self) -> str | None:
+        return self.source.commit
 
     def rows(self, split: str) -> Sequence[Any]:
         return self.source.rows(split)

@@ -50,6 +50,7 @@ grpo dashboard [FOLDER]: runs, sweeps and studies in the browser
 grpo chat RUN: the base and the trained model, side by side
 
   RUN                     a run's folder, or one of its checkpoints
+  --trust                 run the Python code that comes with its model
 """,
     "export": """\
 grpo export RUN DIR: a folder that transformers loads, with a card that says where it comes from
@@ -58,6 +59,7 @@ grpo export RUN DIR: a folder that transformers loads, with a card that says whe
   DIR                     a new or an empty folder
   --push ORG/NAME         upload it to the hub as well
   --private               a page that only its owner sees
+  --trust                 run the Python code that comes with the model under an adapter
 """,
 }
 

@@ -125,19 +125,30 @@ def take_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
-def checkpoint_model(checkpoint: str) -> Callable[[], Path]:
+def checkpoint_model(
+    checkpoint: str, revision: str | None = None, trust_remote_code: bool = False
+) -> Callable[[], Path]:
     """Where a run's, a checkpoint's or a model's folder is; or a hub id, downloaded by the call.
+
+    Args:
+        revision: of a hub id, or of the model that a run began with.
+        trust_remote_code: code that comes with the model may be run.
 
     Raises:
         ConfigError: there is no model there.
     """
     if HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists():
-        return hub_model(checkpoint)
+        return hub_model(checkpoint, revision, trust_remote_code)
     folder = model_of_checkpoint(checkpoint)
+    if revision is not None and run_of(Path(checkpoint).expanduser()) is None:
+        raise ConfigError(
+            f"model.revision={revision}: checkpoint={checkpoint} is a folder, which has no "
+            f"revisions; leave it out."
+        )
     return lambda: folder
 
 
-def hub_model(checkpoint: str) -> Callable[[], Path]:
+def hub_model(checkpoint: str, revision: str | None, trust_remote_code: bool) -> Callable[[], Path]:
     """Downloads what is no folder but may be a model on the hub; checks at once that one can ask.
 
     Raises:
@@ -146,7 +157,7 @@ def hub_model(checkpoint: str) -> Callable[[], Path]:
 
     def told(ask: Callable[..., T]) -> T:
         try:
-            return ask("as a hub id", checkpoint, None, None, None)
+            return ask("as a hub id", checkpoint, None, None, None, revision, trust_remote_code)
         except ConfigError as error:
             raise ConfigError(
                 f"checkpoint={checkpoint}: there is no such folder; {error}"
@@ -192,8 +203,8 @@ def check_folder(
         saved, saved_adapter = config["model"], config["adapter"]
     except (OSError, ValueError, KeyError):
         return  # a broken checkpoint; loading it says so, and takes the one before
-    for key in ("id", "path", "packaged"):
-        if saved[key] != model[key]:
+    for key in ("id", "path", "packaged", "revision"):
+        if saved.get(key) != model[key]:  # an older one has no revision: main
             raise ConfigError(
                 f"resume={resume}: this run trains model={saved['name']} "
                 f"(model.{key}={saved[key]}), not model={model['name']} ({model[key]})."

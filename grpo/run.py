@@ -50,6 +50,7 @@ from grpo.interrupt import Interrupt
 from grpo.kl import Pull
 from grpo.models.lengths import suited_to_lengths
 from grpo.models.load import LanguageModel
+from grpo.models.own_code import has_own_code
 from grpo.optim import Optimizer
 from grpo.past import FINISHED, RUNNING, is_finished, newest_step
 from grpo.report.run.page import write_run_page
@@ -80,7 +81,8 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
     run, standing = build_training(cfg, folder, found)
     give_back_freed_memory()  # of checks and trials: training would not fit the gaps they left
     trials = run.evaluation.trials
-    summary = Summary(folder, cfg.objective, run.device, run.total_steps, trials)
+    commits = found.hub_commits()
+    summary = Summary(folder, cfg.objective, run.device, run.total_steps, trials, commits)
     summary.write(RUNNING, standing.progress)
     status, error = "failed", "ended from outside"
     try:
@@ -148,7 +150,8 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     tracker.completions([row for a in given for row in evaluation_rows(a.rollout, a.scores)])
     tracker.log(0, metrics)
     reports = report(greedy, sampled)
-    content = {"checkpoint": str(cfg.checkpoint), "prompts": len(prompts), **metrics}
+    content: dict[str, Any] = {"checkpoint": str(cfg.checkpoint)}
+    content |= {"hub_commits": found.hub_commits(), "prompts": len(prompts), **metrics}
     content["figures"] = reports
     (folder / "evaluation.json").write_text(json.dumps(finite(content), indent=2) + "\n")
     rows = [row for own in given for row in answer_rows(own.rollout, own.scores)]
@@ -201,7 +204,8 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         info.name, steps, cfg.batch_size, cfg.num_generation, len(train_prompts), device.describe(),
     )  # fmt: skip
     exact = isinstance(engine, NativeEngine | HFEngine) and device.autocast_dtype is None
-    for line in unused_keys(cfg, hydra.overrides.task, Facts(exact, steps * updates_of_step(cfg))):
+    facts = Facts(exact, steps * updates_of_step(cfg), has_own_code(found.model()))
+    for line in unused_keys(cfg, hydra.overrides.task, facts):
         log.warning("%s", line)
     collector = Collector(
         engine=engine,

@@ -30,9 +30,12 @@ class Summary:
         device: Device,
         total_steps: int,
         trials: Mapping[str, int],
+        hub_commits: Mapping[str, str],
     ) -> None:
+        """hub_commits: what model and data set were on the hub, by their key in the config."""
         self.folder, self.metric, self.device = folder, objective, device
         self.total_steps, self.trials = total_steps, dict(trials)
+        self.hub_commits = dict(hub_commits)
         self.started = time.time()
 
     def write(self, status: str, progress: Progress, error: str = "") -> dict[str, Any]:
@@ -58,6 +61,7 @@ class Summary:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "git_commit": git_commit(),
+            "hub_commits": self.hub_commits,
             "device": self.device.describe(),
             "error": cross_out(error) or None,
         }

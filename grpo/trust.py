@@ -2,7 +2,8 @@
 
 `grpo eval checkpoint=DIR`, `grpo resume=DIR` and `grpo -m sweep_dir=DIR` take overrides from that
 folder, and overrides can name any function. Those of this package and those in files of the working
-directory are the user's own; anything else is refused until `--trust` is given.
+directory are the user's own; anything else is refused until `--trust` is given. So is
+`model.trust_remote_code=true`, by which a model's own code is run.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ def check_code(cfg: DictConfig) -> None:
     for key, path in named_code(OmegaConf.to_container(cfg, resolve=True)):  # type: ignore[arg-type]
         if not (SOURCE.is_given(key) or is_own(path)):
             raise refusal(SOURCE.folder, f"{key}={path}")
+    if cfg.model.trust_remote_code and not SOURCE.is_given("model.trust_remote_code"):
+        raise ConfigError(
+            f"{SOURCE.folder}: says model.trust_remote_code=true, which runs Python code from the "
+            f"model's folder. Read that, and add --trust to run it."
+        )
 
 
 def refusal(folder: Path, what: str) -> ConfigError:

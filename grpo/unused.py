@@ -16,6 +16,7 @@ class Facts:
 
     exact: bool  # the sampler's probabilities are the policy's, but for rounding
     updates: int  # of the optimizer, in the whole run
+    own_code: bool = False  # the model comes with Python code
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ RULES = (
         "num_epochs",
         lambda cfg, facts: cfg.max_steps is not None,
         "max_steps says how long this run is",
+    ),
+    Rule(
+        "model.trust_remote_code",
+        lambda cfg, facts: cfg.model.trust_remote_code and not facts.own_code,
+        "this model comes without code of its own",
     ),
     *(
         Rule(

@@ -59,6 +59,8 @@ CHANGED: dict[str, tuple[str, tuple[str, ...]]] = {
     "objective": ("eval/accuracy", ()),
     "model.name": ("other", ("name=null",)),
     "model.id": ("nobody/none", ()),
+    "model.revision": ("v2", ()),
+    "model.trust_remote_code": ("true", ()),
     "model.path": ("nowhere", ()),
     "model.packaged": ("nothing", ()),
     "model.learning_rate": ("1e-3", ()),

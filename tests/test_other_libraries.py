@@ -44,11 +44,6 @@ def tiny_with(config: dict[str, Any], **files: str) -> None:
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, {}, "requires"),
         ({"quantization_config": {"quant_method": "hqq"}}, {}, "hqq"),
         ({"model_type": "of_tomorrow"}, {}, "of_tomorrow"),
-        (
-            {"model_type": "its_own", "auto_map": {"AutoConfig": "own.Config"}},
-            {},
-            "code from a model's folder is never run",
-        ),
         ({"num_attention_heads": "many"}, {}, "num_attention_heads"),
         ({"hidden_size": 7}, {}, ""),
         ({}, {"tokenizer__json": '{"version": "1.0"}'}, ""),

@@ -14,6 +14,7 @@ from grpo.trust import is_own
 from tests.conftest import grpo_process
 
 Grpo = Callable[..., tuple[int, str]]
+KEY = "model.trust_remote_code=true"
 REWARD = ("+reward.evil._target_={}", "+reward.evil.weight=1.0", "+reward.evil.args={}")
 
 
@@ -50,6 +51,8 @@ def score(samples):
         ("+reward.evil={_target_: stranger.evil.score, weight: 1.0}", "stranger.evil.score"),
         ("algorithm.baseline=os.system", "algorithm.baseline=os.system"),
         ("kl.estimator=stranger.evil.score", "kl.estimator=stranger.evil.score"),
+        ("model.trust_remote_code=true", "model.trust_remote_code=true"),
+        ("model={trust_remote_code: true}", "model.trust_remote_code=true"),
         ("+hydra.callbacks.evil._target_=stranger.evil.score", "hydra.callbacks"),
         ("hydra.searchpath=[file:///tmp]", "hydra.searchpath"),
         ("hydra/job_logging=evil", "hydra/job_logging=evil"),
@@ -76,11 +79,19 @@ def test_what_is_given_answers_for_itself_alone(
     stranger: Callable[..., Path], grpo: Grpo, tmp_path: Path
 ) -> None:
     """A choice of the user's own doesn't vouch for what the folder adds to it."""
-    stranger("+reward.evil._target_=stranger.evil.score", "+reward.evil.weight=1.0")
-    for given in ("reward=answer", "+reward.evil={weight: 2.0}"):
-        code, printed = grpo("eval", "checkpoint=stranger", given, "hydra.run.dir=out")
+    stranger(
+        "+reward.evil._target_=stranger.evil.score",
+        "+reward.evil.weight=1.0",
+        "model.trust_remote_code=true",
+    )
+    for given, names in (
+        (("reward=answer", KEY), "reward.evil._target_=stranger.evil.score"),
+        (("~reward.evil", "model=tiny"), KEY),
+        (("+reward.evil={weight: 2.0}", KEY), "reward.evil._target_=stranger.evil.score"),
+    ):
+        code, printed = grpo("eval", "checkpoint=stranger", *given, "hydra.run.dir=out")
         assert code == 2, printed
-        assert "reward.evil._target_=stranger.evil.score" in printed, given
+        assert names in printed, given
         assert not (tmp_path / "was_run").exists()
 
 

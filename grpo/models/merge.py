@@ -14,28 +14,34 @@ from grpo.hub import holds_adapter
 from grpo.models.adapter import load_adapter, merged
 from grpo.models.find import base_folder
 from grpo.models.load import in_four_bits, in_full, loading_errors
+from grpo.models.own_code import check_own_code
 
 
-def write_merged(model: Path, folder: Path) -> None:
+def write_merged(model: Path, folder: Path, trust_remote_code: bool = False) -> None:
     """Writes a folder that transformers loads by path, tokenizer included.
 
     What was trained over 4-bit weights is merged into those weights, in full precision.
 
     Args:
         model: the model's folder in a checkpoint.
+        trust_remote_code: Python code that comes with the base model may be run.
     """
     if not holds_adapter(model):
         shutil.copytree(model, folder, dirs_exist_ok=True)
         return
-    device, base = open_device("cpu", "fp32"), base_folder(model)
+    device, base = open_device("cpu", "fp32"), base_folder(model, trust_remote_code)
+    check_own_code(base, trust_remote_code)
     with loading_errors(base):
+        # Never None: then transformers asks, and takes what is piped in for an answer.
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         if was_quantized(model):
-            whole = in_four_bits(base, device).dequantize(torch.float32)
+            quantized = in_four_bits(base, device, trust_remote_code=trust_remote_code)
+            whole = quantized.dequantize(torch.float32)
         else:
-            whole = in_full(base)
+            whole = in_full(base, trust_remote_code=trust_remote_code)
     load_adapter(whole, model)
     merged(whole).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def was_quantized(model: Path) -> bool:

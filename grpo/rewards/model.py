@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import ConfigError
-from grpo.hub import HubUnreachable, cached_model, hub_model_folder, require_hub
+from grpo.hub import (
+    HubUnreachable,
+    cached_model,
+    hub_model_folder,
+    named_revision,
+    require_hub,
+)
 from grpo.models.find import local_folder
 from grpo.rewards.options import at_least
 from grpo.types import Sample
@@ -25,6 +31,7 @@ class RewardModel:
 
     Args:
         model: id on the hub, or a folder.
+        revision: of an id: a branch, tag or commit; None is main.
         batch_size: completions at a time.
         max_tokens: longer texts lose their beginning.
         device: cpu, cuda, cuda:1 …; auto is cuda where there is one.
@@ -38,14 +45,15 @@ class RewardModel:
         max_tokens: int = 2048,
         device: str = "auto",
         label: int | None = None,
+        revision: str | None = None,
     ) -> None:
         at_least(1, batch_size=batch_size, max_tokens=max_tokens)
         if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
             raise ConfigError(f"device={device}: use auto, cpu, cuda or cuda:NUMBER.")
-        folder = folder_at_hand(model)
+        folder = folder_at_hand(model, revision)
         if folder is not None:  # else that is known once it is downloaded
             check_label(model, label, outputs_of(folder))
-        self.model = model
+        self.model, self.revision = model, revision
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.device = device
@@ -101,7 +109,7 @@ class RewardModel:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = folder_of(self.model)
+        folder = folder_of(self.model, self.revision)
         # When it is loaded must not change what is sampled.
         with torch.random.fork_rng(devices=[]):
             classifier, info = AutoModelForSequenceClassification.from_pretrained(
@@ -140,21 +148,31 @@ def is_folder(model: str) -> bool:
     return model.startswith((".", "/", "~")) or Path(model).is_dir()
 
 
-def folder_at_hand(model: str) -> Path | None:
+def folder_at_hand(model: str, revision: str | None) -> Path | None:
     """The folder of a model that needs no download, None for one that can be downloaded.
 
     Raises:
         ConfigError: it is not there, and can't be had.
     """
     if is_folder(model):
+        if revision is not None:
+            raise ConfigError(
+                f"revision={revision}: model={model} is a folder, which has no revisions; leave it "
+                f"out."
+            )
         return local_folder("model", model)
     try:
-        cached = cached_model(model)
+        cached = cached_model(model, revision)
         if cached is None:
             require_hub()
     except HubUnreachable as error:
-        raise ConfigError(f"model={model}: is not in the local cache and {error}.") from error
+        raise unreachable(model, revision, error) from error
     return cached
+
+
+def unreachable(model: str, revision: str | None, error: HubUnreachable) -> ConfigError:
+    wanted = named_revision(model, revision)
+    return ConfigError(f"model={wanted}: is not in the local cache and {error}.")
 
 
 def outputs_of(folder: Path) -> int:
@@ -164,10 +182,10 @@ def outputs_of(folder: Path) -> int:
     return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels)
 
 
-def folder_of(model: str) -> Path:
+def folder_of(model: str, revision: str | None) -> Path:
     if is_folder(model):
         return local_folder("model", model)
     try:
-        return hub_model_folder(model)
+        return hub_model_folder(model, revision)
     except HubUnreachable as error:
-        raise ConfigError(f"model={model}: is not in the local cache and {error}.") from error
+        raise unreachable(model, revision, error) from error

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
 
 from grpo.budget import Budget
 from grpo.errors import ConfigError
@@ -55,8 +56,7 @@ class VLLMEngine:
             ) from error
         try:
             with tempfile.TemporaryDirectory() as folder, undisturbed():
-                policy.model.config.save_pretrained(folder)
-                policy.tokenizer.save_pretrained(folder)
+                write_description(policy, folder)
                 self.llm: Any = LLM(folder, **self._settings())
         except (ValueError, RuntimeError) as error:
             raise ConfigError(
@@ -79,6 +79,7 @@ class VLLMEngine:
         return {
             **beside,
             "load_format": "dummy",  # the weights are handed over before each rollout
+            "trust_remote_code": self.policy.trust_remote_code,
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": longest,
             "kv_cache_memory_bytes": cache,
@@ -186,6 +187,15 @@ def share_of_gpu(free: int, total: int, weights: int) -> tuple[float, int]:
             f"rollout=native, adapter=lora or a smaller model."
         )
     return share, room
+
+
+def write_description(policy: LanguageModel, folder: str) -> None:
+    """Writes what says how a model is built, its own code included where that is trusted."""
+    model = policy.model
+    if policy.trust_remote_code and model._auto_class is not None:
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
 
 
 def plain_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
