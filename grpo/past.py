@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from grpo.errors import ConfigError
 from grpo.hub import holds_adapter, holds_model
 from grpo.models.find import check_reachable, local_folder, model_folder
+from grpo.models.own_code import NeedsCode
 from grpo.secrets import cross_out
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,8 @@ def hub_model(checkpoint: str, revision: str | None, trust_remote_code: bool) ->
     def told(ask: Callable[..., T]) -> T:
         try:
             return ask("as a hub id", checkpoint, None, None, None, revision, trust_remote_code)
+        except NeedsCode:
+            raise
         except ConfigError as error:
             raise ConfigError(
                 f"checkpoint={checkpoint}: there is no such folder; {error}"

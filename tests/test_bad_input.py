@@ -41,6 +41,12 @@ def files(folder: Path) -> None:
     (folder / "not.parquet").write_text("no parquet")
     (folder / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
     (folder / "data.xls").write_text("")
+    (folder / "good.csv").write_text("question,answer\n" + "q,1\n" * 20)
+    (folder / "ragged.csv").write_text("question,answer\nq\n")
+    (folder / "broken.json").write_text('[{"question": "q"},\n')
+    (folder / "split").mkdir()
+    for name in ("train", "test"):
+        shutil.copy(folder / "good.csv", folder / f"split/{name}.csv")
     (folder / "a_file").write_text("")
     Qwen2Config().save_pretrained(folder / "no_weights")
     shutil.copytree(PACKAGED / "tiny", folder / "broken")
@@ -289,6 +295,33 @@ CASES = {
     "not JSON": (["dataset=jsonl", "dataset.path=line17.jsonl"], "line17.jsonl", "line 17 is not"),
     "JSON, not rows": (["dataset=jsonl", "dataset.path=list.jsonl"], "list.jsonl", "line 1 is not"),
     "not UTF-8": (["dataset=jsonl", "dataset.path=latin.jsonl"], "latin.jsonl", "not UTF-8"),
+    "a csv without such a column": (
+        ["dataset=jsonl", "dataset.path=good.csv", "dataset.answer_column=gold"],
+        "dataset.answer_column=gold",
+        "question, answer",
+    ),
+    "a csv with a short line": (
+        ["dataset=jsonl", "dataset.path=ragged.csv"],
+        "ragged.csv: line 2 has 1 cells",
+        "question, answer",
+    ),
+    "JSON, broken off": (["dataset=jsonl", "dataset.path=broken.json"], "broken.json", "line 2"),
+    "a folder without such a split": (
+        ["dataset=jsonl", "dataset.path=split", "dataset.split=dev"],
+        "holds no split dev",
+        "it has test, train",
+    ),
+    "a revision of no model of the hub": (
+        ["model.revision=v2"],
+        "model.revision=v2",
+        "model.id=ORG/NAME",
+    ),
+    "code of a model that has none": (
+        ["model.trust_remote_code=true"],
+        "model.trust_remote_code=true",
+        "leave it out",
+    ),
+    "a word for trust": (["model.trust_remote_code=maybe"], "model.trust_remote_code", "bool"),
     "not parquet": (["dataset=jsonl", "dataset.path=not.parquet"], "not.parquet", "not a parquet"),
     "another format": (["dataset=jsonl", "dataset.path=data.xls"], "data.xls", "use a .jsonl"),
     "without answers": (

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
+from urllib.parse import unquote
 
 import datasets
 import pytest
@@ -200,6 +208,98 @@ def test_a_reward_model_has_a_revision_too(cache: Path, tmp_path: Path) -> None:
     assert scores[SECOND] == [-score for score in scores[FIRST]]
     with pytest.raises(ConfigError, match="model=org/judge at revision v3: is not in the local"):
         RewardModel("org/judge", revision="v3")
+
+
+class HubOfOneModel(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a model's download needs."""
+
+    folders: ClassVar[dict[str, Path]] = {}  # by commit
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.partition("?")[0]).removeprefix("/api/models").strip("/")
+        words = path.removeprefix("org/name/").split("/")
+        self.asked.append("/".join(words))
+        commit = REFS.get(words[1], words[1]) if len(words) > 1 else ""
+        folder = self.folders.get(commit)
+        if words == [""]:
+            return self.answer(200, b"")
+        if folder is None:
+            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        if words[0] == "revision":
+            about = {"id": "org/name", "_id": "1", "sha": commit, "siblings": [], "tags": []}
+            return self.answer(200, json.dumps({**about, "private": False}).encode())
+        if words[0] == "tree":
+            files = [
+                {"type": "file", "path": own.name, "size": own.stat().st_size, "oid": own.name}
+                for own in folder.iterdir()
+            ]
+            return self.answer(200, json.dumps(files).encode())
+        content = (folder / words[2]).read_bytes()
+        etag = hashlib.sha1(content).hexdigest()
+        return self.answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'})
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    """The address of a hub with org/name, whose second commit needs code of its own."""
+    second = tmp_path / "second"
+    shutil.copytree(PACKAGED / "tiny", second)
+    config = json.loads((second / "config.json").read_text())
+    own = {"model_type": "own_kind", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    (second / "config.json").write_text(json.dumps({**config, **own}))
+    (second / "modeling_own.py").write_text("Own = None")
+    HubOfOneModel.folders = {FIRST: PACKAGED / "tiny", SECOND: second}
+    HubOfOneModel.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubOfOneModel) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("revision", "trusted", "says", "downloaded"),
+    [
+        (None, False, f"snapshots/{FIRST}", {"config.json", "model.safetensors"}),
+        ("v2", True, f"snapshots/{SECOND}", {"model.safetensors", "modeling_own.py"}),
+        ("v2", False, "org/name at revision v2: this model needs Python code", {"config.json"}),
+        ("v3", False, "at revision v3 is not in the local cache and the hub has no such", set()),
+    ],
+)
+def test_what_is_downloaded_is_the_revision(
+    revision: str | None, trusted: bool, says: str, downloaded: set[str], hub: str, tmp_path: Path
+) -> None:
+    """And nothing but its config, where it can't be used."""
+    program = (
+        "from grpo.errors import ConfigError; from grpo.models.find import model_folder\n"
+        f"where = 'model=hub', 'org/name', None, None, None, {revision!r}, {trusted}\n"
+        "try: print(model_folder(*where))\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert says in done.stdout, done.stdout + done.stderr
+    files = {own.rpartition("/")[2] for own in HubOfOneModel.asked if own.startswith("resolve/")}
+    assert downloaded <= files
+    if "snapshots" not in says:
+        assert files == downloaded
 
 
 def add_rows(root: Path, subset: str, commit: str, answer: str) -> None:

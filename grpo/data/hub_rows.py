@@ -35,10 +35,11 @@ def read_hub(
     try:
         found = load_split(id, subset, split, revision, offline=unreachable is not None)
     except (ConnectionError, OSError) as error:
+        reason = unreachable or one_line(error).rstrip(".")
         raise ConfigError(
-            f"dataset: {wanted} is not in the local cache and {unreachable or one_line(error)}. "
-            f"Use dataset.path= with a local .jsonl or .parquet, or dataset=arithmetic, which is "
-            f"generated."
+            f"dataset: {wanted} is not in the local cache and {reason}. Without the hub there are "
+            f"local files (dataset.path= of dataset=gsm8k or jsonl) and dataset=arithmetic, which "
+            f"is generated."
         ) from error
     except ValueError as error:
         key = "subset is not set" if subset is None else f"subset={subset}"

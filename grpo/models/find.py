@@ -80,7 +80,7 @@ def check_reachable(
         if cached is None:
             require_hub()
         else:
-            check_own_code(cached, trust_remote_code)
+            check_own_code(cached, trust_remote_code, named_revision(id, revision))
     except HubUnreachable as error:
         raise ConfigError(unreachable(name, id, revision, error)) from error
 
@@ -101,7 +101,8 @@ def hub_folder(id: str, revision: str | None, trust_remote_code: bool) -> Path:
         ConfigError: it needs code that isn't trusted.
     """
     if not trust_remote_code and cached_model(id, revision) is None:
-        check_own_code(hub_config_folder(id, revision), trust_remote_code)
+        config = hub_config_folder(id, revision)
+        check_own_code(config, trust_remote_code, named_revision(id, revision))
     return hub_model_folder(id, revision, with_code=trust_remote_code)
 
 

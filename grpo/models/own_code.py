@@ -15,18 +15,24 @@ NEEDS_CODE = (
 )
 
 
-def check_own_code(folder: Path, trusted: bool) -> None:
+class NeedsCode(ConfigError):
+    """A model can't be loaded without running code that comes with it."""
+
+
+def check_own_code(folder: Path, trusted: bool, name: str = "") -> None:
     """Refuses a model that transformers can't run without the code in its folder.
 
-    trusted: the user wants that code to be run.
+    Args:
+        trusted: the user wants that code to be run.
+        name: of the model, where it is more than its folder.
 
     Raises:
-        ConfigError: naming the folder, its files and the key.
+        NeedsCode: naming the model, its files and the key.
     """
     if trusted or not named_classes(folder, "config.json") or is_known(folder):
         return
     files = ", ".join(own_files(folder)) or "in another repository of the hub"
-    raise ConfigError(f"{folder}: this model {NEEDS_CODE}. The code: {files}.")
+    raise NeedsCode(f"{name or folder}: this model {NEEDS_CODE}. The code: {files}.")
 
 
 def has_own_code(folder: Path) -> bool:
