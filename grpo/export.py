@@ -165,7 +165,7 @@ def front_matter(run: Run) -> str:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["grpo", "grpo-bench", "reinforcement-learning"],
-        "license": licence_of(model.get("path") or cached(model.get("id"))) or "unknown",
+        "license": licence_of(model.get("path") or cached(model)) or "unknown",
     }
     if model.get("id"):
         content["base_model"] = model["id"]
@@ -179,8 +179,11 @@ def sets_of(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list((data.get("sets") or {"": data}).values())
 
 
-def cached(id: str | None) -> str | None:
-    found = cached_model(id) if id else None
+def cached(model: Mapping[str, Any]) -> str | None:
+    """The folder of a hub model at its revision, if it is in the cache."""
+    if not model.get("id"):
+        return None
+    found = cached_model(model["id"], model.get("revision"))
     return str(found) if found else None
 
 
