@@ -123,13 +123,13 @@ def test_a_run_that_still_goes_is_read_as_far_as_it_is(short_run: Path, tmp_path
 
 def test_several_runs_lie_over_each_other(short_run: Path, tmp_path: Path, grpo: Grpo) -> None:
     other = ("experiment=smoke", "tracking=none", "kl_weight=0", "hydra.run.dir=other")
-    assert grpo(*other)[0] == 0
+    assert grpo(*other, "name=run")[0] == 0  # the other's name is its folder's: run
     code, printed = grpo("report", "other", str(short_run))
     assert code == 0, printed
     page = (tmp_path / "other/runs.html").read_text()
     assert "<td>kl_weight</td><td>0.0</td><td>0.02</td>" in page
     reward = content(page)["figures"][0]
-    names = [f"smoke ({folder})" for folder in ("other", short_run)]
+    names = [f"run ({folder})" for folder in ("other", short_run)]
     assert [trace["name"] for trace in reward["data"]] == names
     by_title = {
         figure["layout"]["yaxis"].get("title", {}).get("text"): figure["data"]

@@ -51,7 +51,8 @@ def study_in(sweep: Path) -> optuna.Study:
 def options(**given: Any) -> Options:
     defaults: dict[str, Any] = {
         "n_trials": 20, "n_jobs": 1, "sampler": "tpe", "sampler_options": {}, "pruner": "none",
-        "pruner_options": {}, "objectives": None, "storage": None, "study_name": None, "seed": 0,
+        "pruner_options": {}, "direction": "maximize", "objectives": None, "storage": None,
+        "study_name": None, "seed": 0,
     }  # fmt: skip
     return Options.of({**defaults, **given})
 

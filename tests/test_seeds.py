@@ -45,8 +45,8 @@ def test_every_order_and_split_takes_a_large_seed(seed: int) -> None:
 def search(**options: object) -> Options:
     usual = {
         "sampler": "tpe", "sampler_options": {}, "pruner": "none", "pruner_options": {},
-        "objectives": None, "storage": None, "study_name": None, "n_trials": 3, "n_jobs": 1,
-        "seed": 0,
+        "direction": "maximize", "objectives": None, "storage": None, "study_name": None,
+        "n_trials": 3, "n_jobs": 1, "seed": 0,
     }  # fmt: skip
     return Options.of({**usual, **options})
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,6 @@ class WandB(Sink):
 
         self.info, self.table_every = info, table_every
         self.log_model = log_model and info.job == "train"
-        # Where W&B keeps an artifact's files until they are uploaded: with the run, not at home.
-        self.own_data = DATA_DIR not in os.environ
-        if self.own_data:
-            os.environ[DATA_DIR] = str(info.folder / "wandb")
         try:
             self.run, self.mode = open_run(
                 mode,
@@ -99,7 +96,8 @@ class WandB(Sink):
             self.table = wandb.Table(columns=list(flat[0]), log_mode="INCREMENTAL")
         for row in flat:
             self.table.add_data(*row.values())
-        self.run.log({"completions": self.table}, step=rows[0].step)
+        with self.staging():
+            self.run.log({"completions": self.table}, step=rows[0].step)
 
     def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
         import wandb
@@ -107,6 +105,19 @@ class WandB(Sink):
         found = {name: values_of(own) for name, own in values.items()}
         drawn = {name: wandb.Histogram(own.tolist()) for name, own in found.items() if len(own)}
         self.run.log(drawn, step=step)
+
+    @contextmanager
+    def staging(self) -> Iterator[None]:
+        """Within it, W&B keeps an artifact's files with the run until they are uploaded, and not at
+        home; unless its own variable names a place.
+        """
+        asked = os.environ.get(DATA_DIR)
+        os.environ[DATA_DIR] = asked or str(self.info.folder / "wandb")
+        try:
+            yield
+        finally:
+            if asked is None:
+                del os.environ[DATA_DIR]
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         import wandb
@@ -116,11 +127,10 @@ class WandB(Sink):
         if self.log_model and status == "finished":
             facts = {key: summary[key] for key in ("objective", "last_evaluation", "steps")}
             artifact = wandb.Artifact(f"model-{self.info.id}", type="model", metadata=facts)
-            artifact.add_dir(str(self.info.folder / "checkpoints" / "latest" / "model"))
-            self.run.log_artifact(artifact)
+            with self.staging():
+                artifact.add_dir(str(self.info.folder / "checkpoints" / "latest" / "model"))
+                self.run.log_artifact(artifact)
         self.run.finish(exit_code=0 if status in ENDED else 1)
-        if self.own_data:
-            os.environ.pop(DATA_DIR, None)  # the next job's files belong to the next job
         if self.mode == "offline":
             parts = sorted(own.name for own in Path(folder).parents[1].glob("offline-run-*"))
             places = " ".join(str(Path(folder).parents[1] / part) for part in parts)
