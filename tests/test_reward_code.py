@@ -17,7 +17,7 @@ import pytest
 from grpo.errors import ConfigError
 from grpo.rewards import Code
 from grpo.types import Example, Failure, Sample
-from grpo.verifiers.sandbox import landlock_version
+from grpo.verifiers.confine import landlock_version
 
 KERNELS = [version for version in (landlock_version(), 1, 0) if version <= landlock_version()]
 ADD = "def add(a, b):\n    return a + b"
@@ -304,7 +304,7 @@ def f():
 
 
 def test_prying_into_frames_objects_files_and_descriptors_does_not_pass(reward: Code) -> None:
-    assert reward([sample(PRY, CALL), sample(COPY, CALL)]) == [0.0, 0.0]
+    assert hurried(reward)([sample(PRY, CALL), sample(COPY, CALL)]) == [0.0, 0.0]
 
 
 ORPHAN = """
@@ -319,7 +319,7 @@ Code(seconds=600)([Sample("q", program, (1,), False, example, 0)])
 def test_no_program_outlives_the_process_that_started_it(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", ORPHAN], env=environment) as process:
-        until(lambda: len(processes(process.pid)) == 1, seconds=30)
+        until(lambda: len(processes(process.pid)) == 2, seconds=30)
         process.send_signal(signal.SIGKILL)
         until(lambda: processes(process.pid) == [], seconds=5)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-import secrets
 import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 
 from grpo.data.verify import tagged_answer
 from grpo.errors import ConfigError
 from grpo.rewards.code_tests import Asserts, InputOutput, NotTests, read_tests
 from grpo.rewards.options import at_least, more_than_nothing
 from grpo.types import Failure, Sample
-from grpo.verifiers.launch import CannotRun, launch
-from grpo.verifiers.sandbox import TOKEN, Limits, landlock_version
+from grpo.verifiers.confine import landlock_version
+from grpo.verifiers.launch import CannotRun, run_script, run_tests
+from grpo.verifiers.place import Limits
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +39,29 @@ class Code:
       function, or method of `Solution`, is called with each input, a list of arguments;
     - any of these as a string, in JSON or as Python writes it.
 
-    Programs of the first kind are imported, so `__name__` is not `"__main__"`; of the second they
-    are run as `python answer.py` would, and have to end with exit code 0.
+    A program that reads and prints is run as `python answer.py` would, and has to end with exit
+    code 0; any other is imported, so `__name__` is not `"__main__"`.
 
     The reward does not apply to a row without tests. A program that fails, crashes, hangs or takes
     more than it may scores 0, and so does a completion without one; a failure is only where it
     could not be run, or its tests can't be read or check nothing: what passes without any program
     is no test. `grpo.verifiers.sandbox` says what a running program can and can't do.
 
-    A test counts as passed when it ran to its end and a random token, which the program's process
-    is given only then, comes back hashed: leaving early or printing anything does not do. Tests and
-    program share a process, so one that knows `sandbox.py`, or gives objects that equal everything,
-    can still fake it; `{input, output}` tests are compared outside and can't be faked.
+    What is printed is compared outside. Tests in Python are run in another process than the
+    program: they call it over a pipe, and have its names, their values, and stand-ins for its
+    functions, classes and objects. It learns what it is called with and what is done with its
+    objects, but no expected value, and it decides no comparison with one; `grpo.verifiers.grader`
+    has the details. What it can still do is return what it likes, and say of two objects of its own
+    that they are equal: `assert f(2) == Point(1, 2)` is as good as the program's `Point`.
+
+    For the same reason these are no use in tests, they fail: a class derived from one of the
+    program's; a look at its source, signature or frames; `dataclasses.asdict` and pickles of its
+    objects; `==`, `<` or `in` of an object of its own with a value, unless its class derives from
+    that of the value (`in` works where it can be iterated); a number from arithmetic with both;
+    what it prints, reads or writes to files; the seed of `random`; globals that the tests set for
+    it; `async with` and `async for` on it, and coroutines of the tests' own given to it; a `with`
+    of its own that keeps errors to itself, if a test is in there; `eval` of a text that is not
+    written in the tests; functions it calls `abs` or `sorted`, where tests use others too.
 
     Args:
         column: of the row, where the tests are.
@@ -121,7 +132,7 @@ class Code:
             raise NotTests(f"wants more printed than file_mb={self.limits.file_mb} allows")
         passed = []
         for given, wanted in tests.pairs:
-            run = launch([as_source(program)], self.limits, given)
+            run = run_script(as_source(program), given, self.limits)
             passed.append(run.exit_code == 0 and lines(run.printed) == lines(wanted))
             if self.strict and not passed[-1]:
                 break
@@ -141,14 +152,13 @@ class Code:
 
     def run_asserts(self, program: str, tests: Asserts) -> list[bool]:
         """Whether each piece of the tests ran to its end."""
-        tokens = [secrets.token_bytes(TOKEN) for _ in tests.pieces]
-        exam = [as_source(program)]
-        for piece, token in zip(tests.pieces, tokens, strict=True):
-            exam += [as_source(piece), token]
-        results = launch(exam, self.limits, given=None).results
-        return [
-            results[32 * n : 32 * n + 32] == sha256(token).digest()
-            for n, token in enumerate(tokens)
+        exam = {
+            "pieces": [as_source(piece).decode() for piece in tests.pieces],
+            "reserved": tests.reserved,
+            "passes_errors": tests.passes_errors,
+        }
+        return run_tests(as_source(program), json.dumps(exam).encode(), self.limits)[
+            : len(tests.pieces)
         ]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -26,10 +28,12 @@ class NotTests(Exception):
 
 @dataclass(frozen=True)
 class Asserts:
-    """Pieces of Python, run one after the other behind the program."""
+    """Pieces of Python, run one after the other with the program's names."""
 
     pieces: tuple[str, ...]
     counted: tuple[bool, ...]  # whether a piece is a test, or only makes something for one
+    reserved: tuple[str, ...]  # names that are Python's own in there, whatever the program says
+    passes_errors: bool  # whether a `with` may hold a test, so that none may keep errors to itself
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def read_tests(column: Any) -> Asserts | InputOutput | None:
         raise NotTests("should hold Python, or a list of {input, output}")
     if any(test.get("fn_name") for test in tests):
         calls = tuple(write_call(test) for test in tests)
-        return Asserts(calls, (True,) * len(calls))
+        return Asserts(calls, (True,) * len(calls), ("globals",), passes_errors=True)
     if any(test.get("testtype") == "functional" for test in tests):
         raise NotTests("calls a function, but doesn't say which: add its fn_name to each test")
     pairs = tuple((as_lines(test["input"]), as_lines(test["output"])) for test in tests)
@@ -160,9 +164,63 @@ def read_asserts(tests: Sequence[str], each: bool) -> Asserts:
             raise NotTests("checks nothing: there is no assert, or none that can fail")
         modules = [module for module in modules if module]
         pieces = tuple(ast.unparse(ast.Module(module, [])) for module in modules)
-        return Asserts(pieces, tuple(any(map(is_test, module)) for module in modules))
+        counted = tuple(any(map(is_test, module)) for module in modules)
+        return Asserts(pieces, counted, find_reserved(everything), has_tests_in_with(everything))
     except UNREADABLE as error:
         raise NotTests(f"no Python ({type(error).__name__}: {error})") from error
+
+
+def find_reserved(body: Sequence[ast.stmt]) -> tuple[str, ...]:
+    """The names that tests take from Python itself: of builtins, and of modules by an attribute.
+
+    A program's own `abs` or `math` decides no test. But where tests use no other name than that of
+    one builtin, as in `assert sum(10, 15) == 6`, it is what they test.
+    """
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    loaded = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    free = loaded - find_bound(nodes)
+    own = {name for name in free if hasattr(builtins, name)}
+    if own == free and len(own) == 1:
+        own = set()
+    spaces = {
+        node.value.id
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    return tuple(sorted(own | (spaces & free & sys.stdlib_module_names)))
+
+
+def find_bound(nodes: Sequence[ast.AST]) -> set[str]:
+    """The names that tests define, assign, import or have as an argument."""
+    bound = set()
+    for node in nodes:
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+    return bound
+
+
+def has_tests_in_with(body: Sequence[ast.stmt]) -> bool:
+    """Whether something in a `with` checks a result, or calls a function of the tests that may."""
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    bound = find_bound(nodes)
+    inside = [
+        node
+        for with_ in nodes
+        if isinstance(with_, ast.With | ast.AsyncWith)
+        for statement in with_.body
+        for node in ast.walk(statement)
+    ]
+    return any(
+        (is_check(node) and not isinstance(node, ast.Raise))
+        or (isinstance(node, ast.Call) and bool(names(node.func) & bound))
+        for node in inside
+    )
 
 
 def write_discovered(body: Sequence[ast.stmt]) -> Iterator[str]:
@@ -198,8 +256,8 @@ def used(body: Sequence[ast.stmt]) -> list[ast.stmt]:
     ]
 
 
-def names(statement: ast.stmt) -> set[str]:
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+def names(code: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}
 
 
 def is_test(statement: ast.stmt) -> bool:

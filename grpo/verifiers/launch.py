@@ -1,4 +1,4 @@
-"""Starts `sandbox.py` for one program, waits for it, and leaves nothing of it behind."""
+"""Starts `sandbox.py` for a program, and again for its tests; leaves nothing of them behind."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from grpo.verifiers import sandbox
+from grpo.verifiers.place import Limits, Place
 
 INTERPRETER = (sys.executable, "-s", "-S", "-X", "utf8")  # no packages but Python's own
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # a set's order decides no reward
@@ -25,64 +26,115 @@ class CannotRun(Exception):
 class Run(NamedTuple):
     exit_code: int  # negative: the signal that ended it
     printed: bytes
-    results: bytes  # 32 bytes a test, see sandbox.run_tests
 
 
-def launch(exam: Sequence[bytes], limits: sandbox.Limits, given: bytes | None) -> Run:
-    """Runs one program in a process and a folder of its own, both gone afterwards.
+class Sandbox(NamedTuple):
+    process: subprocess.Popen[bytes]
+    folder: str
 
-    Args:
-        exam: the program, then each test and its token.
-        given: what the program reads; what it prints is kept. None: it is tested instead.
+
+def run_script(program: bytes, given: bytes, limits: Limits) -> Run:
+    """Runs a program by itself, which reads what is given and prints.
 
     Raises:
         CannotRun: the process could not be started, or could not be confined.
     """
-    framed = b"".join(len(frame).to_bytes(4, "little") + frame for frame in exam)
     try:
-        with (
-            memory_file(framed) as exam_file,
-            memory_file(given or b"") as given_file,
-            memory_file(b"") as printed,
-            memory_file(b"") as results,
-            tempfile.TemporaryDirectory(prefix="grpo-code-") as folder,
-        ):
-            place = sandbox.Place(
-                os.getpid(), folder, exam_file, results if given is None else None
-            )
-            exit_code = run_process(place, limits, given_file, printed)
-            most = limits.file_mb << 20
-            return Run(exit_code, os.pread(printed, most, 0), os.pread(results, most, 0))
+        with ExitStack() as held:
+            files = [held.enter_context(memory_file(text)) for text in (program, given, b"")]
+            source, stdin, printed = files
+            script = held.enter_context(start("script", source, limits, stdin, printed))
+            exit_code = wait(script, [script], limits)
+            return Run(exit_code, os.pread(printed, limits.file_mb << 20, 0))
     except OSError as error:
         raise CannotRun(f"{type(error).__name__}: {error}") from error
 
 
-def run_process(place: sandbox.Place, limits: sandbox.Limits, given: int, printed: int) -> int:
-    tested = place.results is not None
-    process = subprocess.Popen(
-        [*INTERPRETER, sandbox.__file__, json.dumps([place._asdict(), limits._asdict()])],
-        stdin=given,
-        stdout=subprocess.DEVNULL if tested else printed,
-        stderr=subprocess.PIPE,
-        pass_fds=[fd for fd in (place.exam, place.results) if fd is not None],
-        cwd=place.folder,
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    with process.stderr:
-        try:
-            status = process.stderr.readline()
-            if status != b"ready\n":
-                raise CannotRun(status.decode(errors="replace").strip() or "no word from it")
-            deadline = time.monotonic() + limits.seconds
-            while time.monotonic() < deadline and size(place.folder) <= limits.file_mb << 20:
-                with suppress(subprocess.TimeoutExpired):
-                    return process.wait(0.05)
-        finally:
-            process.kill()  # it is one process, so this is all of it
-            process.wait()
-    return process.returncode
+def run_tests(program: bytes, exam: bytes, limits: Limits) -> list[bool]:
+    """Whether each piece of an exam passed: in one process, of a program in another.
+
+    They have two pipes between them and nothing else.
+
+    Args:
+        program: its text.
+        exam: the arguments of `grader.run_tests`, in JSON.
+
+    Raises:
+        CannotRun: a process could not be started, or could not be confined.
+    """
+    pieces = len(json.loads(exam)["pieces"])
+    try:
+        with ExitStack() as held:
+            files = [held.enter_context(memory_file(text)) for text in (program, exam, b"")]
+            source, questions, results = files
+            with pipe() as asked, pipe() as answered:
+                tested = held.enter_context(
+                    start("program", source, limits, incoming=asked[0], outgoing=answered[1])
+                )
+                tests = held.enter_context(
+                    start(
+                        *("tests", questions, limits),
+                        incoming=answered[0],
+                        outgoing=asked[1],
+                        results=results,
+                    )
+                )
+            wait(tests, [tested, tests], limits)
+            passed = os.pread(results, pieces, 0).ljust(pieces, b"\0")
+            return [byte == 1 for byte in passed]
+    except OSError as error:
+        raise CannotRun(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def start(
+    role: str,
+    given: int,
+    limits: Limits,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    **descriptors: int,
+) -> Iterator[Sandbox]:
+    """A process in a folder of its own, both gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="grpo-code-") as folder:
+        place = Place(os.getpid(), folder, role, given, **descriptors)
+        process = subprocess.Popen(
+            [*INTERPRETER, sandbox.__file__, json.dumps([place._asdict(), limits._asdict()])],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            pass_fds=[given, *descriptors.values()],
+            cwd=folder,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        assert process.stderr is not None
+        with process.stderr:
+            try:
+                yield Sandbox(process, folder)
+            finally:
+                process.kill()  # it is one process, so this is all of it
+                process.wait()
+
+
+def wait(last: Sandbox, started: Sequence[Sandbox], limits: Limits) -> int:
+    """The exit code of the last one; that of a killed one, if their time or space is over first.
+
+    Raises:
+        CannotRun: one of them could not be confined.
+    """
+    for process, _ in started:
+        assert process.stderr is not None
+        status = process.stderr.readline()
+        if status != b"ready\n":
+            raise CannotRun(status.decode(errors="replace").strip() or "no word from it")
+    deadline = time.monotonic() + limits.seconds
+    most = limits.file_mb << 20
+    while time.monotonic() < deadline and all(size(folder) <= most for _, folder in started):
+        with suppress(subprocess.TimeoutExpired):
+            return last.process.wait(0.05)
+    last.process.kill()
+    return last.process.wait()
 
 
 def size(folder: str) -> int:
@@ -92,6 +144,17 @@ def size(folder: str) -> int:
         with suppress(FileNotFoundError):
             total += 4096 + entry.stat(follow_symlinks=False).st_size
     return total
+
+
+@contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe's ends, to read and to write, here only until both are with who uses them."""
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 @contextmanager

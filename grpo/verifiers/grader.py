@@ -1,0 +1,294 @@
+"""The grader's process: runs tests of a program that is in another process.
+
+The program learns what it is called with, and what is asked of its objects. It gets no text of the
+tests, no value that is only compared with, and nothing that leads on from what it is given: of a
+function it may do no more than call it, of an object whose class the tests define it has the public
+attributes and the operators.
+
+What is decided here, and never by the program:
+
+- whether something of the program's equals, is less than or is in something that isn't. An object
+  of a class that derives from a plain one has its value with it, and is compared by that; any other
+  equals nothing that isn't the program's, and `in` goes through its elements.
+- what arithmetic with something that isn't the program's gives. It is asked for, but what comes of
+  it can't become a number again: an object whose difference from any number is 0 equals none.
+- of which class an object is, and which `except` catches an exception: a class of the program's has
+  the bases that it said it has, and its name catches no failed assert.
+- what `abs`, `math` and other names of Python's own are. What the program has imported of `math`
+  and other harmless modules the tests have too, from their own process.
+
+What is left to the program is what returning a value is: how long, true or printed an object of its
+own is, what two of them are to each other, whether it calls what it is given, and what it makes of
+a list that is given to it, now or later.
+
+Tests must not run what the program gives. `eval`, `exec`, `compile`, `pickle` and `doctest` refuse
+to; a test that uses `timeit`, `marshal` or the like on it hands it this process.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import io
+import os
+import sys
+import types
+
+from grpo.verifiers.channel import leave
+from grpo.verifiers.mirror import Side
+from grpo.verifiers.operations import OPERATIONS, VALUED
+from grpo.verifiers.standard import CATCHING, CLASSES, find_in_library, import_again, import_class
+from grpo.verifiers.values import CONTAINERS, SCALARS
+
+TYPE_CHECKING = False  # see confine.py
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
+
+    from grpo.verifiers.place import Place
+
+ARITHMETIC_WITH = {int, float, complex, bool, str, bytes, list, tuple}
+TAKEN = {name for kind in (*VALUED, *CONTAINERS) for name in dir(kind) if name[0] != "_"}
+TAKEN |= {"days", "seconds", "microseconds", "total_seconds", "quantize", "is_zero"}
+NOT_GIVEN = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, Side)
+HARMLESS = {*SCALARS, int, bytes, tuple, frozenset, *CONTAINERS, io.StringIO, io.BytesIO}
+CHANGING = {"setattr", "delattr", "setitem", "delitem"}
+
+
+class Grader(Side):
+    """Lets tests use a program that is somewhere else.
+
+    Args:
+        module: where the tests run, with the program's names.
+        reserved: names that are not the program's to give.
+        passes_errors: whether no `with` of the program's may keep an error of the tests to itself.
+    """
+
+    def __init__(
+        self,
+        module: types.ModuleType,
+        reserved: Sequence[str],
+        passes_errors: bool,
+        incoming: int,
+        outgoing: int,
+    ) -> None:
+        super().__init__(0, incoming, outgoing, asks_first=True)
+        self.module = module
+        self.mixed: set[int] = set()  # ids of what arithmetic with values of the tests' has given
+        self.given: dict[str, Any] = {}  # the program's names, as they were put into the module
+        self.reserved = set(reserved)
+        self.passes_errors = passes_errors
+        for name, how, value in self.ask("names"):
+            if how == "import":
+                self.import_for(name, *value)
+            elif how == "value":
+                self.put_name(name, value)
+
+    def import_for(self, name: Any, module: Any, imported: Any) -> None:
+        """Gives the tests what the program has imported: this process's own, by the same name."""
+        same = imported in ("", name) and (name == module or name not in sys.stdlib_module_names)
+        if same and not name.startswith("__") and not (self.reserved & {name} & set(dir(builtins))):
+            vars(self.module)[name] = import_again(module, imported)
+
+    def put_name(self, name: Any, value: Any) -> None:
+        space = vars(self.module)
+        if type(name) is not str or name in self.reserved or name.startswith("__"):
+            return
+        if name not in space or space[name] is self.given.get(name, self):
+            space[name] = self.given[name] = value
+
+    def take_aside(self, aside: Any) -> None:
+        for name, value in zip(*[iter(aside or ())] * 2, strict=True):
+            self.put_name(name, value)
+
+    def import_name(self, module: str, name: str) -> Any:
+        if (module, name) in CATCHING:
+            raise TypeError(f"{name} under another name")
+        return import_class(module, name)
+
+    def find_name(self, value: Any) -> tuple[str, str] | None:
+        return find_in_library(value)
+
+    # What tests do with what is the program's
+
+    def ask(self, operation: str, *operands: Any, **options: Any) -> Any:
+        try:
+            result = self.channel.ask(operation, *operands, **options)
+        except (StopIteration, StopAsyncIteration) as stop:
+            if operation in ("next", "send", "throw"):
+                raise
+            # Anywhere else it would end a loop of the tests' own early, with nothing wrong in it.
+            raise RuntimeError(f"{operation} raised {type(stop).__name__}") from stop
+        return bool(result) and not self.passes_errors if operation == "exit" else result
+
+    def read(self, owner: Any, name: str) -> Any:
+        if id(owner) in self.mixed and name in TAKEN:
+            raise AttributeError(f"{name}: of arithmetic with a value of the tests'")
+        value = super().read(owner, name)
+        if name == "__annotations__" and not self.are_annotations(value):
+            raise AttributeError(name)
+        return hide_examples(value) if name == "__doc__" else value
+
+    def make_class(self, name: str, doc: Any, *rest: Any) -> type:
+        return super().make_class(name, hide_examples(doc), *rest)
+
+    def are_annotations(self, value: Any) -> bool:
+        """Whether no annotation is a text, which `typing.get_type_hints` would run."""
+        return type(value) is dict and not any(isinstance(v, str) for v in value.values())
+
+    def operate(self, operation: str, *operands: Any) -> Any:
+        foreign = [operand for operand in operands if not self.is_theirs(operand)]
+        if operation in ("round", "format"):  # to so many digits
+            foreign = []
+        if any(type(operand) not in ARITHMETIC_WITH for operand in foreign):
+            return NotImplemented
+        result = self.ask(operation, *operands)
+        if foreign or any(id(operand) in self.mixed for operand in operands):
+            if not self.is_opaque(result):
+                raise TypeError(f"{operation} of something of the program's and of the tests'")
+            self.mixed.add(id(result))
+        return result
+
+    def is_opaque(self, value: Any) -> bool:
+        """Whether a value is an object of the program's with no value of its own."""
+        kind = type(value)
+        if not isinstance(kind, self.metaclass) or self.find_container(kind):
+            return False
+        return not any(base in VALUED or base is BaseException for base in kind.__mro__)
+
+    def compare(self, operation: str, one: Any, other: Any) -> Any:
+        if self.is_theirs(other):
+            return super().compare(operation, one, other) is True
+        kind = next((base for base in type(one).__mro__ if base in VALUED), None)
+        container = self.find_container(type(one))
+        if container and not self.channel.is_busy():
+            kind, one = container, self.ask("contents", one)
+            if type(one) is not kind:
+                return NotImplemented
+        return getattr(kind, f"__{operation}__")(one, other) if kind else NotImplemented
+
+    def find_container(self, kind: type) -> type | None:
+        return next((self.contents[k] for k in kind.__mro__ if k in self.contents), None)
+
+    def contains(self, container: Any, item: Any) -> Any:
+        if self.is_theirs(item):
+            return super().contains(container, item) is True
+        return any(item is element or item == element for element in container)
+
+    # What the program does with what is the tests'
+
+    def refuse(self, value: Any) -> None:
+        if isinstance(value, NOT_GIVEN):
+            raise TypeError(f"a {type(value).__name__} of the tests' is not for the program")
+
+    def serve(self, operation: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Lets the program call, iterate, compare … what it was given, and nothing behind that."""
+        if not any(id(operand) in self.mine_numbers for operand in operands[:2]):
+            raise TypeError("not given to the program")
+        owner = operands[0]
+        if operation == "getattr":
+            return self.read_own(*operands)
+        if operation in CHANGING and not self.may_change(owner, *operands[1:]):
+            raise TypeError(f"the program can't change a {type(owner).__name__}")
+        if operation == "call" and not self.may_call(owner):
+            raise TypeError(f"the program can't call a {type(owner).__name__}")
+        return OPERATIONS[operation](*operands, **options)
+
+    def read_own(self, owner: Any, name: Any) -> Any:
+        if type(name) is not str:
+            raise TypeError("no name")
+        if name in ("__name__", "__qualname__", "__doc__") and self.may_call(owner):
+            return str(getattr(owner, name))
+        streams = type(owner) in (io.StringIO, io.BytesIO)
+        hidden = name.startswith("_") or (isinstance(owner, type) and hasattr(type, name))
+        if hidden or not (self.is_own(owner) or is_mock(owner) or streams):
+            raise AttributeError(name)
+        return getattr(owner, name)
+
+    def is_own(self, value: Any) -> bool:
+        """Whether this is a class that the tests define, or an instance of one."""
+        kind = value if isinstance(value, type) else type(value)
+        return kind.__module__ == self.module.__name__ and not isinstance(kind, self.metaclass)
+
+    def may_change(self, owner: Any, key: Any, *value: Any) -> bool:
+        if isinstance(owner, type) or not self.is_own(owner):
+            return False
+        if type(key) is not str:
+            return True
+        return not key.startswith("_") and not callable(getattr(type(owner), key, None))
+
+    def may_call(self, value: Any) -> bool:
+        if isinstance(value, types.FunctionType):
+            return value.__globals__ is vars(self.module)
+        if isinstance(value, types.MethodType):
+            return self.may_call(value.__func__)
+        if isinstance(value, types.BuiltinMethodType):
+            return type(value.__self__) in HARMLESS
+        if isinstance(value, functools.partial):
+            return self.may_call(value.func)
+        if isinstance(value, functools._lru_cache_wrapper):
+            return self.may_call(value.__wrapped__)
+        return self.is_own(value) or is_mock(value)
+
+
+def hide_examples(doc: Any) -> Any:
+    """A docstring without examples that `doctest` would run."""
+    return doc.replace(">>>", "...") if type(doc) is str else None
+
+
+def is_mock(value: Any) -> bool:
+    mock = sys.modules.get("unittest.mock")
+    return mock is not None and isinstance(value, mock.NonCallableMock)
+
+
+def run_tests(
+    pieces: Sequence[str],
+    reserved: Sequence[str],
+    passes_errors: bool,
+    module: types.ModuleType,
+    place: Place,
+) -> NoReturn:
+    """Runs each piece of the tests, and writes a byte for each that runs to its end."""
+    sys.modules["solution"] = module  # what many tests import it as
+    sys.setrecursionlimit(4000)  # a test that calls the program that calls a test … needs more
+    Grader(module, reserved, passes_errors, place.incoming, place.outgoing)
+    guard_texts(module, "\n".join(pieces))
+    for number, piece in enumerate(pieces):
+        try:
+            exec(compile(piece, "test.py", "exec", dont_inherit=True), vars(module))
+        except BaseException:  # noqa: BLE001 - sys.exit too is no way to pass
+            continue
+        os.pwrite(place.results, b"\1", number)
+    leave()
+
+
+def guard_texts(module: types.ModuleType, tests: str) -> None:
+    """Lets tests run a text that is written in them, but none that the program has given."""
+
+    def check(text: Any) -> None:
+        if isinstance(text, bytes | bytearray):
+            text = bytes(text).decode(errors="replace")
+        if isinstance(text, str) and str.__str__(text) not in tests:
+            raise TypeError("tests can't run a text that is not written in them")
+
+    def guard(run: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(text: Any, *spaces: Any) -> Any:
+            check(text)
+            frame = sys._getframe(1)
+            return run(text, *(spaces or (frame.f_globals, frame.f_locals)))
+
+        return guarded
+
+    def guarded_compile(text: Any, *options: Any, **named: Any) -> Any:
+        check(text)
+        return compile(text, *options, **named)
+
+    def check_pickle(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "pickle.find_class" and tuple(arguments) not in CLASSES:
+            space, name = arguments
+            own = vars(module).get(name) if space == module.__name__ else None
+            if not isinstance(own, type):
+                raise TypeError(f"tests can't unpickle {space}.{name}")
+
+    sys.addaudithook(check_pickle)
+    vars(module).update(eval=guard(eval), exec=guard(exec), compile=guarded_compile)

@@ -1,0 +1,295 @@
+"""Stand-ins for what can't travel by value between a program and its grader.
+
+What is not plain data stays where it was made: functions, classes, instances, iterators. The other
+side has a stand-in for it, of a class of the same name, bases and operators, and asks for all that
+is done with it. A stand-in that comes back is the thing itself again.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+
+from grpo.verifiers.channel import Channel
+from grpo.verifiers.operations import (
+    BINARY,
+    COMPARISONS,
+    READABLE,
+    SPECIAL,
+    UNARY,
+    VALUED,
+    make_doc,
+    make_method,
+    make_root,
+)
+from grpo.verifiers.standard import find_class, import_class
+from grpo.verifiers.values import CONTAINER_NAMES, CONTAINERS, DEEPEST, Values
+
+TYPE_CHECKING = False  # see confine.py
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any
+
+PLAIN_HASHES = {None, object.__hash__, *(kind.__hash__ for kind in VALUED)}
+
+
+class Side(Values):
+    """One of the two processes: what it has given out, and the stand-ins it has been given.
+
+    Args:
+        first: 0 or 1, each side another, see `Values`.
+        incoming: descriptor of the pipe to read.
+        outgoing: descriptor of the pipe to write.
+        asks_first: whether this side may ask while it answers nothing.
+    """
+
+    def __init__(self, first: int, incoming: int, outgoing: int, asks_first: bool) -> None:
+        super().__init__(first)
+        self.mine: dict[int, Any] = {}  # what the other side has stand-ins for, by number
+        self.mine_numbers: dict[int, int] = {}  # by id
+        self.theirs: dict[int, Any] = {}  # the stand-ins here; kept, so that their ids stay
+        self.theirs_numbers: dict[int, int] = {}
+        self.handles: list[Any] = []  # kept for the same reason
+        self.hashes: dict[int, int] = {}  # of the stand-ins whose class has its own, by id
+        self.contents: dict[type, type] = {}  # of classes: the container they derive from
+        self.building = False
+        self.metaclass, self.root = make_root(self)
+        self.channel = Channel(
+            incoming, outgoing, self.pack, self.unpack, self.serve, asks_first=asks_first
+        )
+
+    # What a side decides: what it serves, what it names instead of giving, what a stand-in may do
+
+    def serve(self, operation: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def find_name(self, value: Any) -> tuple[str, str] | None:
+        """Module and name of a thing of the standard library that the other side has as well."""
+        raise NotImplementedError
+
+    def import_name(self, module: str, name: str) -> Any:
+        raise NotImplementedError
+
+    def refuse(self, value: Any) -> None:
+        """Raises TypeError where the other side may not have a stand-in for a value."""
+
+    def ask(self, operation: str, *operands: Any, **options: Any) -> Any:
+        return self.channel.ask(operation, *operands, **options)
+
+    def read(self, owner: Any, name: str) -> Any:
+        """An attribute of a stand-in."""
+        if name.startswith("__") and name.endswith("__") and name not in READABLE:
+            raise AttributeError(name)
+        return self.ask("getattr", owner, name)
+
+    def operate(self, operation: str, *operands: Any) -> Any:
+        return self.ask(operation, *operands)
+
+    def compare(self, operation: str, one: Any, other: Any) -> Any:
+        if self.channel.is_busy():  # in one set or dict, which the other side has told apart
+            return (one is other) == (operation == "eq")
+        return self.ask(operation, one, other)
+
+    def contains(self, container: Any, item: Any) -> Any:
+        return self.ask("contains", container, item)
+
+    def is_theirs(self, value: Any) -> bool:
+        return id(value) in self.theirs_numbers
+
+    # Messages
+
+    def pack(self, kind: str, content: Any) -> bytes:
+        self.undo.clear()
+        try:
+            changes, aside = self.encode_changes(), self.encode(self.note_aside())
+            message = json.dumps([kind, changes, aside, self.encode(content)]).encode()
+        except BaseException:
+            for take_back in reversed(self.undo):
+                take_back()
+            raise
+        for number in changes[1]:
+            self.forget(number)
+        return message
+
+    def unpack(self, message: bytes) -> tuple[str, Any]:
+        kind, changes, aside, content = json.loads(message)
+        self.decode_changes(changes)
+        self.take_aside(self.decode(aside))
+        return kind, self.decode(content)
+
+    def note_aside(self) -> Any:
+        """What else the other side has to know."""
+        return None
+
+    def take_aside(self, aside: Any) -> None:
+        pass
+
+    # What is given out
+
+    def encode_object(self, value: Any, depth: int) -> Any:
+        if id(value) in self.theirs_numbers:
+            return ["yours", self.theirs_numbers[id(value)]]
+        named = self.find_name(value)
+        if named:
+            return ["named", *named]
+        if id(value) in self.mine_numbers:
+            return ["mine", self.mine_numbers[id(value)]]
+        kind = type(value)
+        if isinstance(value, BaseException):
+            if self.find_kind(kind):
+                return ["error", self.encode_kind(kind, depth), self.encode(value.args, depth + 1)]
+            value.__traceback__ = None  # its frames would keep all that they know
+        self.refuse(value)
+        if isinstance(value, type):
+            return self.encode_class(value, depth)
+        number = self.give_out(value)
+        if kind is types.CoroutineType or kind is types.GeneratorType:
+            return [kind.__name__, number]
+        return ["object", number, self.encode_kind(kind, depth), *self.describe(value, depth)]
+
+    def give_out(self, value: Any) -> int:
+        number = self.take_number()
+        self.mine[number], self.mine_numbers[id(value)] = value, number
+        self.undo.append(lambda: self.mine_numbers.pop(id(self.mine.pop(number))))
+        return number
+
+    def encode_kind(self, kind: type, depth: int) -> Any:
+        """A class for what derives from it: all but the plainest are described."""
+        named = self.find_kind(kind)
+        if named:
+            return ["named", *named]
+        for known, numbers in ("yours", self.theirs_numbers), ("mine", self.mine_numbers):
+            if id(kind) in numbers:
+                return [known, numbers[id(kind)]]
+        return self.encode_class(kind, depth + 1)
+
+    def find_kind(self, kind: type) -> tuple[str, str] | None:
+        """Module and name of a class that objects on both sides can be of, or derive from."""
+        plain = kind is object or kind in VALUED or kind in CONTAINERS
+        return find_class(kind) if plain or issubclass(kind, BaseException) else None
+
+    def decode_kind(self, code: Any) -> Any:
+        return import_class(*code[1:]) if code[0] == "named" else self.decode(code)
+
+    def encode_class(self, value: type, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise RecursionError("too many classes within each other")
+        return ["class", self.give_out(value), *self.describe_class(value, depth)]
+
+    def describe_class(self, value: type, depth: int) -> list[Any]:
+        own = dict(vars(value))
+        for base in value.__bases__:
+            if base in CONTAINERS:
+                own = {**vars(base), **own}
+        known = {*UNARY, *BINARY, *COMPARISONS, *SPECIAL}
+        return [
+            value.__name__,
+            value.__doc__ if type(value.__doc__) is str else None,
+            [self.encode_kind(base, depth) for base in value.__bases__],
+            [name for name in own if name in known and own[name] is not None],
+            [name for name in own if name in known and own[name] is None],
+            next((base.__name__ for base in value.__mro__ if base in CONTAINERS), None),
+        ]
+
+    def describe(self, value: Any, depth: int) -> list[Any]:
+        """What never changes of an object: its value or arguments, and its hash."""
+        kind = type(value)
+        if isinstance(value, BaseException):
+            base: Any = value.args
+        else:
+            base = next((VALUED[b](value) for b in kind.__mro__ if b in VALUED), None)
+        hashed = None
+        if kind.__hash__ not in PLAIN_HASHES:
+            try:
+                hashed = hash(value)
+            except Exception:  # noqa: BLE001 - whatever it raises, it has none
+                hashed = None
+        return [self.encode(base, depth + 1), self.encode(hashed)]
+
+    # What is taken
+
+    def decode_object(self, name: str, parts: list[Any]) -> Any:
+        if name == "yours":
+            return self.mine[parts[0]]
+        if name == "mine":
+            return self.theirs[parts[0]]
+        if name == "named":
+            return self.import_name(*parts)
+        if name == "error":
+            return self.make_error(self.decode_kind(parts[0]), self.decode(parts[1]))
+        number, *rest = parts
+        if type(number) is not int or number in self.theirs:
+            raise ValueError("no number for an object")
+        if name == "object":
+            made = self.make_object(self.decode_kind(rest[0]), *map(self.decode, rest[1:]))
+        elif name == "class":
+            made = self.make_class(*rest)
+        else:
+            handle: Any = object.__new__(self.root)
+            self.theirs_numbers[id(handle)] = number
+            self.handles.append(handle)
+            made = (self.relay if name == "generator" else self.await_)(handle)
+        self.theirs[number], self.theirs_numbers[id(made)] = made, number
+        return made
+
+    def make_error(self, kind: Any, arguments: Any) -> BaseException:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise TypeError("no exception")
+        try:
+            return kind(*arguments)
+        except Exception:  # noqa: BLE001 - of those that are made of something else
+            error = kind.__new__(kind, *arguments)
+            error.args = arguments
+            return error
+
+    def make_object(self, kind: Any, base: Any, hashed: Any) -> Any:
+        if not isinstance(kind, self.metaclass):
+            kind = self.root
+        if issubclass(kind, BaseException):
+            made: Any = kind.__new__(kind, *base)
+            made.args = base
+        elif base is None:
+            made = object.__new__(kind)
+        else:
+            made = next(b for b in kind.__mro__ if b in VALUED).__new__(kind, base)
+        if type(hashed) is int:
+            self.hashes[id(made)] = hashed
+        return made
+
+    def make_class(
+        self, name: str, doc: Any, bases: Any, has: Any, lacks: Any, container: Any
+    ) -> type:
+        local = []
+        for base in map(self.decode_kind, bases):
+            mirrored = isinstance(base, self.metaclass) and base is not self.root
+            if mirrored or base in VALUED or issubclass(base, BaseException):
+                local.append(base)
+        space: dict[str, Any] = {"__slots__": (), "__module__": "answer"}
+        space["__doc__"] = make_doc(self, doc)
+        space |= {method: make_method(self, method) for method in has}
+        space |= {method: None for method in lacks if method in SPECIAL or method in UNARY}
+        self.building = True
+        try:
+            made: type = self.metaclass(name, (*local, self.root), space)
+        finally:
+            self.building = False
+        if container is not None:
+            self.contents[made] = CONTAINER_NAMES[container]
+        return made
+
+    def relay(self, handle: Any) -> Generator[Any, Any, Any]:
+        """A generator of the other side's, which a test may want to be one."""
+        operation, argument = "send", None
+        while True:
+            try:
+                given = self.ask(operation, handle, argument)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                operation, argument = "send", (yield given)
+            except BaseException as error:  # noqa: BLE001 - GeneratorExit too is for the other
+                operation, argument = "throw", error
+
+    async def await_(self, handle: Any) -> Any:
+        """A coroutine of the other side's, which runs there from its start to its end."""
+        return self.ask("run", handle)

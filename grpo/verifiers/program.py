@@ -1,0 +1,106 @@
+"""The program's process, where it is tested by calls: imports the program, then does what the
+grader asks for. All of this is in the program's hands.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+from grpo.verifiers.channel import leave
+from grpo.verifiers.mirror import Side
+from grpo.verifiers.operations import OPERATIONS, take_contents
+from grpo.verifiers.standard import CATCHING, find_class, find_import, import_from_library
+
+TYPE_CHECKING = False  # see confine.py
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Names = list[tuple[str, str, Any]]
+
+
+class Program(Side):
+    """Serves an imported program to the grader."""
+
+    def __init__(
+        self, code: types.CodeType, module: types.ModuleType, incoming: int, outgoing: int
+    ) -> None:
+        super().__init__(1, incoming, outgoing, asks_first=False)
+        self.code, self.module = code, module
+        self.names: dict[str, Any] | None = None  # as the grader knows them
+        self.loop: Any = None
+        self.operations: dict[str, Callable[..., Any]] = {
+            **OPERATIONS,
+            "names": self.import_program,
+            "run": self.run,
+            "contents": take_contents,
+        }
+
+    def serve(self, operation: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return self.operations[operation](*operands, **options)
+
+    def find_name(self, value: Any) -> tuple[str, str] | None:
+        place = find_class(value)
+        return None if place in CATCHING else place
+
+    def import_name(self, module: str, name: str) -> Any:
+        return import_from_library(module, name)
+
+    def import_program(self) -> Names:
+        """Runs it, and says which names it has and how the grader gets each.
+
+        The grader asks for that as the first thing, when nothing can see into its process any more.
+        """
+        sys.modules["solution"] = self.module  # what many tests import it as
+        try:
+            exec(self.code, vars(self.module))
+        except BaseException:  # noqa: BLE001 - sys.exit too: one that leaves has passed nothing
+            leave()
+        self.names = {}
+        names: Names = []
+        for name, value in self.public().items():
+            place = find_import(name, value)
+            if place:
+                names.append((name, "import", place))
+            elif not isinstance(value, types.ModuleType):
+                names.append((name, "value", value))
+            self.names[name] = value
+        return names
+
+    def note_aside(self) -> Any:
+        """The names that have got another value since the last message."""
+        if self.names is None:
+            return None
+        changed: list[Any] = []
+        for name, value in self.public().items():
+            known = name in self.names and self.names[name] is value
+            if not known and not isinstance(value, types.ModuleType):
+                self.names[name] = value
+                changed += (name, value)
+        return tuple(changed) or None
+
+    def public(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in vars(self.module).items()
+            if not (name.startswith("__") and name.endswith("__"))
+        }
+
+    def run(self, coroutine: Any) -> Any:
+        """The end of a coroutine, in one loop, which what the program has made may belong to."""
+        import asyncio  # only a few programs need it, and it takes long
+
+        if self.loop is None:
+            self.loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self.loop)
+        return self.loop.run_until_complete(coroutine)
+
+
+def serve_program(
+    code: types.CodeType, module: types.ModuleType, incoming: int, outgoing: int
+) -> None:
+    """Imports the program and does what it is asked for, until the grader has gone."""
+    program = Program(code, module, incoming, outgoing)
+    while True:
+        program.channel.answer_next()

@@ -1,0 +1,119 @@
+"""What of Python's standard library a program may name to its grader, which then takes its own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from grpo.verifiers.values import CONTAINERS, FROZEN
+
+TYPE_CHECKING = False  # see confine.py
+if TYPE_CHECKING:
+    from typing import Any
+
+# Classes that do no more than hold a value, and exceptions. A function is never taken by its name:
+# one of `eval` and `pickle.loads` would run in the grader what the program wrote.
+CLASSES = {
+    *((kind.__module__, kind.__qualname__) for kind in (*CONTAINERS, object, int, float, str)),
+    ("builtins", "bool"),
+    *FROZEN,
+}
+EXCEPTIONS_OF = {
+    *("builtins", "json.decoder", "decimal", "dataclasses", "statistics", "_queue", "queue"),
+    *("asyncio.exceptions", "struct", "binascii", "zlib", "_csv", "configparser", "re", "copy"),
+    *("sre_constants", "re._constants", "concurrent.futures._base"),
+}
+# What a test's own `except` catches its own failed assert by: no name of the program's is one.
+CATCHING = {
+    ("builtins", "BaseException"),
+    ("builtins", "Exception"),
+    ("builtins", "AssertionError"),
+}
+# Modules that tests use because the program imports them. None runs a text, or opens anything.
+MODULES = {
+    *("math", "cmath", "string", "itertools", "functools", "collections", "collections.abc"),
+    *("heapq", "bisect", "random", "statistics", "fractions", "decimal", "datetime", "re", "json"),
+    *("copy", "typing", "time"),
+}
+
+
+def find_class(value: Any) -> tuple[str, str] | None:
+    """Where a class is that a grader takes by its name."""
+    if not isinstance(value, type):
+        return None
+    place = (value.__module__, value.__qualname__)
+    known = place in CLASSES or (place[0] in EXCEPTIONS_OF and issubclass(value, BaseException))
+    found = getattr(sys.modules.get(place[0]), place[1], None)
+    return place if known and found is value else None
+
+
+def import_class(module: Any, name: Any) -> type:
+    """The class of that place.
+
+    Raises:
+        Exception: of any kind, where none of these classes is there.
+    """
+    if (module, name) in CLASSES:
+        found = getattr(importlib.import_module(module), name)
+    elif module in EXCEPTIONS_OF:
+        found = getattr(importlib.import_module(module), name)
+        if not issubclass(found, BaseException):
+            raise TypeError("no exception")
+    else:
+        raise TypeError("not known")
+    assert isinstance(found, type)
+    return found
+
+
+def find_import(name: str, value: Any) -> tuple[str, str] | None:
+    """Where `name` was imported from: a module, or the same name in one; None if it wasn't."""
+    if isinstance(value, type(sys)):
+        return (value.__name__, "") if value.__name__ in MODULES else None
+    for module in sorted(MODULES & set(sys.modules)):
+        if may_import(module, name) and getattr(sys.modules[module], name, None) is value:
+            return (module, name)
+    return None
+
+
+def may_import(module: Any, name: Any) -> bool:
+    if module not in MODULES or name.startswith("_"):
+        return False
+    return bool(module != "typing" or name == "" or name[0].isupper())  # get_type_hints runs texts
+
+
+def import_again(module: Any, name: Any) -> Any:
+    """What `find_import` found, from this process's own standard library.
+
+    Raises:
+        Exception: of any kind, where it is none of these.
+    """
+    if not may_import(module, name):
+        raise TypeError("not known")
+    found: Any = importlib.import_module(module)
+    if name:
+        found = getattr(found, name)
+        if isinstance(found, type(sys)):
+            raise TypeError("not known")
+    return found
+
+
+def find_in_library(value: Any) -> tuple[str, str] | None:
+    """Where a class or function of the standard library is: for a program, which may run it all."""
+    owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
+    module = owner.__module__ if isinstance(owner, type) else getattr(value, "__module__", None)
+    name = getattr(value, "__qualname__", None)
+    if type(module) is not str or type(name) is not str:
+        return None
+    if module.partition(".")[0] not in sys.stdlib_module_names:
+        return None
+    try:
+        return (module, name) if import_from_library(module, name) == value else None
+    except (ImportError, AttributeError):
+        return None
+
+
+def import_from_library(module: str, name: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found

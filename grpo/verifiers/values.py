@@ -1,0 +1,265 @@
+"""Writes Python's plain data as JSON and reads it back, for two processes that trust each other in
+nothing. Nothing that is read can run anything.
+
+Plain data are values of exactly these types: None, bool, int, float, complex, str, bytes,
+bytearray, list, tuple, set, frozenset, dict, range, those of `collections`, Decimal, Fraction,
+date, time, datetime, timedelta and timezone. What to do with all else is up to a subclass.
+
+A list, dict, set or other container that can change is shared: both sides keep it as long as both
+have a use for it, and each message carries what has changed since the last.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from functools import partial
+from operator import is_
+
+TYPE_CHECKING = False  # see confine.py
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any
+
+    Take = Callable[[Any], list[Any]]
+    Refill = Callable[[Any, list[Any]], None]
+
+DEEPEST = 200  # lists in lists
+LARGE = 2**63  # beyond, an int's decimal digits take long, and Python refuses more than 4300
+SCALARS = frozenset({str, float, bool, type(None)})
+READ_AS_IS = SCALARS | {int}
+
+
+def flatten(mapping: Any) -> list[Any]:
+    return [part for pair in mapping.items() for part in pair]
+
+
+def refill_list(container: Any, parts: list[Any]) -> None:
+    container[:] = parts
+
+
+def refill_set(container: Any, parts: list[Any]) -> None:
+    container.clear()
+    container.update(parts)
+
+
+def refill_dict(container: Any, parts: list[Any]) -> None:
+    container.clear()
+    dict.update(container, zip(parts[::2], parts[1::2], strict=True))
+
+
+def refill_ordered(container: Any, parts: list[Any]) -> None:
+    container.clear()
+    container.update(zip(parts[::2], parts[1::2], strict=True))
+
+
+def refill_default(container: Any, parts: list[Any]) -> None:
+    container.default_factory = parts[0]
+    refill_dict(container, parts[1:])
+
+
+def refill_deque(container: Any, parts: list[Any]) -> None:
+    container.clear()
+    container.extend(parts)
+
+
+CONTAINERS: dict[type, tuple[Take, Refill]] = {
+    list: (list, refill_list),
+    dict: (flatten, refill_dict),
+    set: (list, refill_set),
+    bytearray: (list, refill_list),
+    deque: (list, refill_deque),
+    Counter: (flatten, refill_dict),
+    OrderedDict: (flatten, refill_ordered),
+    defaultdict: (lambda value: [value.default_factory, *flatten(value)], refill_default),
+}
+CONTAINER_NAMES = {kind.__name__: kind for kind in CONTAINERS}
+
+# What doesn't change, by where its type is: only a program that has imported it has values of it.
+WHEN = ("hour", "minute", "second", "microsecond", "tzinfo")
+DAY = ("year", "month", "day")
+FROZEN: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
+    ("builtins", "complex"): lambda value: (value.real, value.imag),
+    ("builtins", "bytes"): lambda value: (value.hex(),),
+    ("builtins", "range"): lambda value: (value.start, value.stop, value.step),
+    ("builtins", "frozenset"): list,
+    ("builtins", "tuple"): list,
+    ("decimal", "Decimal"): lambda value: (str(value),),
+    ("fractions", "Fraction"): lambda value: (value.numerator, value.denominator),
+    ("datetime", "date"): lambda value: [getattr(value, name) for name in DAY],
+    ("datetime", "time"): lambda value: [getattr(value, name) for name in WHEN],
+    ("datetime", "datetime"): lambda value: [getattr(value, name) for name in (*DAY, *WHEN)],
+    ("datetime", "timedelta"): lambda value: (value.days, value.seconds, value.microseconds),
+    ("datetime", "timezone"): lambda value: (value.utcoffset(None),),
+}
+MAKE: dict[str, Callable[..., Any]] = {
+    "bytes": bytes.fromhex,
+    "frozenset": lambda *parts: frozenset(parts),
+    "tuple": lambda *parts: parts,
+}
+PLACES = {name: module for module, name in FROZEN}
+
+
+def is_plain(kind: type) -> bool:
+    """Whether values of this type travel by value."""
+    known = kind in SCALARS or kind is int or kind in CONTAINERS
+    return known or is_frozen(kind)
+
+
+def is_frozen(kind: type) -> bool:
+    place = (kind.__module__, kind.__qualname__)
+    return place in FROZEN and getattr(sys.modules.get(place[0]), place[1], None) is kind
+
+
+class Shared:
+    """A container that both sides have, and what was in it when they last agreed."""
+
+    __slots__ = ("container", "parts")
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        self.parts: list[Any] | None = None  # None: what is in it is not known yet
+
+
+class Values:
+    """One side's half of what both know.
+
+    Args:
+        first: of the numbers that this side gives out, 0 or 1; the other has those between.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.next_number = first
+        self.shared: dict[int, Shared] = {}
+        self.shared_numbers: dict[int, int] = {}  # by the container's id
+        self.undo: list[Callable[[], Any]] = []  # what to take back where a message can't be sent
+        self.alone = count_references(Shared([]))
+
+    def take_number(self) -> int:
+        self.next_number += 2
+        return self.next_number - 2
+
+    # Writing
+
+    def encode(self, value: Any, depth: int = 0) -> Any:
+        kind = type(value)
+        if kind in SCALARS:
+            return value
+        if kind is int:
+            return value if -LARGE < value < LARGE else ["int", hex(value)]
+        if depth > DEEPEST:
+            raise RecursionError("too many values within each other")
+        if kind in CONTAINERS:
+            return self.encode_container(value, depth)
+        if is_frozen(kind):
+            parts = FROZEN[kind.__module__, kind.__qualname__](value)
+            return [kind.__name__, *self.encode_all(list(parts), depth)]
+        return self.encode_object(value, depth)
+
+    def encode_all(self, values: Sequence[Any], depth: int) -> list[Any]:
+        kinds = set(map(type, values))
+        small = kinds <= SCALARS or (kinds == {int} and -LARGE < min(values) <= max(values) < LARGE)
+        return list(values) if small else [self.encode(value, depth + 1) for value in values]
+
+    def encode_container(self, value: Any, depth: int) -> Any:
+        number = self.shared_numbers.get(id(value))
+        if number is not None:
+            return ["shared", number]
+        number = self.take_number()
+        self.share(number, value)
+        self.undo.append(lambda: self.forget(number))
+        parts = CONTAINERS[type(value)][0](value)
+        self.shared[number].parts = parts
+        length = [value.maxlen] if type(value) is deque else []
+        return [type(value).__name__, number, *length, self.encode_all(parts, depth)]
+
+    def encode_object(self, value: Any, depth: int) -> Any:
+        raise NotImplementedError
+
+    # Reading
+
+    def decode(self, code: Any) -> Any:
+        """The value that was written.
+
+        Raises:
+            Exception: of any kind, where it is none.
+        """
+        if type(code) in READ_AS_IS:
+            return code
+        if type(code) is not list:
+            raise ValueError("no value")
+        name, *parts = code
+        if name == "int":
+            return int(parts[0], 16)
+        if name == "shared":
+            return self.shared[parts[0]].container
+        if name in CONTAINER_NAMES:
+            return self.decode_container(CONTAINER_NAMES[name], parts)
+        if name in PLACES:
+            make = MAKE.get(name) or getattr(importlib.import_module(PLACES[name]), name)
+            return make(*self.decode_all(parts))
+        return self.decode_object(name, parts)
+
+    def decode_all(self, codes: list[Any]) -> list[Any]:
+        if set(map(type, codes)) <= READ_AS_IS:
+            return list(codes)
+        return [self.decode(code) for code in codes]
+
+    def decode_container(self, kind: type, parts: list[Any]) -> Any:
+        number, *length, codes = parts
+        if type(number) is not int or number in self.shared:
+            raise ValueError("no number for a container")
+        container = kind([], *length) if kind is deque else kind()
+        self.share(number, container)  # before what is in it, which may hold it again
+        self.refill(number, codes)
+        return container
+
+    def refill(self, number: int, codes: list[Any]) -> None:
+        shared = self.shared[number]
+        take, refill = CONTAINERS[type(shared.container)]
+        refill(shared.container, self.decode_all(codes))
+        shared.parts = take(shared.container)
+
+    def decode_object(self, name: str, parts: list[Any]) -> Any:
+        raise NotImplementedError
+
+    # What both have
+
+    def share(self, number: int, container: Any) -> None:
+        self.shared[number] = Shared(container)
+        self.shared_numbers[id(container)] = number
+
+    def forget(self, number: int) -> None:
+        shared = self.shared.pop(number, None)
+        if shared is not None:
+            del self.shared_numbers[id(shared.container)]
+
+    def encode_changes(self) -> list[Any]:
+        """What was changed here since the last message, and what nothing here holds any more."""
+        changed: list[Any] = []
+        dropped: list[int] = []
+        for number, shared in list(self.shared.items()):
+            if shared.parts is None:
+                continue
+            parts = CONTAINERS[type(shared.container)][0](shared.container)
+            if len(parts) != len(shared.parts) or not all(map(is_, parts, shared.parts)):
+                self.undo.append(partial(setattr, shared, "parts", shared.parts))
+                shared.parts = parts
+                changed.append([number, self.encode_all(parts, 0)])
+            elif count_references(shared) == self.alone:
+                dropped.append(number)
+        return [changed, dropped]
+
+    def decode_changes(self, changes: list[Any]) -> None:
+        changed, dropped = changes
+        for number, codes in changed:
+            if number in self.shared:  # else this side has forgotten it at the same time
+                self.refill(number, codes)
+        for number in dropped:
+            self.forget(number)
+
+
+def count_references(shared: Shared) -> int:
+    """How many hold a container: as many as of one that nothing else holds, or more."""
+    return sys.getrefcount(shared.container)
