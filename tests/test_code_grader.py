@@ -67,11 +67,6 @@ UNSUPPORTED = {
         "assert Money() - 2 == 3",
     ),
     "globals of the tests": ("def f():\n    return x", "x = 3\nassert f() == 3"),
-    "what it prints": (
-        "def f():\n    print('hi')",
-        "import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()) as out:\n    f()\n"
-        "assert out.getvalue() == 'hi\\n'",
-    ),
     "an await of the tests' coroutine": (
         "async def f(c):\n    return await c",
         "import asyncio\nasync def g():\n    return 1\nassert asyncio.run(f(g())) == 1",

@@ -58,7 +58,7 @@ class Code:
     program's; a look at its source, signature or frames; `dataclasses.asdict` and pickles of its
     objects; `==`, `<` or `in` of an object of its own with a value, unless its class derives from
     that of the value (`in` works where it can be iterated); a number from arithmetic with both;
-    what it prints, reads or writes to files; the seed of `random`; globals that the tests set for
+    files that one writes and the other reads; the seed of `random`; globals that the tests set for
     it; `async with` and `async for` on it, and coroutines of the tests' own given to it; a `with`
     of its own that keeps errors to itself, if a test is in there; `eval` of a text that is not
     written in the tests; functions it calls `abs` or `sorted`, where tests use others too.

@@ -1,4 +1,4 @@
-"""The grader's process: runs tests of a program that is in another process.
+"""The tests' side of the pipes, in the grader's process.
 
 The program learns what it is called with, and what is asked of its objects. It gets no text of the
 tests, no value that is only compared with, and nothing that leads on from what it is given: of a
@@ -30,22 +30,24 @@ from __future__ import annotations
 import builtins
 import functools
 import io
-import os
 import sys
 import types
 
-from grpo.verifiers.channel import leave
 from grpo.verifiers.mirror import Side
 from grpo.verifiers.operations import OPERATIONS, VALUED
-from grpo.verifiers.standard import CATCHING, CLASSES, find_in_library, import_again, import_class
+from grpo.verifiers.standard import (
+    CATCHING,
+    find_in_library,
+    import_again,
+    import_class,
+    list_streams,
+)
 from grpo.verifiers.values import CONTAINERS, SCALARS
 
 TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Any, NoReturn
-
-    from grpo.verifiers.place import Place
+    from collections.abc import Sequence
+    from typing import Any
 
 ARITHMETIC_WITH = {int, float, complex, bool, str, bytes, list, tuple}
 TAKEN = {name for kind in (*VALUED, *CONTAINERS) for name in dir(kind) if name[0] != "_"}
@@ -78,6 +80,8 @@ class Grader(Side):
         self.given: dict[str, Any] = {}  # the program's names, as they were put into the module
         self.reserved = set(reserved)
         self.passes_errors = passes_errors
+        self.streams = list_streams()
+        self.replaced: list[tuple[str, int]] = []
         for name, how, value in self.ask("names"):
             if how == "import":
                 self.import_for(name, *value)
@@ -96,6 +100,18 @@ class Grader(Side):
             return
         if name not in space or space[name] is self.given.get(name, self):
             space[name] = self.given[name] = value
+
+    def note_aside(self) -> Any:
+        """What tests have put in place of a stream, `input` or `print`, if that has changed."""
+        replaced = [
+            (name, getattr(place, name))
+            for name, (place, usual) in self.streams.items()
+            if getattr(place, name) is not usual
+        ]
+        now = [(name, id(value)) for name, value in replaced]
+        before, self.replaced = self.replaced, now
+        self.undo.append(lambda: setattr(self, "replaced", before))
+        return tuple(replaced) if now != before else None
 
     def take_aside(self, aside: Any) -> None:
         for name, value in zip(*[iter(aside or ())] * 2, strict=True):
@@ -201,6 +217,8 @@ class Grader(Side):
             return str(getattr(owner, name))
         streams = type(owner) in (io.StringIO, io.BytesIO)
         hidden = name.startswith("_") or (isinstance(owner, type) and hasattr(type, name))
+        if is_mock(owner):  # its own methods would make it say that it was called
+            hidden = hidden or hasattr(sys.modules["unittest.mock"].Mock, name)
         if hidden or not (self.is_own(owner) or is_mock(owner) or streams):
             raise AttributeError(name)
         return getattr(owner, name)
@@ -239,56 +257,3 @@ def hide_examples(doc: Any) -> Any:
 def is_mock(value: Any) -> bool:
     mock = sys.modules.get("unittest.mock")
     return mock is not None and isinstance(value, mock.NonCallableMock)
-
-
-def run_tests(
-    pieces: Sequence[str],
-    reserved: Sequence[str],
-    passes_errors: bool,
-    module: types.ModuleType,
-    place: Place,
-) -> NoReturn:
-    """Runs each piece of the tests, and writes a byte for each that runs to its end."""
-    sys.modules["solution"] = module  # what many tests import it as
-    sys.setrecursionlimit(4000)  # a test that calls the program that calls a test … needs more
-    Grader(module, reserved, passes_errors, place.incoming, place.outgoing)
-    guard_texts(module, "\n".join(pieces))
-    for number, piece in enumerate(pieces):
-        try:
-            exec(compile(piece, "test.py", "exec", dont_inherit=True), vars(module))
-        except BaseException:  # noqa: BLE001 - sys.exit too is no way to pass
-            continue
-        os.pwrite(place.results, b"\1", number)
-    leave()
-
-
-def guard_texts(module: types.ModuleType, tests: str) -> None:
-    """Lets tests run a text that is written in them, but none that the program has given."""
-
-    def check(text: Any) -> None:
-        if isinstance(text, bytes | bytearray):
-            text = bytes(text).decode(errors="replace")
-        if isinstance(text, str) and str.__str__(text) not in tests:
-            raise TypeError("tests can't run a text that is not written in them")
-
-    def guard(run: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(text: Any, *spaces: Any) -> Any:
-            check(text)
-            frame = sys._getframe(1)
-            return run(text, *(spaces or (frame.f_globals, frame.f_locals)))
-
-        return guarded
-
-    def guarded_compile(text: Any, *options: Any, **named: Any) -> Any:
-        check(text)
-        return compile(text, *options, **named)
-
-    def check_pickle(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "pickle.find_class" and tuple(arguments) not in CLASSES:
-            space, name = arguments
-            own = vars(module).get(name) if space == module.__name__ else None
-            if not isinstance(own, type):
-                raise TypeError(f"tests can't unpickle {space}.{name}")
-
-    sys.addaudithook(check_pickle)
-    vars(module).update(eval=guard(eval), exec=guard(exec), compile=guarded_compile)

@@ -57,7 +57,7 @@ def run_tests(program: bytes, exam: bytes, limits: Limits) -> list[bool]:
 
     Args:
         program: its text.
-        exam: the arguments of `grader.run_tests`, in JSON.
+        exam: the arguments of `exam.run_tests`, in JSON.
 
     Raises:
         CannotRun: a process could not be started, or could not be confined.

@@ -10,7 +10,13 @@ import types
 from grpo.verifiers.channel import leave
 from grpo.verifiers.mirror import Side
 from grpo.verifiers.operations import OPERATIONS, take_contents
-from grpo.verifiers.standard import CATCHING, find_class, find_import, import_from_library
+from grpo.verifiers.standard import (
+    CATCHING,
+    find_class,
+    find_import,
+    import_from_library,
+    list_streams,
+)
 
 TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
@@ -30,6 +36,7 @@ class Program(Side):
         self.code, self.module = code, module
         self.names: dict[str, Any] | None = None  # as the grader knows them
         self.loop: Any = None
+        self.streams = list_streams()
         self.operations: dict[str, Callable[..., Any]] = {
             **OPERATIONS,
             "names": self.import_program,
@@ -79,6 +86,11 @@ class Program(Side):
                 self.names[name] = value
                 changed += (name, value)
         return tuple(changed) or None
+
+    def take_aside(self, aside: Any) -> None:
+        if aside is not None:
+            for name, (place, usual) in self.streams.items():
+                setattr(place, name, dict(aside).get(name, usual))
 
     def public(self) -> dict[str, Any]:
         return {

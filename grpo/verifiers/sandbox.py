@@ -54,7 +54,7 @@ def main() -> None:
     if place.role == "program":  # while there is still a folder to import from
         from grpo.verifiers.program import serve_program
     elif place.role == "tests":
-        from grpo.verifiers.grader import run_tests
+        from grpo.verifiers.exam import run_tests
     try:
         confine(place, limits)
         os.write(2, b"ready\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import sys
 
@@ -35,6 +36,15 @@ MODULES = {
     *("heapq", "bisect", "random", "statistics", "fractions", "decimal", "datetime", "re", "json"),
     *("copy", "typing", "time"),
 }
+
+
+def list_streams() -> dict[str, tuple[Any, Any]]:
+    """What tests replace to hear what a program prints, or to tell it something: where, and what.
+
+    While they do, the program's process has a stand-in for their replacement.
+    """
+    places = {"stdin": sys, "stdout": sys, "stderr": sys, "input": builtins, "print": builtins}
+    return {name: (place, getattr(place, name)) for name, place in places.items()}
 
 
 def find_class(value: Any) -> tuple[str, str] | None:
