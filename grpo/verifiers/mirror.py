@@ -268,6 +268,10 @@ class Side(Values):
         space["__doc__"] = make_doc(self, doc)
         space |= {method: make_method(self, method) for method in has}
         space |= {method: None for method in lacks if method in SPECIAL or method in UNARY}
+        if any(issubclass(base, BaseException) for base in local):
+            # Python itself sets what is behind an exception, on the stand-in alone.
+            space["__setattr__"] = BaseException.__setattr__
+            space["__delattr__"] = BaseException.__delattr__
         self.building = True
         try:
             made: type = self.metaclass(name, (*local, self.root), space)
