@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import textwrap
@@ -15,7 +14,7 @@ from grpo.rewards.code_tests import Asserts, InputOutput, NotTests, read_tests
 from grpo.rewards.options import at_least, more_than_nothing
 from grpo.types import Failure, Sample
 from grpo.verifiers.confine import landlock_version
-from grpo.verifiers.launch import CannotRun, run_script, run_tests
+from grpo.verifiers.launch import CannotRun, Exam, run_script, run_tests
 from grpo.verifiers.place import Limits
 
 log = logging.getLogger(__name__)
@@ -47,21 +46,27 @@ class Code:
     could not be run, or its tests can't be read or check nothing: what passes without any program
     is no test. `grpo.verifiers.sandbox` says what a running program can and can't do.
 
-    What is printed is compared outside. Tests in Python are run in another process than the
-    program: they call it over a pipe, and have its names, their values, and stand-ins for its
-    functions, classes and objects. It learns what it is called with and what is done with its
-    objects, but no expected value, and it decides no comparison with one; `grpo.verifiers.grader`
-    has the details. What it can still do is return what it likes, and say of two objects of its own
-    that they are equal: `assert f(2) == Point(1, 2)` is as good as the program's `Point`.
+    What a program prints is compared outside its process. Tests in Python run in a second process
+    and use the program over two pipes, at some 0.2 ms a call. The program learns what it is called
+    with and what is done with its objects. It gets no text of the tests and no expected value, and
+    it decides no comparison with one. `grpo.verifiers.grader` has the details. The program still
+    decides what two objects of its own are to each other: `assert f(2) == Point(1, 2)` checks no
+    more than the program's own `Point.__eq__`, and a function of the tests that it is given need
+    never be called.
 
-    For the same reason these are no use in tests, they fail: a class derived from one of the
-    program's; a look at its source, signature or frames; `dataclasses.asdict` and pickles of its
-    objects; `==`, `<` or `in` of an object of its own with a value, unless its class derives from
-    that of the value (`in` works where it can be iterated); a number from arithmetic with both;
-    files that one writes and the other reads; the seed of `random`; globals that the tests set for
-    it; `async with` and `async for` on it, and coroutines of the tests' own given to it; a `with`
-    of its own that keeps errors to itself, if a test is in there; `eval` of a text that is not
-    written in the tests; functions it calls `abs` or `sorted`, where tests use others too.
+    A correct program fails tests that do one of these:
+
+    - derive a class from one of the program's;
+    - look at source, signatures or frames, or use `dataclasses.asdict` or `pickle` on its objects;
+    - compare an object of the program's with a value, by `==`, `<` or `in`, unless its class
+      derives from that of the value (`in` works where it can be iterated);
+    - want a number from arithmetic with an object of the program's and a value;
+    - write a file that the program reads, or the other way around;
+    - set the seed of `random` or a global variable for the program;
+    - use `async with` or `async for` on its objects, or give it a coroutine;
+    - let a `with` of the program's keep an error to itself, and check something in a `with`;
+    - `eval` a text that is not written in the tests;
+    - use a builtin's name, such as `abs`, for a function of the program's, and other names too.
 
     Args:
         column: of the row, where the tests are.
@@ -152,14 +157,9 @@ class Code:
 
     def run_asserts(self, program: str, tests: Asserts) -> list[bool]:
         """Whether each piece of the tests ran to its end."""
-        exam = {
-            "pieces": [as_source(piece).decode() for piece in tests.pieces],
-            "reserved": tests.reserved,
-            "passes_errors": tests.passes_errors,
-        }
-        return run_tests(as_source(program), json.dumps(exam).encode(), self.limits)[
-            : len(tests.pieces)
-        ]
+        pieces = [as_source(piece).decode() for piece in tests.pieces]
+        exam = Exam(pieces, tests.reserved, tests.passes_errors)
+        return run_tests(as_source(program), exam, self.limits)
 
 
 def last_program(completion: str) -> str:

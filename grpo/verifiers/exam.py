@@ -25,7 +25,15 @@ def run_tests(
     module: types.ModuleType,
     place: Place,
 ) -> NoReturn:
-    """Runs each piece of the tests, and writes a byte for each that runs to its end."""
+    """Runs each piece of the tests, and writes a byte for each that runs to its end.
+
+    Args:
+        pieces: Python, run one after the other in one module.
+        reserved: see `Grader`.
+        passes_errors: see `Grader`.
+        module: an empty one, to run them in.
+        place: the pipes and the file of results.
+    """
     sys.modules["solution"] = module  # what many tests import it as
     sys.setrecursionlimit(4000)  # a test that calls the program that calls a test … needs more
     Grader(module, reserved, passes_errors, place.incoming, place.outgoing)

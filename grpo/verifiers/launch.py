@@ -28,6 +28,14 @@ class Run(NamedTuple):
     printed: bytes
 
 
+class Exam(NamedTuple):
+    """The arguments of `exam.run_tests`."""
+
+    pieces: Sequence[str]
+    reserved: Sequence[str]
+    passes_errors: bool
+
+
 class Sandbox(NamedTuple):
     process: subprocess.Popen[bytes]
     folder: str
@@ -50,22 +58,19 @@ def run_script(program: bytes, given: bytes, limits: Limits) -> Run:
         raise CannotRun(f"{type(error).__name__}: {error}") from error
 
 
-def run_tests(program: bytes, exam: bytes, limits: Limits) -> list[bool]:
+def run_tests(program: bytes, exam: Exam, limits: Limits) -> list[bool]:
     """Whether each piece of an exam passed: in one process, of a program in another.
 
     They have two pipes between them and nothing else.
 
-    Args:
-        program: its text.
-        exam: the arguments of `exam.run_tests`, in JSON.
-
     Raises:
         CannotRun: a process could not be started, or could not be confined.
     """
-    pieces = len(json.loads(exam)["pieces"])
+    pieces = len(exam.pieces)
+    written = json.dumps(exam._asdict()).encode()
     try:
         with ExitStack() as held:
-            files = [held.enter_context(memory_file(text)) for text in (program, exam, b"")]
+            files = [held.enter_context(memory_file(text)) for text in (program, written, b"")]
             source, questions, results = files
             with pipe() as asked, pipe() as answered:
                 tested = held.enter_context(

@@ -77,7 +77,7 @@ CONTAINERS: dict[type, tuple[Take, Refill]] = {
 CONTAINER_NAMES = {kind.__name__: kind for kind in CONTAINERS}
 
 # What doesn't change, by where its type is: only a program that has imported it has values of it.
-WHEN = ("hour", "minute", "second", "microsecond", "tzinfo")
+WHEN = ("hour", "minute", "second", "microsecond", "tzinfo", "fold")
 DAY = ("year", "month", "day")
 FROZEN: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
     ("builtins", "complex"): lambda value: (value.real, value.imag),
@@ -93,10 +93,22 @@ FROZEN: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
     ("datetime", "timedelta"): lambda value: (value.days, value.seconds, value.microseconds),
     ("datetime", "timezone"): lambda value: (value.utcoffset(None),),
 }
+
+
+def make_with_fold(name: str) -> Callable[..., Any]:
+    def make(*parts: Any) -> Any:
+        *when, fold = parts
+        return getattr(importlib.import_module("datetime"), name)(*when, fold=fold)
+
+    return make
+
+
 MAKE: dict[str, Callable[..., Any]] = {
     "bytes": bytes.fromhex,
     "frozenset": lambda *parts: frozenset(parts),
     "tuple": lambda *parts: parts,
+    "time": make_with_fold("time"),
+    "datetime": make_with_fold("datetime"),
 }
 PLACES = {name: module for module, name in FROZEN}
 
