@@ -224,6 +224,7 @@ def test_a_run_is_not_gone_on_with_under_another_adapter(grpo: Grpo, tmp_path: P
         assert "this run trains adapter=" in printed
 
 
+@pytest.mark.slow
 def test_an_optimizer_with_another_state_is_refused(grpo: Grpo, tmp_path: Path) -> None:
     common = ["experiment=smoke", "tracking=none", "max_steps=1", "dataset.eval_size=4"]
     assert grpo(*common, "optim.name=adamw_8bit", "hydra.run.dir=run")[0] == 0
@@ -273,6 +274,7 @@ def test_a_moved_reference_is_not_forgotten(grpo: Grpo, tmp_path: Path) -> None:
     assert "keep kl.sync_every above 0" in printed
 
 
+@pytest.mark.slow
 def test_a_kl_that_is_added_later_begins_with_its_own_weight(grpo: Grpo, tmp_path: Path) -> None:
     common = ["experiment=smoke", "tracking=none", "dataset.eval_size=4"]
     assert grpo(*common, "kl=none", "max_steps=1", "hydra.run.dir=run")[0] == 0

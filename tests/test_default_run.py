@@ -1,4 +1,4 @@
-"""The default run, its first twenty steps: it learns, and the doctor has nothing to say of it."""
+"""The default run, its first twelve steps: it learns, and the doctor has nothing to say of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import grpo_process
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("default")
-    short = ("max_steps=20", "eval.every=0", "dataset.eval_slice=:64", "eval.samples=8")
+    short = ("max_steps=12", "eval.every=0", "dataset.eval_slice=:64", "eval.samples=4")
     done = grpo_process(*short, "tracking=none", "hydra.run.dir=run", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "run"

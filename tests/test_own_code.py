@@ -102,6 +102,7 @@ def test_it_is_not_run_unasked_nor_by_what_is_piped_in(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own")
 def test_it_is_run_with_the_key_and_a_runs_folder_does_not_turn_that_on(
     grpo: Grpo, marker: Path, tmp_path: Path
@@ -128,6 +129,7 @@ def test_it_is_run_with_the_key_and_a_runs_folder_does_not_turn_that_on(
     assert grpo("eval", "checkpoint=run", *EVAL, KEY)[0] == 0  # by hand
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own")
 def test_a_run_goes_on_with_it_where_it_is_trusted(grpo: Grpo, tmp_path: Path) -> None:
     assert grpo(*SHORT, "hydra.run.dir=run", KEY)[0] == 0
@@ -138,6 +140,7 @@ def test_a_run_goes_on_with_it_where_it_is_trusted(grpo: Grpo, tmp_path: Path) -
     assert code == 0, printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own")
 def test_an_adapter_over_it_is_merged_where_it_is_trusted(
     grpo: Grpo, marker: Path, tmp_path: Path

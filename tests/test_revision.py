@@ -103,6 +103,7 @@ def test_another_revision_is_not_taken_for_one_that_is_not_there(
         checkpoint_model("org/name", revision)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_a_run_says_which_commit_it_trained_and_goes_on_from_it(grpo: Grpo, tmp_path: Path) -> None:
     code, printed = grpo(*SHORT, "model.revision=v2", "max_steps=3")

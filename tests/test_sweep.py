@@ -70,6 +70,7 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path)
     assert "step_4" in log or "step 4" in log  # it did go on, and not begin again
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_in_order(tmp_path: Path) -> None:
     """The job that runs is saved, and the next does not start."""
     sweep = tmp_path / "sweep"
