@@ -110,6 +110,11 @@ RIGHT = [
     (r"x^2+1", "<answer>x² + 1</answer>"),
     ("10^6", "<answer>10⁶</answer>"),
     (r"(0,\infty)", "<answer>(0, ∞)</answer>"),
+    # An interval and the inequalities that say it are the same set, whichever is the gold one.
+    (r"x \in [-2,7]", r"$-2 \le x \le 7$"),
+    ("[-2,7]", r"$-2 \leq x \leq 7$"),
+    (r"$-2 \leq x \leq 7$", "x \\in [-2,7]"),
+    (r"\boxed{W(n) = 1 \text{ and } W(n) = -1}", r"$W(n) = 1 \text{ or } W(n) = -1$"),
     # How a formula is broken into lines decides nothing.
     ("9", "$\n9\n$"),
     # Other habits.
@@ -135,6 +140,14 @@ WRONG = [
     ("4", r"\boxed{3}, \boxed{4}"),
     ("3, 4", r"\boxed{4}"),
     ("3, 4", r"\boxed{3} is too small. Now it is \boxed{4}"),
+    (r"[-2,7]", r"$-2 < x \le 7$"),
+    # Where words are between boxes, in the gold answer too, the last one counts.
+    ("(3, 3), (1, 1)", r"$\boxed{(3, 3)} \text{ for part (a) and } \boxed{(1, 1)}$"),
+    (r"\boxed{1} papers and \boxed{2} bins", r"$\boxed{1,2}$"),
+    (r"y_1 = 2x, y_2 = 3x", r"\(y_1 = \boxed{2x}\) and \(y_2 = \boxed{3x}\)"),
+    # A function's name and its variable are part of the answer.
+    ("f(x)", "$f(y)$"),
+    (r"\boxed{W(n) = 1 \text{ and } W(n) = -1}", "W(x)=1orW(x)=-1"),
     # The last box counts, not what is said after it: training may ask for a box.
     ("7", r"$\boxed{5}$. The answer is 7."),
     # A comma is no decimal point: 1,5 is written like the list 3,4 and in English means it.
