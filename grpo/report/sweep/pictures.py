@@ -34,7 +34,7 @@ def pictures(
     if ranking.settings:
         yield (
             "Settings, best first",
-            "Mean over seeds, its 95% bootstrap interval, and each seed.",
+            "Mean over seeds, its 95% interval, and each seed.",
             ranked(sweep, ranking),
         )
     if sweep.keys and done:
