@@ -48,10 +48,10 @@ log = logging.getLogger(__name__)
 
 JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
 WITHOUT_CONFIG = {  # jobs that read what a run left
-    "report": "grpo.report.command",
-    "export": "grpo.export",
-    "chat": "grpo.chat",
-    "dashboard": "grpo.dashboard.command",
+    "report": "grpo.commands.report",
+    "export": "grpo.commands.export",
+    "chat": "grpo.commands.chat",
+    "dashboard": "grpo.commands.dashboard",
 }
 HYDRAS_NAMES = {  # of Hydra's own Optuna sweeper, where this one has another
     "hydra/sweeper/sampler": "hydra.sweeper.sampler",

@@ -30,7 +30,7 @@ from optuna.distributions import (
 
 from grpo import config
 from grpo.again import key_of, quoted
-from grpo.arguments import option
+from grpo.commands.arguments import option
 from grpo.cli import explain, refuse
 from grpo.errors import ConfigError
 from grpo.secrets import refuse_secrets

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.export import card, licence_of
+from grpo.commands.export import card, licence_of
 from grpo.report.run.read import read_run
 from tests.conftest import grpo_process, metrics
 

@@ -22,7 +22,7 @@ from optuna.distributions import FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import create_trial
 
-from grpo.report.command import write_report
+from grpo.commands.report import write_report
 from grpo.report.sweep.best import best_setting, experiment
 from grpo.report.sweep.importance import fanova
 from grpo.report.sweep.ranking import rank

@@ -24,7 +24,7 @@ from grpo.dashboard.found import outputs_in
 from grpo.dashboard.home import home
 from grpo.dashboard.studies import Studies
 from grpo.errors import ConfigError
-from grpo.report.command import sweep_page
+from grpo.commands.report import sweep_page
 from grpo.report.run.page import run_page
 from grpo.report.run.read import read_run
 

@@ -19,7 +19,7 @@ def close(folder: Path, after: Sequence[Standing], broken: Sequence[Standing]) -
     if not after:
         print(f"\nnothing was left to do for {folder}.", flush=True)
         return
-    from grpo.report.command import write_report  # only now: it brings the drawing with it
+    from grpo.commands.report import write_report  # only now: it brings the drawing with it
 
     print(f"\nsweep in {folder}: {counted(own.status for own in after)}", flush=True)
     print(write_report([folder]), flush=True)

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.arguments import option
+from grpo.commands.arguments import option
 from grpo.errors import ConfigError
 
 USAGE = "grpo dashboard [FOLDER] [--host HOST] [--port PORT]"

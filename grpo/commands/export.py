@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from grpo.arguments import option
+from grpo.commands.arguments import option
 from grpo.config import flat
 from grpo.errors import ConfigError, RunError
 from grpo.hub import cached_model
