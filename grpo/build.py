@@ -14,9 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo.again import key_of
-from grpo.allocator import LARGEST, LARGEST_IN_BF16, keep_freed_memory
-from grpo.budget import Budget
 from grpo.data.difficulty import Curriculum
 from grpo.data.order import Order, mixed, one_set
 from grpo.data.prompts import (
@@ -31,13 +28,13 @@ from grpo.data.prompts import (
 from grpo.data.rows import EAGER
 from grpo.device import Device, open_device
 from grpo.errors import ConfigError
-from grpo.evaluate import Evaluation
 from grpo.find import PROMPT_KEYS, Found, bind, check_options, named, plain
-from grpo.hub import commit_of, from_hub
-from grpo.kl import KLPull, Pull
-from grpo.memory import Work, budget_of, held_by
+from grpo.memory.allocator import LARGEST, LARGEST_IN_BF16, keep_freed_memory
+from grpo.memory.budget import Budget
+from grpo.memory.estimate import Work, budget_of, held_by
 from grpo.models.adapter import Adapter, add_adapter
-from grpo.models.find import is_quantized
+from grpo.models.files import is_quantized
+from grpo.models.hub import commit_of, from_hub
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.recompute import recomputable
 from grpo.models.reference import reference_of
@@ -52,12 +49,15 @@ from grpo.objective import (
     AdaptiveWeight,
     Normalize,
 )
-from grpo.optim import SCHEDULES, Optimizer
 from grpo.rewards import WeightedReward
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.rollout.trial import check_sampler
+from grpo.runs.resume import key_of
+from grpo.training.evaluation import Evaluation
+from grpo.training.kl_penalty import KLPull, Pull
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.training.update import KLTerm, Objective
 from grpo.types import Prompt, Sampling
-from grpo.update import KLTerm, Objective
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grpo.config import at_least, flat, more_than_nothing, nearest, one_of
 from grpo.errors import ConfigError
-from grpo.hub import check_revision
+from grpo.models.hub import check_revision
 from grpo.seeds import SEEDS
 
 NO_PROJECT, NO_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take

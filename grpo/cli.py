@@ -34,11 +34,13 @@ from hydra.errors import (
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo import again, config, past
-from grpo.allocator import keep_freed_memory
+from grpo import config
 from grpo.check import check, check_training
 from grpo.errors import ConfigError, RunError
 from grpo.help import choices, help_text, version_text
+from grpo.memory.allocator import keep_freed_memory
+from grpo.runs import folder as past
+from grpo.runs import resume as again
 from grpo.secrets import cross_out_in_logs
 from grpo.sweep.gpus import take_gpu
 from grpo.sweep.launch import NOT_THE_JOB

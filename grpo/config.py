@@ -19,9 +19,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo import past
 from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError
+from grpo.runs import folder as past
 
 
 @dataclass

@@ -20,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from grpo.config import at_least, nearest
 from grpo.data.source import Slices, Source
 from grpo.errors import ConfigError
-from grpo.hub import commit_of
-from grpo.models.find import check_reachable, model_folder
-from grpo.past import checkpoint_model
+from grpo.models.files import check_reachable, model_folder
+from grpo.models.hub import commit_of
+from grpo.runs.folder import checkpoint_model
 from grpo.types import Example
 
 SLICE_KEYS = ("split", "slice", "eval_split", "eval_slice")

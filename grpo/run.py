@@ -15,8 +15,6 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from grpo.allocator import give_back_freed_memory
-from grpo.budget import Budget
 from grpo.build import (
     build_advantage,
     build_budget,
@@ -36,34 +34,36 @@ from grpo.build import (
     tell_unused_kl,
     updates_of_step,
 )
-from grpo.checkpoint import Checkpoints, Progress
-from grpo.collect import Collector
 from grpo.data.difficulty import solved_shares
 from grpo.data.order import total_steps
 from grpo.data.prompts import DrawnPrompts
 from grpo.doctor.limits import Limits
 from grpo.doctor.watch import Watch
 from grpo.errors import ConfigError, RunError
-from grpo.evaluate import metrics_of, report
 from grpo.find import Found, bind, plain
-from grpo.interrupt import Interrupt
-from grpo.kl import Pull
+from grpo.memory.allocator import give_back_freed_memory
+from grpo.memory.budget import Budget
 from grpo.models.lengths import suited_to_lengths
 from grpo.models.load import LanguageModel
 from grpo.models.own_code import has_own_code
-from grpo.optim import Optimizer
-from grpo.past import FINISHED, RUNNING, is_finished, newest_step
 from grpo.report.run.page import write_run_page
 from grpo.rollout import HFEngine, NativeEngine
+from grpo.runs.checkpoint import Checkpoints, Progress
+from grpo.runs.folder import FINISHED, RUNNING, is_finished, newest_step
+from grpo.runs.interrupt import Interrupt
+from grpo.runs.summary import Summary, git_commit
 from grpo.secrets import for_files
-from grpo.summary import Summary, git_commit
 from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 from grpo.sweep.trial import never, watcher_of
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import figures_table
 from grpo.tracking.files import encode, finite
 from grpo.tracking.tracker import answer_rows, evaluation_rows
-from grpo.train import Standing, Training, train
+from grpo.training.collect import Collector
+from grpo.training.evaluation import metrics_of, report
+from grpo.training.kl_penalty import Pull
+from grpo.training.loop import Standing, Training, train
+from grpo.training.optimizer import Optimizer
 from grpo.types import Prompt
 from grpo.unused import Facts, unused_keys
 

@@ -25,21 +25,21 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from grpo import config
-from grpo.budget import Budget
 from grpo.build import build_objective, build_prompts, prompt_format
 from grpo.device import open_device
 from grpo.find import find_for_training
+from grpo.memory.budget import Budget
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.microbatch import score_rollout
 from grpo.models.reference import Reference
 from grpo.objective import DIVERGENCES, ESTIMATORS
-from grpo.optim import SCHEDULES, Optimizer
-from grpo.past import model_of_checkpoint
-from grpo.pieces import score_rollout
 from grpo.rollout import NativeEngine
+from grpo.runs.folder import model_of_checkpoint
 from grpo.tracking.files import read_lines
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.training.update import KLTerm, Learned, update
 from grpo.types import Rollout
-from grpo.update import KLTerm, Learned, update
 
 PROMPTS, COMPLETIONS = 16, 8
 BUDGET = Budget.of(4096, cached=32768)

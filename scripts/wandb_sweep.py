@@ -29,10 +29,10 @@ from optuna.distributions import (
 )
 
 from grpo import config
-from grpo.again import key_of, quoted
-from grpo.commands.arguments import option
 from grpo.cli import explain, refuse
+from grpo.commands.arguments import option
 from grpo.errors import ConfigError
+from grpo.runs.resume import key_of, quoted
 from grpo.secrets import refuse_secrets
 from grpo.sweep.search import fixed_of
 from grpo.sweep.space import corners, space_of, values_of, written

@@ -38,8 +38,9 @@ from transformers import (
 )
 
 from grpo.device import Device, open_device
-from grpo.models import attention, products
-from grpo.models.find import PACKAGED
+from grpo.models import attention
+from grpo.models.cpu import linear
+from grpo.models.files import PACKAGED
 from grpo.models.load import LanguageModel, load_language_model
 
 settings.register_profile("grpo", deadline=None)  # a slow machine is no failure
@@ -106,7 +107,7 @@ def device() -> Device:
 def gpu_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU computes by the branches that a GPU takes: no kernel or product of a CPU's own."""
     monkeypatch.setattr(attention, "has_fused_kernel", lambda x: False)
-    monkeypatch.setattr(products, "HAS_ONEDNN", False)
+    monkeypatch.setattr(linear, "HAS_ONEDNN", False)
 
 
 @pytest.fixture

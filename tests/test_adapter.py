@@ -20,8 +20,8 @@ from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.models import adapter as adapter_module
 from grpo.models.adapter import Adapter, add_adapter, load_adapter, merged, save_adapter
-from grpo.models.fast import lean
-from grpo.models.find import PACKAGED
+from grpo.models.cpu.select import lean
+from grpo.models.files import PACKAGED
 from grpo.models.forward import Completions, Forward, plain, score_completions, shared_prefix
 from grpo.models.head import Head, Readout
 from grpo.models.load import LanguageModel, choose_forward, load_language_model

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Config
 
-from grpo.models.find import PACKAGED
+from grpo.models.files import PACKAGED
 from tests.conftest import grpo_process
 
 Grpo = Callable[..., tuple[int, str]]

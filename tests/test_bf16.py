@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo import train
-from grpo.budget import Budget
 from grpo.device import open_device
-from grpo.models.find import model_folder
+from grpo.memory.budget import Budget
+from grpo.models.files import model_folder
 from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.microbatch import score_rollout
 from grpo.models.reference import Reference, reference_of
 from grpo.objective import RATIOS, clipped_surrogate
 from grpo.objective.kl import k3
 from grpo.objective.ratios import Ratio
 from grpo.objective.weights import sequence_mean
-from grpo.optim import SCHEDULES, Optimizer
-from grpo.pieces import score_rollout
 from grpo.rollout import NativeEngine
+from grpo.training import loop as train
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.training.update import KLTerm, Learned, Objective, update
 from grpo.types import Example, Prompt, Rollout, Sample, Sampling
-from grpo.update import KLTerm, Learned, Objective, update
 from tests.conftest import metrics
 from tests.test_algorithms import combinations
 from tests.test_end_to_end import lines

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.budget import Budget, Limit, ran_out
 from grpo.device import open_device
 from grpo.errors import ConfigError, RunError
-from grpo.memory import HEAP_IN_BF16, Held, Work, budget_of, held_by, kept_by_token
+from grpo.memory.budget import Budget, Limit, ran_out
+from grpo.memory.estimate import HEAP_IN_BF16, Held, Work, budget_of, held_by, kept_by_token
 from grpo.models.load import LanguageModel
 from grpo.models.reference import reference_of
 from grpo.rollout.vllm import share_of_gpu
@@ -152,8 +152,8 @@ LIMITED = """
 import resource, sys
 from grpo import cli
 import datasets, torch, transformers, wandb
-import grpo.models.products
-grpo.models.products.HAS_ONEDNN = False
+import grpo.models.cpu.linear
+grpo.models.cpu.linear.HAS_ONEDNN = False
 megabytes = int(sys.argv.pop(1))
 if megabytes:
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.budget import Budget
-from grpo.collect import Collector
 from grpo.data.order import one_set
 from grpo.data.prompts import DrawnPrompts, DrawnSet, PromptFormat
 from grpo.errors import RunError
+from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
 from grpo.rewards import WeightedReward
 from grpo.rollout import NativeEngine
+from grpo.training.collect import Collector
 from grpo.types import Example, Failure, Prompt, Sample, Sampling
 
 SAMPLING = Sampling(1.0)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from grpo.models import compiled
-from grpo.models.compiled import Keys, Packed, gated, normed
+from grpo.models.cpu import compiled
+from grpo.models.cpu.compiled import Keys, Packed, gated, normed
 from grpo.models.gguf import cache_folder
 
 needs_compiler = pytest.mark.skipif(compiled.kernel() is None, reason="no C compiler is there")
@@ -146,7 +146,7 @@ def test_no_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_disturb_each_other(fresh: Path) -> None:
-    program = "from grpo.models.compiled import kernel; assert kernel().wide() > 0"
+    program = "from grpo.models.cpu.compiled import kernel; assert kernel().wide() > 0"
     running = [
         subprocess.Popen([sys.executable, "-c", program], env=os.environ.copy()) for _ in range(3)
     ]

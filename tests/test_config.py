@@ -14,11 +14,12 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from grpo import again, config
+from grpo import config
 from grpo.build import tell_unused_kl
 from grpo.check import check
 from grpo.cli import flat_keys
 from grpo.run import tell_changed_kl
+from grpo.runs import resume as again
 from grpo.unused import Facts, unused_keys
 
 Grpo = Callable[..., tuple[int, str]]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from grpo.budget import Budget
 from grpo.data.prompts import PromptFormat
 from grpo.device import Device
 from grpo.errors import ConfigError
-from grpo.models.find import PACKAGED
+from grpo.memory.budget import Budget
+from grpo.models.files import PACKAGED
 from grpo.models.load import load_language_model
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.tracking.tokens import token_ends

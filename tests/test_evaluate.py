@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.data.verify import answered
-from grpo.evaluate import Answers, by_source, figures, pass_at_k, powers_of_two, report
 from grpo.rewards import Task, WeightedReward, score
+from grpo.training.evaluation import Answers, by_source, figures, pass_at_k, powers_of_two, report
 from grpo.types import Prompt, Rollout
 from tests.test_end_to_end import lines
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo import update as update_module
 from grpo.errors import RunError
-from grpo.models.find import PACKAGED
+from grpo.models.files import PACKAGED
+from grpo.training import update as update_module
 from tests.test_end_to_end import lines
 
 Grpo = Callable[..., tuple[int, str]]

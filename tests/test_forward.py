@@ -19,7 +19,7 @@ from grpo.models.forward import (
 )
 from grpo.models.head import Head, Readout, TokenScores
 from grpo.models.load import choose_forward
-from grpo.pieces import read_at_once
+from grpo.models.microbatch import read_at_once
 from grpo.types import Sampling
 
 TEMPERATURE = 0.7

@@ -14,8 +14,8 @@ import reasoning_gym
 from grpo.data import ReasoningGym
 from grpo.data.verify import EXTRACTORS
 from grpo.errors import ConfigError
-from grpo.evaluate import vote
 from grpo.rewards import Answer
+from grpo.training.evaluation import vote
 from grpo.types import Example, Failure, Sample
 
 NO_GOLD = ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"]

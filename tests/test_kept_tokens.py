@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grpo import update as update_module
-from grpo.budget import Budget
+from grpo.memory.budget import Budget
 from grpo.models.forward import Completions
 from grpo.models.head import TokenScores
 from grpo.models.load import LanguageModel
 from grpo.objective import AVERAGINGS, RATIOS, clipped_surrogate
-from grpo.optim import SCHEDULES, Optimizer
 from grpo.rollout import NativeEngine
+from grpo.training import update as update_module
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.training.update import Learned, MicroLoss, Minibatch, Objective, old_policy, update
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import Learned, MicroLoss, Minibatch, Objective, old_policy, update
 
 QUESTIONS = ("What is 12 + 63?", "What is 88 - 9?", "What is 4 + 4?", "What is 70 - 35?")
 GROUP = 3

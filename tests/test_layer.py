@@ -21,10 +21,10 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from grpo.models import compiled
 from grpo.models.attention import Tree, read
-from grpo.models.fast import decoding, lean, usual_layers
-from grpo.models.products import HAS_ONEDNN
+from grpo.models.cpu import compiled
+from grpo.models.cpu.linear import HAS_ONEDNN
+from grpo.models.cpu.select import decoding, lean, usual_layers
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 

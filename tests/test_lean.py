@@ -11,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grpo.models.fast import lean
-from grpo.models.lean import lean_blocks, lean_lookups, lean_norms
-from grpo.models.products import HAS_ONEDNN, computed_as
+from grpo.models.cpu.linear import HAS_ONEDNN, computed_as
+from grpo.models.cpu.modules import lean_blocks, lean_lookups, lean_norms
+from grpo.models.cpu.select import lean
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 

@@ -36,7 +36,7 @@ from grpo.models.forward import plain, random_completions, reads_padding, shared
 from grpo.models.head import Readout
 from grpo.models.lengths import hold_positions, suited_to_lengths
 from grpo.models.load import LanguageModel, frozen_copy
-from grpo.pieces import score_rollout
+from grpo.models.microbatch import score_rollout
 from grpo.rollout import HFEngine, NativeEngine
 from grpo.rollout.trial import check_sampler
 from grpo.types import Rollout, Sampling

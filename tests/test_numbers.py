@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.data.verify import EXTRACTORS, answered, comparable, same_answer
-from grpo.evaluate import vote
+from grpo.training.evaluation import vote
 from grpo.verifiers.numbers import as_number, last_number
 
 MINUSES = "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"

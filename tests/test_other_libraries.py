@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from grpo.models.find import PACKAGED
+from grpo.models.files import PACKAGED
 
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=1", "dataset.size=24", "dataset.eval_size=4", "kl_weight=0")

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.device import Device
 from grpo.errors import ConfigError
-from grpo.hub import cached_model
 from grpo.models.adapter import add_adapter
-from grpo.models.find import PACKAGED
+from grpo.models.files import PACKAGED
+from grpo.models.hub import cached_model
 from grpo.models.load import load_language_model
 from grpo.models.own_code import check_own_code, has_own_code, own_files
 from grpo.rollout.vllm import write_description

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from grpo import config
-from grpo.models.find import PACKAGED
+from grpo.models.files import PACKAGED
 from grpo.models.forward import Completions
 from grpo.models.head import TokenScores
 from grpo.run import build_advantage, build_objective
+from grpo.training.update import Learned, Minibatch, OldPolicy, losses
 from grpo.types import Example, Prompt, Rollout
-from grpo.update import Learned, Minibatch, OldPolicy, losses
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install grpo-bench[bench]")
 

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo import optim
-from grpo import update as update_module
-from grpo.budget import Budget
-from grpo.models.find import PACKAGED
+from grpo.memory.budget import Budget
+from grpo.models.files import PACKAGED
 from grpo.models.load import LanguageModel
+from grpo.models.microbatch import micro_batches, score_rollout
 from grpo.models.reference import reference_of
-from grpo.optim import SCHEDULES, Optimizer
-from grpo.pieces import micro_batches, score_rollout
 from grpo.run import build_advantage, build_objective
+from grpo.training import optimizer as optim
+from grpo.training import update as update_module
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.training.update import Learned, old_policy, update
 from grpo.types import Example, Prompt, Rollout
-from grpo.update import Learned, old_policy, update
 from tests.test_peer import composed
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install grpo-bench[bench]")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCa
 
 from grpo.device import open_device
 from grpo.models.adapter import Adapter, add_adapter
-from grpo.models.find import PACKAGED
+from grpo.models.files import PACKAGED
 from grpo.models.forward import shared_prefix
 from grpo.models.load import load_language_model
 from grpo.models.precision import store_frozen_weights

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from grpo.models.products import (
+from grpo.models.cpu.linear import (
     HAS_ONEDNN,
     computed_as,
     fast_products,

@@ -14,9 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from grpo import again, past
-from grpo.checkpoint import digests
-from grpo.past import Occupied, is_locked, locked
+from grpo.runs import folder as past
+from grpo.runs import resume as again
+from grpo.runs.checkpoint import digests
+from grpo.runs.folder import Occupied, is_locked, locked
 from tests.conftest import metrics, start, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]

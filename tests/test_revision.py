@@ -27,9 +27,9 @@ from grpo.data import GSM8K, Hub
 from grpo.data.hub_rows import read_hub
 from grpo.errors import ConfigError
 from grpo.find import base_model
-from grpo.models.find import PACKAGED, base_folder
-from grpo.past import checkpoint_model
+from grpo.models.files import PACKAGED, base_folder
 from grpo.rewards import RewardModel
+from grpo.runs.folder import checkpoint_model
 from tests.conftest import metrics
 from tests.test_config import compose
 from tests.test_reward_model import samples, saved
@@ -286,7 +286,7 @@ def test_what_is_downloaded_is_the_revision(
 ) -> None:
     """And nothing but its config, where it can't be used."""
     program = (
-        "from grpo.errors import ConfigError; from grpo.models.find import model_folder\n"
+        "from grpo.errors import ConfigError; from grpo.models.files import model_folder\n"
         f"where = 'model=hub', 'org/name', None, None, None, {revision!r}, {trusted}\n"
         "try: print(model_folder(*where))\n"
         "except ConfigError as error: print(error)\n"

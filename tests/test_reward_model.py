@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from grpo.errors import ConfigError
-from grpo.models.find import PACKAGED
+from grpo.models.files import PACKAGED
 from grpo.rewards import RewardModel
 from grpo.types import Example, Sample
 

@@ -23,7 +23,7 @@ from grpo.check import check_metric
 from grpo.config import flat
 from grpo.errors import ConfigError
 from grpo.models.ends import Decoder
-from grpo.models.find import PACKAGED
+from grpo.models.files import PACKAGED
 from grpo.report.run.browser import FIRST, Block, by_step, levels, packed_blocks, widths
 from grpo.report.run.charts import smoothed, thinned
 from grpo.report.run.page import runs_page, write_run_page

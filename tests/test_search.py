@@ -28,10 +28,10 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState, create_trial
 
 from grpo.errors import ConfigError
-from grpo.past import locked, write_json
 from grpo.report.sweep.front import unbeaten
 from grpo.report.sweep.ranking import rank
 from grpo.report.sweep.read import read_sweeps
+from grpo.runs.folder import locked, write_json
 from grpo.sweep.folder import StudyFile
 from grpo.sweep.objectives import reached_values
 from grpo.sweep.space import Space, combinations, corners, space_of, written

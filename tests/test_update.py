@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from grpo.budget import Budget, Limit
 from grpo.device import Device, open_device
-from grpo.kl import KLPull
+from grpo.memory.budget import Budget, Limit
 from grpo.models import head as head_module
 from grpo.models.forward import Completions
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
+from grpo.models.microbatch import micro_batches, read_at_once, score_rollout
 from grpo.models.reference import Reference, reference_of
 from grpo.objective import (
     AVERAGINGS,
@@ -39,13 +39,13 @@ from grpo.objective import (
 )
 from grpo.objective.advantages import group_mean, group_std
 from grpo.objective.kl import k1, k3
-from grpo.optim import SCHEDULES, Optimizer
-from grpo.pieces import micro_batches, read_at_once, score_rollout
 from grpo.rollout import NativeEngine
+from grpo.training.kl_penalty import KLPull
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.training.update import KLTerm, Learned, Objective, OldPolicy, minibatches
+from grpo.training.update import gradients as add_gradients
+from grpo.training.update import update as update_learned
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective, OldPolicy, minibatches
-from grpo.update import gradients as add_gradients
-from grpo.update import update as update_learned
 from tests.conftest import SHAPE
 from tests.test_rollout import prompts_of, wrap
 
@@ -814,7 +814,7 @@ import torch
 from conftest import SHAPE
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo.allocator import keep_freed_memory
+from grpo.memory.allocator import keep_freed_memory
 from grpo.device import open_device
 from tests.test_rollout import wrap
 from tests.test_update import OBJECTIVE, fake_rollout, optimizer, update

@@ -19,9 +19,9 @@ from conftest import SHAPE, with_distinct_logits
 from torch.testing import assert_close
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grpo.budget import Budget
 from grpo.device import Device, open_device
-from grpo.models.find import PACKAGED
+from grpo.memory.budget import Budget
+from grpo.models.files import PACKAGED
 from grpo.models.load import LanguageModel
 from grpo.types import Sampling
 from tests import test_rollout

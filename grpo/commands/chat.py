@@ -14,9 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grpo.again import read_yaml
 from grpo.errors import ConfigError
-from grpo.past import checkpoint_model, run_of
+from grpo.runs.folder import checkpoint_model, run_of
+from grpo.runs.resume import read_yaml
 
 if TYPE_CHECKING:
     from grpo.data.prompts import PromptFormat

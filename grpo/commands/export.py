@@ -14,10 +14,10 @@ import yaml
 from grpo.commands.arguments import option
 from grpo.config import flat
 from grpo.errors import ConfigError, RunError
-from grpo.hub import cached_model
-from grpo.past import HUB_ID, model_of_checkpoint, run_of
+from grpo.models.hub import cached_model
 from grpo.report.run.page import verdict, written
 from grpo.report.run.read import Run, diagnosed, differences, read_run, shipped_config
+from grpo.runs.folder import HUB_ID, model_of_checkpoint, run_of
 from grpo.secrets import texts_of
 
 USAGE = "grpo export RUN DIR [--push ORG/NAME [--private]] [--trust]"
@@ -54,7 +54,7 @@ def export(arguments: Sequence[str]) -> None:
     if hub_id is not None:
         check_hub(hub_id)
     run = as_of(read_run(home), model)
-    from grpo.models.merge import write_merged
+    from grpo.models.merged import write_merged
 
     write_merged(model, folder, trusted)
     (folder / "README.md").write_text(card(run, hub_id or folder.name), encoding="utf-8")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.errors import ConfigError
-from grpo.past import put
 from grpo.report.run.page import runs_page, write_run_page
 from grpo.report.run.read import is_run, read_run, told_apart
 from grpo.report.sweep.best import Best, best_setting
@@ -17,6 +16,7 @@ from grpo.report.sweep.page import page
 from grpo.report.sweep.pictures import pictures
 from grpo.report.sweep.ranking import Ranking, rank
 from grpo.report.sweep.read import Sweep, read_sweeps
+from grpo.runs.folder import put
 from grpo.sweep.folder import read_record
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.again import read_yaml
 from grpo.errors import ConfigError
-from grpo.past import read_summary
 from grpo.report.run.read import is_run
+from grpo.runs.folder import read_summary
+from grpo.runs.resume import read_yaml
 from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, status_of
 
 EVALUATION = "evaluation.json"

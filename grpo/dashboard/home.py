@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from grpo.dashboard.found import EvaluationFolder, Outputs, RunFolder, SweepFolder
-from grpo.past import RUNNING
 from grpo.report.shell import Page, table
+from grpo.runs.folder import RUNNING
 from grpo.sweep.close import counted
 from grpo.tracking.console import duration
 

@@ -9,7 +9,7 @@ from typing import Any
 from grpo.data.cells import Row, ShortFloats
 from grpo.data.rows import EAGER, HubRows
 from grpo.errors import ConfigError, one_line
-from grpo.hub import COMMIT, HubUnreachable, named_revision, require_hub
+from grpo.models.hub import COMMIT, HubUnreachable, named_revision, require_hub
 
 
 def read_hub(

@@ -12,7 +12,7 @@ from grpo.data.hub_rows import read_hub
 from grpo.data.source import Source
 from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
-from grpo.hub import check_revision
+from grpo.models.hub import check_revision
 from grpo.types import Example
 from grpo.verifiers.numbers import as_number
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from grpo.models.products import batched_in_fp32, compute_dtype, sum_dtype
-from grpo.models.rows import taken
+from grpo.models.cpu.linear import batched_in_fp32, compute_dtype, sum_dtype
+from grpo.models.padding import taken
 
 NAME = "grpo_tree"  # under which transformers finds `attend`
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from grpo.errors import ConfigError
 from grpo.models.attention import Tree, read
 from grpo.models.head import Features, Head, Readout, TokenScores, score
-from grpo.models.rows import taken
-from grpo.models.warp import KeptTokens, cut
+from grpo.models.padding import taken
+from grpo.models.sampling_filters import KeptTokens, cut
 from grpo.types import Sampling
 
 

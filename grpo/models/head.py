@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from grpo.models import warp
+from grpo.models import sampling_filters
+from grpo.models.cpu.linear import compute_dtype, wide_product
 from grpo.models.logprobs import Shape, slices, token_logprobs
-from grpo.models.products import compute_dtype, wide_product
 from grpo.types import Sampling
 
 # Logits held at once, in fp32: a GPU's memory is large, and its products want many rows.
@@ -112,7 +112,7 @@ def score(
         seen: for a slice of T, which tokens stood before each: [T', V] bool; for a penalty.
         reference: the same tokens as the reference sees them; for a divergence.
         cut: puts what sampling leaves out of a slice's logits [T', V] at -inf; None: as
-            `warp.cut` does.
+            `sampling_filters.cut` does.
     """
     rows = features.rows
     if isinstance(features.logits, Head) and features.logits.weight is not None and readout.usual:
@@ -173,9 +173,11 @@ def score_tokens(
         divergence_T = readout.divergence(scaled_TV - normalizer_T[:, None], reference_TV)
         reference_T = reference_TV.gather(-1, targets_T1)[:, 0]
     if readout.sampling.cuts:
-        divided_TV = warp.divide(logits_TV, readout.sampling, seen_TV)
+        divided_TV = sampling_filters.divide(logits_TV, readout.sampling, seen_TV)
         inside_T1 = divided_TV.gather(-1, targets_T1)
-        left_TV = warp.cut(divided_TV, readout.sampling) if cut is None else cut(divided_TV)
+        left_TV = (
+            sampling_filters.cut(divided_TV, readout.sampling) if cut is None else cut(divided_TV)
+        )
         scaled_TV = left_TV.scatter(-1, targets_T1, inside_T1)
         normalizer_T = scaled_TV.logsumexp(dim=-1)
         logprobs_T = inside_T1[:, 0] - normalizer_T

@@ -21,9 +21,9 @@ from transformers import (
 from grpo.device import Device
 from grpo.errors import ConfigError, one_line
 from grpo.models.adapter import copy_model, has_adapter, load_adapter, save_adapter
+from grpo.models.cpu.select import lean
 from grpo.models.ends import Decoder, end_ids, left_out_ids
-from grpo.models.fast import lean
-from grpo.models.find import base_folder
+from grpo.models.files import base_folder
 from grpo.models.forward import (
     UNSUITED,
     Completions,

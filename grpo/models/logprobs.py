@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.models.products import add_to_gradient, compute_dtype, in_fp32
+from grpo.models.cpu.linear import add_to_gradient, compute_dtype, in_fp32
 
 CACHED_LOGITS = 2**21  # 8 MB in fp32: what a CPU goes over again and again while it is in its cache
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.models.attention import attention_as
-from grpo.models.fast import lean
-from grpo.models.products import computed_as
+from grpo.models.cpu.linear import computed_as
+from grpo.models.cpu.select import lean
 
 
 def recomputable(model: nn.Module) -> list[nn.Module]:

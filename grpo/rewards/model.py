@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import ConfigError
-from grpo.hub import (
+from grpo.models.files import local_folder
+from grpo.models.hub import (
     HubUnreachable,
     cached_model,
     hub_model_folder,
     named_revision,
     require_hub,
 )
-from grpo.models.find import local_folder
 from grpo.rewards.options import at_least
 from grpo.types import Sample
 

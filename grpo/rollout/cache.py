@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.models import compiled
 from grpo.models.attention import Scoring, Seen, Tree, padded, sees, weighted
+from grpo.models.cpu import compiled
 
 
 @dataclass

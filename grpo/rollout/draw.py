@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.models.warp import warp
+from grpo.models.sampling_filters import warp
 from grpo.types import Sampling
 
 BLOCK = 128  # tokens

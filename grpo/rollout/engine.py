@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo.budget import Limit
 from grpo.errors import RunError
+from grpo.memory.budget import Limit
 from grpo.models.load import LanguageModel
-from grpo.models.rows import pad_right
+from grpo.models.padding import pad_right
 from grpo.types import Prompt, Rollout, Sampling
 
 

@@ -15,11 +15,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from grpo.budget import Budget
+from grpo.memory.budget import Budget
 from grpo.models.forward import Completions, left_mask
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
-from grpo.models.rows import pad_left
+from grpo.models.padding import pad_left
 from grpo.rollout.engine import NoDistribution, Row, StopStrings, in_shares
 from grpo.types import Prompt, Rollout, Sampling
 

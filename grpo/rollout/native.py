@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo.budget import Budget, evenly
 from grpo.errors import ConfigError
+from grpo.memory.budget import Budget, evenly
 from grpo.models.attention import Tree, read
-from grpo.models.fast import decoding
+from grpo.models.cpu.select import decoding
 from grpo.models.forward import shared_prefix
 from grpo.models.load import LanguageModel
 from grpo.rollout.cache import Cache, Reading

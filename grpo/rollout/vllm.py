@@ -1,7 +1,7 @@
 """vLLM (2309.06180) in this process: it samples from a copy of the policy, made anew each time.
 
 Its kernels and its precision are others, so its log-probabilities are not quite the policy's; the
-update corrects for that, as for every sampler (`grpo.update`).
+update corrects for that, as for every sampler (`grpo.training.update`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
-from grpo.budget import Budget
 from grpo.errors import ConfigError
-from grpo.memory import cached_by_position
+from grpo.memory.budget import Budget
+from grpo.memory.estimate import cached_by_position
 from grpo.models.adapter import has_adapter, merged_weights
 from grpo.models.load import LanguageModel
 from grpo.rollout.engine import NoDistribution, Row, assemble

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
-from grpo.past import ENDED, RUNNING, is_locked, newest_step, read_summary, write_json
+from grpo.runs.folder import ENDED, RUNNING, is_locked, newest_step, read_summary, write_json
 
 RECORD = "sweep.json"
 STUDY = "study.json"  # there too where the sweep is a search

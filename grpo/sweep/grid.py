@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 
 from grpo.config import writable
 from grpo.errors import ConfigError
-from grpo.past import FINISHED, locked
+from grpo.runs.folder import FINISHED, locked
 from grpo.sweep.close import close, counted
 from grpo.sweep.folder import (
     STUDY,

@@ -15,10 +15,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.again import key_of, quoted
 from grpo.check import check, check_training
 from grpo.config import without_hydra
 from grpo.errors import ConfigError, RunError
+from grpo.runs.resume import key_of, quoted
 from grpo.sweep.folder import standing
 from grpo.sweep.stop import stoppable
 from grpo.trust import check_code

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from grpo.check import check_metric
 from grpo.errors import ConfigError
-from grpo.past import read_summary
+from grpo.runs.folder import read_summary
 from grpo.tracking.files import read_lines
 
 DIRECTIONS = ("maximize", "minimize")

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from grpo.config import writable
 from grpo.errors import ConfigError, RunError
-from grpo.past import RUNNING, is_locked, locked, note_failure
+from grpo.runs.folder import RUNNING, is_locked, locked, note_failure
 from grpo.sweep.close import close, counted
 from grpo.sweep.folder import STUDY, Record, Standing, StudyFile, read_record, standing
 from grpo.sweep.launch import Launch, given

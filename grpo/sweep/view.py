@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from grpo.past import ENDED, RUNNING
+from grpo.runs.folder import ENDED, RUNNING
 from grpo.sweep.folder import Standing, read_record, standing
 from grpo.sweep.stop import VIEW
 from grpo.tracking.charts import chart

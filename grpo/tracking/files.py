@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from grpo.past import put
+from grpo.runs.folder import put
 from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
 
 

@@ -19,12 +19,13 @@ import torch
 from settings import QWEN
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from grpo import memory
 from grpo.device import open_device
-from grpo.memory import SHARE, Held, Work, held_by
-from grpo.models import attention, head, products
+from grpo.memory import estimate
+from grpo.memory.estimate import SHARE, Held, Work, held_by
+from grpo.models import attention, head
 from grpo.models.adapter import Adapter, add_adapter
-from grpo.models.find import PACKAGED
+from grpo.models.cpu import linear
+from grpo.models.files import PACKAGED
 from grpo.models.forward import shared_prefix
 from grpo.models.head import Head
 from grpo.models.load import LanguageModel
@@ -39,9 +40,9 @@ LORA = Adapter(16, 32.0, "all-linear", rslora=False, dora=False, quantized=False
 def as_on_a_gpu() -> None:
     """This process predicts for a GPU."""
     attention.has_fused_kernel = lambda x: False  # type: ignore[assignment]
-    products.HAS_ONEDNN = False
+    linear.HAS_ONEDNN = False
     head.CHUNK_LOGITS["cpu"] = head.CHUNK_LOGITS["cuda"]
-    memory.HEAP_IN_BF16 = 1.0
+    estimate.HEAP_IN_BF16 = 1.0
 
 
 def model_of(name: str, layers: int, vocabulary: int, lora: bool, recompute: bool) -> LanguageModel:

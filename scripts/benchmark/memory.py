@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from grpo.allocator import LARGEST, LARGEST_IN_BF16, keep_freed_memory
+from grpo.memory.allocator import LARGEST, LARGEST_IN_BF16, keep_freed_memory
 
 keep_freed_memory()
 
@@ -15,21 +15,21 @@ import torch
 from settings import SHAPES
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from grpo.budget import Budget
 from grpo.device import forget_peak, open_device
-from grpo.memory import LIBRARIES_GB, Work, held_by
-from grpo.models.find import PACKAGED
+from grpo.memory.budget import Budget
+from grpo.memory.estimate import LIBRARIES_GB, Work, held_by
+from grpo.models.files import PACKAGED
 from grpo.models.head import Head, Readout
 from grpo.models.load import LanguageModel, choose_forward
+from grpo.models.microbatch import score_rollout
 from grpo.models.reference import reference_of
 from grpo.objective.kl import k3
 from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
-from grpo.optim import SCHEDULES, Optimizer
-from grpo.pieces import score_rollout
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.training.update import KLTerm, Learned, Objective, update
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective, update
 
 PROMPT, COMPLETION, GROUP = 128, 128, 8  # tokens of a group: 1152
 

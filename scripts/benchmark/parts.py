@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from grpo.allocator import keep_freed_memory
+from grpo.memory.allocator import keep_freed_memory
 
 keep_freed_memory()
 
@@ -19,22 +19,22 @@ import torch
 from settings import SETTINGS, Setting
 from transformers import GenerationConfig
 
-from grpo.budget import Budget
 from grpo.device import Device, open_device
-from grpo.memory import Work, budget_of, held_by
+from grpo.memory.budget import Budget
+from grpo.memory.estimate import Work, budget_of, held_by
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.microbatch import score_rollout
+from grpo.models.padding import pad_left
 from grpo.models.reference import reference_of
-from grpo.models.rows import pad_left
 from grpo.objective.kl import k3
 from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
-from grpo.optim import SCHEDULES, Optimizer
-from grpo.pieces import score_rollout
 from grpo.rollout import NativeEngine
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.training.update import KLTerm, Learned, Objective, update
 from grpo.types import Example, Prompt, Rollout, Sampling
-from grpo.update import KLTerm, Learned, Objective, update
 
 ROWS = 32  # at which decoding is measured
 
@@ -260,7 +260,7 @@ def lengths(setting: Setting, work: Path) -> dict[str, Any]:
 
 def roofline(setting: Setting, work: Path) -> dict[str, Any]:
     """What the machine can do: matrix products by rows, as plain and as laid out, and copying."""
-    from grpo.models.products import computed_as, laid_out_for
+    from grpo.models.cpu.linear import computed_as, laid_out_for
 
     policy = loaded(setting, work)
     device, linear = policy.device, policy.head.linear

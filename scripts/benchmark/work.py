@@ -45,7 +45,7 @@ def base_model(name: str, folder: Path) -> Path:
     """A folder with the model: packaged, from PyPI or the hub, or with random weights."""
     from omegaconf import OmegaConf
 
-    from grpo.models.find import PACKAGED, model_folder
+    from grpo.models.files import PACKAGED, model_folder
 
     if name == "tiny":
         return PACKAGED / "tiny"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from grpo.past import put
 from grpo.report.run.browser import browser
 from grpo.report.run.charts import sections
 from grpo.report.run.read import Run, differences, read_run, shipped_config
 from grpo.report.shell import COLORS, Page, row, table
+from grpo.runs.folder import put
 
 
 def write_run_page(folder: Path) -> Path:

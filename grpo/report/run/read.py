@@ -12,12 +12,12 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.again import read_yaml
 from grpo.config import flat
 from grpo.doctor.diagnoses import Diagnosis, diagnose
 from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError
-from grpo.past import read_summary
+from grpo.runs.folder import read_summary
+from grpo.runs.resume import read_yaml
 from grpo.secrets import hide, texts_of_environment
 from grpo.tracking.files import read_lines
 

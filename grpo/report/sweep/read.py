@@ -9,9 +9,9 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from grpo.again import read_yaml
 from grpo.errors import ConfigError
 from grpo.report.run.read import resolved
+from grpo.runs.resume import read_yaml
 from grpo.sweep.folder import StudyFile, record_of, standing
 from grpo.tracking.files import last_values, read_lines
 

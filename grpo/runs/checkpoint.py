@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from grpo.budget import Budget
 from grpo.errors import ConfigError
-from grpo.kl import Pull
+from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
-from grpo.optim import Optimizer
-from grpo.past import checkpoint_steps
+from grpo.runs.folder import checkpoint_steps
+from grpo.training.kl_penalty import Pull
+from grpo.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
 

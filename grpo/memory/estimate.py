@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from grpo.budget import Budget
 from grpo.errors import ConfigError
+from grpo.memory.budget import Budget
 from grpo.models.forward import Completions
 from grpo.models.head import CHUNK_LOGITS
 from grpo.models.load import LanguageModel

@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grpo.checkpoint import Progress
 from grpo.device import Device
-from grpo.past import write_json
+from grpo.runs.checkpoint import Progress
+from grpo.runs.folder import write_json
 from grpo.secrets import cross_out
 from grpo.tracking.files import read_lines
 

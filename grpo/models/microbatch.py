@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.budget import Limit, evenly
+from grpo.memory.budget import Limit, evenly
 from grpo.models.forward import Completions
 from grpo.models.head import Features, Readout, TokenScores
 from grpo.models.load import LanguageModel
+from grpo.models.padding import pad_left
 from grpo.models.reference import Reference
-from grpo.models.rows import pad_left
-from grpo.models.warp import KeptTokens
+from grpo.models.sampling_filters import KeptTokens
 from grpo.types import Rollout
 
 

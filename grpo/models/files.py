@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.hub import (
+from grpo.models.gguf import converted_gguf
+from grpo.models.hub import (
     HubUnreachable,
     cached_model,
     holds_adapter,
@@ -17,7 +18,6 @@ from grpo.hub import (
     named_revision,
     require_hub,
 )
-from grpo.models.gguf import converted_gguf
 from grpo.models.own_code import check_own_code
 
 log = logging.getLogger(__name__)

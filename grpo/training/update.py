@@ -11,19 +11,25 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from grpo.budget import Limit
+from grpo.memory.budget import Limit
 from grpo.models.forward import Completions
 from grpo.models.head import Readout, TokenScores
 from grpo.models.load import LanguageModel
+from grpo.models.microbatch import (
+    completions,
+    micro_batches,
+    other_side,
+    read_at_once,
+    score_rollout,
+)
 from grpo.models.reference import Reference
-from grpo.models.warp import KeptTokens
+from grpo.models.sampling_filters import KeptTokens
 from grpo.objective import ESTIMATORS, PolicyLoss, Tokens, most_uncertain
 from grpo.objective.kl import Divergence, Estimator
 from grpo.objective.ratios import Ratio
 from grpo.objective.weights import Averaging
-from grpo.optim import Optimizer
-from grpo.pieces import completions, micro_batches, other_side, read_at_once, score_rollout
 from grpo.seeds import SEEDS
+from grpo.training.optimizer import Optimizer
 from grpo.types import Rollout, Sampling
 
 CHEAP_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on

@@ -12,7 +12,7 @@ from hydra._internal.utils import get_args_parser
 
 from grpo import trust
 from grpo.errors import ConfigError
-from grpo.past import is_finished, is_locked, locked, newest_step, run_of
+from grpo.runs.folder import is_finished, is_locked, locked, newest_step, run_of
 from grpo.sweep.folder import read_record
 
 NOT_THE_EXPERIMENT = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, not what it is

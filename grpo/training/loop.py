@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from grpo.budget import Budget
-from grpo.checkpoint import Checkpoints, Progress
-from grpo.clock import Clock
-from grpo.collect import Collector
 from grpo.device import Device
 from grpo.errors import RunError
-from grpo.evaluate import Evaluation, metrics_of
-from grpo.interrupt import Interrupt
-from grpo.kl import Pull
+from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
-from grpo.optim import Optimizer
+from grpo.runs.checkpoint import Checkpoints, Progress
+from grpo.runs.interrupt import Interrupt
 from grpo.seeds import stream_seed
 from grpo.tracking.tokens import with_tokens
 from grpo.tracking.tracker import Tracker, answer_rows, completion_rows
-from grpo.update import Learned, Objective, old_policy, update
+from grpo.training.clock import Clock
+from grpo.training.collect import Collector
+from grpo.training.evaluation import Evaluation, metrics_of
+from grpo.training.kl_penalty import Pull
+from grpo.training.optimizer import Optimizer
+from grpo.training.update import Learned, Objective, old_policy, update
 
 log = logging.getLogger(__name__)
 

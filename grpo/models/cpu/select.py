@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from grpo.models.attention import NAME, Scoring, Tree, attention_as
-from grpo.models.layer import ForFewRows, Layer, Rotations, WithGradient
-from grpo.models.lean import lean_blocks, lean_lookups, lean_norms, looks_like_norm
-from grpo.models.products import (
+from grpo.models.cpu.layer import ForFewRows, Layer, Rotations, WithGradient
+from grpo.models.cpu.linear import (
     computed_as,
     fast_products,
     laid_out_for,
     linear_layers,
     suits_onednn,
 )
+from grpo.models.cpu.modules import lean_blocks, lean_lookups, lean_norms, looks_like_norm
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.products import Forward, by_onednn, suits_onednn, to_weight
+from grpo.models.cpu.linear import Forward, by_onednn, suits_onednn, to_weight
 
 _computes: dict[tuple[type, type], bool] = {}  # by class, and its activation's
 

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from grpo.budget import Limit
 from grpo.errors import ConfigError
+from grpo.memory.budget import Limit
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
+from grpo.models.microbatch import score_rollout
 from grpo.models.reference import Reference
 from grpo.objective import AdaptiveWeight
-from grpo.pieces import score_rollout
+from grpo.training.update import KLTerm
 from grpo.types import Rollout, Sampling
-from grpo.update import KLTerm
 
 
 class Pulled(NamedTuple):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
-from grpo.hub import holds_adapter, holds_model
-from grpo.models.find import check_reachable, local_folder, model_folder
+from grpo.models.files import check_reachable, local_folder, model_folder
+from grpo.models.hub import holds_adapter, holds_model
 from grpo.models.own_code import NeedsCode
 from grpo.secrets import cross_out
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo.clock import Clock
 from grpo.data.order import Order
 from grpo.data.prompts import DrawnPrompts
 from grpo.errors import RunError
-from grpo.models.rows import pad_right
+from grpo.models.padding import pad_right
 from grpo.objective.advantages import agrees
 from grpo.rewards import WeightedReward, score
 from grpo.rewards.score import stop_where_all_failed
 from grpo.rollout import Engine
 from grpo.seeds import stream_seed
+from grpo.training.clock import Clock
 from grpo.types import Prompt, Rollout, Sampling, Scores
 
 TRIES = 1000  # prompts looked at for one that fits

@@ -16,21 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models import compiled
 from grpo.models.attention import Plan, Scoring
-from grpo.models.lean import (
+from grpo.models.cpu import compiled
+from grpo.models.cpu.linear import (
+    LaidOut,
+    by_onednn,
+    plus,
+    to_weight,
+)
+from grpo.models.cpu.modules import (
     epsilon_of,
     gated_backward,
     norm_backward,
     normed,
     normed_by,
     rms_factor,
-)
-from grpo.models.products import (
-    LaidOut,
-    by_onednn,
-    plus,
-    to_weight,
 )
 
 Positions = tuple[Tensor, Tensor]  # cosines and sines [1, T, d], as transformers gives its layers

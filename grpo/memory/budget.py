@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from grpo.allocator import give_back_freed_memory
 from grpo.errors import RunError
+from grpo.memory.allocator import give_back_freed_memory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

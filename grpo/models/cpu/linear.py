@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.compiled import Packed
+from grpo.models.cpu.compiled import Packed
 
 Forward = Callable[..., Tensor]  # of a module
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from grpo.device import open_device
-from grpo.hub import holds_adapter
 from grpo.models.adapter import load_adapter, merged
-from grpo.models.find import base_folder
+from grpo.models.files import base_folder
+from grpo.models.hub import holds_adapter
 from grpo.models.load import in_four_bits, in_full, loading_errors
 from grpo.models.own_code import check_own_code
 

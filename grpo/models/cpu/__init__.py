@@ -1,0 +1,1 @@
+"""What is written for the sake of a CPU: compiled decoding, fused layers, fast products."""
