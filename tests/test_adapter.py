@@ -171,7 +171,8 @@ def test_an_adapter_of_another_shape_is_refused(tiny: LanguageModel, tmp_path: P
         load_adapter(other, tmp_path)
 
 
-@pytest.mark.parametrize("adapter", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
     adapter: str, grpo: Grpo, tmp_path: Path, device: Device
 ) -> None:

@@ -21,13 +21,17 @@ def choices(group: str) -> list[str]:
 
 
 def combinations() -> list[Any]:
-    """Every two of the three together; slow are those that differ from the usual in two of them."""
+    """Every two of the three together; slow are those that differ from the usual in two of them,
+    and the algorithms that differ in a loss alone, which test_objective.py has by hand.
+    """
     usual = ("grpo", "k3", "none")
+    in_a_loss = ("bnpo", "cispo", "dr_grpo", "gpg", "luspo", "sapo", "vespo")
     found = []
     for chosen in itertools.product(choices("algorithm"), choices("kl"), choices("adapter")):
         apart = sum(own != one for own, one in zip(chosen, usual, strict=True))
         if apart < 3:
-            found.append(pytest.param(*chosen, marks=pytest.mark.slow if apart == 2 else ()))
+            slow = apart == 2 or chosen[0] in in_a_loss
+            found.append(pytest.param(*chosen, marks=pytest.mark.slow if slow else ()))
     return found
 
 

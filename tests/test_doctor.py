@@ -100,6 +100,9 @@ def test_every_limit_is_a_key_that_is_read_and_explained() -> None:
 
 
 LONG = (
+    "groups_agree",
+    "rate_rounds_away",
+    "verifier_fails",
     "kl_runs_away",
     "entropy_collapses",
     "lengths_explode",

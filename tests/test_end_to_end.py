@@ -177,6 +177,7 @@ def test_a_run_is_not_written_over(smoke: tuple[Path, str], grpo: Grpo) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_share_nothing(grpo: Grpo, tmp_path: Path) -> None:
     """The second job of a process gives what it gives alone; each is a W&B run of its own."""
     job = ("experiment=smoke", "max_steps=2", "eval.samples=1", "dataset.eval_slice=:16")
@@ -209,6 +210,7 @@ def right(samples, bonus):
 '''
 
 
+@pytest.mark.slow
 def test_a_users_own_config_folder_and_rewards(tmp_path: Path) -> None:
     """As one would: files in the working directory, the installed command's module."""
     (tmp_path / "own_rewards.py").write_text(OWN_REWARD)

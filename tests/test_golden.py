@@ -10,9 +10,8 @@ import pytest
 from tests.golden import MACHINE, RUNS, golden_file, machine, record
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(own, marks=[pytest.mark.slow] * (own != "default")) for own in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_the_numbers_are_those_that_were_kept(name: str, tmp_path: Path) -> None:
     """To the last bit on the machine that they were kept on, else to 1e-5; in bf16, which rounds
     at 4e-3 and not alike on two processors, elsewhere the metrics' names alone are compared.

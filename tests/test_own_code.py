@@ -79,8 +79,11 @@ def own(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(*SHORT, "hydra.run.dir=run"), ("eval", "checkpoint=own", *EVAL), ("chat", "own")],
-    ids=lambda arguments: arguments[0],
+    [
+        pytest.param((*SHORT, "hydra.run.dir=run"), id="train"),
+        pytest.param(("eval", "checkpoint=own", *EVAL), id="eval", marks=pytest.mark.slow),
+        pytest.param(("chat", "own"), id="chat", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.usefixtures("own")
 def test_it_is_not_run_unasked_nor_by_what_is_piped_in(

@@ -366,12 +366,15 @@ def test_only_the_newest_are_kept(whole: Path) -> None:
             marks=pytest.mark.slow,
         ),
         ["algorithm=dapo", "algorithm.num_iterations=2", "algorithm.minibatches=2", "kl=full", FEW],
-        [
-            "dataset=mix",
-            *FEW_OF_EACH,
-            "device.gradient_checkpointing=true",
-            "optim.name=adamw_8bit",
-        ],
+        pytest.param(
+            [
+                "dataset=mix",
+                *FEW_OF_EACH,
+                "device.gradient_checkpointing=true",
+                "optim.name=adamw_8bit",
+            ],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["kl=k1", "kl.within=reward", "sampling.top_p=0.9", "reward=[answer,math,length]", FEW],
             marks=pytest.mark.slow,

@@ -51,6 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd / "sweep"
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     """What was finished is not touched, what was broken off goes on, the rest runs."""
     sweep = tmp_path / "sweep"
