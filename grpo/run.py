@@ -329,7 +329,7 @@ def evaluation_info(cfg: DictConfig, folder: Path) -> RunInfo:
         name=f"eval-{cfg.name or usual_name(cfg, HydraConfig.get().runtime.choices)}"
         f"-{title_of(folder)}",
         folder=folder,
-        config={**for_files(cfg), "checkpoint": str(cfg.checkpoint)},
+        config=for_files(cfg),
         group=None,
         first_step=0,
         logged_step=-1,

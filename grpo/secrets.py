@@ -49,8 +49,8 @@ def refuse_secrets(config: DictConfig) -> None:
     assert isinstance(whole, dict)
     found = list(texts_of({k: v for k, v in whole.items() if k != "hydra"}))
     hydra = whole.get("hydra") or {}
-    found += texts_of({k: hydra.get(k) for k in ("sweeper", "launcher")}, "hydra.")
-    found += texts_of(hydra.get("job", {}).get("env_set") or {}, "hydra.job.env_set.")
+    found += texts_of({k: hydra.get(k) for k in ("sweeper", "launcher")}, "hydra")
+    found += texts_of(hydra.get("job", {}).get("env_set") or {}, "hydra.job.env_set")
     found += swept_texts(hydra.get("overrides", {}).get("task") or ())
     for key, text in found:
         if is_secret(key, text):
@@ -70,10 +70,13 @@ def is_secret(key: str, text: str) -> bool:
 
 
 def texts_of(node: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a config, with its dotted key."""
+    """Every text in a config, with its dotted key.
+
+    name: of the node itself.
+    """
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from texts_of(value, f"{name}{'.' if name and name[-1] != '.' else ''}{key}")
+            yield from texts_of(value, f"{name}.{key}" if name else str(key))
     elif isinstance(node, list | tuple):
         for value in node:
             yield from texts_of(value, name)
@@ -86,7 +89,8 @@ def swept_texts(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     for own in OverridesParser.create().parse_overrides(list(overrides)):
         if own.is_delete():
             continue
-        values = own.sweep_iterator() if own.is_discrete_sweep() else [own.get_value_string()]
+        # Of a range there may be a million, none of which is a text.
+        values = own.sweep_iterator() if own.is_choice_sweep() else [own.get_value_string()]
         for value in values:
             yield own.key_or_group, str(value)
 

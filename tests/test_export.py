@@ -6,10 +6,9 @@ import io
 import json
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo.commands.export import card, licence_of
 from grpo.report.run.read import read_run
 from tests.conftest import grpo_process, metrics
+from tests.servers import Pages, serving
 
 Grpo = Callable[..., tuple[int, str]]
 SHORT = ("experiment=smoke", "tracking=none", "dataset.eval_size=16", "hydra.run.dir=run")
@@ -116,7 +116,7 @@ def test_a_push_is_private_where_that_is_asked(
     private: bool, there_and_public: bool, run: Path, tmp_path: Path
 ) -> None:
     """Against a hub of our own; to a page that everyone can see nothing private is uploaded."""
-    with Hub(there_and_public) as hub:
+    with serving(Hub(there_and_public)) as hub:
         flags = ["--private"] if private else []
         done = grpo_process(
             "export", "run", "mine", "--push", "me/mine", *flags,
@@ -143,16 +143,8 @@ class Hub(HTTPServer):
         self.created: list[bool] = []  # of each repository that was asked for: whether privately
         self.uploaded: set[str] = set()
 
-    def __enter__(self) -> Hub:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-class HubPages(BaseHTTPRequestHandler):
+class HubPages(Pages):
     server: Hub
 
     def do_GET(self) -> None:
@@ -161,36 +153,26 @@ class HubPages(BaseHTTPRequestHandler):
             "/api/whoami-v2": {"name": "me", "type": "user"},
             "/api/models/me/mine": {"id": "me/mine", "private": private, "siblings": []},
         }
-        self.answer(pages.get(self.path.partition("?")[0]))
+        page = pages.get(self.path.partition("?")[0])
+        self.answer_json(page, 404 if page is None else 200)
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.read_body()
         if self.path == "/api/repos/create":
             self.server.created.append(json.loads(body).get("visibility") == "private")
-            self.answer({"url": f"{self.server.address}/me/mine"})
+            self.answer_json({"url": f"{self.server.address}/me/mine"})
         elif "/preupload/" in self.path:
             files = [{"path": own["path"]} for own in json.loads(body)["files"]]
-            self.answer(
+            self.answer_json(
                 {"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             self.server.uploaded |= {own["value"]["path"] for own in lines if own["key"] == "file"}
             address = f"{self.server.address}/me/mine/commit/{'0' * 40}"
-            self.answer({"success": True, "commitUrl": address, "commitOid": "0" * 40})
+            self.answer_json({"success": True, "commitUrl": address, "commitOid": "0" * 40})
         else:
-            self.answer({"errors": [], "warnings": []})  # of the card's front matter
-
-    def answer(self, content: object) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(404 if content is None else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+            self.answer_json({"errors": [], "warnings": []})  # of the card's front matter
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote
@@ -31,6 +30,7 @@ from grpo.models.files import PACKAGED, base_folder
 from grpo.rewards import RewardModel
 from grpo.runs.folder import checkpoint_model
 from tests.conftest import metrics
+from tests.servers import Pages, serving
 from tests.test_config import compose
 from tests.test_reward_model import samples, saved
 
@@ -211,7 +211,7 @@ def test_a_reward_model_has_a_revision_too(cache: Path, tmp_path: Path) -> None:
         RewardModel("org/judge", revision="v3")
 
 
-class HubOfOneModel(BaseHTTPRequestHandler):
+class HubOfOneModel(Pages):
     """As much of the hub's protocol as a model's download needs."""
 
     folders: ClassVar[dict[str, Path]] = {}  # by commit
@@ -243,17 +243,6 @@ class HubOfOneModel(BaseHTTPRequestHandler):
         etag = hashlib.sha1(content).hexdigest()
         return self.answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'})
 
-    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[str]:
@@ -266,10 +255,8 @@ def hub(tmp_path: Path) -> Iterator[str]:
     (second / "modeling_own.py").write_text("Own = None")
     HubOfOneModel.folders = {FIRST: PACKAGED / "tiny", SECOND: second}
     HubOfOneModel.asked = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), HubOfOneModel) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), HubOfOneModel)) as server:
         yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -16,6 +16,7 @@ import pytest
 from grpo.errors import ConfigError
 from grpo.rewards import Endpoint
 from grpo.types import Example, Failure, Sample
+from tests.servers import Pages
 
 
 def samples(count: int) -> list[Sample]:
@@ -40,13 +41,13 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{quote(path)}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Pages):
     server: Server
 
     def do_POST(self) -> None:
         path = unquote(self.path).lstrip("/")
         self.server.calls[path] += 1
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.read_body())
         self.server.bodies.append(body)
         self.server.tokens.append(self.headers.get("Authorization"))
         lengths = [len(sample["completion"]) for sample in body["samples"]]
@@ -64,24 +65,15 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "drip":
             self.drip(right + b" " * 40)
         elif path == "cut":
-            self.answer(200, right, length=len(right) + 10)
+            self.answer(200, right, {"Content-Length": str(len(right) + 10)})
         else:
             self.answer(200, ANSWERS.get(path, right))
 
-    def answer(self, status: int, content: bytes, length: int | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content) if length is None else length))
-        self.end_headers()
-        self.wfile.write(content)
-
     def drip(self, content: bytes) -> None:
-        self.answer(200, b"", length=len(content))
+        self.answer(200, b"", {"Content-Length": str(len(content))})
         for byte in content:
             time.sleep(0.2)
             self.wfile.write(bytes([byte]))
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 # Of two samples.

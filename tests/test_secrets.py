@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 
 from grpo.secrets import cross_out, for_files, is_secret
 from tests.conftest import grpo_process
+from tests.servers import Pages, serving
 
 Grpo = Callable[..., tuple[int, str]]
 SHORT = ("experiment=smoke", "max_steps=1", "eval.samples=1", "dataset.eval_size=16")
@@ -50,23 +50,14 @@ def endpoint() -> Iterator[tuple[int, list[tuple[str, str]]]]:
     """A service that gives every sample 0.5: its port, and what it was asked with."""
     asked: list[tuple[str, str]] = []
 
-    class Service(BaseHTTPRequestHandler):
+    class Service(Pages):
         def do_POST(self) -> None:
             asked.append((self.path, self.headers["Authorization"]))
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answer = json.dumps({"rewards": [0.5 for _ in body["samples"]]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+            samples = json.loads(self.read_body())["samples"]
+            self.answer_json({"rewards": [0.5 for _ in samples]})
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Service)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port, asked
-    server.shutdown()
+    with serving(HTTPServer(("127.0.0.1", 0), Service)) as server:
+        yield server.server_port, asked
 
 
 def test_none_of_twelve_planted_secrets_is_in_any_file(

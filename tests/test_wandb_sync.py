@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import grpo_process
+from tests.servers import Pages, serving
 
 JOB = ("experiment=smoke", "tracking=wandb", "eval.samples=1", "dataset.eval_slice=:16")
 
@@ -31,31 +30,29 @@ class Server(ThreadingHTTPServer):
         self.histories: dict[str, list[dict[str, Any]]] = {}
 
 
-class Answers(BaseHTTPRequestHandler):
+class Answers(Pages):
     server: Server
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
+        body = self.read_body()
         if self.path == "/graphql":
             asked = json.loads(body)
             found = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
             name = found[1] if found else ""
             made = getattr(self, name, lambda variables: {})(asked.get("variables") or {})
-            self.answer({"data": made})
+            self.answer_json({"data": made})
         elif streamed := re.search(r"/([^/]+)/file_stream", self.path):
             files = json.loads(body).get("files") or {}
             if part := files.get("wandb-history.jsonl"):
                 history = self.server.histories[streamed[1]]
                 history[part["offset"] :] = map(json.loads, part["content"])
-            self.answer({"exitcode": None, "limits": {}})
+            self.answer_json({"exitcode": None, "limits": {}})
         else:
-            self.answer({})
+            self.answer_json({})
 
     def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.answer({})
+        self.read_body()
+        self.answer_json({})
 
     def RunResumeStatus(self, asked: dict[str, Any]) -> dict[str, Any]:
         history = self.server.histories.get(asked["name"])
@@ -82,28 +79,14 @@ class Answers(BaseHTTPRequestHandler):
             "historyTail": json.dumps([json.dumps(line) for line in history[-1:]]),
         }  # fmt: skip
 
-    def answer(self, content: object) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 PROJECT = {"id": "1", "name": "grpo-bench", "entity": {"id": "1", "name": "me"}}
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Server()) as server:
+        yield server
 
 
 @pytest.mark.slow

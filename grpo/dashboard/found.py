@@ -67,7 +67,10 @@ def outputs_in(root: Path) -> Outputs:
                 sweeps.append(SweepFolder(folder, list(jobs_of(folder))))
             except ConfigError as error:
                 broken.append(str(error))  # and it hides no other
-        elif is_run(folder) and (EVALUATION in files or read_summary(folder) is not None):
+        elif is_run(folder):
+            summary = read_summary(folder)
+            if summary is None and EVALUATION not in files:
+                continue
             try:
                 overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
             except ConfigError as error:
@@ -76,8 +79,7 @@ def outputs_in(root: Path) -> Outputs:
             if EVALUATION in files:
                 found = json.loads((folder / EVALUATION).read_text())
                 evaluations.append(EvaluationFolder(folder, found, overrides))
-            else:
-                summary = read_summary(folder) or {}
+            elif summary is not None:
                 runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))
         else:
             continue

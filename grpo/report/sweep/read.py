@@ -102,15 +102,15 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
         ConfigError: one is no sweep, none has a job, or their objectives differ.
     """
     found: list[tuple[str, int, Path, list[str]]] = []
-    for folder in folders:
-        record = record_of(folder)
+    records = {folder: record_of(folder) for folder in folders}
+    for folder, record in records.items():
         name = folder.name if len(folders) > 1 else ""
         found += [(name, n, folder, own) for n, own in enumerate(record.jobs) if own]
     given = [parsed(overrides) for _, _, _, overrides in found]
     keys = list(dict.fromkeys(key for one in given for key in one))
     studies = {folder: StudyFile.read(folder) for folder in folders}
     searched = {
-        folder: own.objectives if own else record_of(folder).objectives
+        folder: own.objectives if own else records[folder].objectives
         for folder, own in studies.items()
     }
     jobs = [
