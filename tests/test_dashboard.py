@@ -23,6 +23,7 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
+from grpo.dashboard.found import outputs_in
 from grpo.dashboard.studies import copy_trials
 from tests.conftest import grpo_process
 
@@ -169,6 +170,16 @@ def test_a_new_run_is_seen_and_an_empty_folder_is_no_error(short_run: Path, tmp_
         (tmp_path / "later").unlink()
         shutil.copytree(short_run, tmp_path / "later", symlinks=True)
         assert "1 run, 0 sweeps" in ask(found)[1]
+
+
+def test_an_evaluation_that_is_half_written_is_told_and_hides_no_other(tmp_path: Path) -> None:
+    for name, text in (("torn", '{"checkpoint": "run", "eval/ac'), ("whole", '{"prompts": 3}')):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra/config.yaml").write_text("{}")
+        (tmp_path / name / "evaluation.json").write_text(text)
+    found = outputs_in(tmp_path)
+    assert [own.folder.name for own in found.evaluations] == ["whole"]
+    assert [own for own in found.broken if "torn/evaluation.json: can't be read" in own]
 
 
 def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> None:

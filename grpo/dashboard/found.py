@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from grpo.errors import ConfigError
 from grpo.report.run.read import is_run
 from grpo.runs.folder import read_summary
 from grpo.runs.resume import read_yaml
-from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, status_of
+from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, read_file, status_of
 
 EVALUATION = "evaluation.json"
 
@@ -71,13 +70,14 @@ def outputs_in(root: Path) -> Outputs:
             summary = read_summary(folder)
             if summary is None and EVALUATION not in files:
                 continue
+            found = None
+            overrides: list[str] = []
             try:
                 overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
+                found = read_file(folder / EVALUATION, dict, "what it found isn't known")
             except ConfigError as error:
                 broken.append(str(error))
-                overrides = []
-            if EVALUATION in files:
-                found = json.loads((folder / EVALUATION).read_text())
+            if found is not None:
                 evaluations.append(EvaluationFolder(folder, found, overrides))
             elif summary is not None:
                 runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))
