@@ -1,3 +1,3 @@
-from grpo.cli import main
+from grpo.cli.main import main
 
 main()

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo.data.difficulty import Curriculum
+from grpo.config.binding import bind, check_options, named, plain
+from grpo.config.overrides import key_of
 from grpo.data.order import Order, mixed, one_set
 from grpo.data.prompts import (
     DrawnPrompts,
@@ -28,7 +29,7 @@ from grpo.data.prompts import (
 from grpo.data.rows import EAGER
 from grpo.device import Device, open_device
 from grpo.errors import ConfigError
-from grpo.find import PROMPT_KEYS, Found, bind, check_options, named, plain
+from grpo.locate import PROMPT_KEYS, Found
 from grpo.memory.allocator import LARGEST, LARGEST_IN_BF16, keep_freed_memory
 from grpo.memory.budget import Budget
 from grpo.memory.estimate import Work, budget_of, held_by
@@ -52,11 +53,11 @@ from grpo.objective import (
 from grpo.rewards import WeightedReward
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.rollout.trial import check_sampler
-from grpo.runs.resume import key_of
+from grpo.training.difficulty import Curriculum
 from grpo.training.evaluation import Evaluation
 from grpo.training.kl_penalty import KLPull, Pull
+from grpo.training.loss import KLTerm, Objective
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import KLTerm, Objective
 from grpo.types import Prompt, Sampling
 
 log = logging.getLogger(__name__)

@@ -34,13 +34,15 @@ from grpo.build import (
     tell_unused_kl,
     updates_of_step,
 )
-from grpo.data.difficulty import solved_shares
+from grpo.config.binding import bind, plain
+from grpo.config.schema import DoctorConfig
+from grpo.config.secrets import for_files
+from grpo.config.unused_keys import Facts, unused_keys
 from grpo.data.order import total_steps
 from grpo.data.prompts import DrawnPrompts
-from grpo.doctor.limits import Limits
 from grpo.doctor.watch import Watch
 from grpo.errors import ConfigError, RunError
-from grpo.find import Found, bind, plain
+from grpo.locate import Found
 from grpo.memory.allocator import give_back_freed_memory
 from grpo.memory.budget import Budget
 from grpo.models.lengths import suited_to_lengths
@@ -48,24 +50,25 @@ from grpo.models.load import LanguageModel
 from grpo.models.own_code import has_own_code
 from grpo.report.run.page import write_run_page
 from grpo.rollout import HFEngine, NativeEngine
-from grpo.runs.checkpoint import Checkpoints, Progress
-from grpo.runs.folder import FINISHED, RUNNING, is_finished, newest_step
+from grpo.runs.files import FINISHED, RUNNING, is_finished
+from grpo.runs.folder import newest_step
 from grpo.runs.interrupt import Interrupt
+from grpo.runs.jsonl import encode, finite
+from grpo.runs.progress import Progress
+from grpo.runs.stop import ask_to_stop, asked_to_stop, in_sweep
 from grpo.runs.summary import Summary, git_commit
-from grpo.secrets import for_files
-from grpo.sweep.stop import ask_to_stop, asked_to_stop, in_sweep
 from grpo.sweep.trial import never, watcher_of
 from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
 from grpo.tracking.console import figures_table
-from grpo.tracking.files import encode, finite
 from grpo.tracking.tracker import answer_rows, evaluation_rows
+from grpo.training.checkpoint import Checkpoints
 from grpo.training.collect import Collector
+from grpo.training.difficulty import solved_shares
 from grpo.training.evaluation import metrics_of, report
 from grpo.training.kl_penalty import Pull
 from grpo.training.loop import Standing, Training, train
 from grpo.training.optimizer import Optimizer
 from grpo.types import Prompt
-from grpo.unused import Facts, unused_keys
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +201,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     # Those that may refuse come first: until then nothing of the run is on disk.
     sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
     if cfg.doctor is not None:
-        sinks.append(Watch(info, Limits(**plain(cfg.doctor))))
+        sinks.append(Watch(info, DoctorConfig(**plain(cfg.doctor))))
     log.info(
         "%s: %d steps of %d x %d completions from %d prompts, on %s",
         info.name, steps, cfg.batch_size, cfg.num_generation, len(train_prompts), device.describe(),

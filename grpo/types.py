@@ -85,21 +85,6 @@ class Rollout:
     def num_generation(self) -> int:
         return len(self.texts) // len(self.prompts)
 
-    def metrics(self) -> dict[str, float]:
-        lengths_N = self.lengths_N.float()
-        return {
-            "completion/length_mean": float(lengths_N.mean()),
-            "completion/length_max": float(lengths_N.max()),
-            "completion/truncated": float(self.truncated_N.float().mean()),
-            "completion/answered": self._answered(),
-        }
-
-    def _answered(self) -> float:
-        """The share of completions that hold an answer, right or wrong."""
-        size = self.num_generation
-        read = [self.prompts[n // size].example.read(text) for n, text in enumerate(self.texts)]
-        return sum(answer is not None for answer in read) / len(read)
-
     @property
     def mask_NC(self) -> Tensor:
         """True on each row's own tokens: the end-of-sequence token is an action, padding is not."""
@@ -157,23 +142,6 @@ class Scores:
     failures: Mapping[str, Mapping[int, str]]  # name -> row -> why it could not be worked out
     sources: tuple[str, ...]  # B
 
-    def metrics(self) -> dict[str, float]:
-        from grpo.objective.advantages import agrees
-
-        right_B = self.right_BG.float().mean(dim=1)
-        applies_BG = self.total_BG[self.total_BG.isfinite()]
-        return {
-            "reward/mean": float(applies_BG.mean()),
-            # Over all completions of the step.
-            "reward/std": float(applies_BG.std()) if len(applies_BG) > 1 else 0.0,
-            **{f"reward/{name}": float(part_N.nanmean()) for name, part_N in self.parts.items()},
-            **self._by_source(),
-            "reward/failed": float(sum(len(rows) for rows in self.failures.values())),
-            "reward/solved_groups": float((right_B == 1).float().mean()),
-            "reward/unsolved_groups": float((right_B == 0).float().mean()),
-            "reward/zero_variance_groups": float(agrees(self.total_BG).float().mean()),
-        }
-
     def stacked(self) -> tuple[Tensor, Tensor]:
         """The parts as [R, B, G] and their weights [R].
 
@@ -185,9 +153,3 @@ class Scores:
         parts = [part_N.view(self.total_BG.shape) for part_N in self.parts.values()]
         parts_RBG = torch.stack(parts).masked_fill(self.total_BG.isnan(), torch.nan)
         return parts_RBG, torch.tensor(list(self.weights.values()))
-
-    def _by_source(self) -> dict[str, float]:
-        """The mean reward of each set of a mix."""
-        names = sorted(set(self.sources) - {""})
-        rows = {name: [b for b, own in enumerate(self.sources) if own == name] for name in names}
-        return {f"reward/from_{n}": float(self.total_BG[own].nanmean()) for n, own in rows.items()}

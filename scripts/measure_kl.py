@@ -24,21 +24,22 @@ from torch import Tensor
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from grpo import config
 from grpo.build import build_objective, build_prompts, prompt_format
+from grpo.config import schema as config
 from grpo.device import open_device
-from grpo.find import find_for_training
+from grpo.locate import find_for_training
 from grpo.memory.budget import Budget
+from grpo.memory.microbatch import score_rollout
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel, load_language_model
-from grpo.models.microbatch import score_rollout
 from grpo.models.reference import Reference
 from grpo.objective import DIVERGENCES, ESTIMATORS
 from grpo.rollout import NativeEngine
 from grpo.runs.folder import model_of_checkpoint
-from grpo.tracking.files import read_lines
+from grpo.runs.jsonl import read_lines
+from grpo.training.loss import KLTerm, Learned
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import KLTerm, Learned, update
+from grpo.training.update import update
 from grpo.types import Rollout
 
 PROMPTS, COMPLETIONS = 16, 8

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from grpo.tracking.files import read_lines
+from grpo.runs.jsonl import read_lines
 
 
 def smoothed(values: list[float], memory: float = 0.8) -> list[float]:

@@ -28,12 +28,13 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from grpo import config
-from grpo.cli import explain, refuse
+from grpo.cli.exits import refuse
+from grpo.cli.explain import explain
 from grpo.commands.arguments import option
+from grpo.config import schema as config
+from grpo.config.overrides import key_of, quoted
+from grpo.config.secrets import refuse_secrets
 from grpo.errors import ConfigError
-from grpo.runs.resume import key_of, quoted
-from grpo.secrets import refuse_secrets
 from grpo.sweep.search import fixed_of
 from grpo.sweep.space import corners, space_of, values_of, written
 
@@ -92,7 +93,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         try:
             composed = hydra.compose("config", list(overrides), return_hydra_config=True)
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error, "train", overrides)) from error
+            raise ConfigError(explain(error, "config", overrides)) from error
     refuse_secrets(composed)
     return composed
 

@@ -18,7 +18,7 @@ import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as ws
 from wandb_sweep import wandb_sweep
 
-from grpo.cli import refuse
+from grpo.cli.exits import refuse
 from grpo.errors import ConfigError
 from grpo.report.run.charts import SECTIONS, Chart
 

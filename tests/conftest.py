@@ -123,14 +123,14 @@ def grpo(
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str]:
-        from grpo import cli
+        from grpo.cli.main import main
 
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["grpo", *arguments])
         capfd.readouterr()
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as stopped:
             code = int(stopped.code or 0)
         captured = capfd.readouterr()

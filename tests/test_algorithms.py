@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo.config import conf_folder
+from grpo.config.schema import conf_folder
 from tests.test_end_to_end import lines
 
 Grpo = Callable[..., tuple[int, str]]

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from grpo.models.attention import Scoring, Tree, expanded, split
+from grpo.models.attention import expanded
+from grpo.models.cpu.tree_attention import split
+from grpo.models.plan import Scoring
+from grpo.models.tree import Tree
 from grpo.rollout.cache import Cache
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 8

@@ -516,7 +516,7 @@ def test_who_stops_reading_gets_no_traceback(tmp_path: Path) -> None:
 def test_help_config_and_refusals_import_nothing_heavy(tmp_path: Path) -> None:
     """What makes them quick: torch, transformers, datasets and wandb are never imported."""
     program = (
-        "import sys; from grpo.cli import main\n"
+        "import sys; from grpo.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'wandb', 'numpy'} & set(sys.modules)\n"

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from grpo.device import open_device
 from grpo.memory.budget import Budget
+from grpo.memory.microbatch import score_rollout
 from grpo.models.files import model_folder
 from grpo.models.load import LanguageModel, load_language_model
-from grpo.models.microbatch import score_rollout
 from grpo.models.reference import Reference, reference_of
 from grpo.objective import RATIOS, clipped_surrogate
 from grpo.objective.kl import k3
@@ -27,8 +27,9 @@ from grpo.objective.ratios import Ratio
 from grpo.objective.weights import sequence_mean
 from grpo.rollout import NativeEngine
 from grpo.training import loop as train
+from grpo.training.loss import KLTerm, Learned, Objective
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import KLTerm, Learned, Objective, update
+from grpo.training.update import update
 from grpo.types import Example, Prompt, Rollout, Sample, Sampling
 from tests.conftest import metrics
 from tests.test_algorithms import combinations

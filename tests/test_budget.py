@@ -150,7 +150,7 @@ def test_a_resumed_budget_is_as_it_was_unless_another_is_asked_for() -> None:
 # don't give back: it is left out here.
 LIMITED = """
 import resource, sys
-from grpo import cli
+from grpo.cli.main import main
 import datasets, torch, transformers, wandb
 import grpo.models.cpu.linear
 grpo.models.cpu.linear.HAS_ONEDNN = False
@@ -158,7 +158,7 @@ megabytes = int(sys.argv.pop(1))
 if megabytes:
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
-cli.main()
+main()
 """
 RUN = (
     "max_steps=1", "batch_size=32", "num_generation=16", "max_new_tokens=64", "temperature=1.5",

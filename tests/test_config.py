@@ -14,17 +14,18 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from grpo import config
 from grpo.build import tell_unused_kl
-from grpo.check import check
-from grpo.cli import flat_keys
+from grpo.cli.explain import flat_keys
+from grpo.config import schema as config
+from grpo.config.check import check
+from grpo.config.overrides import merge_overrides
+from grpo.config.suggest import nearest
+from grpo.config.unused_keys import Facts, unused_keys
 from grpo.run import tell_changed_kl
-from grpo.runs import resume as again
-from grpo.unused import Facts, unused_keys
 
 Grpo = Callable[..., tuple[int, str]]
 CONF = config.conf_folder()
-PACKAGE = Path(config.__file__).parent
+PACKAGE = Path(config.__file__).parents[1]
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 CHOICES = [
     f"{file.parent.name}={file.stem}" for g in GROUPS for file in (CONF / g).glob("[!_]*.yaml")
@@ -56,7 +57,7 @@ def test_the_groups_are_those_of_the_contract() -> None:
 def test_every_choice_composes_and_passes_the_checks(
     choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo.check.find_spec", lambda package: package)  # extras are apart
+    monkeypatch.setattr("grpo.config.check.find_spec", lambda package: package)  # extras are apart
     check(compose(choice, *NAMED.get(choice, [])))
 
 
@@ -152,9 +153,7 @@ def test_slices_need_no_quoting() -> None:
 def test_every_key_of_the_schema_is_read() -> None:
     """A key that does nothing is the worst kind. Those passed whole are parameters."""
     code = "\n".join(
-        file.read_text()
-        for file in PACKAGE.glob("*.py")
-        if file.name not in ("config.py", "check.py")
+        file.read_text() for file in (*PACKAGE.glob("*.py"), *PACKAGE.glob("cli/*.py"))
     )
     for key in flat_keys(compose(), ""):
         group, _, name = key.partition(".")
@@ -173,19 +172,19 @@ def test_every_key_of_the_schema_is_read() -> None:
 
 def test_unknown_keys_name_the_nearest() -> None:
     keys = ["kl_weight", "optim.warmup_steps", "dataset.slice"]
-    assert config.nearest("kl_wight", keys) == "; did you mean kl_weight?"
-    assert config.nearest("warmup_step", keys) == "; did you mean optim.warmup_steps?"
-    assert config.nearest("zzz", keys) == ""
-    assert config.nearest("kl_wight", [*keys, "doctor.kl_high"]) == "; did you mean kl_weight?"
-    assert config.nearest("optim.warmup", [*keys, "optim.name", "optim"]) == (
+    assert nearest("kl_wight", keys) == "; did you mean kl_weight?"
+    assert nearest("warmup_step", keys) == "; did you mean optim.warmup_steps?"
+    assert nearest("zzz", keys) == ""
+    assert nearest("kl_wight", [*keys, "doctor.kl_high"]) == "; did you mean kl_weight?"
+    assert nearest("optim.warmup", [*keys, "optim.name", "optim"]) == (
         "; did you mean optim.warmup_steps?"
     )
-    assert config.nearest("modle", ["tracking.mode", "model"]) == (
+    assert nearest("modle", ["tracking.mode", "model"]) == (
         "; did you mean model or tracking.mode?"
     )
     twins = ["kl.clip_high", "kl.clip_low", "kl.clop", "clip"]
-    assert config.nearest("kl.clip_hgh", twins) == "; did you mean kl.clip_high?"
-    assert config.nearest("kl.clip", twins) == "; did you mean clip?"
+    assert nearest("kl.clip_hgh", twins) == "; did you mean kl.clip_high?"
+    assert nearest("kl.clip", twins) == "; did you mean clip?"
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,7 @@ def test_a_config_file_that_is_not_yaml_is_named_with_its_line(grpo: Grpo, tmp_p
 
 
 def test_past_overrides_are_kept_unless_given_anew() -> None:
-    merged = again.merged(["model=tiny", "seed=1", "+reward.x.weight=1", "resume=a"], ["seed=2"])
+    merged = merge_overrides(["model=tiny", "seed=1", "+reward.x.weight=1", "resume=a"], ["seed=2"])
     assert merged == ["model=tiny", "+reward.x.weight=1", "seed=2"]
 
 

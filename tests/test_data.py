@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from grpo import config
 from grpo.build import build_prompts, prompt_format
+from grpo.config import schema as config
 from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
 from grpo.data.arithmetic import is_held_out
 from grpo.data.order import mixed, one_set
@@ -33,7 +33,7 @@ from grpo.data.verify import (
     tagged_answer,
 )
 from grpo.errors import ConfigError
-from grpo.find import Found, FoundSet
+from grpo.locate import Found, FoundSet
 from grpo.models.load import LanguageModel
 from grpo.types import Example
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo.cli import flat_keys
+from grpo.cli.explain import flat_keys
 from tests.test_config import compose
 
 Grpo = Callable[..., tuple[int, str]]

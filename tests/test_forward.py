@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from grpo.memory.microbatch import read_at_once
 from grpo.models import head as head_module
 from grpo.models.forward import (
     Completions,
@@ -19,7 +20,6 @@ from grpo.models.forward import (
 )
 from grpo.models.head import Head, Readout, TokenScores
 from grpo.models.load import choose_forward
-from grpo.models.microbatch import read_at_once
 from grpo.types import Sampling
 
 TEMPERATURE = 0.7

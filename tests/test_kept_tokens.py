@@ -15,8 +15,9 @@ from grpo.models.load import LanguageModel
 from grpo.objective import AVERAGINGS, RATIOS, clipped_surrogate
 from grpo.rollout import NativeEngine
 from grpo.training import update as update_module
+from grpo.training.loss import Learned, MicroLoss, Minibatch, Objective, losses
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import Learned, MicroLoss, Minibatch, Objective, old_policy, update
+from grpo.training.update import old_policy, update
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 QUESTIONS = ("What is 12 + 63?", "What is 88 - 9?", "What is 4 + 4?", "What is 70 - 35?")
@@ -95,7 +96,6 @@ def test_a_ratio_is_over_what_the_sampler_kept(
         tiny.model, "adamw", 5e-3, 2, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
     )
     optimizer.model, optimizer.after = tiny.model, []
-    losses = update_module.losses
     ratios: dict[int, tuple[int, Tensor]] = {}  # row -> steps taken before, ratios of its tokens
 
     def watched(

@@ -21,10 +21,11 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from grpo.models.attention import Tree, read
+from grpo.models.attention import TreePlan, read
 from grpo.models.cpu import compiled
 from grpo.models.cpu.linear import HAS_ONEDNN
 from grpo.models.cpu.select import decoding, lean, usual_layers
+from grpo.models.tree import Tree
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
@@ -47,7 +48,7 @@ def with_large_weights(made: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 def hidden(model: PreTrainedModel) -> Tensor:
-    return read(model, TOKENS, TREE.positions(torch.device("cpu")), TREE)
+    return read(model, TOKENS, TREE.positions(torch.device("cpu")), TreePlan(TREE))
 
 
 @pytest.mark.parametrize("name", USUAL)

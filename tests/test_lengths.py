@@ -32,11 +32,11 @@ from transformers import (
 
 from grpo.device import Device
 from grpo.errors import ConfigError
+from grpo.memory.microbatch import score_rollout
 from grpo.models.forward import plain, random_completions, reads_padding, shared_prefix
 from grpo.models.head import Readout
 from grpo.models.lengths import hold_positions, suited_to_lengths
 from grpo.models.load import LanguageModel, frozen_copy
-from grpo.models.microbatch import score_rollout
 from grpo.rollout import HFEngine, NativeEngine
 from grpo.rollout.trial import check_sampler
 from grpo.types import Rollout, Sampling

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo.config.unused_keys import Facts, unused_keys
 from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.models.adapter import add_adapter
@@ -21,7 +22,6 @@ from grpo.models.hub import cached_model
 from grpo.models.load import load_language_model
 from grpo.models.own_code import check_own_code, has_own_code, own_files
 from grpo.rollout.vllm import write_description
-from grpo.unused import Facts, unused_keys
 from tests.test_adapter import LORA
 from tests.test_config import compose
 from tests.test_revision import FIRST, add_to_cache

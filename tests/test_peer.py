@@ -18,12 +18,12 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 from torch.testing import assert_close
 
-from grpo import config
+from grpo.config import schema as config
 from grpo.models.files import PACKAGED
 from grpo.models.forward import Completions
 from grpo.models.head import TokenScores
 from grpo.run import build_advantage, build_objective
-from grpo.training.update import Learned, Minibatch, OldPolicy, losses
+from grpo.training.loss import Learned, Minibatch, OldPolicy, losses
 from grpo.types import Example, Prompt, Rollout
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install grpo-bench[bench]")

@@ -18,15 +18,16 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.memory.budget import Budget
+from grpo.memory.microbatch import micro_batches, score_rollout
 from grpo.models.files import PACKAGED
 from grpo.models.load import LanguageModel
-from grpo.models.microbatch import micro_batches, score_rollout
 from grpo.models.reference import reference_of
 from grpo.run import build_advantage, build_objective
 from grpo.training import optimizer as optim
 from grpo.training import update as update_module
+from grpo.training.loss import Learned
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import Learned, old_policy, update
+from grpo.training.update import old_policy, update
 from grpo.types import Example, Prompt, Rollout
 from tests.test_peer import composed
 

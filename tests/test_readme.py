@@ -66,7 +66,7 @@ def test_what_the_readme_shows_of_the_terminal_is_what_is_printed(tmp_path: Path
 
 def test_every_choice_is_in_the_readme() -> None:
     """In the table of what there is to choose from, group by group."""
-    from grpo.config import conf_folder
+    from grpo.config.schema import conf_folder
 
     table = README.partition("## What there is to choose from")[2].partition("\n## ")[0]
     for group in ("algorithm", "kl", "reward", "adapter", "dataset"):
@@ -86,7 +86,7 @@ def test_what_the_readme_types_is_accepted(command: str) -> None:
     overrides = [word for word in shlex.split(command) if "=" in word]
     if "--config-dir" in command or "kl_wieght=0.1" in overrides:
         return
-    from grpo.check import check, check_training
+    from grpo.config.check import check, check_training
     from tests.test_config import compose
 
     cfg = compose(*overrides)

@@ -22,11 +22,11 @@ from optuna.distributions import FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import create_trial
 
-from grpo.commands.report import write_report
 from grpo.report.sweep.best import best_setting, experiment
 from grpo.report.sweep.importance import fanova
 from grpo.report.sweep.ranking import rank
 from grpo.report.sweep.read import Job, Sweep, read_sweeps
+from grpo.report.sweep.write import write_report
 from grpo.sweep.study import spelled
 from tests.conftest import grpo_process, metrics
 from tests.test_sweep import TWO_STEPS, Grpo

@@ -14,10 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from grpo.runs import folder as past
-from grpo.runs import resume as again
-from grpo.runs.checkpoint import digests
-from grpo.runs.folder import Occupied, is_locked, locked
+from grpo.config.overrides import merge_overrides
+from grpo.runs.lock import Occupied, is_locked, locked
+from grpo.training.checkpoint import digests
 from tests.conftest import metrics, start, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
@@ -281,7 +280,7 @@ def test_what_a_kill_left_of_a_checkpoint_is_no_checkpoint(
 
 
 def test_two_processes_are_kept_out_of_one_run(copy: Path, grpo: Grpo) -> None:
-    with past.locked(copy):
+    with locked(copy):
         code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 2
     assert "another process is running in this folder" in printed
@@ -418,7 +417,7 @@ def test_whatever_has_a_state_goes_on_where_it_stood(
 def test_a_key_that_was_added_is_the_runs_own(
     past: list[str], given: list[str], merged: list[str]
 ) -> None:
-    assert again.merged(past, given) == merged
+    assert merge_overrides(past, given) == merged
 
 
 def test_what_was_added_to_a_run_is_given_anew_without_a_plus(grpo: Grpo, tmp_path: Path) -> None:

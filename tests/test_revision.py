@@ -25,7 +25,7 @@ from transformers import Qwen2ForSequenceClassification
 from grpo.data import GSM8K, Hub
 from grpo.data.hub_rows import read_hub
 from grpo.errors import ConfigError
-from grpo.find import base_model
+from grpo.locate import base_model
 from grpo.models.files import PACKAGED, base_folder
 from grpo.rewards import RewardModel
 from grpo.runs.folder import checkpoint_model

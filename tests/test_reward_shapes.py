@@ -8,9 +8,9 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from grpo.config import conf_folder
+from grpo.config.binding import check_options
+from grpo.config.schema import conf_folder
 from grpo.errors import ConfigError
-from grpo.find import check_options
 from grpo.rewards import Cosine, Length, ReasoningSteps, Repetition, SoftOverlong, TagCount
 from grpo.types import Example, Sample
 

@@ -23,6 +23,7 @@ from grpo.objective.advantages import (
 from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, score
 from grpo.rewards.score import stop_where_all_failed
 from grpo.tracking.tracker import completion_rows
+from grpo.training.metrics import score_metrics
 from grpo.types import Example, Failure, Prompt, Rollout, Sample
 
 
@@ -64,14 +65,14 @@ def test_parts_are_weighed_and_named() -> None:
         "task": [0, 1],
     }
     assert_close(scores.total_BG, torch.tensor([[1.2, -0.5]]))
-    assert scores.metrics()["reward/format"] == 0.5
+    assert score_metrics(scores)["reward/format"] == 0.5
 
 
 def test_groups_by_hand() -> None:
     """Three groups: all right, none right (and all alike), half right."""
     texts = ["1", "1", "x", "x", "3", "x"]
     scores = score(rollout(texts, ["1", "2", "3"]), {"task": WeightedReward(Task(), 1.0)})
-    metrics = scores.metrics()
+    metrics = score_metrics(scores)
     assert metrics["reward/mean"] == 0.5
     assert metrics["reward/std"] == pytest.approx(math.sqrt(0.3))  # 6 values, 5 degrees of freedom
     assert metrics["reward/solved_groups"] == pytest.approx(1 / 3)
@@ -161,7 +162,7 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
     total_N = scores.total_BG.flatten()
     assert total_N.isnan().tolist() == [False, True, False, True]
     assert (total_N[0], total_N[2]) == (3.0, 2.0)
-    metrics = scores.metrics()
+    metrics = score_metrics(scores)
     assert metrics["reward/failed"] == 1
     assert metrics["reward/mean"] == 2.5
     assert metrics["reward/first"] == 1.0
@@ -209,7 +210,7 @@ def test_a_failure_is_not_what_a_wrong_answer_is() -> None:
         normalize = Normalize(group_mean, group_std)
         advantages = sum_then_normalize(*scores.stacked(), normalize)[0].tolist()
         assert advantages[1] == pytest.approx(expected, abs=1e-3)
-        assert scores.metrics()["reward/zero_variance_groups"] == float(expected == 0.0)
+        assert score_metrics(scores)["reward/zero_variance_groups"] == float(expected == 0.0)
 
 
 def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
@@ -235,7 +236,7 @@ def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
 
 def test_a_group_with_one_reward_left_teaches_nothing() -> None:
     scores = score(rollout(["a", "b"], ["1"]), {"mine": values_of(1.0, None)})
-    assert scores.metrics()["reward/zero_variance_groups"] == 1.0
+    assert score_metrics(scores)["reward/zero_variance_groups"] == 1.0
 
 
 def test_a_reward_for_one_set_of_a_mix_sees_no_other() -> None:
@@ -255,7 +256,7 @@ def test_a_reward_for_one_set_of_a_mix_sees_no_other() -> None:
     scores = score(replace(mixed, prompts=tuple(prompts)), rewards)
     assert seen == ["c", "d"]
     assert scores.total_BG.tolist() == [[0, 0], [1, 1]]
-    metrics = scores.metrics()
+    metrics = score_metrics(scores)
     assert (metrics["reward/from_x"], metrics["reward/from_y"]) == (0.0, 1.0)
     assert metrics["reward/only_y"] == 1.0
 

@@ -22,11 +22,11 @@ from transformers.generation.logits_process import (
 
 from grpo.device import Device
 from grpo.memory.budget import Budget
+from grpo.memory.microbatch import MicroBatch, completions, score_rollout
 from grpo.models.cpu import compiled
 from grpo.models.forward import Completions, left_mask, plain, score_completions
 from grpo.models.head import Head, Readout, score_tokens
 from grpo.models.load import LanguageModel, choose_forward
-from grpo.models.microbatch import MicroBatch, completions, score_rollout
 from grpo.models.padding import pad_left
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.rollout.draw import draw

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from grpo.check import check_metric
-from grpo.config import flat
+from grpo.config.check import check_metric
+from grpo.config.schema import flat
 from grpo.errors import ConfigError
 from grpo.models.ends import Decoder
 from grpo.models.files import PACKAGED

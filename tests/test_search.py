@@ -31,7 +31,8 @@ from grpo.errors import ConfigError
 from grpo.report.sweep.front import unbeaten
 from grpo.report.sweep.ranking import rank
 from grpo.report.sweep.read import read_sweeps
-from grpo.runs.folder import locked, write_json
+from grpo.runs.files import write_json
+from grpo.runs.lock import locked
 from grpo.sweep.folder import StudyFile
 from grpo.sweep.objectives import reached_values
 from grpo.sweep.space import Space, combinations, corners, space_of, written

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from grpo.secrets import cross_out, for_files, is_secret
+from grpo.config.secrets import cross_out, for_files, is_secret
 from tests.conftest import grpo_process
 from tests.servers import Pages, serving
 

@@ -13,7 +13,7 @@ from grpo.data.order import mixed, one_set
 from grpo.errors import ConfigError
 from grpo.seeds import SEEDS, stream_seed
 from grpo.sweep.study import Options
-from grpo.training.update import minibatch_of
+from grpo.training.minibatches import minibatch_of
 
 Grpo = Callable[..., tuple[int, str]]
 LARGE = [2**31, 2**32, 20_301_231_235_959, 2**63, SEEDS - 1]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from grpo.runs.folder import locked
+from grpo.runs.lock import locked
 from grpo.sweep.folder import jobs_of, numbered
 from tests.conftest import grpo_process, metrics, start, wait_for_step
 

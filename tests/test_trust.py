@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo import trust
-from grpo.trust import is_own
+from grpo.config import trust
+from grpo.config.trust import is_own
 from tests.conftest import grpo_process
 
 Grpo = Callable[..., tuple[int, str]]

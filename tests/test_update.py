@@ -22,11 +22,11 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from grpo.device import Device, open_device
 from grpo.memory.budget import Budget, Limit
+from grpo.memory.microbatch import micro_batches, read_at_once, score_rollout
 from grpo.models import head as head_module
 from grpo.models.forward import Completions
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
-from grpo.models.microbatch import micro_batches, read_at_once, score_rollout
 from grpo.models.reference import Reference, reference_of
 from grpo.objective import (
     AVERAGINGS,
@@ -41,8 +41,9 @@ from grpo.objective.advantages import group_mean, group_std
 from grpo.objective.kl import k1, k3
 from grpo.rollout import NativeEngine
 from grpo.training.kl_penalty import KLPull
+from grpo.training.loss import KLTerm, Learned, Objective, OldPolicy
+from grpo.training.minibatches import minibatches
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import KLTerm, Learned, Objective, OldPolicy, minibatches
 from grpo.training.update import gradients as add_gradients
 from grpo.training.update import update as update_learned
 from grpo.types import Example, Prompt, Rollout, Sampling

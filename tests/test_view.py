@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.runs.folder import locked, write_json
+from grpo.runs.files import write_json
+from grpo.runs.lock import locked
 from grpo.sweep.folder import Record, Standing
 from grpo.sweep.view import View
 from grpo.tracking.charts import averaged, chart

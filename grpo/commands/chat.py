@@ -125,7 +125,7 @@ def voices_of(place: str, trusted: bool) -> tuple[PromptFormat, list[Voice]]:
         model = load_language_model(folder, device, frozen=True, trust_remote_code=trusted)
         return plain, [Voice(place, model)]
     from grpo.build import load_model, prompt_format
-    from grpo.find import base_model
+    from grpo.locate import base_model
 
     cfg = OmegaConf.create(read_yaml(run / ".hydra" / "config.yaml") or {})
     # An older run's has no revision.

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from grpo.commands.arguments import option
-from grpo.config import flat
+from grpo.config.schema import flat
+from grpo.config.secrets import texts_of
 from grpo.errors import ConfigError, RunError
 from grpo.models.hub import cached_model
 from grpo.report.run.page import verdict, written
 from grpo.report.run.read import Run, diagnosed, differences, read_run, shipped_config
 from grpo.runs.folder import HUB_ID, model_of_checkpoint, run_of
-from grpo.secrets import texts_of
 
 USAGE = "grpo export RUN DIR [--push ORG/NAME [--private]] [--trust]"
 FLAGS = ("--private", "--trust")  # the second is of a base model under an adapter

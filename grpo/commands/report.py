@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, RunError
 from grpo.report.run.page import runs_page, write_run_page
 from grpo.report.run.read import is_run, read_run, told_apart
-from grpo.report.sweep.best import Best, best_setting
-from grpo.report.sweep.importance import importances
-from grpo.report.sweep.page import page
-from grpo.report.sweep.pictures import pictures
-from grpo.report.sweep.ranking import Ranking, rank
-from grpo.report.sweep.read import Sweep, read_sweeps
-from grpo.runs.folder import put
-from grpo.sweep.folder import read_record
+from grpo.report.sweep.write import write_report
+from grpo.runs.files import put
+from grpo.sweep.folder import SweepEnd, counted
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -47,73 +40,20 @@ def report(arguments: Sequence[str]) -> None:
         print(f"report: {runs[0]}/runs.html", flush=True)
 
 
-def write_report(folders: Sequence[Path]) -> str:
-    """Writes the report, and returns the last lines for the terminal."""
-    sweep = read_sweeps(folders)
-    ranking = rank(sweep)
-    folder = folders[0]
-    best = best_of(sweep, ranking, folder)
-    if best is not None:
-        best.write()
-    command = best.command if best else ""
-    html = page_of(sweep, ranking, command)
-    rows = results(sweep)
-    put(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
-    put(folder / "results.csv", lambda file: rows.to_csv(file, index=False))
-    put(folder / "results.parquet", lambda file: rows.to_parquet(file, index=False))
-    lines = [ranking.verdict, f"  report: {folder}/report.html, results.csv"]
-    return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
+def report_sweep_end(end: SweepEnd) -> None:
+    """Says what became of a sweep's jobs, and writes its report.
 
-
-def sweep_page(folder: Path) -> str:
-    """The HTML that `write_report` would write of one sweep; nothing is written."""
-    sweep = read_sweeps([folder])
-    ranking = rank(sweep)
-    best = best_of(sweep, ranking, folder)
-    return page_of(sweep, ranking, best.command if best and best.file.is_file() else "")
-
-
-def page_of(sweep: Sweep, ranking: Ranking, command: str) -> str:
-    return page(sweep, ranking, command, list(pictures(sweep, ranking, importances(sweep))))
-
-
-def best_of(sweep: Sweep, ranking: Ranking, folder: Path) -> Best | None:
-    """None where no setting has come to anything."""
-    if not ranking.settings:
-        return None
-    best = ranking.settings[0]
-    job = min(best.jobs, key=lambda job: int(job.values.get("seed") or 0))
-    why = f"The best setting of {folder}: {sweep.objective} {best.mean:.4g}\n"
-    why += f"on {len(best.by_seed)} seed{'s' if len(best.by_seed) > 1 else ''}. {ranking.verdict}"
-    record = read_record(job.folder.parent)
-    return best_setting(folder, job.overrides, why, record.config_dir if record else None)
-
-
-def results(sweep: Sweep) -> pd.DataFrame:
-    """A row a job: overrides, status, objective, last metrics, time."""
-    rows = []
-    for job in sweep.jobs:
-        last = {key: value for key, value in job.last.items() if key != "step"}
-        rows.append(
-            {
-                "sweep": job.sweep,
-                "job": job.number,
-                "status": job.status,
-                "reason": job.reason,
-                **{key: cell(own) for key, own in job.values.items() if key != "sweep"},
-                "objective": job.value,
-                "steps": int(job.last.get("step", 0)),
-                "seconds": job.seconds,
-                **{f"last/{key}": value for key, value in last.items()},
-                "folder": str(job.folder),
-            }
+    Raises:
+        RunError: some are broken.
+    """
+    if not end.jobs:
+        print(f"\nnothing was left to do for {end.folder}.", flush=True)
+        return
+    print(f"\nsweep in {end.folder}: {counted(job.status for job in end.jobs)}", flush=True)
+    print(write_report([end.folder]), flush=True)
+    if end.broken:
+        lines = "\n".join(f"  {job}; in {job.folder}" for job in end.broken)
+        raise RunError(
+            f"{len(end.broken)} of {len(end.jobs)} jobs did not end well:\n{lines}\n"
+            f"  go on with what is left: grpo -m sweep_dir={end.folder}"
         )
-    table = pd.DataFrame(rows)
-    for key in table.columns:  # parquet wants one type a column
-        if table[key].map(type).nunique() > 1 and not pd.api.types.is_numeric_dtype(table[key]):
-            table[key] = table[key].map(lambda value: None if value is None else str(value))
-    return table
-
-
-def cell(value: object) -> object:
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -20,13 +20,13 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from grpo.commands.report import sweep_page
 from grpo.dashboard.found import outputs_in
 from grpo.dashboard.home import home
 from grpo.dashboard.studies import Studies
 from grpo.errors import ConfigError
 from grpo.report.run.page import run_page
 from grpo.report.run.read import read_run
+from grpo.report.sweep.write import sweep_page
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

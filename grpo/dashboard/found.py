@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo.errors import ConfigError
 from grpo.report.run.read import is_run
-from grpo.runs.folder import read_summary
+from grpo.runs.files import read_summary
 from grpo.runs.resume import read_yaml
 from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, read_file, status_of
 

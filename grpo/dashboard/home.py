@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from grpo.dashboard.found import EvaluationFolder, Outputs, RunFolder, SweepFolder
 from grpo.report.shell import Page, table
-from grpo.runs.folder import RUNNING
-from grpo.sweep.close import counted
+from grpo.runs.files import RUNNING
+from grpo.sweep.folder import counted
 from grpo.tracking.console import duration
 
 SECONDS_BETWEEN_LOADS = 10  # while something runs

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from tokenize import TokenError
 from typing import Any
 
-from grpo.config import nearest
+from grpo.config.suggest import nearest
 from grpo.data.arithmetic import at_least_one, size_key
 from grpo.data.rows import Generated
 from grpo.data.source import Source

@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo.config.validation import check_revision
 from grpo.data.cells import Row, as_messages, as_text, read_cell
 from grpo.data.files import KINDS, read_path
 from grpo.data.hub_rows import read_hub
 from grpo.data.source import Source
 from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
-from grpo.models.hub import check_revision
 from grpo.types import Example
 from grpo.verifiers.numbers import as_number
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from grpo.doctor.limits import Limits
+from grpo.config.schema import DoctorConfig
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 
@@ -44,7 +44,7 @@ class Course:
 
     lines: Sequence[Line]
     config: Mapping[str, Any]
-    limits: Limits
+    limits: DoctorConfig
 
     @cached_property
     def steps(self) -> list[Line]:
@@ -300,7 +300,9 @@ DIAGNOSES: dict[str, tuple[str, Callable[[Course], Found | None]]] = {
 }
 
 
-def diagnose(lines: Sequence[Line], config: Mapping[str, Any], limits: Limits) -> list[Diagnosis]:
+def diagnose(
+    lines: Sequence[Line], config: Mapping[str, Any], limits: DoctorConfig
+) -> list[Diagnosis]:
     """What is wrong with a run, by its metrics.jsonl so far; the order is that of DIAGNOSES."""
     course = Course(lines, config, limits)
     early = len(course.steps) < limits.patience

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from grpo.config.schema import DoctorConfig
 from grpo.doctor.diagnoses import diagnose
-from grpo.doctor.limits import Limits
-from grpo.tracking.files import finite, read_lines
+from grpo.runs.jsonl import finite, read_lines
 from grpo.tracking.tracker import Metrics, RunInfo, Sink
 
 log = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 class Watch(Sink):
     """Tells each diagnosis once, when it is first made."""
 
-    def __init__(self, info: RunInfo, limits: Limits) -> None:
+    def __init__(self, info: RunInfo, limits: DoctorConfig) -> None:
         self.info, self.limits = info, limits
         past = read_lines(info.folder / "metrics.jsonl")
         self.lines = [line for line in past if line["step"] <= info.logged_step]

@@ -10,44 +10,19 @@ Shape letters beside the usual ones: H heads, K heads of keys and values (H = K�
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from grpo.models.cpu.linear import batched_in_fp32, compute_dtype, sum_dtype
+from grpo.models.cpu.linear import batched_in_fp32, compute_dtype
+from grpo.models.cpu.tree_attention import flash, has_fused_kernel, split
 from grpo.models.padding import taken
-
-NAME = "grpo_tree"  # under which transformers finds `attend`
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a layer scores a key."""
-
-    scale: float
-    window: int | None = None  # it sees this many tokens, itself among them
-    softcap: float | None = None  # scores go through cap · tanh(score / cap)
-
-    def apply(self, scores: Tensor) -> Tensor:
-        """From query · key · scale."""
-        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
-
-
-class Plan(Protocol):
-    """What the tokens of a forward pass see of each other, and of what came before."""
-
-    def attend(
-        self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
-    ) -> Tensor:
-        """[T, H, d] what each token takes from those it sees."""
+from grpo.models.plan import NAME, Plan, Scoring, attention_as
+from grpo.models.tree import Tree, padded, unpadded
 
 
 def attend(
@@ -83,231 +58,20 @@ def read(model: PreTrainedModel, tokens_T: Tensor, positions_T: Tensor, plan: Pl
     return hidden
 
 
-@contextmanager
-def attention_as(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Within it, the layers with this config compute attention the way of that name."""
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 @dataclass(frozen=True)
-class Tree:
-    """B prompts, each with the same number of completions: T tokens, all prompts first."""
+class TreePlan:
+    """A token of a tree sees its whole way from the root: its prompt's and its own past."""
 
-    prompt_lengths: tuple[int, ...]
-    lengths: tuple[int, ...]  # of the N completions; 0 is a completion of which nothing is read
-
-    @property
-    def rows(self) -> int:
-        """Completions a prompt."""
-        return len(self.lengths) // len(self.prompt_lengths)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(self.prompt_lengths)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest way from a root to a leaf."""
-        return max(self.prompt_lengths) + max(self.lengths, default=0)
-
-    @cached_property
-    def prompts(self) -> list[slice]:
-        """Where in T each prompt is."""
-        return spans(self.prompt_lengths, 0)
-
-    @cached_property
-    def branches(self) -> list[slice]:
-        """Where in T the completions of each prompt are."""
-        own = [
-            sum(self.lengths[b * self.rows : (b + 1) * self.rows])
-            for b in range(len(self.prompt_lengths))
-        ]
-        return spans(own, self.prompt_tokens)
-
-    @cached_property
-    def completions(self) -> list[slice]:
-        """Where in T each completion is."""
-        return spans(self.lengths, self.prompt_tokens)
-
-    def positions(self, device: torch.device) -> Tensor:
-        """[T] how many tokens stand before each on its way from the root."""
-        ways = [torch.arange(length) for length in self.prompt_lengths]
-        for n, length in enumerate(self.lengths):
-            ways.append(torch.arange(length) + self.prompt_lengths[n // self.rows])
-        return torch.cat(ways).to(device)
+    tree: Tree
 
     def attend(
         self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
     ) -> Tensor:
         """As `Plan.attend` says."""
-        reaches_back = how.window is None or how.window >= self.longest
+        reaches_back = how.window is None or how.window >= self.tree.longest
         if has_fused_kernel(queries_HTd) and reaches_back and how.softcap is None:
-            return split(queries_HTd, keys_KTd, values_KTd, self, how.scale)
-        return expanded(queries_HTd, keys_KTd, values_KTd, self, how)
-
-
-def spans(lengths: Sequence[int], start: int) -> list[slice]:
-    """One after the other."""
-    found = []
-    for length in lengths:
-        found.append(slice(start, start + length))
-        start += length
-    return found
-
-
-def padded(x_XTd: Tensor, parts: Sequence[slice]) -> Tensor:
-    """Parts of T as [parts, X, longest, d], zeros behind the shorter ones."""
-    first, width = parts[0], parts[0].stop - parts[0].start
-    if all(part.stop - part.start == width for part in parts):
-        whole = x_XTd[:, first.start : parts[-1].stop]
-        return whole.view(whole.shape[0], len(parts), width, whole.shape[2]).transpose(0, 1)
-    rows = [x_XTd[:, part].transpose(0, 1) for part in parts]
-    return pad_sequence(rows, batch_first=True).transpose(1, 2)
-
-
-def unpadded(x_NXCd: Tensor, parts: Sequence[slice]) -> Tensor:
-    """[X, T', d] the parts end to end again."""
-    rows = [x_NXCd[n, :, : part.stop - part.start] for n, part in enumerate(parts)]
-    return torch.cat(rows, dim=1)
-
-
-# The fast way on a CPU: the fused kernel on each piece, the pieces put together by their
-# log-sum-exp. With that of the whole given to a piece's backward, its gradient is that of the whole
-# (as in ring attention, 2310.01889): the kernel makes the probabilities again as e^(score - it).
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def has_fused_kernel(x: Tensor) -> bool:
-    """Whether torch has a kernel here that gives the scores' log-sum-exp: on a CPU alone."""
-    return x.device.type == "cpu"
-
-
-def split(
-    queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, tree: Tree, scale: float
-) -> Tensor:
-    """[T, H, d] a tree's attention, where no layer's window or cap gets in the way."""
-    out: Tensor = SplitAttention.apply(  # type: ignore[no-untyped-call]
-        queries_HTd, keys_KTd, values_KTd, tree, scale
-    )
-    return out
-
-
-class SplitAttention(torch.autograd.Function):
-    """A tree's attention: prompts, completions to their prompt, completions to themselves.
-
-    Keeps queries, keys, values, the output and a log-sum-exp for each head and token. Whatever the
-    precision of the products, pieces are put together and gradients added up in fp32 or better.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries_HTd: Tensor,
-        keys_KTd: Tensor,
-        values_KTd: Tensor,
-        tree: Tree,
-        scale: float,
-    ) -> Tensor:
-        heads, tokens, width = queries_HTd.shape
-        sums = sum_dtype(queries_HTd)
-        whole_THd = queries_HTd.new_empty(tokens, heads, width, dtype=sums)
-        out_HTd = whole_THd.transpose(0, 1)
-        normalizer_HT = queries_HTd.new_empty(heads, tokens, dtype=sums)
-        pieces = Pieces(queries_HTd, keys_KTd, values_KTd)
-        for prompt, branch in zip(tree.prompts, tree.branches, strict=True):
-            out_HTd[:, prompt], normalizer_HT[:, prompt] = pieces.forward(
-                prompt, prompt, True, scale
-            )
-            if branch.stop > branch.start:
-                out_HTd[:, branch], normalizer_HT[:, branch] = pieces.forward(
-                    branch, prompt, False, scale
-                )
-        own = [part for part in tree.completions if part.stop > part.start]
-        if own:
-            everywhere = slice(own[0].start, own[-1].stop)
-            out, normalizer = _flash(*pieces.padded(own), is_causal=True, scale=scale)
-            out_own, own_HT = unpadded(out, own), unpadded(normalizer[..., None], own)[..., 0]
-            of_prompt_HT = normalizer_HT[:, everywhere]
-            whole_HT = torch.logaddexp(of_prompt_HT, own_HT)
-            out_HTd[:, everywhere] *= (of_prompt_HT - whole_HT).exp_()[..., None]
-            out_HTd[:, everywhere] += out_own.to(sums).mul_((own_HT - whole_HT).exp_()[..., None])
-            normalizer_HT[:, everywhere] = whole_HT
-        out_THd = whole_THd.to(queries_HTd.dtype)
-        ctx.save_for_backward(queries_HTd, keys_KTd, values_KTd, out_THd, normalizer_HT)
-        ctx.tree, ctx.scale = tree, scale
-        return out_THd
-
-    @staticmethod
-    def backward(ctx: Any, grad_THd: Tensor) -> tuple[Tensor | None, ...]:
-        queries_HTd, keys_KTd, values_KTd, out_THd, normalizer_HT = ctx.saved_tensors
-        tree, scale = ctx.tree, ctx.scale
-        pieces = Pieces(queries_HTd, keys_KTd, values_KTd)
-        grad_HTd, out_HTd = grad_THd.transpose(0, 1), out_THd.transpose(0, 1)
-        asked = (queries_HTd, keys_KTd, values_KTd)
-        grads = Pieces(*(torch.zeros_like(x, dtype=sum_dtype(x)) for x in asked))
-        for prompt, branch in zip(tree.prompts, tree.branches, strict=True):
-            for part, causal in ((prompt, True), (branch, False)):
-                if part.stop > part.start:
-                    found = _flash_backward(
-                        grad_HTd[None, :, part], *pieces.of(part, prompt),
-                        out_HTd[None, :, part], normalizer_HT[None, :, part],
-                        0.0, causal, scale=scale,
-                    )  # fmt: skip
-                    grads.add(part, prompt, *(x[0] for x in found))
-        own = [part for part in tree.completions if part.stop > part.start]
-        if own:
-            everywhere = slice(own[0].start, own[-1].stop)
-            found = _flash_backward(
-                padded(grad_HTd, own), *pieces.padded(own), padded(out_HTd, own),
-                padded(normalizer_HT[..., None], own)[..., 0], 0.0, True, scale=scale,
-            )  # fmt: skip
-            grads.add(everywhere, everywhere, *(unpadded(x, own) for x in found))
-        dtype = queries_HTd.dtype
-        return grads.queries.to(dtype), grads.keys.to(dtype), grads.values.to(dtype), None, None
-
-
-class Pieces:
-    """Queries, keys and values of which pieces are taken, or to which they are added."""
-
-    def __init__(self, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor) -> None:
-        self.queries, self.keys, self.values = queries_HTd, keys_KTd, values_KTd
-        self.repeats = queries_HTd.shape[0] // keys_KTd.shape[0]
-
-    def of(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """[1, H, ·, d] each, keys and values repeated to as many heads as there are queries'."""
-        keys_HTd, values_HTd = (
-            x[:, keys].repeat_interleave(self.repeats, dim=0) for x in (self.keys, self.values)
-        )
-        return self.queries[None, :, queries], keys_HTd[None], values_HTd[None]
-
-    def padded(self, parts: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
-        """[parts, H, longest, d] each."""
-        keys_NHCd, values_NHCd = (
-            padded(x, parts).repeat_interleave(self.repeats, dim=1)
-            for x in (self.keys, self.values)
-        )
-        return padded(self.queries, parts), keys_NHCd, values_NHCd
-
-    def forward(
-        self, queries: slice, keys: slice, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """[H, ·, d] what the queries take from the keys, and [H, ·] the scores' log-sum-exp."""
-        out, normalizer = _flash(*self.of(queries, keys), is_causal=causal, scale=scale)
-        return out[0], normalizer[0]
-
-    def add(
-        self, queries: slice, keys: slice, to_queries: Tensor, to_keys: Tensor, to_values: Tensor
-    ) -> None:
-        """Adds [H, ·, d] each; what was repeated over heads is summed over them."""
-        self.queries[:, queries] += to_queries
-        for own, more in ((self.keys, to_keys), (self.values, to_values)):
-            own[:, keys] += more.unflatten(0, (-1, self.repeats)).sum(dim=1, dtype=own.dtype)
+            return split(queries_HTd, keys_KTd, values_KTd, self.tree, how.scale)
+        return expanded(queries_HTd, keys_KTd, values_KTd, self.tree, how)
 
 
 def expanded(
@@ -385,7 +149,7 @@ def weighted(
         if seen is not None:
             shape = (queries.shape[0], 1, queries.shape[2], keys.shape[2])
             added = seen.added.to(queries.dtype).expand(shape)
-        out, normalizer = _flash(queries, keys, values, attn_mask=added, scale=how.scale)
+        out, normalizer = flash(queries, keys, values, attn_mask=added, scale=how.scale)
     else:
         scores = how.apply(batched_in_fp32(queries, keys.transpose(-1, -2)) * how.scale)
         if seen is not None:

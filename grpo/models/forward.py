@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.errors import ConfigError
-from grpo.models.attention import Tree, read
+from grpo.models.attention import TreePlan, read
 from grpo.models.head import Features, Head, Readout, TokenScores, score
 from grpo.models.padding import taken
 from grpo.models.sampling_filters import KeptTokens, cut
+from grpo.models.tree import Tree
 from grpo.types import Sampling
 
 
@@ -96,7 +97,7 @@ def shared_prefix(model: PreTrainedModel, head: Head, batch: Completions) -> Fea
     read_NC = batch.mask_NC[:, 1:]  # a completion's last token is predicted, never read
     tree = Tree(tuple(batch.prompt_lengths_B.tolist()), tuple(read_NC.sum(dim=1).tolist()))
     tokens_T = torch.cat([batch.prompts_BP[prompt_mask_BP], batch.tokens_NC[:, :-1][read_NC]])
-    hidden_TD = read(model, tokens_T, tree.positions(tokens_T.device), tree)
+    hidden_TD = read(model, tokens_T, tree.positions(tokens_T.device), TreePlan(tree))
     return Features(taken(hidden_TD, predictors(tree, batch.mask_NC)), head, head.vocabulary)
 
 

@@ -6,6 +6,7 @@ import re
 import threading
 from pathlib import Path
 
+from grpo.config.validation import check_revision
 from grpo.errors import ConfigError
 from grpo.models.own_code import own_files
 
@@ -13,7 +14,6 @@ SECONDS = 4.0
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # its licence
 CODE = ["*.py"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
-REVISION = re.compile(r"(?!.*\.\.)[\w+@-][\w./+@-]*")  # no way out of the cache's folder
 
 
 class HubUnreachable(Exception):
@@ -93,12 +93,6 @@ def cached_model(id: str, revision: str | None = None, *, with_code: bool = Fals
     if with_code and not all((folder / name).is_file() for name in own_files(folder)):
         return None  # downloaded when its code was not asked for
     return folder if holds_model(folder) else None
-
-
-def check_revision(key: str, revision: str | None) -> None:
-    """Raises ConfigError, naming `key`, where a revision is none that a hub could have."""
-    if revision is not None and not REVISION.fullmatch(revision):
-        raise ConfigError(f"{key}={revision}: should be a branch, a tag or a commit of the hub.")
 
 
 def named_revision(id: str, revision: str | None) -> str:

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo.models.attention import attention_as
 from grpo.models.cpu.linear import computed_as
 from grpo.models.cpu.select import lean
+from grpo.models.plan import attention_as
 
 
 def recomputable(model: nn.Module) -> list[nn.Module]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo.config.secrets import cross_out
 from grpo.errors import RunError
 from grpo.objective.advantages import weighted_sum
-from grpo.secrets import cross_out
 from grpo.types import Failure, Rollout, Sample, Scores
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.models.attention import Scoring, Seen, Tree, padded, sees, weighted
+from grpo.models.attention import Seen, TreePlan, sees, weighted
 from grpo.models.cpu import compiled
+from grpo.models.plan import Scoring
+from grpo.models.tree import Tree, padded
 
 
 @dataclass
@@ -176,4 +178,4 @@ class Reading:
     ) -> Tensor:
         """As `Plan.attend` says."""
         self.cache.store_prompts(layer, self.first, keys_KTd, values_KTd, self.tree)
-        return self.tree.attend(layer, queries_HTd, keys_KTd, values_KTd, how)
+        return TreePlan(self.tree).attend(layer, queries_HTd, keys_KTd, values_KTd, how)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from grpo.errors import ConfigError
 from grpo.memory.budget import Budget, evenly
-from grpo.models.attention import Tree, read
+from grpo.models.attention import read
 from grpo.models.cpu.select import decoding
 from grpo.models.forward import shared_prefix
 from grpo.models.load import LanguageModel
+from grpo.models.tree import Tree
 from grpo.rollout.cache import Cache, Reading
 from grpo.rollout.draw import draw, seen_tokens
 from grpo.rollout.engine import NoDistribution, Row, StopStrings, in_shares

@@ -8,9 +8,9 @@ import torch
 
 from grpo.errors import ConfigError, one_line
 from grpo.memory.budget import Budget
+from grpo.memory.microbatch import MicroBatch, completions
 from grpo.models.forward import UNSUITED, computes_in_fp32, random_completions, shared_prefix
 from grpo.models.load import LanguageModel
-from grpo.models.microbatch import MicroBatch, completions
 from grpo.rollout.engine import Engine
 from grpo.types import Example, Prompt, Rollout, Sampling
 

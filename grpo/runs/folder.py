@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,20 +15,11 @@ from grpo.errors import ConfigError
 from grpo.models.files import check_reachable, local_folder, model_folder
 from grpo.models.hub import holds_adapter, holds_model
 from grpo.models.own_code import NeedsCode
-from grpo.secrets import cross_out
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Occupied(ConfigError):
-    """Another process is in a run's folder, which is that one's to write."""
-
-
-RUNNING = "running"  # also of a run that was killed
-A_LOOK = 1.0  # seconds that `is_locked` of another process may hold up a lock, at the very most
-FINISHED = "finished"
-ENDED = (FINISHED, "pruned")  # the statuses of runs of which nothing is left to do
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,77 +40,6 @@ def checkpoint_steps(run: Path) -> list[Path]:
 def newest_step(run: Path) -> Path | None:
     steps = checkpoint_steps(run)
     return steps[-1] if steps else None
-
-
-def read_summary(run: Path) -> dict[str, Any] | None:
-    """A run's summary.json; None where there is none that can be read."""
-    try:
-        content = json.loads((run / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def is_finished(run: Path) -> bool:
-    return (read_summary(run) or {}).get("status") == "finished"
-
-
-def put(file: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file at once: a reader, a kill or another writer meets the old one or the new."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    write(aside)
-    aside.replace(file)
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """As `put`."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    put(file, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def note_failure(run: Path, reason: str) -> None:
-    """Says in a run's summary.json that it failed, where it can be written."""
-    content = {**(read_summary(run) or {}), "status": "failed", "error": cross_out(reason)}
-    try:
-        write_json(run / "summary.json", content)
-    except OSError as error:
-        log.warning("%s can't be written (%s).", run / "summary.json", error.strerror)
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Keeps other processes out of a run's folder; the system lets go of it when a process dies.
-
-    Raises:
-        Occupied: another one is in it.
-    """
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        until = time.monotonic() + A_LOOK
-        while not take_lock(descriptor, fcntl.LOCK_EX):
-            if time.monotonic() > until:
-                raise Occupied(f"{run}: another process is running in this folder.")
-            time.sleep(0.02)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_locked(run: Path) -> bool:
-    """Whether a process is in a run's folder, without keeping one out that wants to be."""
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        return not take_lock(descriptor, fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
-
-
-def take_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def checkpoint_model(

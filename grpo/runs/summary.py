@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grpo.config.secrets import cross_out
 from grpo.device import Device
-from grpo.runs.checkpoint import Progress
-from grpo.runs.folder import write_json
-from grpo.secrets import cross_out
-from grpo.tracking.files import read_lines
+from grpo.runs.files import write_json
+from grpo.runs.jsonl import read_lines
+from grpo.runs.progress import Progress
 
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb")
 

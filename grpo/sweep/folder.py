@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
-from grpo.runs.folder import ENDED, RUNNING, is_locked, newest_step, read_summary, write_json
+from grpo.runs.files import ENDED, RUNNING, read_summary, write_json
+from grpo.runs.folder import newest_step
+from grpo.runs.lock import is_locked
 
 RECORD = "sweep.json"
 STUDY = "study.json"  # there too where the sweep is a search
@@ -124,6 +127,15 @@ def status_of(run: Path, summary: Mapping[str, Any]) -> str:
     return "killed" if status == RUNNING and not is_locked(run) else status
 
 
+@dataclass(frozen=True)
+class SweepEnd:
+    """What a sweep came to."""
+
+    folder: Path
+    jobs: Sequence[Standing]
+    broken: Sequence[Standing]  # those of them that did not end well
+
+
 def numbered(record: Record | None, jobs: Sequence[Sequence[str]], sweep: Path) -> list[list[str]]:
     """All jobs in order of their numbers: those that are there keep theirs, new ones follow.
 
@@ -167,3 +179,10 @@ def jobs_of(sweep: Path) -> Iterator[Standing]:
     for number, job in enumerate(record_of(sweep).jobs):
         if job:
             yield standing(sweep, number)
+
+
+def counted(statuses: Iterable[str]) -> str:
+    """`3 finished, 1 to run`"""
+    words = {"none": "to run"}
+    counts = Counter(words.get(status, status) for status in statuses)
+    return ", ".join(f"{count} {status}" for status, count in counts.items())

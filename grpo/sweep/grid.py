@@ -8,14 +8,16 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from grpo.config import writable
+from grpo.config.validation import writable
 from grpo.errors import ConfigError
-from grpo.runs.folder import FINISHED, locked
-from grpo.sweep.close import close, counted
+from grpo.runs.files import FINISHED
+from grpo.runs.lock import locked
 from grpo.sweep.folder import (
     STUDY,
     Record,
     Standing,
+    SweepEnd,
+    counted,
     jobs_of,
     numbered,
     read_record,
@@ -31,8 +33,8 @@ def sweep(
     arguments: Sequence[str],
     objectives: Mapping[str, str] | None,
     direction: str,
-) -> None:
-    """Runs what is left of a grid, and says what became of it.
+) -> SweepEnd:
+    """Runs what is left of a grid.
 
     Args:
         params: values to sweep, from a file in conf/sweep/; the arguments win over them.
@@ -42,7 +44,7 @@ def sweep(
 
     Raises:
         ConfigError: there is nothing to sweep, a job's config is wrong, or the folder is another's.
-        RunError: jobs failed.
+        RunError: no job could be started.
     """
     check_directions(objectives, direction)
     folder = launch.folder
@@ -69,7 +71,7 @@ def sweep(
             print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)
             raise
         after = list(jobs_of(folder))
-        close(folder, after, [job for job in after if not job.ended])
+    return SweepEnd(folder, after, [job for job in after if not job.ended])
 
 
 def combinations(

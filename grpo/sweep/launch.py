@@ -15,13 +15,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.check import check, check_training
-from grpo.config import without_hydra
+from grpo.config.check import check, check_training
+from grpo.config.overrides import key_of, quoted
+from grpo.config.schema import without_hydra
+from grpo.config.trust import check_code
 from grpo.errors import ConfigError, RunError
-from grpo.runs.resume import key_of, quoted
+from grpo.runs.stop import stoppable
 from grpo.sweep.folder import standing
-from grpo.sweep.stop import stoppable
-from grpo.trust import check_code
 
 log = logging.getLogger(__name__)
 

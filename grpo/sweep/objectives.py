@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from grpo.check import check_metric
+from grpo.config.check import check_metric
 from grpo.errors import ConfigError
-from grpo.runs.folder import read_summary
-from grpo.tracking.files import read_lines
+from grpo.runs.files import read_summary
+from grpo.runs.jsonl import read_lines
 
 DIRECTIONS = ("maximize", "minimize")
 

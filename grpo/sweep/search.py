@@ -22,11 +22,20 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.study import StudyDirection as Direction
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from grpo.config import writable
+from grpo.config.validation import writable
 from grpo.errors import ConfigError, RunError
-from grpo.runs.folder import RUNNING, is_locked, locked, note_failure
-from grpo.sweep.close import close, counted
-from grpo.sweep.folder import STUDY, Record, Standing, StudyFile, read_record, standing
+from grpo.runs.files import RUNNING, note_failure
+from grpo.runs.lock import is_locked, locked
+from grpo.sweep.folder import (
+    STUDY,
+    Record,
+    Standing,
+    StudyFile,
+    SweepEnd,
+    counted,
+    read_record,
+    standing,
+)
 from grpo.sweep.launch import Launch, given
 from grpo.sweep.objectives import objectives_of, reached_values
 from grpo.sweep.space import Space, combinations, corners, space_of, written
@@ -48,8 +57,8 @@ NOWHERE = ""  # the folder of a trial that came too late to be run
 
 def search(
     launch: Launch, params: Mapping[str, object], arguments: Sequence[str], options: Options
-) -> None:
-    """Runs trials until there are `n_trials` in all, and says what came of them.
+) -> SweepEnd:
+    """Runs trials until there are `n_trials` in all.
 
     Args:
         params: what to search, from a file in conf/sweep/; the arguments win over them.
@@ -57,7 +66,7 @@ def search(
 
     Raises:
         ConfigError: it can't be searched as asked, or the study is another one's.
-        RunError: trials failed.
+        RunError: the study can't be reached any more.
     """
     quiet()
     overrides = OverridesParser.create(launch.context.config_loader).parse_overrides(
@@ -87,7 +96,7 @@ def search(
         reach(options.storage)
     writable(folder, "sweep_dir")
     study, name = open_study(options, asked, objectives, space, fixed, folder)
-    Search(launch, options, study, space, fixed, list(objectives), folder, name).run()
+    return Search(launch, options, study, space, fixed, list(objectives), folder, name).run()
 
 
 def fixed_of(overrides: Sequence[Override]) -> list[str]:
@@ -212,8 +221,8 @@ class Search:
     place: str  # the folder's name in the study
     tried: set[int] = field(default_factory=set)  # the trials that this process has run
 
-    def run(self) -> None:
-        """Raises RunError where trials failed."""
+    def run(self) -> SweepEnd:
+        """Raises RunError where the study is lost."""
         print(f"search of {self.total} trials in {self.folder}: {self.so_far()}", flush=True)
         minimized = self.study.directions[0] == Direction.MINIMIZE
         try:
@@ -231,7 +240,7 @@ class Search:
             ) from error
         print(answer, flush=True)
         after = self.standings()
-        close(self.folder, after, [job for job in after if self.is_broken(job)])
+        return SweepEnd(self.folder, after, [job for job in after if self.is_broken(job)])
 
     def is_broken(self, job: Standing) -> bool:
         """Whether it did not end well; one that this process ran and that left nothing is lost."""

@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
-from grpo.config import nearest
+from grpo.config.suggest import nearest
 from grpo.errors import ConfigError
 from grpo.seeds import SEEDS, stream_seed
 from grpo.sweep.objectives import check_directions

@@ -14,12 +14,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from grpo.runs.folder import ENDED, RUNNING
+from grpo.runs.files import ENDED, RUNNING
+from grpo.runs.jsonl import read_lines
+from grpo.runs.stop import VIEW
 from grpo.sweep.folder import Standing, read_record, standing
-from grpo.sweep.stop import VIEW
 from grpo.tracking.charts import chart
 from grpo.tracking.console import duration
-from grpo.tracking.files import read_lines
 
 LOOKS_A_SECOND = 0.5
 CHART_WIDTH = 24

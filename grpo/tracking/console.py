@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from grpo.sweep.stop import is_viewed
+from grpo.runs.stop import is_viewed
 from grpo.tracking.charts import chart
 from grpo.tracking.tracker import Metrics, RunInfo, Sink
 

@@ -10,7 +10,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import flat, writable
+from grpo.config.schema import flat
+from grpo.config.validation import writable
 from grpo.errors import ConfigError
 from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink, values_of
 

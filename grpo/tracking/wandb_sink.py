@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import ConfigError, one_line
-from grpo.runs.folder import ENDED
+from grpo.runs.files import ENDED
 from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink, values_of
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from grpo.rewards.score import stop_where_all_failed
 from grpo.rollout import Engine
 from grpo.seeds import stream_seed
 from grpo.training.clock import Clock
+from grpo.training.metrics import rollout_metrics, score_metrics
 from grpo.types import Prompt, Rollout, Sampling, Scores
 
 TRIES = 1000  # prompts looked at for one that fits
@@ -85,7 +86,7 @@ class Collector:
         sampled = join_rollouts(rollouts, everything)
         scored = join_scores(scores, everything)
         stop_where_all_failed(sampled, scored)
-        metrics = {**scored.metrics(), **sampled.metrics(), **times}
+        metrics = {**score_metrics(scored), **rollout_metrics(sampled), **times}
         if self.resample:
             metrics["reward/resampled_groups"] = float(len(everything) - self.batch_size)
         return Batch(

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from grpo.errors import ConfigError
 from grpo.memory.budget import Limit
+from grpo.memory.microbatch import score_rollout
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
-from grpo.models.microbatch import score_rollout
 from grpo.models.reference import Reference
 from grpo.objective import AdaptiveWeight
-from grpo.training.update import KLTerm
+from grpo.training.loss import KLTerm
 from grpo.types import Rollout, Sampling
 
 

@@ -12,17 +12,19 @@ from grpo.device import Device
 from grpo.errors import RunError
 from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
-from grpo.runs.checkpoint import Checkpoints, Progress
 from grpo.runs.interrupt import Interrupt
+from grpo.runs.progress import Progress
 from grpo.seeds import stream_seed
 from grpo.tracking.tokens import with_tokens
 from grpo.tracking.tracker import Tracker, answer_rows, completion_rows
+from grpo.training.checkpoint import Checkpoints
 from grpo.training.clock import Clock
 from grpo.training.collect import Collector
 from grpo.training.evaluation import Evaluation, metrics_of
 from grpo.training.kl_penalty import Pull
+from grpo.training.loss import Learned, Objective
 from grpo.training.optimizer import Optimizer
-from grpo.training.update import Learned, Objective, old_policy, update
+from grpo.training.update import old_policy, update
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,24 @@ from grpo.verifiers.values import CONTAINERS
 TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
-    from grpo.verifiers.mirror import Side
+    class Side(Protocol):
+        """What of `mirror.Side` is used here."""
+
+        hashes: dict[int, int]
+        building: bool
+
+        def ask(self, operation: str, *operands: Any, **options: Any) -> Any: ...
+
+        def operate(self, operation: str, *operands: Any) -> Any: ...
+
+        def compare(self, operation: str, one: Any, other: Any) -> Any: ...
+
+        def contains(self, container: Any, item: Any) -> Any: ...
+
+        def read(self, value: Any, name: str) -> Any: ...
+
 
 # Of a subclass of one of these an object has its value with it: what makes it one of exactly these.
 VALUED: dict[type, Callable[[Any], Any]] = {

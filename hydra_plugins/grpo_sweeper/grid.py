@@ -32,4 +32,8 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         from grpo.sweep.grid import sweep
 
-        sweep(self.launch, self.params, arguments, self.objectives, self.direction)
+        end = sweep(self.launch, self.params, arguments, self.objectives, self.direction)
+
+        from grpo.commands.report import report_sweep_end  # only now: it brings the drawing with it
+
+        report_sweep_end(end)

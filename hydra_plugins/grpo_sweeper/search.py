@@ -27,4 +27,8 @@ class OptunaSweeper(Sweeper):
         from grpo.sweep.search import search
         from grpo.sweep.study import Options
 
-        search(self.launch, self.params, arguments, Options.of(self.options))
+        end = search(self.launch, self.params, arguments, Options.of(self.options))
+
+        from grpo.commands.report import report_sweep_end  # only now: it brings the drawing with it
+
+        report_sweep_end(end)

@@ -18,17 +18,18 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 from grpo.device import forget_peak, open_device
 from grpo.memory.budget import Budget
 from grpo.memory.estimate import LIBRARIES_GB, Work, held_by
+from grpo.memory.microbatch import score_rollout
 from grpo.models.files import PACKAGED
 from grpo.models.head import Head, Readout
 from grpo.models.load import LanguageModel, choose_forward
-from grpo.models.microbatch import score_rollout
 from grpo.models.reference import reference_of
 from grpo.objective.kl import k3
 from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
+from grpo.training.loss import KLTerm, Learned, Objective
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import KLTerm, Learned, Objective, update
+from grpo.training.update import update
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 PROMPT, COMPLETION, GROUP = 128, 128, 8  # tokens of a group: 1152

@@ -22,9 +22,9 @@ from transformers import GenerationConfig
 from grpo.device import Device, open_device
 from grpo.memory.budget import Budget
 from grpo.memory.estimate import Work, budget_of, held_by
+from grpo.memory.microbatch import score_rollout
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel, load_language_model
-from grpo.models.microbatch import score_rollout
 from grpo.models.padding import pad_left
 from grpo.models.reference import reference_of
 from grpo.objective.kl import k3
@@ -32,8 +32,9 @@ from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
 from grpo.rollout import NativeEngine
+from grpo.training.loss import KLTerm, Learned, Objective
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import KLTerm, Learned, Objective, update
+from grpo.training.update import update
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 ROWS = 32  # at which decoding is measured

@@ -14,15 +14,16 @@ from settings import SETTINGS
 
 from grpo.device import open_device
 from grpo.memory.budget import Budget
+from grpo.memory.microbatch import score_rollout
 from grpo.models.load import load_language_model
-from grpo.models.microbatch import score_rollout
 from grpo.models.reference import reference_of
 from grpo.objective.kl import k3
 from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
+from grpo.training.loss import KLTerm, Learned, Objective
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import KLTerm, Learned, Objective, update
+from grpo.training.update import update
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 LIMIT = Budget.of(2048).computed

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.attention import Plan, Scoring
 from grpo.models.cpu import compiled
 from grpo.models.cpu.linear import (
     LaidOut,
@@ -32,6 +31,7 @@ from grpo.models.cpu.modules import (
     normed_by,
     rms_factor,
 )
+from grpo.models.plan import Plan, Scoring
 
 Positions = tuple[Tensor, Tensor]  # cosines and sines [1, T, d], as transformers gives its layers
 

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from grpo.models.attention import NAME, Scoring, Tree, attention_as
 from grpo.models.cpu.layer import ForFewRows, Layer, Rotations, WithGradient
 from grpo.models.cpu.linear import (
     computed_as,
@@ -24,6 +23,9 @@ from grpo.models.cpu.linear import (
     suits_onednn,
 )
 from grpo.models.cpu.modules import lean_blocks, lean_lookups, lean_norms, looks_like_norm
+from grpo.models.cpu.tree_attention import split
+from grpo.models.plan import NAME, Scoring, attention_as
+from grpo.models.tree import Tree
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -79,7 +81,7 @@ def looks_usual(module: Any) -> bool:
 
 
 class Overheard:
-    """A plan that notes how a layer scores its keys."""
+    """A plan that notes how a layer scores its keys, and scores them all alike."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree, self.how = tree, Scoring(0.0)
@@ -89,7 +91,7 @@ class Overheard:
     ) -> Tensor:
         """As `Plan.attend` says."""
         self.how = how
-        return self.tree.attend(layer, queries_HTd, keys_KTd, values_KTd, how)
+        return split(queries_HTd, keys_KTd, values_KTd, self.tree, how.scale)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
-from grpo.check import REWARD_METRICS
+from grpo.config.metric_names import REWARD_METRICS
 from grpo.report.run.read import Run
 from grpo.report.shell import COLORS, Figure
 from grpo.tracking.charts import averaged, shares

@@ -10,7 +10,7 @@ from grpo.report.run.browser import browser
 from grpo.report.run.charts import sections
 from grpo.report.run.read import Run, differences, read_run, shipped_config
 from grpo.report.shell import COLORS, Page, row, table
-from grpo.runs.folder import put
+from grpo.runs.files import put
 
 
 def write_run_page(folder: Path) -> Path:

@@ -12,14 +12,13 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import flat
+from grpo.config.schema import DoctorConfig, flat
+from grpo.config.secrets import hide, texts_of_environment
 from grpo.doctor.diagnoses import Diagnosis, diagnose
-from grpo.doctor.limits import Limits
 from grpo.errors import ConfigError
-from grpo.runs.folder import read_summary
+from grpo.runs.files import read_summary
+from grpo.runs.jsonl import read_lines
 from grpo.runs.resume import read_yaml
-from grpo.secrets import hide, texts_of_environment
-from grpo.tracking.files import read_lines
 
 NOT_COMPARED = ("hydra", "sweep_dir", "resume", "name")
 
@@ -81,7 +80,7 @@ def read_run(folder: Path) -> Run:
 def diagnosed(lines: list[dict[str, Any]], config: Mapping[str, Any]) -> list[Diagnosis]:
     """What the doctor says of a run, by the limits in its config; nothing at doctor=none."""
     limits = config.get("doctor")
-    return diagnose(lines, config, Limits(**limits)) if limits else []
+    return diagnose(lines, config, DoctorConfig(**limits)) if limits else []
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:
@@ -134,7 +133,7 @@ def shipped_config() -> dict[str, Any]:
     from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode
 
-    from grpo.config import conf_folder, register
+    from grpo.config.schema import conf_folder, register
 
     register()
     loader = ConfigLoaderImpl(create_config_search_path(str(conf_folder())))

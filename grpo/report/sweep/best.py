@@ -13,7 +13,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from grpo.config import conf_folder
+from grpo.config.schema import conf_folder
 
 LEFT_OUT = ("sweep", "sweep_dir", "resume", "name", "tracking")  # change nothing that is measured
 

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from grpo.report.shell import Page, row, table
 from grpo.report.sweep.ranking import Ranking, shown
 from grpo.report.sweep.read import Job, Sweep
-from grpo.sweep.close import counted
+from grpo.sweep.folder import counted
 
 
 def page(

@@ -11,9 +11,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.errors import ConfigError
 from grpo.report.run.read import resolved
+from grpo.runs.jsonl import last_values, read_lines
 from grpo.runs.resume import read_yaml
 from grpo.sweep.folder import StudyFile, record_of, standing
-from grpo.tracking.files import last_values, read_lines
 
 UNMARKED = ("seed", "sweep", "name")  # overrides that don't make a setting
 

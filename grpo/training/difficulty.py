@@ -10,7 +10,7 @@ from pathlib import Path
 from grpo.errors import ConfigError
 from grpo.rewards.score import is_right, to_samples
 from grpo.rollout import Engine
-from grpo.tracking.files import encode, read_lines, reopen
+from grpo.runs.jsonl import encode, read_lines, reopen
 from grpo.types import Prompt, Sampling
 
 log = logging.getLogger(__name__)

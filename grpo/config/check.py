@@ -8,39 +8,15 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from grpo.config import at_least, flat, more_than_nothing, nearest, one_of
+from grpo.config.metric_names import EVAL_METRICS, OF_SOURCE, REWARD_METRICS, STEP_METRICS
+from grpo.config.schema import flat
+from grpo.config.suggest import nearest
+from grpo.config.validation import at_least, check_revision, more_than_nothing, one_of
 from grpo.errors import ConfigError
-from grpo.models.hub import check_revision
 from grpo.seeds import SEEDS
 
 NO_PROJECT, NO_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
 LARGEST = 2**31 - 1  # of whole numbers, and of tokens that are sampled together
-EVAL_METRICS = (
-    "eval/reward",
-    "eval/accuracy",
-    "eval/sampled_accuracy",
-    "eval/pass_at_k",
-    "eval/length_mean",
-)
-REWARD_METRICS = (
-    "mean",
-    "std",
-    "failed",
-    "solved_groups",
-    "unsolved_groups",
-    "zero_variance_groups",
-    "resampled_groups",
-)
-STEP_METRICS = (
-    *("loss/total", "loss/policy", "loss/kl", "kl/mean", "kl/k1", "kl/k2", "kl/k3"),
-    *("kl/weight", "policy/entropy", "policy/clip_fraction", "policy/ratio_max"),
-    *("sampler/kl", "sampler/importance_min", "sampler/importance_max"),
-    *("completion/length_mean", "completion/length_max", "completion/truncated"),
-    *("completion/answered", "optim/grad_norm", "optim/learning_rate", "optim/moved"),
-    *("optim/skipped", "time/step", "time/rollout", "time/reward", "time/update"),
-    *("perf/completion_tokens_per_second", "perf/samples_per_second", "memory/peak_gb"),
-)
-OF_SOURCE = ("eval/accuracy_from_", "eval/sampled_accuracy_from_", "reward/from_")  # a mix's set
 
 
 def check(cfg: DictConfig) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.runs.resume import key_of
+from grpo.config.overrides import key_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from grpo import __version__
-from grpo.config import conf_folder
+from grpo.config.schema import conf_folder
 
 USAGE = """\
 grpo: train a language model by group-relative policy optimization (GRPO)

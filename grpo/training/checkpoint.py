@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,11 @@ from grpo.errors import ConfigError
 from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
 from grpo.runs.folder import checkpoint_steps
+from grpo.runs.progress import Progress
 from grpo.training.kl_penalty import Pull
 from grpo.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is, besides weights and optimizer. Everything random follows from the step."""
-
-    step: int  # updates done
-    run_id: str  # the trackers' name for this run
-    base: str  # fingerprint of the model that training began with: the reference
-    seconds: float = 0.0  # spent so far, over all its parts
-    unlogged: dict[str, float] | None = None  # a step's metrics that still lack their evaluation
 
 
 class Checkpoints:

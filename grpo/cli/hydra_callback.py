@@ -1,0 +1,93 @@
+"""Hydra's callback: a config is checked before Hydra makes a folder for it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.cli.exits import refuse
+from grpo.config.check import check
+from grpo.config.schema import without_hydra
+from grpo.config.secrets import refuse_secrets
+from grpo.config.trust import check_code
+from grpo.config.validation import writable
+from grpo.errors import ConfigError
+from grpo.runs import folder as past
+
+
+def check_hydra(config: DictConfig) -> None:
+    """Refuses settings of Hydra's under which runs are not found or their paths not meant."""
+    own = config.hydra
+    if own.output_subdir != ".hydra":
+        given = "null" if own.output_subdir is None else own.output_subdir
+        raise ConfigError(
+            f"hydra.output_subdir={given}: must be .hydra, where resume, eval and reports read a "
+            f"run's config."
+        )
+    if own.job.chdir:
+        raise ConfigError(
+            "hydra.job.chdir=true: relative paths (model.path, dataset.path, resume) are relative "
+            "to where you start, so a run stays there; leave it out."
+        )
+
+
+class CheckBeforeRun(Callback):
+    """Hydra's door: a refused config leaves no folder behind."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with refusing():
+            check_sweep(config)
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with refusing():
+            check_run(config)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Ends the process at any error: one in a callback Hydra only warns of, and then runs."""
+    try:
+        yield
+    except ConfigError as error:
+        refuse(error)
+    except OmegaConfBaseException as error:  # an interpolation to what is not there
+        key = getattr(error, "full_key", None)
+        refuse(ConfigError(f"{f'{key}: ' if key else ''}{str(error).splitlines()[0]}"))
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+def check_sweep(config: DictConfig) -> None:
+    """Raises ConfigError where Hydra should not sweep as it is asked to."""
+    refuse_secrets(config)
+    check_hydra(config)
+    if any(own.startswith("hydra.sweep.subdir=") for own in config.hydra.overrides.hydra):
+        raise ConfigError(
+            "hydra.sweep.subdir: a sweep's jobs lie in folders of their numbers, by which it goes "
+            "on and is reported; leave it out."
+        )
+    if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        raise ConfigError(
+            "hydra/sweeper=basic: has no report and can't go on after a kill; leave it out for "
+            "grid, which takes the same overrides."
+        )
+
+
+def check_run(config: DictConfig) -> None:
+    """Raises ConfigError where a config, or the folder that it names, is not fit for a run."""
+    refuse_secrets(config)
+    check_hydra(config)
+    own = without_hydra(config)
+    check_code(own)
+    check(own)
+    folder = Path(config.hydra.run.dir)
+    past.check_folder(folder, config.resume, config.model, config.adapter)
+    writable(folder, "hydra.run.dir")

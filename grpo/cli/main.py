@@ -1,0 +1,97 @@
+"""The command `grpo`: picks the job, lets Hydra compose its config, and speaks plainly of errors.
+
+Nothing heavy is imported until a job really starts, so help and refusals answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+if os.name == "nt":
+    print("grpo: runs on Linux and macOS; on Windows, inside WSL (wsl --install).", file=sys.stderr)
+    raise SystemExit(2)
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and are told here
+
+import hydra
+import yaml
+from hydra.errors import (
+    HydraException,
+    MissingConfigException,
+)
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.cli.exits import plainly, refuse
+from grpo.cli.explain import explain, key_of_nothing, no_choice
+from grpo.cli.help import help_text, version_text
+from grpo.cli.jobs import eval_job, prepare, train_job
+from grpo.cli.past import unchanged_if_refused, with_past_overrides
+from grpo.config import schema as config
+from grpo.config.suggest import nearest
+from grpo.errors import ConfigError
+
+JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
+WITHOUT_CONFIG = {  # jobs that read what a run left
+    "report": "grpo.commands.report",
+    "export": "grpo.commands.export",
+    "chat": "grpo.commands.chat",
+    "dashboard": "grpo.commands.dashboard",
+}
+
+
+def main() -> None:
+    """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
+    prepare()
+    with plainly():
+        if {"--help", "-h"} & set(sys.argv):
+            print(help_text(sys.argv), flush=True)
+            return None
+        if "--version" in sys.argv:
+            print(version_text(), flush=True)
+            return None
+        job, overrides = split_job(sys.argv[1:])
+        if job in WITHOUT_CONFIG:
+            run = getattr(import_module(WITHOUT_CONFIG[job]), job)
+            return run(overrides)  # type: ignore[no-any-return]
+        trusted = "--trust" in overrides
+        overrides = [own for own in overrides if own != "--trust"]
+        overrides = with_past_overrides(job, overrides, trusted)
+        sys.argv = ["grpo", *overrides]
+        command = hydra.main(
+            version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]
+        )
+        try:
+            with unchanged_if_refused(overrides):
+                command(train_job if job == "train" else eval_job)()
+        except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
+            refuse(ConfigError(explain(error, JOBS[job], overrides)))
+        except AssertionError as error:
+            if not str(error).startswith("Unexpected type for root"):  # OmegaConf's, of `none.key`
+                raise
+            refuse(ConfigError(key_of_nothing(JOBS[job], overrides)))
+        except ValueError as error:
+            if not str(error).startswith("Config group override must be"):
+                raise
+            refuse(ConfigError(no_choice(overrides)))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
+            refuse(ConfigError(f"{where}: not YAML ({error.problem})."))
+    return None
+
+
+def split_job(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The job that a first bare word names, and the rest. A word is never a valid override."""
+    if not arguments or arguments[0].startswith(("-", "~")) or "=" in arguments[0]:
+        return "train", list(arguments)
+    job = arguments[0]
+    known = (*JOBS, *WITHOUT_CONFIG)
+    if job not in known:
+        raise ConfigError(
+            f"{job}: no such job; there are {', '.join(known)}{nearest(job, known) or '.'} "
+            f"An override is written key=value."
+        )
+    return job, list(arguments[1:])

@@ -1,0 +1,104 @@
+"""From a `_target_` in a config to the callable with its options bound."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.config.suggest import nearest
+from grpo.errors import ConfigError
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A node as plain Python, interpolations resolved."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def bind(node: Mapping[str, Any], key: str) -> functools.partial[Any]:
+    """The callable that a node's `_target_` names, with the node's other keys bound.
+
+    Raises:
+        ConfigError: it can't be imported, or doesn't take one of the keys.
+    """
+    options = plain(node) if isinstance(node, DictConfig) else dict(node)
+    target = imported(str(options.pop("_target_", "")), f"{key}._target_")
+    check_options(target, options, key)
+    return functools.partial(target, **options)
+
+
+def imported(path: str, key: str) -> Callable[..., Any]:
+    """The callable of this path.
+
+    Raises:
+        ConfigError: it can't be imported.
+    """
+    try:
+        # Hydra's own way to a callable, with what it never lets a config name.
+        found: Callable[..., Any] = instantiate({"_target_": path, "_partial_": True}).func
+    except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
+        raise ConfigError(f"{key}={path}: can't be imported ({root_cause(error)}).") from error
+    return found
+
+
+def named(name: str, table: Mapping[str, Any], key: str) -> Any:
+    """What a bare name stands for in a table, or the function that a whole path names.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if name in table:
+        return table[name]
+    if "." not in name:
+        raise ConfigError(
+            f"{key}={name}: use one of {', '.join(table)}, or a function of your own as "
+            f"module.function{nearest(name, table)}"
+        )
+    return imported(name, key)
+
+
+def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: str) -> None:
+    """Refuses an option that a callable doesn't take, or whose value is of another type."""
+    try:
+        known = inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {target!r} can't be called.") from error
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    hints = type_hints(target)
+    for option, value in options.items():
+        if option not in known and not takes_any:
+            name = getattr(target, "__qualname__", target)
+            raise ConfigError(f"{key}.{option}: {name} takes no such key{nearest(option, known)}")
+        if not fits(value, hints.get(option, Any)):
+            hint = hints[option]
+            expected = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise ConfigError(f"{key}.{option}={value}: should be {expected}.")
+
+
+def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """A callable's annotations, where they can be resolved; a user's own may name anything."""
+    try:
+        return get_type_hints(vars(target)["__init__"] if isinstance(target, type) else target)
+    except (NameError, TypeError, AttributeError, KeyError):
+        return {}
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value is what a plain annotation asks for; other ones take anything."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not set(kinds) <= {int, float, str, bool, type(None)}:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,205 @@
+"""The typed schema of an experiment, and Hydra's door to it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf, flag_override
+
+
+@dataclass
+class ModelConfig:
+    """Where a model is: exactly one of id, path and packaged."""
+
+    name: str = MISSING
+    id: str | None = None
+    revision: str | None = None  # of an id: a branch, tag or commit; None is main
+    path: str | None = None
+    packaged: str | None = None
+    wheel: dict[str, str] | None = None  # a GGUF on PyPI, for where the hub can't be reached
+    trust_remote_code: bool = False  # run the Python code in the model's folder
+    learning_rate: float = MISSING
+
+
+@dataclass
+class OptimConfig:
+    name: str = MISSING
+    schedule: str = MISSING
+    warmup_steps: int = MISSING
+    weight_decay: float = MISSING
+    betas: list[float] = field(default_factory=list)
+    max_grad_norm: float = MISSING
+
+
+@dataclass
+class EvalConfig:
+    every: int = MISSING
+    samples: int = MISSING
+    temperature: float = MISSING
+    greedy: bool = MISSING
+
+
+@dataclass
+class CurriculumConfig:
+    order: str = MISSING
+    samples: int = MISSING
+    at_least: float = MISSING
+    at_most: float = MISSING
+
+
+@dataclass
+class SamplingConfig:
+    repetition_penalty: float = MISSING
+    top_k: int = MISSING
+    top_p: float = MISSING
+    min_p: float = MISSING
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AlgorithmConfig:
+    """Names are of grpo.objective, or of functions of your own by their whole path."""
+
+    policy_loss: dict[str, Any] = field(default_factory=dict)
+    baseline: str = MISSING
+    scale: str = MISSING
+    aggregate: str = MISSING
+    ratio: str = MISSING
+    averaging: str = MISSING
+    mask_truncated: bool = MISSING
+    top_entropy: float = MISSING
+    importance_cap: float = MISSING
+    entropy_weight: float = MISSING
+    num_iterations: int = MISSING
+    minibatches: int = MISSING
+    resample: int = MISSING
+    kl_weight: float = MISSING
+    kl_within: str = MISSING
+
+
+@dataclass
+class KLConfig:
+    estimator: str | None = MISSING
+    direction: str = MISSING
+    within: str = MISSING
+    unbiased_gradient: bool = MISSING
+    target: float | None = MISSING
+    horizon: int = MISSING
+    sync_every: int = MISSING
+    sync_share: float = MISSING
+
+
+@dataclass
+class DeviceConfig:
+    kind: str = MISSING
+    precision: str = MISSING
+    memory_gb: float | None = None
+    token_budget: int | None = None
+    cache_budget: int | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class AdapterConfig:
+    rank: int = MISSING
+    alpha: float = MISSING
+    target: Any = MISSING
+    rslora: bool = MISSING
+    dora: bool = MISSING
+    quantized: bool = MISSING
+
+
+@dataclass
+class DoctorConfig:
+    """When a run is called sick; docs/doctor.md explains each."""
+
+    patience: int
+    window: int
+    agreeing_groups: float
+    kl_high: float
+    entropy_low: float
+    truncated_high: float
+    length_low: float
+    accuracy_lost: float
+    mismatch_high: float
+    spike: float
+    spikes: int
+    moved_low: float
+    failed_high: float
+    overlap_high: float
+    accuracy_low: float = 0.5  # that of runs whose config has none
+
+
+@dataclass
+class Config:
+    """conf/config.yaml, typed. Parts built from a `_target_` have their own parameters as keys."""
+
+    name: str | None = None
+    seed: int = MISSING
+    num_epochs: int = MISSING
+    max_steps: int | None = None
+    batch_size: int = MISSING
+    num_generation: int = MISSING
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    kl_weight: float = MISSING
+    learning_rate: float = MISSING
+    log_prompts: int = MISSING
+    objective: str = MISSING
+    resume: str | None = None
+    sweep_dir: str = MISSING
+    checkpoint: Any = MISSING  # its keys in training, a folder in evaluation
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    rollout: dict[str, Any] = field(default_factory=dict)
+    tracking: dict[str, Any] = field(default_factory=dict)
+    adapter: AdapterConfig | None = None
+    doctor: DoctorConfig | None = None
+    parallel: Any = None
+
+
+def register() -> None:
+    """Makes the schema and the resolvers known to Hydra; done once, when the command starts."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("pid", lambda: os.getpid(), replace=True)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """The experiment's own config, its types with it."""
+    own = copy.deepcopy(config)
+    with flag_override(own, ["struct", "readonly"], [False, False]):
+        own.pop("hydra", None)
+    return own
+
+
+def conf_folder() -> Path:
+    """The project's configs: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key by its dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found

@@ -1,0 +1,66 @@
+"""Refusals of a single value: numbers, choices, folders."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.config.suggest import nearest
+from grpo.errors import ConfigError
+
+
+def at_least(
+    cfg: DictConfig, key: str, least: float, *, whole: bool = False, optional: bool = False
+) -> None:
+    """optional: it may be null."""
+    value = OmegaConf.select(cfg, key)
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        given = "null" if value is None else value
+        raise ConfigError(f"{key}={given}: should be a {'whole ' if whole else ''}number.")
+    if not (value >= least and math.isfinite(value)):
+        raise ConfigError(f"{key}={value}: must be at least {least:g}.")
+
+
+def one_of(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value not in choices:
+        raise ConfigError(
+            f"{key}={value}: use one of {', '.join(choices)}{nearest(value, choices)}"
+        )
+
+
+def more_than_nothing(cfg: DictConfig, key: str, most: float = math.inf) -> None:
+    value = OmegaConf.select(cfg, key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key}={value}: should be a number.")
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{key}={value}: must be more than 0.")
+    if value > most:
+        raise ConfigError(f"{key}={value}: must be at most {most:g}.")
+
+
+def writable(folder: Path, key: str) -> None:
+    """Refuses a folder that can't be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):  # its own name: two processes may try at once
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={folder}: this folder can't be made or written ({error.strerror})."
+        ) from error
+
+
+REVISION = re.compile(r"(?!.*\.\.)[\w+@-][\w./+@-]*")  # no way out of the cache's folder
+
+
+def check_revision(key: str, revision: str | None) -> None:
+    """Raises ConfigError, naming `key`, where a revision is none that a hub could have."""
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise ConfigError(f"{key}={revision}: should be a branch, a tag or a commit of the hub.")

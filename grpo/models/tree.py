@@ -1,0 +1,84 @@
+"""Completions that hang from their prompts, read as one tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True)
+class Tree:
+    """B prompts, each with the same number of completions: T tokens, all prompts first."""
+
+    prompt_lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # of the N completions; 0 is a completion of which nothing is read
+
+    @property
+    def rows(self) -> int:
+        """Completions a prompt."""
+        return len(self.lengths) // len(self.prompt_lengths)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.prompt_lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest way from a root to a leaf."""
+        return max(self.prompt_lengths) + max(self.lengths, default=0)
+
+    @cached_property
+    def prompts(self) -> list[slice]:
+        """Where in T each prompt is."""
+        return spans(self.prompt_lengths, 0)
+
+    @cached_property
+    def branches(self) -> list[slice]:
+        """Where in T the completions of each prompt are."""
+        own = [
+            sum(self.lengths[b * self.rows : (b + 1) * self.rows])
+            for b in range(len(self.prompt_lengths))
+        ]
+        return spans(own, self.prompt_tokens)
+
+    @cached_property
+    def completions(self) -> list[slice]:
+        """Where in T each completion is."""
+        return spans(self.lengths, self.prompt_tokens)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """[T] how many tokens stand before each on its way from the root."""
+        ways = [torch.arange(length) for length in self.prompt_lengths]
+        for n, length in enumerate(self.lengths):
+            ways.append(torch.arange(length) + self.prompt_lengths[n // self.rows])
+        return torch.cat(ways).to(device)
+
+
+def spans(lengths: Sequence[int], start: int) -> list[slice]:
+    """One after the other."""
+    found = []
+    for length in lengths:
+        found.append(slice(start, start + length))
+        start += length
+    return found
+
+
+def padded(x_XTd: Tensor, parts: Sequence[slice]) -> Tensor:
+    """Parts of T as [parts, X, longest, d], zeros behind the shorter ones."""
+    first, width = parts[0], parts[0].stop - parts[0].start
+    if all(part.stop - part.start == width for part in parts):
+        whole = x_XTd[:, first.start : parts[-1].stop]
+        return whole.view(whole.shape[0], len(parts), width, whole.shape[2]).transpose(0, 1)
+    rows = [x_XTd[:, part].transpose(0, 1) for part in parts]
+    return pad_sequence(rows, batch_first=True).transpose(1, 2)
+
+
+def unpadded(x_NXCd: Tensor, parts: Sequence[slice]) -> Tensor:
+    """[X, T', d] the parts end to end again."""
+    rows = [x_NXCd[n, :, : part.stop - part.start] for n, part in enumerate(parts)]
+    return torch.cat(rows, dim=1)

@@ -1,0 +1,51 @@
+"""Files of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from grpo.runs.files import put
+
+
+def reopen(path: Path, last_step: int | None = None) -> TextIO:
+    """A .jsonl file to append to, with its whole lines, up to a step where they have one."""
+    kept = [line for line in read_lines(path) if last_step is None or line["step"] <= last_step]
+    put(path, lambda aside: aside.write_text("".join(map(encode, kept)), encoding="utf-8"))
+    return path.open("a", encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; a last one cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline
+    return [json.loads(line) for line in lines]
+
+
+def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last value of each key that has one."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        found |= {key: value for key, value in line.items() if value is not None}
+    return found
+
+
+def encode(line: Mapping[str, Any]) -> str:
+    """One JSON line; what JSON has no number for (inf, nan) is null."""
+    return json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with null for what JSON has no number for."""
+    return {
+        key: finite(value) if isinstance(value, Mapping) else None if is_broken(value) else value
+        for key, value in content.items()
+    }
+
+
+def is_broken(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
