@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import os
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,25 +12,24 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from grpo.build import (
-    build_advantage,
-    build_budget,
+from grpo.build.data import (
     build_curriculum,
-    build_device,
-    build_engine,
     build_evaluation,
+    build_order,
+    build_prompts,
+    build_rewards,
+    prompt_format,
+)
+from grpo.build.model import build_budget, build_device, build_engine, build_policy, fit_to_lengths
+from grpo.build.objective import (
+    build_advantage,
     build_objective,
     build_optimizer,
-    build_order,
-    build_policy,
-    build_prompts,
     build_pull,
-    build_rewards,
-    load_model,
-    prompt_format,
     tell_unused_kl,
     updates_of_step,
 )
+from grpo.build.tracking import bind_sinks, run_info
 from grpo.config.binding import bind, plain
 from grpo.config.schema import DoctorConfig
 from grpo.config.secrets import for_files
@@ -45,26 +41,21 @@ from grpo.errors import ConfigError, RunError
 from grpo.locate import Found
 from grpo.memory.allocator import give_back_freed_memory
 from grpo.memory.budget import Budget
-from grpo.models.lengths import suited_to_lengths
 from grpo.models.load import LanguageModel
 from grpo.models.own_code import has_own_code
 from grpo.report.run.page import write_run_page
 from grpo.rollout import HFEngine, NativeEngine
-from grpo.runs.files import FINISHED, RUNNING, is_finished
+from grpo.runs.files import RUNNING, is_finished
 from grpo.runs.folder import newest_step
 from grpo.runs.interrupt import Interrupt
-from grpo.runs.jsonl import encode, finite
 from grpo.runs.progress import Progress
 from grpo.runs.stop import ask_to_stop, asked_to_stop, in_sweep
-from grpo.runs.summary import Summary, git_commit
+from grpo.runs.summary import Summary
 from grpo.sweep.trial import never, watcher_of
-from grpo.tracking import Console, JsonlFiles, RunInfo, Tracker
-from grpo.tracking.console import figures_table
-from grpo.tracking.tracker import answer_rows, evaluation_rows
+from grpo.tracking import Console, JsonlFiles, Tracker
 from grpo.training.checkpoint import Checkpoints
 from grpo.training.collect import Collector
 from grpo.training.difficulty import solved_shares
-from grpo.training.evaluation import metrics_of, report
 from grpo.training.kl_penalty import Pull
 from grpo.training.loop import Standing, Training, train
 from grpo.training.optimizer import Optimizer
@@ -123,47 +114,6 @@ def write_page(folder: Path) -> None:
         log.warning("report.html could not be written: %s; grpo report %s", error, folder)
     except Exception:
         log.exception("report.html could not be made; the run itself is whole")
-
-
-def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:
-    """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
-    device = build_device(cfg)
-    rewards = build_rewards(cfg, found)
-    formats = [prompt_format(own.options, own.key) for own in found.sets]
-    model = load_model(cfg, found.model(), device, frozen=True)
-    prompts = build_prompts(found, formats, model.tokenizer).evaluation
-    model, longest = fit_to_lengths(cfg, model, prompts)
-    model.model.requires_grad_(False)
-    budget = build_budget(cfg, model, longest, with_reference=False)
-    make_engine = bind(cfg.rollout, "rollout")
-    engine = build_engine(make_engine, model, cfg.max_new_tokens, budget)
-    evaluation = build_evaluation(cfg, engine, prompts, rewards)
-    info = evaluation_info(cfg, folder)
-    tracker = Tracker([make(info=info) for make in bind_sinks(cfg)])
-    try:
-        greedy, sampled = evaluation.answer()
-    except BaseException:
-        tracker.close("failed", {"objective": {"name": cfg.objective, "value": None}})
-        raise
-    finally:
-        for reward in rewards.values():
-            reward.close()
-    metrics = metrics_of(greedy, sampled)
-    given = [own for own in (greedy, sampled) if own]
-    tracker.completions([row for a in given for row in evaluation_rows(a.rollout, a.scores)])
-    tracker.log(0, metrics)
-    reports = report(greedy, sampled)
-    content: dict[str, Any] = {"checkpoint": str(cfg.checkpoint)}
-    content |= {"hub_commits": found.hub_commits(), "prompts": len(prompts), **metrics}
-    content["figures"] = reports
-    (folder / "evaluation.json").write_text(json.dumps(finite(content), indent=2) + "\n")
-    rows = [row for own in given for row in answer_rows(own.rollout, own.scores)]
-    (folder / "completions.jsonl").write_text("".join(map(encode, rows)), encoding="utf-8")
-    objective = {"name": cfg.objective, "value": metrics.get(cfg.objective)}
-    tracker.close(FINISHED, {"objective": objective})
-    print(figures_table(reports))
-    print(f"written to {folder}: evaluation.json, completions.jsonl", flush=True)
-    return metrics.get(cfg.objective)
 
 
 def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Training, Standing]:
@@ -243,34 +193,6 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     return run, Standing(start)
 
 
-def fit_to_lengths(
-    cfg: DictConfig,
-    policy: LanguageModel,
-    prompts: Sequence[Prompt],
-    train: Sequence[Prompt] = (),
-) -> tuple[LanguageModel, int]:
-    """The model as it is used at these lengths; tokens of the longest prompt and its completion.
-
-    Of prompts that are made as they are drawn it is the longest that there may be: longer ones than
-    the context has room for are left out.
-
-    Raises:
-        ConfigError: that is more than the model can read.
-    """
-    known = [] if isinstance(train, DrawnPrompts) else train
-    longest = max(len(prompt.token_ids) for prompt in (*prompts, *known))
-    if isinstance(train, DrawnPrompts):
-        train.look_at_some(policy.context - cfg.max_new_tokens)
-        longest = max(longest, train.most_tokens)
-    if longest + cfg.max_new_tokens > policy.context:
-        raise ConfigError(
-            f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
-            f"than the model's context of {policy.context}; lower it or dataset.max_prompt_tokens."
-        )
-    policy = suited_to_lengths(policy, longest, cfg.max_new_tokens)
-    return policy, longest + int(cfg.max_new_tokens)
-
-
 def starting_point(
     cfg: DictConfig,
     checkpoints: Checkpoints,
@@ -316,56 +238,3 @@ def tell_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
         "kl_weight=%g kl=%s kl.within=%s goes on as it began.",
         cfg.kl_weight, weight, weight, before["kl"]["estimator"], before["kl"]["within"],
     )  # fmt: skip
-
-
-def usual_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
-    """Of a run: the experiment's, or what it trains on what."""
-    experiment = choices.get("experiment")
-    if isinstance(experiment, str) and experiment != "none":
-        return experiment
-    return f"{cfg.model.name}-{choices['dataset']}"
-
-
-def evaluation_info(cfg: DictConfig, folder: Path) -> RunInfo:
-    return RunInfo(
-        id=uuid.uuid4().hex[:8],
-        name=f"eval-{cfg.name or usual_name(cfg, HydraConfig.get().runtime.choices)}"
-        f"-{title_of(folder)}",
-        folder=folder,
-        config=for_files(cfg),
-        group=None,
-        first_step=0,
-        logged_step=-1,
-        total_steps=0,
-        commit=git_commit(),
-        job="eval",
-    )
-
-
-def bind_sinks(cfg: DictConfig) -> list[functools.partial[Any]]:
-    """What makes each place that a run is recorded in, beside its folder."""
-    return [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
-
-
-def title_of(folder: Path) -> str:
-    """What tells a run's folder apart: its name, after the day where that is the folder's."""
-    day = folder.parent.name
-    return f"{day}-{folder.name}" if re.fullmatch(r"\d+-\d+-\d+", day) else folder.name
-
-
-def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:
-    hydra = HydraConfig.get()
-    name = cfg.name or usual_name(cfg, hydra.runtime.choices)
-    if in_sweep() or cfg.name is None:
-        name = f"{name}-{title_of(folder)}"
-    return RunInfo(
-        id=start.run_id,
-        name=name,
-        folder=folder,
-        config=for_files(cfg),
-        group=Path(hydra.sweep.dir).name if in_sweep() else None,
-        first_step=start.step,
-        logged_step=start.step if start.unlogged is None else start.step - 1,
-        total_steps=steps,
-        commit=git_commit(),
-    )

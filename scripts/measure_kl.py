@@ -24,7 +24,8 @@ from torch import Tensor
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from grpo.build import build_objective, build_prompts, prompt_format
+from grpo.build.data import build_prompts, prompt_format
+from grpo.build.objective import build_objective
 from grpo.config import schema as config
 from grpo.device import open_device
 from grpo.locate import find_for_training

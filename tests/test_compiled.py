@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from grpo.models.cache import cache_folder
 from grpo.models.cpu import compiled
 from grpo.models.cpu.compiled import Keys, Packed, gated, normed
-from grpo.models.gguf import cache_folder
 
 needs_compiler = pytest.mark.skipif(compiled.kernel() is None, reason="no C compiler is there")
 

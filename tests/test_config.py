@@ -14,7 +14,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from grpo.build import tell_unused_kl
+from grpo.build.objective import tell_unused_kl
 from grpo.cli.explain import flat_keys
 from grpo.config import schema as config
 from grpo.config.check import check

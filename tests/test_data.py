@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from grpo.build import build_prompts, prompt_format
+from grpo.build.data import build_prompts, prompt_format
 from grpo.config import schema as config
 from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
 from grpo.data.arithmetic import is_held_out
@@ -430,7 +430,7 @@ def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treats data sets of more than a dozen rows as those of millions."""
     for module in ("source", "files", "hub_rows"):
         monkeypatch.setattr(f"grpo.data.{module}.EAGER", 12)
-    monkeypatch.setattr("grpo.build.EAGER", 12)
+    monkeypatch.setattr("grpo.build.data.EAGER", 12)
 
 
 @pytest.mark.usefixtures("few_are_many")

@@ -24,7 +24,7 @@ from grpo.models.load import LanguageModel
 from grpo.models.reference import reference_of
 from grpo.run import build_advantage, build_objective
 from grpo.training import optimizer as optim
-from grpo.training import update as update_module
+from grpo.training import minibatches
 from grpo.training.loss import Learned
 from grpo.training.optimizer import SCHEDULES, Optimizer
 from grpo.training.update import old_policy, update
@@ -251,7 +251,7 @@ def train_ours(
         return recorder[0]
 
     monkeypatch.setitem(optim.OPTIMIZERS, "sgd", sgd)
-    monkeypatch.setattr(update_module, "minibatch_of", lambda *a: rows.minibatch_B)
+    monkeypatch.setattr(minibatches, "minibatch_of", lambda *a: rows.minibatch_B)
     optimizer = Optimizer(
         policy.model, "sgd", rate, MINIBATCHES * ITERATIONS, SCHEDULES["constant"], 0, 0.0,
         (0.9, 0.999), 0.0,

@@ -184,7 +184,7 @@ def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
         FEW, "algorithm=dapo",
     )  # fmt: skip
     assert grpo(*job, "hydra.run.dir=few")[0] == 0
-    for module in ("data.source", "data.files", "build"):
+    for module in ("data.source", "data.files", "build.data"):
         monkeypatch.setattr(f"grpo.{module}.EAGER", 100)
     code, printed = grpo(*job, "hydra.run.dir=many")
     assert code == 0, printed

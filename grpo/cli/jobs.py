@@ -61,7 +61,7 @@ def eval_job(cfg: DictConfig) -> float | None:
         check(cfg)
         found = find_for_evaluation(cfg)
 
-        from grpo.run import evaluate_from_config
+        from grpo.evaluate import evaluate_from_config
 
         return evaluate_from_config(cfg, folder, found)
 

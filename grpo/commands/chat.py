@@ -124,7 +124,8 @@ def voices_of(place: str, trusted: bool) -> tuple[PromptFormat, list[Voice]]:
         plain = PromptFormat(None, (), True, {}, 2**20)
         model = load_language_model(folder, device, frozen=True, trust_remote_code=trusted)
         return plain, [Voice(place, model)]
-    from grpo.build import load_model, prompt_format
+    from grpo.build.data import prompt_format
+    from grpo.build.model import load_model
     from grpo.locate import base_model
 
     cfg = OmegaConf.create(read_yaml(run / ".hydra" / "config.yaml") or {})

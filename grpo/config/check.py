@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from grpo.config.check_algorithm import check_algorithm, check_kl, check_sampling
 from grpo.config.metric_names import EVAL_METRICS, OF_SOURCE, REWARD_METRICS, STEP_METRICS
 from grpo.config.schema import flat
 from grpo.config.suggest import nearest
@@ -227,98 +228,3 @@ def check_rewards(reward: DictConfig) -> None:
         weight = part.weight
         if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ConfigError(f"reward.{name}.weight={weight}: should be a number.")
-
-
-def check_sampling(cfg: DictConfig) -> None:
-    more_than_nothing(cfg, "sampling.repetition_penalty")
-    more_than_nothing(cfg, "sampling.top_p", most=1.0)
-    for key in ("sampling.top_k", "sampling.min_p"):
-        at_least(cfg, key, 0)
-    if cfg.sampling.min_p > 1:
-        raise ConfigError(f"sampling.min_p={cfg.sampling.min_p}: must be at most 1.")
-    if "" in cfg.sampling.stop:
-        raise ConfigError("sampling.stop: an empty text would end every completion at once.")
-
-
-def check_algorithm(cfg: DictConfig) -> None:
-    for key in ("algorithm.num_iterations", "algorithm.minibatches"):
-        at_least(cfg, key, 1)
-    for key in ("algorithm.resample", "algorithm.entropy_weight"):
-        at_least(cfg, key, 0)
-    more_than_nothing(cfg, "algorithm.top_entropy", most=1.0)
-    at_least(cfg, "algorithm.importance_cap", 1.0)
-    algorithm = cfg.algorithm
-    if algorithm.minibatches > cfg.batch_size:
-        raise ConfigError(
-            f"algorithm.minibatches={algorithm.minibatches}: a minibatch holds whole groups, and "
-            f"batch_size={cfg.batch_size} is all there are."
-        )
-    by_group = (
-        ("baseline", ("group_mean", "leave_one_out")),
-        ("scale", ("group_std", "informative_share")),
-    )
-    for key, needs in by_group:
-        if algorithm[key] in needs and cfg.num_generation < 2:
-            raise ConfigError(
-                f"num_generation={cfg.num_generation}: algorithm.{key}={algorithm[key]} compares "
-                f"the completions of a prompt, so it needs at least 2."
-            )
-    if algorithm.resample and algorithm.baseline in ("batch_mean", "none"):
-        raise ConfigError(
-            f"algorithm.resample={algorithm.resample}: a group whose rewards agree still teaches "
-            f"something with algorithm.baseline={algorithm.baseline}; use 0."
-        )
-    check_policy_loss(cfg)
-
-
-def check_policy_loss(cfg: DictConfig) -> None:
-    """Ranges of the package's own losses; types are checked when they are bound."""
-    loss = cfg.algorithm.policy_loss
-    for name in ("clip_low", "clip_high"):
-        at_least(cfg, f"algorithm.policy_loss.{name}", 0.0, optional=True)
-    for name in ("ratio_max", "sharpness_positive", "sharpness_negative", "decay_positive"):
-        if name in loss:
-            more_than_nothing(cfg, f"algorithm.policy_loss.{name}")
-    dual = loss.get("clip_dual")
-    if isinstance(dual, int | float) and dual <= 1 + loss.get("clip_high", 0.0):
-        raise ConfigError(
-            f"algorithm.policy_loss.clip_dual={dual}: must be more than 1 + clip_high = "
-            f"{1 + loss.clip_high:g}, or it cuts off what is to be learnt."
-        )
-
-
-def check_kl(cfg: DictConfig) -> None:
-    one_of(cfg, "kl.direction", ("reverse", "forward"))
-    one_of(cfg, "kl.within", ("loss", "reward"))
-    at_least(cfg, "kl.sync_every", 0)
-    more_than_nothing(cfg, "kl.sync_share", most=1.0)
-    kl = cfg.kl
-    # Not so with kl_weight=0, which stands in many a sweep beside other weights.
-    without = {"kl.within": "loss", "kl.unbiased_gradient": False, "kl.sync_every": 0}
-    for key, value in without.items():
-        if kl.estimator is None and OmegaConf.select(cfg, key) != value:
-            raise ConfigError(f"{key}={OmegaConf.select(cfg, key)}: with kl=none there is no KL.")
-    if kl.target is not None:
-        more_than_nothing(cfg, "kl.target")
-        if cfg.kl_weight == 0 or kl.estimator is None:
-            own = not OmegaConf.is_interpolation(cfg, "kl_weight") or kl.estimator is None
-            raise ConfigError(
-                f"kl.target={kl.target}: there is no KL to hold, with kl_weight={cfg.kl_weight:g} "
-                f"and kl.estimator={kl.estimator}."
-                + ("" if own else " This algorithm brings none; begin with kl_weight=0.02.")
-            )
-        if kl.horizon < cfg.batch_size * cfg.num_generation:
-            raise ConfigError(
-                f"kl.horizon={kl.horizon}: kl_weight would change by more than a fifth a step; use "
-                f"at least batch_size x num_generation = {cfg.batch_size * cfg.num_generation}."
-            )
-    if kl.unbiased_gradient and kl.within == "reward":
-        raise ConfigError(
-            "kl.unbiased_gradient=true: a KL in the reward has no gradient of its own; use "
-            "kl.within=loss."
-        )
-    if kl.unbiased_gradient and kl.estimator in ("k2", "full"):
-        raise ConfigError(
-            f"kl.unbiased_gradient=true: kl={kl.estimator} has the KL's gradient as it is; it is "
-            f"for k1 and k3."
-        )

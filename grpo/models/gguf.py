@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -13,13 +12,9 @@ import zipfile
 from pathlib import Path
 
 from grpo.errors import ConfigError
+from grpo.models.cache import cache_folder
 
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "grpo-bench"
 
 
 def converted_gguf(name: str, version: str, file: str, sha256: str) -> Path:

@@ -6,11 +6,8 @@ from the job's folder, so it doesn't matter where the job ran, nor whether this 
 
 from __future__ import annotations
 
-import fcntl
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from optuna.study import StudyDirection as Direction
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -30,25 +27,22 @@ from grpo.sweep.folder import (
     STUDY,
     Record,
     Standing,
-    StudyFile,
     SweepEnd,
     counted,
     read_record,
     standing,
 )
 from grpo.sweep.launch import Launch, given
-from grpo.sweep.objectives import objectives_of, reached_values
+from grpo.sweep.objectives import reached_values
+from grpo.sweep.open_study import check_objectives, open_study, turn
 from grpo.sweep.space import Space, combinations, corners, space_of, written
 from grpo.sweep.study import (
     LOST,
     Options,
-    open_storage,
     quiet,
     reach,
     reason_of,
     shown,
-    spelled,
-    told,
 )
 from grpo.sweep.view import viewed
 
@@ -115,96 +109,6 @@ def ends(fixed: Sequence[str], space: Space) -> Iterator[list[str]]:
 
 def job_of(fixed: Sequence[str], values: Mapping[str, Any]) -> list[str]:
     return [*fixed, *(written(key, value) for key, value in values.items())]
-
-
-def check_objectives(options: Options, configs: Sequence[DictConfig]) -> dict[str, str]:
-    """The metrics that count, and which way.
-
-    Raises:
-        ConfigError: no run logs one, or a pruner has nothing to go by.
-    """
-    objectives = objectives_of(options.objectives, options.direction, configs)
-    if options.pruner != "none":
-        (metric,) = objectives
-        if not metric.startswith("eval/"):
-            raise ConfigError(
-                f"hydra.sweeper.pruner={options.pruner}: goes by evaluations; {metric} is not one."
-            )
-        if not configs[0].eval.every:
-            raise ConfigError(
-                f"hydra.sweeper.pruner={options.pruner} eval.every=0: goes by evaluations during "
-                f"training; set eval.every."
-            )
-    return objectives
-
-
-def open_study(
-    options: Options,
-    storage_asked: str | None,
-    objectives: dict[str, str],
-    space: Space,
-    fixed: Sequence[str],
-    folder: Path,
-) -> tuple[optuna.Study, str]:
-    """The study, made or found again, and the name that it knows this folder by.
-
-    Args:
-        storage_asked: as it was given, so that what lies in the environment stays there.
-
-    Raises:
-        ConfigError: its storage can't be had, or it is a study of something else.
-    """
-    with turn(folder), told(options.storage):
-        there = StudyFile.read(folder)
-        usual = there.study_name if there else f"{folder.absolute().parent.name}/{folder.name}"
-        name = options.study_name or usual
-        storage = open_storage(options.storage, folder)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=[Direction[way.upper()] for way in objectives.values()],
-            pruner=options.make_pruner(),
-            load_if_exists=True,
-        )
-        check_same(study, objectives, space, fixed)
-        place = there.folder if there else uuid.uuid4().hex[:8]
-        pruner = (options.pruner, dict(options.pruner_options))
-        file = StudyFile(storage_asked, name, objectives, *pruner, place, spelled(space))
-        file.write(folder)
-    return study, place
-
-
-def check_same(
-    study: optuna.Study,
-    objectives: dict[str, str],
-    space: Space,
-    fixed: Sequence[str],
-) -> None:
-    """Refuses to go on with a study of another space, objective or experiment."""
-    wanted = {"space": spelled(space), "fixed": sorted(fixed), "objectives": objectives}
-    there = study.user_attrs
-    for what, value in wanted.items():
-        if what not in there:
-            study.set_user_attr(what, value)
-        elif there[what] != value:
-            raise ConfigError(
-                f"{study.study_name}: this study's {what} was {there[what]}, and is {value} now; "
-                f"give another sweep_dir or hydra.sweeper.study_name."
-            )
-    minimized = [d == Direction.MINIMIZE for d in study.directions]
-    if minimized != [d == "minimize" for d in objectives.values()]:
-        raise ConfigError(f"{study.study_name}: this study's objectives went another way.")
-
-
-@contextmanager
-def turn(folder: Path) -> Iterator[None]:
-    """One process at a time, the others wait; the system lets go of it when a process dies."""
-    descriptor = os.open(folder / "sweep.lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

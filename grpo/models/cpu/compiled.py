@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.models.gguf import cache_folder
+from grpo.models.cache import cache_folder
 
 log = logging.getLogger(__name__)
 

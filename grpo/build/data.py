@@ -1,0 +1,159 @@
+"""Prompts, rewards and evaluation from a config."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from grpo.build.objective import build_sampling
+from grpo.config.binding import bind, check_options, plain
+from grpo.data.order import Order, mixed, one_set
+from grpo.data.prompts import (
+    DrawnPrompts,
+    DrawnSet,
+    PromptFormat,
+    PromptSets,
+    WorkedExample,
+    tokenized,
+    without_held_out,
+)
+from grpo.data.rows import EAGER
+from grpo.errors import ConfigError
+from grpo.locate import PROMPT_KEYS, Found
+from grpo.rewards import WeightedReward
+from grpo.rollout import Engine
+from grpo.training.difficulty import Curriculum
+from grpo.training.evaluation import Evaluation
+from grpo.types import Prompt
+
+
+def prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
+    """How a data set's config says that a question is put. key: where that config is."""
+    options = plain(dataset)
+    for name in PROMPT_KEYS:
+        if name not in options:
+            raise ConfigError(
+                f"{key}.{name} is not set: a data set's file begins with defaults: [_base, _self_]"
+            )
+    keys = {name: options[name] for name in PROMPT_KEYS if name != "allow_overlap"}
+    check_options(PromptFormat, keys, key)
+    try:
+        worked = tuple(WorkedExample(**example) for example in keys.pop("worked_examples"))
+    except TypeError as error:
+        raise ConfigError(f"{key}.worked_examples: each needs a question and an answer.") from error
+    if not isinstance(options["allow_overlap"], bool):
+        raise ConfigError(f"{key}.allow_overlap={options['allow_overlap']}: should be bool.")
+    return PromptFormat(worked_examples=worked, **keys)
+
+
+def build_prompts(
+    found: Found, formats: Sequence[PromptFormat], tokenizer: PreTrainedTokenizerBase
+) -> PromptSets:
+    """The prompts to train and to evaluate on, without overlap unless asked for.
+
+    Raises:
+        ConfigError: nothing is left of one of them.
+    """
+    evaluated = [example for own in found.sets for example in own.evaluation]
+    many = any(len(own.train) > EAGER for own in found.sets)
+    train: list[Prompt] = []
+    drawn: list[DrawnSet] = []
+    evaluation: list[Prompt] = []
+    for own, format in zip(found.sets, formats, strict=True):
+        keep = own.options.allow_overlap or not own.train
+        rows = own.train if keep else without_held_out(own.train, evaluated, own.key)
+        if many:
+            left_out = frozenset(() if keep else (example.question for example in evaluated))
+            drawn.append(DrawnSet(rows, format, left_out, own.name))
+        elif rows:
+            train += tokenized(rows, format, tokenizer, "training", own.key)
+        evaluation += tokenized(own.evaluation, format, tokenizer, "evaluation", own.key)
+    return PromptSets(DrawnPrompts(drawn, tokenizer) if many else train, evaluation)
+
+
+def build_order(prompts: Sequence[Prompt], found: Found, cfg: DictConfig) -> Order:
+    if len(found.sets) == 1:
+        return one_set(len(prompts), cfg.seed, shuffled=cfg.curriculum.order == "shuffled")
+    probabilities = {own.name: own.probability for own in found.sets}
+    if isinstance(prompts, DrawnPrompts):
+        sources = prompts.sources()
+    else:
+        sources = [prompt.example.source for prompt in prompts]
+    for name in probabilities:
+        if name not in sources:
+            raise ConfigError(f"dataset.sets.{name}: none of its prompts is left to train on.")
+    return mixed(sources, probabilities, cfg.seed)
+
+
+def build_curriculum(cfg: DictConfig) -> Curriculum:
+    return Curriculum(**plain(cfg.curriculum))
+
+
+def build_rewards(cfg: DictConfig, found: Found) -> dict[str, WeightedReward]:
+    """Each named callable: a class is made with its options, a function is called with them."""
+    rewards = {}
+    names = [own.name for own in found.sets]
+    for name, node in cfg.reward.items():
+        options = {k: v for k, v in plain(node).items() if k not in ("weight", "sources")}
+        bound = bind(options, f"reward.{name}")
+        function = made(bound, f"reward.{name}") if inspect.isclass(bound.func) else bound
+        if not takes_samples(function):
+            raise ConfigError(
+                f"reward.{name}._target_={node._target_}: should be called with a list of samples "
+                f"and no more than the options given."
+            )
+        sources = node.get("sources")
+        for source in sources or []:
+            if source not in names:
+                raise ConfigError(
+                    f"reward.{name}.sources={sources}: the data has no set {source}; there are "
+                    f"{', '.join(filter(None, names)) or 'none, for it is no mix'}."
+                )
+        only = None if sources is None else frozenset(sources)
+        rewards[str(name)] = WeightedReward(function, float(node.weight), only)
+    return rewards
+
+
+def made(bound: functools.partial[Any], key: str) -> Any:
+    """An instance of a user's class; what its constructor raises is refused under its key."""
+    try:
+        return bound()
+    except ConfigError as error:
+        own = str(error).partition("=")[0] in bound.keywords
+        raise ConfigError(f"{key}{'.' if own else ': '}{error}") from error
+    except Exception as error:
+        raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
+
+
+def takes_samples(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind([])
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return callable(function)
+    return True
+
+
+def build_evaluation(
+    cfg: DictConfig,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, WeightedReward],
+    train: Sequence[Prompt] = (),
+) -> Evaluation:
+    sampling = replace(build_sampling(cfg), temperature=cfg.eval.temperature)
+    if isinstance(train, DrawnPrompts):
+        trained = train.asked({prompt.example.question for prompt in prompts})
+    else:
+        trained = {prompt.example.question for prompt in train}
+    overlap = sum(prompt.example.question in trained for prompt in prompts) / len(prompts)
+    return Evaluation(
+        engine, prompts, rewards, cfg.eval.samples, cfg.eval.greedy, sampling, overlap
+    )

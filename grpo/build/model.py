@@ -1,0 +1,141 @@
+"""Device, model, memory and sampler from a config."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from grpo.config.binding import plain
+from grpo.data.prompts import (
+    DrawnPrompts,
+)
+from grpo.device import Device, open_device
+from grpo.errors import ConfigError
+from grpo.locate import Found
+from grpo.memory.allocator import (
+    LARGEST,
+    LARGEST_IN_BF16,
+    keep_freed_memory,
+)
+from grpo.memory.budget import Budget
+from grpo.memory.estimate import Work, budget_of, held_by
+from grpo.models.adapter import Adapter, add_adapter
+from grpo.models.files import is_quantized
+from grpo.models.hub import commit_of, from_hub
+from grpo.models.lengths import suited_to_lengths
+from grpo.models.load import LanguageModel, load_language_model
+from grpo.models.recompute import recomputable
+from grpo.rollout import Engine, HFEngine, NativeEngine
+from grpo.rollout.trial import check_sampler
+from grpo.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+def build_device(cfg: DictConfig) -> Device:
+    device = open_device(cfg.device.kind, cfg.device.precision)
+    if device.torch_device.type == "cpu":
+        keep_freed_memory(LARGEST if device.autocast_dtype is None else LARGEST_IN_BF16)
+    return device
+
+
+def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[LanguageModel, str]:
+    """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
+    adapter, folder = build_adapter(cfg), found.model()
+    policy = load_model(cfg, folder, device, frozen=adapter is not None)
+    if getattr(policy.model, "is_quantized", False) and is_quantized(folder):
+        raise ConfigError(
+            f"model={cfg.model.name}: its weights are quantized already, so they can't be trained; "
+            f"take the model that they were made of, which adapter=qlora puts in 4 bits."
+        )
+    if adapter is not None:
+        add_adapter(policy.model, adapter, cfg.seed)
+    # A checkpoint of an adapter names its base: by id where that is how it is found again.
+    name = cfg.model.id if cfg.model.id and from_hub(folder) else policy.base
+    commit = commit_of(folder) if name == cfg.model.id else None
+    if cfg.device.gradient_checkpointing and not recomputable(policy.model):
+        raise ConfigError(
+            f"device.gradient_checkpointing=true: {type(policy.model).__name__} has no layers that "
+            f"can be recomputed."
+        )
+    recompute = cfg.device.gradient_checkpointing
+    return replace(policy, base=name, commit=commit, recompute=recompute), policy.fingerprint
+
+
+def load_model(cfg: DictConfig, folder: Path, device: Device, frozen: bool) -> LanguageModel:
+    """The model in a folder, in 4 bits where the adapter over it asks for that.
+
+    frozen: as `load_language_model` says.
+    """
+    adapter = build_adapter(cfg)
+    quantized = adapter is not None and adapter.quantized
+    return load_language_model(folder, device, quantized, frozen, cfg.model.trust_remote_code)
+
+
+def build_budget(
+    cfg: DictConfig, policy: LanguageModel, longest: int, with_reference: bool
+) -> Budget:
+    """How much is computed at once, given the tokens of the longest prompt and completion."""
+    work = Work(
+        prompt=longest - cfg.max_new_tokens,
+        completion=cfg.max_new_tokens,
+        group=cfg.num_generation,
+        optimizer=cfg.optim.name,
+        reference=with_reference,
+        reference_moves=cfg.kl.sync_every > 0,
+    )
+    asked, device = cfg.device, policy.device.torch_device
+    held = held_by(policy, work)
+    return budget_of(device, asked.memory_gb, asked.token_budget, asked.cache_budget, held, longest)
+
+
+def build_adapter(cfg: DictConfig) -> Adapter | None:
+    return None if cfg.adapter is None else Adapter(**plain(cfg.adapter))
+
+
+def build_engine(
+    make_engine: functools.partial[Any], policy: LanguageModel, max_new_tokens: int, budget: Budget
+) -> Engine:
+    """The sampler, tried on a few tokens first where that is cheap.
+
+    Raises:
+        ConfigError: it can't sample from this model, or samples from something else than it.
+    """
+    if make_engine.func in (NativeEngine, HFEngine):
+        check_sampler(make_engine, policy)
+    engine: Engine = make_engine(policy=policy, max_new_tokens=max_new_tokens, budget=budget)
+    return engine
+
+
+def fit_to_lengths(
+    cfg: DictConfig,
+    policy: LanguageModel,
+    prompts: Sequence[Prompt],
+    train: Sequence[Prompt] = (),
+) -> tuple[LanguageModel, int]:
+    """The model as it is used at these lengths; tokens of the longest prompt and its completion.
+
+    Of prompts that are made as they are drawn it is the longest that there may be: longer ones than
+    the context has room for are left out.
+
+    Raises:
+        ConfigError: that is more than the model can read.
+    """
+    known = [] if isinstance(train, DrawnPrompts) else train
+    longest = max(len(prompt.token_ids) for prompt in (*prompts, *known))
+    if isinstance(train, DrawnPrompts):
+        train.look_at_some(policy.context - cfg.max_new_tokens)
+        longest = max(longest, train.most_tokens)
+    if longest + cfg.max_new_tokens > policy.context:
+        raise ConfigError(
+            f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
+            f"than the model's context of {policy.context}; lower it or dataset.max_prompt_tokens."
+        )
+    policy = suited_to_lengths(policy, longest, cfg.max_new_tokens)
+    return policy, longest + int(cfg.max_new_tokens)

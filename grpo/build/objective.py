@@ -1,0 +1,159 @@
+"""Objective, advantage, KL and optimizer from a config."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from grpo.config.binding import bind, named, plain
+from grpo.config.overrides import key_of
+from grpo.errors import ConfigError
+from grpo.memory.budget import Budget
+from grpo.models.load import LanguageModel
+from grpo.models.reference import reference_of
+from grpo.objective import (
+    AGGREGATES,
+    AVERAGINGS,
+    BASELINES,
+    DIVERGENCES,
+    ESTIMATORS,
+    RATIOS,
+    SCALES,
+    AdaptiveWeight,
+    Normalize,
+)
+from grpo.training.kl_penalty import KLPull, Pull
+from grpo.training.loss import KLTerm, Objective
+from grpo.training.optimizer import SCHEDULES, Optimizer
+from grpo.types import Sampling
+
+log = logging.getLogger(__name__)
+
+
+def build_sampling(cfg: DictConfig) -> Sampling:
+    options = plain(cfg.sampling)
+    return Sampling(temperature=cfg.temperature, **options | {"stop": tuple(options["stop"])})
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    algorithm = cfg.algorithm
+    return Objective(
+        ratio=named(algorithm.ratio, RATIOS, "algorithm.ratio"),
+        policy_loss=bind(algorithm.policy_loss, "algorithm.policy_loss"),
+        averaging=named(algorithm.averaging, AVERAGINGS, "algorithm.averaging"),
+        kl=build_kl_term(cfg),
+        sampling=build_sampling(cfg),
+        max_tokens=cfg.max_new_tokens,
+        entropy_weight=algorithm.entropy_weight,
+        mask_truncated=algorithm.mask_truncated,
+        top_entropy=algorithm.top_entropy,
+        importance_cap=algorithm.importance_cap,
+        num_iterations=algorithm.num_iterations,
+        minibatches=algorithm.minibatches,
+    )
+
+
+def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
+    """Rewards [R, B, G], weights [R] and a penalty [B, G] to take off, if any -> [B, G].
+
+    Raises:
+        ConfigError: a function of the user's own has no place for a divergence, and there is one.
+    """
+    algorithm = cfg.algorithm
+    normalize = Normalize(
+        named(algorithm.baseline, BASELINES, "algorithm.baseline"),
+        named(algorithm.scale, SCALES, "algorithm.scale"),
+    )
+    aggregate = named(algorithm.aggregate, AGGREGATES, "algorithm.aggregate")
+    in_reward = cfg.kl.within == "reward" and cfg.kl_weight > 0
+    if in_reward and algorithm.aggregate not in AGGREGATES and not takes(aggregate, "penalty_BG"):
+        raise ConfigError(
+            f"algorithm.aggregate={algorithm.aggregate}: has no parameter penalty_BG for the KL "
+            f"that kl.within=reward takes off; add it, or use kl.within=loss."
+        )
+
+    return functools.partial(aggregate, normalize=normalize)
+
+
+def takes(function: Callable[..., Any], parameter: str) -> bool:
+    try:
+        return parameter in inspect.signature(function).parameters
+    except ValueError:  # a builtin without a signature
+        return False
+
+
+def build_kl_term(cfg: DictConfig) -> KLTerm | None:
+    """None without a reference: kl=none, or a weight of 0."""
+    kl = cfg.kl
+    if kl.estimator is None or cfg.kl_weight == 0:
+        return None
+    if kl.estimator == "k1" and kl.within == "loss" and not kl.unbiased_gradient:
+        log.warning(
+            "kl=k1 in the loss has no gradient on average, so it doesn't pull; "
+            "kl.unbiased_gradient=true or kl.within=reward gives it one (docs/kl.md)."
+        )
+    exact = kl.estimator == "full"
+    table = {**ESTIMATORS[kl.direction], "full": None}
+    return KLTerm(
+        estimator=named(kl.estimator, table, "kl.estimator"),
+        divergence=DIVERGENCES[kl.direction] if exact else None,
+        in_reward=kl.within == "reward",
+        unbiased_gradient=kl.unbiased_gradient,
+    )
+
+
+def tell_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> None:
+    """Says that a KL was asked for, by these overrides or this choice, which has no weight."""
+    own_weight = not OmegaConf.is_interpolation(cfg, "kl_weight")
+    if own_weight or cfg.kl_weight > 0 or cfg.kl.estimator is None:
+        return
+    keys = [key_of(override) for override in overrides]
+    asked = [key for key in keys if key == "kl" or key.startswith("kl.")]
+    if asked or choice != "k3":
+        log.warning(
+            "%s is given, but this algorithm has no KL (algorithm.kl_weight=0): none is computed "
+            "and no reference is loaded; kl_weight=0.02, for example, trains with it.",
+            asked[0] if asked else f"kl={choice}",
+        )
+
+
+def build_pull(
+    cfg: DictConfig, policy: LanguageModel, objective: Objective, budget: Budget
+) -> Pull:
+    if objective.kl is None:
+        return Pull()
+    return KLPull(
+        policy,
+        reference_of(policy, moves=cfg.kl.sync_every > 0),
+        objective.kl,
+        AdaptiveWeight(cfg.kl_weight, cfg.kl.target, cfg.kl.horizon),
+        objective.sampling,
+        budget.computed,
+        cfg.kl.sync_every,
+        cfg.kl.sync_share,
+    )
+
+
+def updates_of_step(cfg: DictConfig) -> int:
+    return int(cfg.algorithm.num_iterations * cfg.algorithm.minibatches)
+
+
+def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optimizer:
+    return Optimizer(
+        policy.model,
+        cfg.optim.name,
+        learning_rate=cfg.learning_rate,
+        # The schedule counts updates.
+        total_steps=steps * updates_of_step(cfg),
+        schedule=SCHEDULES[cfg.optim.schedule],
+        warmup_steps=cfg.optim.warmup_steps,
+        weight_decay=cfg.optim.weight_decay,
+        betas=(cfg.optim.betas[0], cfg.optim.betas[1]),
+        max_grad_norm=cfg.optim.max_grad_norm,
+    )

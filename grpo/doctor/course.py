@@ -1,0 +1,44 @@
+"""A run's metrics so far, as diagnoses ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from grpo.config.schema import DoctorConfig
+
+Line = Mapping[str, Any]  # of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run as far as it has come."""
+
+    lines: Sequence[Line]
+    config: Mapping[str, Any]
+    limits: DoctorConfig
+
+    @cached_property
+    def steps(self) -> list[Line]:
+        return [line for line in self.lines if "time/step" in line]
+
+    @cached_property
+    def evaluations(self) -> list[Line]:
+        return [line for line in self.lines if "eval/accuracy" in line]
+
+    def values(self, metric: str) -> list[float]:
+        """A metric over the steps that have it."""
+        return [line[metric] for line in self.steps if line.get(metric) is not None]
+
+    def lately(self, metric: str) -> float | None:
+        """Its mean over the last steps; None where it isn't logged."""
+        values = self.values(metric)[-self.limits.window :]
+        return fmean(values) if values else None
+
+    def change(self, metric: str) -> tuple[float, float] | None:
+        """Its mean over the first steps, and over the last; None where it isn't logged."""
+        values, window = self.values(metric), self.limits.window
+        return (fmean(values[:window]), fmean(values[-window:])) if values else None

@@ -1,0 +1,67 @@
+"""One evaluation from its config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from grpo.build.data import (
+    build_evaluation,
+    build_prompts,
+    build_rewards,
+    prompt_format,
+)
+from grpo.build.model import build_budget, build_device, build_engine, fit_to_lengths, load_model
+from grpo.build.tracking import bind_sinks, evaluation_info
+from grpo.config.binding import bind
+from grpo.locate import Found
+from grpo.runs.files import FINISHED
+from grpo.runs.jsonl import encode, finite
+from grpo.tracking import Tracker
+from grpo.tracking.console import figures_table
+from grpo.tracking.tracker import answer_rows, evaluation_rows
+from grpo.training.evaluation import metrics_of, report
+
+
+def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:
+    """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
+    device = build_device(cfg)
+    rewards = build_rewards(cfg, found)
+    formats = [prompt_format(own.options, own.key) for own in found.sets]
+    model = load_model(cfg, found.model(), device, frozen=True)
+    prompts = build_prompts(found, formats, model.tokenizer).evaluation
+    model, longest = fit_to_lengths(cfg, model, prompts)
+    model.model.requires_grad_(False)
+    budget = build_budget(cfg, model, longest, with_reference=False)
+    make_engine = bind(cfg.rollout, "rollout")
+    engine = build_engine(make_engine, model, cfg.max_new_tokens, budget)
+    evaluation = build_evaluation(cfg, engine, prompts, rewards)
+    info = evaluation_info(cfg, folder)
+    tracker = Tracker([make(info=info) for make in bind_sinks(cfg)])
+    try:
+        greedy, sampled = evaluation.answer()
+    except BaseException:
+        tracker.close("failed", {"objective": {"name": cfg.objective, "value": None}})
+        raise
+    finally:
+        for reward in rewards.values():
+            reward.close()
+    metrics = metrics_of(greedy, sampled)
+    given = [own for own in (greedy, sampled) if own]
+    tracker.completions([row for a in given for row in evaluation_rows(a.rollout, a.scores)])
+    tracker.log(0, metrics)
+    reports = report(greedy, sampled)
+    content: dict[str, Any] = {"checkpoint": str(cfg.checkpoint)}
+    content |= {"hub_commits": found.hub_commits(), "prompts": len(prompts), **metrics}
+    content["figures"] = reports
+    (folder / "evaluation.json").write_text(json.dumps(finite(content), indent=2) + "\n")
+    rows = [row for own in given for row in answer_rows(own.rollout, own.scores)]
+    (folder / "completions.jsonl").write_text("".join(map(encode, rows)), encoding="utf-8")
+    objective = {"name": cfg.objective, "value": metrics.get(cfg.objective)}
+    tracker.close(FINISHED, {"objective": objective})
+    print(figures_table(reports))
+    print(f"written to {folder}: evaluation.json, completions.jsonl", flush=True)
+    return metrics.get(cfg.objective)
