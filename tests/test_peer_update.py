@@ -23,8 +23,8 @@ from grpo.models.files import PACKAGED
 from grpo.models.load import LanguageModel
 from grpo.models.reference import reference_of
 from grpo.run import build_advantage, build_objective
-from grpo.training import optimizer as optim
 from grpo.training import minibatches
+from grpo.training import optimizer as optim
 from grpo.training.loss import Learned
 from grpo.training.optimizer import SCHEDULES, Optimizer
 from grpo.training.update import old_policy, update
