@@ -32,7 +32,7 @@ class Device:
             enabled=self.autocast_dtype is not None,
         )
 
-    def peak_gb(self) -> float:
+    def measure_peak_gb(self) -> float:
         """The most memory held so far, in GB: of the GPU, or of the whole process on a CPU."""
         if self.torch_device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.torch_device) / 1e9
@@ -59,7 +59,7 @@ class Device:
         return f"{name}, {threads} thread{'' if threads == 1 else 's'}, {precision}"
 
 
-def forget_peak(kind: str) -> None:
+def reset_peak_memory(kind: str) -> None:
     """Starts the peak of memory anew, so that a sweep's second job doesn't report the first's."""
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -89,7 +89,7 @@ def open_device(kind: str, precision: str) -> Device:
         raise ConfigError(f"device={kind}: this machine has none; use device={choices} or auto.")
     if precision == "auto":
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    forget_peak(kind)
+    reset_peak_memory(kind)
     return Device(
         torch_device=torch.device(kind),
         autocast_dtype=torch.bfloat16 if precision == "bf16" else None,

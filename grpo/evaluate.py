@@ -10,27 +10,27 @@ from omegaconf import DictConfig
 
 from grpo.build.data import (
     build_evaluation,
+    build_prompt_format,
     build_prompts,
     build_rewards,
-    prompt_format,
 )
 from grpo.build.model import build_budget, build_device, build_engine, fit_to_lengths, load_model
-from grpo.build.tracking import bind_sinks, evaluation_info
+from grpo.build.tracking import bind_sinks, build_evaluation_info
 from grpo.config.binding import bind
-from grpo.locate import Found
+from grpo.locate import RunInputs
 from grpo.runs.files import FINISHED
-from grpo.runs.jsonl import encode, finite
+from grpo.runs.jsonl import encode_line, replace_nonfinite
 from grpo.tracking import Tracker
-from grpo.tracking.console import figures_table
-from grpo.tracking.tracker import answer_rows, evaluation_rows
-from grpo.training.evaluation import metrics_of, report
+from grpo.tracking.console import format_evaluation_table
+from grpo.tracking.tracker import make_answer_rows, make_evaluation_rows
+from grpo.training.evaluation import evaluation_metrics, summarize_evaluation
 
 
-def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:
+def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float | None:
     """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
-    formats = [prompt_format(own.options, own.key) for own in found.sets]
+    formats = [build_prompt_format(own.options, own.key) for own in found.sets]
     model = load_model(cfg, found.model(), device, frozen=True)
     prompts = build_prompts(found, formats, model.tokenizer).evaluation
     model, longest = fit_to_lengths(cfg, model, prompts)
@@ -39,29 +39,31 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: Found) -> float |
     make_engine = bind(cfg.rollout, "rollout")
     engine = build_engine(make_engine, model, cfg.max_new_tokens, budget)
     evaluation = build_evaluation(cfg, engine, prompts, rewards)
-    info = evaluation_info(cfg, folder)
+    info = build_evaluation_info(cfg, folder)
     tracker = Tracker([make(info=info) for make in bind_sinks(cfg)])
     try:
-        greedy, sampled = evaluation.answer()
+        greedy, sampled = evaluation.evaluate()
     except BaseException:
         tracker.close("failed", {"objective": {"name": cfg.objective, "value": None}})
         raise
     finally:
         for reward in rewards.values():
             reward.close()
-    metrics = metrics_of(greedy, sampled)
+    metrics = evaluation_metrics(greedy, sampled)
     given = [own for own in (greedy, sampled) if own]
-    tracker.completions([row for a in given for row in evaluation_rows(a.rollout, a.scores)])
+    tracker.log_completions(
+        [row for a in given for row in make_evaluation_rows(a.rollout, a.scores)]
+    )
     tracker.log(0, metrics)
-    reports = report(greedy, sampled)
+    reports = summarize_evaluation(greedy, sampled)
     content: dict[str, Any] = {"checkpoint": str(cfg.checkpoint)}
-    content |= {"hub_commits": found.hub_commits(), "prompts": len(prompts), **metrics}
+    content |= {"hub_commits": found.find_hub_commits(), "prompts": len(prompts), **metrics}
     content["figures"] = reports
-    (folder / "evaluation.json").write_text(json.dumps(finite(content), indent=2) + "\n")
-    rows = [row for own in given for row in answer_rows(own.rollout, own.scores)]
-    (folder / "completions.jsonl").write_text("".join(map(encode, rows)), encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps(replace_nonfinite(content), indent=2) + "\n")
+    rows = [row for own in given for row in make_answer_rows(own.rollout, own.scores)]
+    (folder / "completions.jsonl").write_text("".join(map(encode_line, rows)), encoding="utf-8")
     objective = {"name": cfg.objective, "value": metrics.get(cfg.objective)}
     tracker.close(FINISHED, {"objective": objective})
-    print(figures_table(reports))
+    print(format_evaluation_table(reports))
     print(f"written to {folder}: evaluation.json, completions.jsonl", flush=True)
     return metrics.get(cfg.objective)

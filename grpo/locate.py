@@ -14,13 +14,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.binding import bind, plain
-from grpo.config.validation import at_least
+from grpo.config.binding import bind, resolve_node
+from grpo.config.validation import check_at_least
 from grpo.data.source import Slices, Source
 from grpo.errors import ConfigError
-from grpo.models.files import check_reachable, model_folder
-from grpo.models.hub import commit_of
-from grpo.runs.folder import checkpoint_model
+from grpo.models.files import check_reachable, find_model_folder
+from grpo.models.hub import read_commit
+from grpo.runs.folder import locate_checkpoint_model
 from grpo.types import Example
 
 SLICE_KEYS = ("split", "slice", "eval_split", "eval_slice")
@@ -35,7 +35,7 @@ PROMPT_KEYS = (
 
 
 @dataclass(frozen=True)
-class FoundSet:
+class ExampleSet:
     """The rows of one data set, and its config."""
 
     key: str  # where that is: dataset, or dataset.sets.NAME
@@ -48,49 +48,49 @@ class FoundSet:
 
 
 @dataclass(frozen=True)
-class Found:
+class RunInputs:
     """The rows and the model that a run starts from."""
 
-    sets: list[FoundSet]
+    sets: list[ExampleSet]
     model: Callable[[], Path]  # its folder; the call downloads it where need be
 
-    def hub_commits(self) -> dict[str, str]:
+    def find_hub_commits(self) -> dict[str, str]:
         """What the names of the hub stood for, by the key of the config; empty without the hub."""
-        commits = {"model": commit_of(self.model()), **{own.key: own.commit for own in self.sets}}
+        commits = {"model": read_commit(self.model()), **{own.key: own.commit for own in self.sets}}
         return {key: commit for key, commit in commits.items() if commit is not None}
 
 
-def find_for_training(cfg: DictConfig) -> Found:
+def find_for_training(cfg: DictConfig) -> RunInputs:
     """Raises ConfigError where rows or model can't be had."""
     sets = find_sets(cfg, training=True)
-    return Found(sets, base_model(cfg.model))
+    return RunInputs(sets, locate_model(cfg.model))
 
 
-def base_model(model: DictConfig) -> Callable[[], Path]:
+def locate_model(model: DictConfig) -> Callable[[], Path]:
     """Where the model's folder is, told by a call that downloads it where need be.
 
     Raises:
         ConfigError: it can't be had.
     """
-    options = plain(model)
+    options = resolve_node(model)
     keys = ("id", "path", "packaged", "wheel", "revision", "trust_remote_code")
     where = {key: options[key] for key in keys}
     where["name"] = f"model={options['name']}"
     check_reachable(**where)
-    return functools.partial(model_folder, **where)
+    return functools.partial(find_model_folder, **where)
 
 
-def find_for_evaluation(cfg: DictConfig) -> Found:
+def find_for_evaluation(cfg: DictConfig) -> RunInputs:
     """Raises ConfigError where rows or checkpoint can't be had."""
     if cfg.checkpoint is None:
         raise ConfigError("checkpoint is not set: grpo eval checkpoint=DIR, a run's or a model's.")
     sets = find_sets(cfg, training=False)
     model = cfg.model
-    found = checkpoint_model(str(cfg.checkpoint), model.revision, model.trust_remote_code)
-    return Found(sets, found)
+    found = locate_checkpoint_model(str(cfg.checkpoint), model.revision, model.trust_remote_code)
+    return RunInputs(sets, found)
 
 
-def find_sets(cfg: DictConfig, *, training: bool) -> list[FoundSet]:
+def find_sets(cfg: DictConfig, *, training: bool) -> list[ExampleSet]:
     """The rows of the data set, or of all sets of a mix."""
     if "sets" not in cfg.dataset:
         return [find_set(cfg.dataset, "dataset", "", 1.0, training=training)]
@@ -106,7 +106,7 @@ def find_sets(cfg: DictConfig, *, training: bool) -> list[FoundSet]:
             )
         if "probability" not in options:
             raise ConfigError(f"dataset.sets.{name}.probability is not set.")
-        at_least(cfg, f"dataset.sets.{name}.probability", 0.0)
+        check_at_least(cfg, f"dataset.sets.{name}.probability", 0.0)
     chosen = {str(name): options for name, options in sets.items() if options.probability > 0}
     if not chosen:
         raise ConfigError("dataset.sets: none has a probability above 0.")
@@ -118,17 +118,17 @@ def find_sets(cfg: DictConfig, *, training: bool) -> list[FoundSet]:
 
 def find_set(
     options: DictConfig, key: str, name: str, probability: float, *, training: bool
-) -> FoundSet:
+) -> ExampleSet:
     source = build_source(options, key)
     slices = Slices(**{key: str(options[key]) for key in SLICE_KEYS})
     if name:
-        source = Named(source, name)
-    train = slices.train(source) if training else []
-    evaluation = slices.evaluation(source)
-    return FoundSet(key, name, probability, train, evaluation, options, source.commit)
+        source = NamedSource(source, name)
+    train = slices.read_training_examples(source) if training else []
+    evaluation = slices.read_evaluation_examples(source)
+    return ExampleSet(key, name, probability, train, evaluation, options, source.commit)
 
 
-class Named(Source):
+class NamedSource(Source):
     """A set of a mix, whose examples say which one they are from."""
 
     def __init__(self, source: Source, name: str) -> None:

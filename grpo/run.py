@@ -16,55 +16,55 @@ from grpo.build.data import (
     build_curriculum,
     build_evaluation,
     build_order,
+    build_prompt_format,
     build_prompts,
     build_rewards,
-    prompt_format,
 )
 from grpo.build.model import build_budget, build_device, build_engine, build_policy, fit_to_lengths
 from grpo.build.objective import (
     build_advantage,
+    build_kl_penalty,
     build_objective,
     build_optimizer,
-    build_pull,
-    tell_unused_kl,
-    updates_of_step,
+    count_updates_per_step,
+    warn_unused_kl,
 )
-from grpo.build.tracking import bind_sinks, run_info
-from grpo.config.binding import bind, plain
+from grpo.build.tracking import bind_sinks, build_run_info
+from grpo.config.binding import bind, resolve_node
 from grpo.config.schema import DoctorConfig
-from grpo.config.secrets import for_files
-from grpo.config.unused_keys import Facts, unused_keys
-from grpo.data.order import total_steps
-from grpo.data.prompts import DrawnPrompts
-from grpo.doctor.watch import Watch
+from grpo.config.secrets import resolve_without_secrets
+from grpo.config.unused_keys import Facts, explain_unused_keys
+from grpo.data.order import count_steps
+from grpo.data.prompts import LazyPrompts
+from grpo.doctor.sink import DoctorSink
 from grpo.errors import ConfigError, RunError
-from grpo.locate import Found
+from grpo.locate import RunInputs
 from grpo.memory.allocator import give_back_freed_memory
 from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
-from grpo.models.own_code import has_own_code
+from grpo.models.remote_code import has_remote_code
 from grpo.report.run.page import write_run_page
 from grpo.rollout import HFEngine, NativeEngine
 from grpo.runs.files import RUNNING, is_finished
-from grpo.runs.folder import newest_step
+from grpo.runs.folder import find_newest_checkpoint
 from grpo.runs.interrupt import Interrupt
 from grpo.runs.progress import Progress
-from grpo.runs.stop import ask_to_stop, asked_to_stop, in_sweep
+from grpo.runs.stop import is_stop_requested, is_sweep_job, request_stop
 from grpo.runs.summary import Summary
-from grpo.sweep.trial import never, watcher_of
+from grpo.sweep.pruning import make_prune_check, never_prune
 from grpo.tracking import Console, JsonlFiles, Tracker
 from grpo.training.checkpoint import Checkpoints
 from grpo.training.collect import Collector
-from grpo.training.difficulty import solved_shares
-from grpo.training.kl_penalty import Pull
-from grpo.training.loop import Standing, Training, train
+from grpo.training.difficulty import measure_difficulty
+from grpo.training.kl_penalty import NoKL
+from grpo.training.loop import Training, TrainingState, train
 from grpo.training.optimizer import Optimizer
 from grpo.types import Prompt
 
 log = logging.getLogger(__name__)
 
 
-def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | None:
+def train_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float | None:
     """Runs one experiment in its folder and returns its objective.
 
     Raises:
@@ -74,13 +74,13 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
     """
     run, standing = build_training(cfg, folder, found)
     give_back_freed_memory()  # of checks and trials: training would not fit the gaps they left
-    trials = run.evaluation.trials
-    commits = found.hub_commits()
+    trials = run.evaluation.answer_counts
+    commits = found.find_hub_commits()
     summary = Summary(folder, cfg.objective, run.device, run.total_steps, trials, commits)
     summary.write(RUNNING, standing.progress)
     status, error = "failed", "ended from outside"
     try:
-        with Interrupt(asked_to_stop) as interrupt:
+        with Interrupt(is_stop_requested) as interrupt:
             status, error = train(run, standing, interrupt), ""
     except KeyboardInterrupt:
         status, error = "interrupted", ""
@@ -97,16 +97,16 @@ def train_from_config(cfg: DictConfig, folder: Path, found: Found) -> float | No
         content = summary.write(status, standing.progress, error)
         run.tracker.close(status, content)
         if standing.progress.step or standing.progress.unlogged is None:
-            write_page(folder)
-    print(summary.closing(content), flush=True)
-    if interrupt.requested and in_sweep():
-        ask_to_stop()  # the other jobs; this one has ended well
+            write_report_html(folder)
+    print(summary.format_closing(content), flush=True)
+    if interrupt.requested and is_sweep_job():
+        request_stop()  # the other jobs; this one has ended well
     elif status == "interrupted":
         raise SystemExit(130)
-    return summary.objective(content)
+    return summary.get_objective(content)
 
 
-def write_page(folder: Path) -> None:
+def write_report_html(folder: Path) -> None:
     """report.html, however the run ended; where there is none, its numbers are all there still."""
     try:
         write_run_page(folder)
@@ -116,16 +116,18 @@ def write_page(folder: Path) -> None:
         log.exception("report.html could not be made; the run itself is whole")
 
 
-def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Training, Standing]:
+def build_training(
+    cfg: DictConfig, folder: Path, found: RunInputs
+) -> tuple[Training, TrainingState]:
     """All parts of a run and where it starts; what is cheap to find wrong is built first."""
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
     objective, advantage = build_objective(cfg), build_advantage(cfg)
     hydra = HydraConfig.get()
-    tell_unused_kl(cfg, hydra.overrides.task, hydra.runtime.choices["kl"])
+    warn_unused_kl(cfg, hydra.overrides.task, hydra.runtime.choices["kl"])
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = bind_sinks(cfg)
-    formats = [prompt_format(own.options, own.key) for own in found.sets]
+    formats = [build_prompt_format(own.options, own.key) for own in found.sets]
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
     policy, longest = fit_to_lengths(cfg, policy, prompts.evaluation, prompts.train)
@@ -136,29 +138,29 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     curriculum = build_curriculum(cfg)
     if curriculum.samples:
         own = prompts.train
-        asked = own.all_that_fit() if isinstance(own, DrawnPrompts) else own
-        solved = solved_shares(folder, asked, engine, objective.sampling, curriculum.samples)
+        asked = own.list_fitting() if isinstance(own, LazyPrompts) else own
+        solved = measure_difficulty(folder, asked, engine, objective.sampling, curriculum.samples)
         train_prompts = curriculum.choose(asked, solved)
     order = build_order(train_prompts, found, cfg)
 
     # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
-    pull = build_pull(cfg, policy, objective, budget)
-    steps = total_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
+    kl_penalty = build_kl_penalty(cfg, policy, objective, budget)
+    steps = count_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
-    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, for_files(cfg))
-    start = starting_point(cfg, checkpoints, policy, optimizer, pull, budget, steps, base)
-    info = run_info(cfg, folder, start, steps)
+    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, resolve_without_secrets(cfg))
+    start = resume_or_start(cfg, checkpoints, policy, optimizer, kl_penalty, budget, steps, base)
+    info = build_run_info(cfg, folder, start, steps)
     # Those that may refuse come first: until then nothing of the run is on disk.
     sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
     if cfg.doctor is not None:
-        sinks.append(Watch(info, DoctorConfig(**plain(cfg.doctor))))
+        sinks.append(DoctorSink(info, DoctorConfig(**resolve_node(cfg.doctor))))
     log.info(
         "%s: %d steps of %d x %d completions from %d prompts, on %s",
         info.name, steps, cfg.batch_size, cfg.num_generation, len(train_prompts), device.describe(),
     )  # fmt: skip
     exact = isinstance(engine, NativeEngine | HFEngine) and device.autocast_dtype is None
-    facts = Facts(exact, steps * updates_of_step(cfg), has_own_code(found.model()))
-    for line in unused_keys(cfg, hydra.overrides.task, facts):
+    facts = Facts(exact, steps * count_updates_per_step(cfg), has_remote_code(found.model()))
+    for line in explain_unused_keys(cfg, hydra.overrides.task, facts):
         log.warning("%s", line)
     collector = Collector(
         engine=engine,
@@ -174,7 +176,7 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
     run = Training(
         policy=policy,
         collector=collector,
-        pull=pull,
+        kl_penalty=kl_penalty,
         optimizer=optimizer,
         objective=objective,
         advantage=advantage,
@@ -188,32 +190,32 @@ def build_training(cfg: DictConfig, folder: Path, found: Found) -> tuple[Trainin
         eval_every=cfg.eval.every,
         checkpoint_every=cfg.checkpoint.every,
         log_prompts=cfg.log_prompts,
-        hopeless=watcher_of(folder) if in_sweep() else never,
+        should_prune=make_prune_check(folder) if is_sweep_job() else never_prune,
     )
-    return run, Standing(start)
+    return run, TrainingState(start)
 
 
-def starting_point(
+def resume_or_start(
     cfg: DictConfig,
     checkpoints: Checkpoints,
     policy: LanguageModel,
     optimizer: Optimizer,
-    pull: Pull,
+    kl_penalty: NoKL,
     budget: Budget,
     steps: int,
     base: str,
 ) -> Progress:
     """Step 0 of a new run, or the newest whole checkpoint of this one."""
     run = checkpoints.run
-    if cfg.resume is None or (cfg.resume == "auto" and newest_step(run) is None):
-        if cfg.resume == "auto" and not in_sweep():
+    if cfg.resume is None or (cfg.resume == "auto" and find_newest_checkpoint(run) is None):
+        if cfg.resume == "auto" and not is_sweep_job():
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
         # An agent of a W&B sweep has chosen already which run this is.
-        asked = None if in_sweep() else os.environ.get("WANDB_RUN_ID")
+        asked = None if is_sweep_job() else os.environ.get("WANDB_RUN_ID")
         return Progress(step=0, run_id=asked or uuid.uuid4().hex[:8], base=base, unlogged={})
-    start = checkpoints.load(policy, optimizer, pull, budget)
-    optimizer.end_after((steps - start.step) * updates_of_step(cfg))
-    tell_changed_kl(cfg, checkpoints.saved_config(start.step))
+    start = checkpoints.load(policy, optimizer, kl_penalty, budget)
+    optimizer.end_schedule_after((steps - start.step) * count_updates_per_step(cfg))
+    warn_changed_kl(cfg, checkpoints.read_saved_config(start.step))
     if start.base != base:
         raise ConfigError(
             f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "
@@ -227,7 +229,7 @@ def starting_point(
     return start
 
 
-def tell_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
+def warn_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
     """Says where a run goes on with another KL than it began with, before algorithms had theirs."""
     known = "kl_weight" in before.get("algorithm", {}) or "kl_weight" not in before
     if known or before["kl"]["estimator"] is None or before["kl_weight"] == cfg.kl_weight:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-SEEDS = 2**64  # so many seeds a generator of torch takes
-SMALL = 2**31
+SEED_LIMIT = 2**64  # so many seeds a generator of torch takes
+MIN_HASHED_SEED = 2**31
 
 
-def stream_seed(seed: int, number: int) -> int:
+def derive_seed(seed: int, number: int) -> int:
     """The seed of a run's stream of this number, from any seed that is not negative.
 
     A large one is hashed: a product would not fit, and on a CPU torch reads 32 bits of it alone.
     """
-    if seed < SMALL:
-        return (seed * 1_000_003 + number) % SEEDS
+    if seed < MIN_HASHED_SEED:
+        return (seed * 1_000_003 + number) % SEED_LIMIT
     return int.from_bytes(blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")

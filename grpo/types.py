@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def whole_text(text: str) -> str | None:
+def strip_or_none(text: str) -> str | None:
     return text.strip() or None
 
 
@@ -29,7 +29,9 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)  # everything else the row holds
     source: str = ""  # which of the sets of a mix it is from
     messages: tuple[Mapping[str, str], ...] = ()  # the question, where it is a chat already
-    read: Callable[[str], str | None] = whole_text  # a completion's answer, for majority votes
+    extract_answer: Callable[[str], str | None] = (
+        strip_or_none  # a completion's answer, for majority votes
+    )
     lenient: Callable[[str], float] | None = None  # verify, wherever the answer stands
 
 
@@ -54,7 +56,7 @@ class Sampling:
     stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of these
 
     @property
-    def cuts(self) -> bool:
+    def alters_distribution(self) -> bool:
         """Whether the distribution differs from softmax(logits / temperature)."""
         return (self.repetition_penalty, self.top_k, self.top_p, self.min_p) != (1.0, 0, 1.0, 0.0)
 
@@ -63,7 +65,7 @@ class Sampling:
         """Whether it leaves out tokens."""
         return (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
 
-    def greedy(self) -> Sampling:
+    def as_greedy(self) -> Sampling:
         return replace(self, temperature=0.0)
 
 
@@ -79,7 +81,7 @@ class Rollout:
     texts: tuple[str, ...]  # N, without what ends them and padding
     # The sampler's log-probabilities are the policy's, but for rounding in fp32. Not so where it
     # computes in bf16, or is another engine: what it says is then near the policy's and no more.
-    exact: bool = True
+    exact_logprobs: bool = True
 
     @property
     def num_generation(self) -> int:
@@ -142,7 +144,7 @@ class Scores:
     failures: Mapping[str, Mapping[int, str]]  # name -> row -> why it could not be worked out
     sources: tuple[str, ...]  # B
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
+    def stack_parts(self) -> tuple[Tensor, Tensor]:
         """The parts as [R, B, G] and their weights [R].
 
         A completion without a total has none of the parts either: what is known of it is not to be

@@ -24,9 +24,9 @@ from torch import Tensor
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from grpo.build.data import build_prompts, prompt_format
+from grpo.build.data import build_prompt_format, build_prompts
 from grpo.build.objective import build_objective
-from grpo.config import schema as config
+from grpo.config import schema
 from grpo.device import open_device
 from grpo.locate import find_for_training
 from grpo.memory.budget import Budget
@@ -36,15 +36,15 @@ from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.reference import Reference
 from grpo.objective import DIVERGENCES, ESTIMATORS
 from grpo.rollout import NativeEngine
-from grpo.runs.folder import model_of_checkpoint
+from grpo.runs.folder import find_checkpoint_model
 from grpo.runs.jsonl import read_lines
-from grpo.training.loss import KLTerm, Learned
+from grpo.training.loss import KLTerm, UpdateInputs
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import update
+from grpo.training.update import update_policy
 from grpo.types import Rollout
 
 PROMPTS, COMPLETIONS = 16, 8
-BUDGET = Budget.of(4096, cached=32768)
+BUDGET = Budget.from_tokens(4096, cache_positions=32768)
 
 
 @dataclass(frozen=True)
@@ -95,24 +95,26 @@ class Bench:
             self.policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
         )
         nothing = torch.zeros(len(rollout.texts))
-        learned = Learned(nothing, None, reference_NC, 1.0)
+        learned = UpdateInputs(nothing, None, reference_NC, 1.0)
         own = type(objective)(**{**vars(objective), "kl": term})
-        update(self.policy, self.reference, kept, own, rollout, learned, BUDGET.computed)
+        update_policy(
+            self.policy, self.reference, kept, own, rollout, learned, BUDGET.forward_limit
+        )
         return kept.flat
 
 
 def measure(run: Path, batches: int) -> dict[str, Any]:
     """Values and gradients of all estimators over some batches of completions."""
-    config.register()
+    schema.register_schema()
     cfg = OmegaConf.load(run / ".hydra" / "config.yaml")
     assert isinstance(cfg, DictConfig)
     device, found = open_device("cpu", "fp32"), find_for_training(cfg)
-    policy = load_language_model(model_of_checkpoint(str(run)), device)
+    policy = load_language_model(find_checkpoint_model(str(run)), device)
     base = load_language_model(found.model(), device)
     bench = Bench(cfg, policy, Reference(base, nullcontext, []))
     sampling = build_objective(cfg).sampling
     engine = NativeEngine(policy, cfg.max_new_tokens, BUDGET)
-    formats = [prompt_format(own.options, own.key) for own in found.sets]
+    formats = [build_prompt_format(own.options, own.key) for own in found.sets]
     prompts = build_prompts(found, formats, policy.tokenizer).train
     exact_terms = {d: KLTerm(None, f, False, False) for d, f in DIVERGENCES.items()}
 
@@ -123,14 +125,18 @@ def measure(run: Path, batches: int) -> dict[str, Any]:
         chosen = [prompts[(batch * PROMPTS + n) % len(prompts)] for n in range(PROMPTS)]
         rollout = engine.generate(chosen, COMPLETIONS, sampling, seed=10_000 + batch)
         mask_NC = rollout.mask_NC
-        reference_NC = score_rollout(base, rollout, Readout(sampling), BUDGET.computed).plain
+        reference_NC = score_rollout(
+            base, rollout, Readout(sampling), BUDGET.forward_limit
+        ).plain_logprobs
         for direction, divergence in DIVERGENCES.items():
             readout = Readout(sampling, divergence=divergence)
-            scored = score_rollout(policy, rollout, readout, BUDGET.computed, bench.reference)
+            scored = score_rollout(policy, rollout, readout, BUDGET.forward_limit, bench.reference)
             truth_T = scored.divergence[mask_NC].double()
             exact.setdefault(direction, []).append(truth_T)
             for name, estimator in ESTIMATORS[direction].items():
-                found_T = estimator(scored.plain[mask_NC].double(), reference_NC[mask_NC].double())
+                found_T = estimator(
+                    scored.plain_logprobs[mask_NC].double(), reference_NC[mask_NC].double()
+                )
                 errors.setdefault(f"{name} ({direction})", []).append(found_T - truth_T)
             own = bench.gradient(rollout, exact_terms[direction], reference_NC)
             gradients.setdefault(f"exact ({direction})", []).append(own)

@@ -29,35 +29,39 @@ from optuna.distributions import (
 )
 
 from grpo.cli.exits import refuse
-from grpo.cli.explain import explain
-from grpo.commands.arguments import option
-from grpo.config import schema as config
-from grpo.config.overrides import key_of, quoted
+from grpo.cli.explain import explain_hydra_error
+from grpo.commands.arguments import take_option
+from grpo.config import schema
+from grpo.config.overrides import parse_key, quote_value
 from grpo.config.secrets import refuse_secrets
 from grpo.errors import ConfigError
-from grpo.sweep.search import fixed_of
-from grpo.sweep.space import corners, space_of, values_of, written
+from grpo.sweep.search import select_fixed
+from grpo.sweep.space import build_space, format_override, list_corners, list_values
 
 METHODS = {"random": "random", "grid": "grid"}  # of our samplers; all others learn: bayes
 
 
 def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
     """Raises ConfigError where there is nothing to sweep."""
-    overrides, own_configs = option(arguments, "--config-dir", "a folder")
+    overrides, own_configs = take_option(arguments, "--config-dir", "a folder")
     if own_configs is not None and not Path(own_configs).is_dir():
         raise ConfigError(f"--config-dir {own_configs}: there is no such folder.")
     where = [] if own_configs is None else [searched(own_configs)]
     composed = compose([*where, *(o for o in overrides if not is_swept(o))])
     sweeper = composed.hydra.sweeper
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    given = [o for o in overrides if not key_of(o).startswith("hydra")]
+    given = [o for o in overrides if not parse_key(o).startswith("hydra")]
     parsed = OverridesParser.create().parse_overrides([*params, *given])
-    space = space_of(parsed)
+    space = build_space(parsed)
     if not space:
         raise ConfigError("nothing to sweep; name a study: scripts/wandb_sweep sweep=search")
-    for values in corners(space):  # an agent would find a wrong value one run after the other
+    for values in list_corners(space):  # an agent would find a wrong value one run after the other
         compose(
-            [*where, *fixed_of(parsed), *(written(key, value) for key, value in values.items())]
+            [
+                *where,
+                *select_fixed(parsed),
+                *(format_override(key, value) for key, value in values.items()),
+            ]
         )
     searches = "sampler" in sweeper
     method = METHODS.get(sweeper.sampler, "bayes") if searches else "grid"
@@ -72,7 +76,7 @@ def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
         "metric": {"name": metric, "goal": goal},
         "parameters": {key: parameter(key, own, method) for key, own in space.items()},
         # One run for each; hydra.mode undoes what makes a sweep of the study itself.
-        "command": ["grpo", *flags, *fixed_of(parsed), "hydra.mode=RUN", "${args_no_hyphens}"],
+        "command": ["grpo", *flags, *select_fixed(parsed), "hydra.mode=RUN", "${args_no_hyphens}"],
     }
     if searches:
         content["run_cap"] = sweeper.n_trials
@@ -83,17 +87,17 @@ def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
 
 def searched(folder: str) -> str:
     """What --config-dir is to Hydra's command, as an override."""
-    return f"hydra.searchpath=[{quoted(f'file://{Path(folder).absolute()}')}]"
+    return f"hydra.searchpath=[{quote_value(f'file://{Path(folder).absolute()}')}]"
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    config.register()
+    schema.register_schema()
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
+    with hydra.initialize_config_dir(str(schema.find_conf_folder()), version_base="1.3"):
         try:
             composed = hydra.compose("config", list(overrides), return_hydra_config=True)
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error, "config", overrides)) from error
+            raise ConfigError(explain_hydra_error(error, "config", overrides)) from error
     refuse_secrets(composed)
     return composed
 
@@ -109,7 +113,7 @@ def is_swept(override: str) -> bool:
 def parameter(key: str, own: BaseDistribution, method: str) -> dict[str, Any]:
     """A key's values as W&B writes them."""
     if method == "grid" or isinstance(own, CategoricalDistribution):
-        return {"values": values_of(key, own)}
+        return {"values": list_values(key, own)}
     assert isinstance(own, IntDistribution | FloatDistribution)
     ends = {"min": own.low, "max": own.high}
     if own.log and isinstance(own, IntDistribution):  # W&B has no whole numbers by magnitude
@@ -119,7 +123,7 @@ def parameter(key: str, own: BaseDistribution, method: str) -> dict[str, Any]:
     if isinstance(own, IntDistribution):
         if own.step == 1:
             return {"distribution": "int_uniform", **ends}
-        return {"values": values_of(key, own)}
+        return {"values": list_values(key, own)}
     if own.step is not None:
         return {"distribution": "q_uniform", "q": own.step, **ends}
     return {"distribution": "uniform", **ends}

@@ -20,7 +20,7 @@ from wandb_sweep import wandb_sweep
 
 from grpo.cli.exits import refuse
 from grpo.errors import ConfigError
-from grpo.report.run.charts import SECTIONS, Chart
+from grpo.report.run.charts import CHART_SECTIONS, Chart
 
 USAGE = "scripts/wandb_workspace ENTITY/PROJECT [sweep=CHOICE] [--print]"
 DISTRIBUTIONS = ("reward", "advantage", "length", "ratio")
@@ -59,7 +59,7 @@ def run_sections() -> list[ws.Section]:
     """The sections of a run's own page, then what only W&B has."""
     sections = [
         ws.Section(name=title, panels=[curve(chart) for chart in charts], is_open=n < 2)
-        for n, (title, charts) in enumerate(SECTIONS.items())
+        for n, (title, charts) in enumerate(CHART_SECTIONS.items())
     ]
     shapes = [panels.MediaBrowser(media_keys=[f"histogram/{name}"]) for name in DISTRIBUTIONS]
     rows = panels.WeavePanelSummaryTable(table_name="completions")

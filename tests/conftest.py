@@ -40,7 +40,7 @@ from transformers import (
 from grpo.device import Device, open_device
 from grpo.models import attention
 from grpo.models.cpu import linear
-from grpo.models.files import PACKAGED
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.load import LanguageModel, load_language_model
 
 settings.register_profile("grpo", deadline=None)  # a slow machine is no failure
@@ -85,13 +85,13 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 @pytest.fixture(params=list(ARCHITECTURES))
 def small_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A model of each architecture."""
-    return with_distinct_logits(ARCHITECTURES[request.param])
+    return build_with_distinct_logits(ARCHITECTURES[request.param])
 
 
-def with_distinct_logits(made: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+def build_with_distinct_logits(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """Random weights, large enough that the logits differ."""
     torch.manual_seed(0)
-    model = made().eval()
+    model = build().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
@@ -112,7 +112,7 @@ def gpu_branches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(device: Device) -> LanguageModel:
-    return load_language_model(PACKAGED / "tiny", device)
+    return load_language_model(PACKAGE_FOLDER / "tiny", device)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def grpo(
     return run
 
 
-def grpo_process(
+def run_grpo(
     *arguments: str, cwd: Path, timeout: float = 300, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python -m grpo …` as a process of its own; env: added to this one's."""
@@ -153,8 +153,8 @@ def grpo_process(
     )
 
 
-def start(cwd: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """As `grpo_process`, without waiting for its end; what it prints goes into a file in cwd."""
+def start_grpo(cwd: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """As `run_grpo`, without waiting for its end; what it prints goes into a file in cwd."""
     log = (cwd / f"process{time.monotonic_ns()}.log").open("wb")
     return subprocess.Popen(
         [sys.executable, "-m", "grpo", *arguments], cwd=cwd, stdout=log, stderr=log
@@ -177,7 +177,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps of experiment=smoke, all their completions kept; to be changed in a copy alone."""
     cwd = tmp_path_factory.mktemp("short")
-    done = grpo_process(
+    done = run_grpo(
         "experiment=smoke", "tracking=none", "hydra.run.dir=run", "max_steps=6", "log_prompts=4",
         cwd=cwd,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def copy_with_text(run: Path, copy: Path, text: str) -> None:
         (copy / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Every step's metrics, less what a clock or the machine's memory says."""
     clocks = ("time/", "perf/", "memory/")
     return [

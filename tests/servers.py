@@ -24,7 +24,7 @@ def serving(server: T) -> Iterator[T]:
         server.server_close()
 
 
-class Pages(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
     """What the servers' answers have in common; it prints nothing."""
 
     def read_body(self) -> bytes:

@@ -19,15 +19,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.models import adapter as adapter_module
-from grpo.models.adapter import Adapter, add_adapter, load_adapter, merged, save_adapter
-from grpo.models.cpu.select import lean
-from grpo.models.files import PACKAGED
-from grpo.models.forward import Completions, Forward, plain, score_completions, shared_prefix
+from grpo.models.adapter import Adapter, add_adapter, load_adapter, merge_adapter, save_adapter
+from grpo.models.cpu.select import fast_forward_pass
+from grpo.models.files import PACKAGE_FOLDER
+from grpo.models.forward import (
+    Completions,
+    Forward,
+    forward_plain,
+    forward_shared_prompt,
+    score_completions,
+)
 from grpo.models.head import Head, Readout
 from grpo.models.load import LanguageModel, choose_forward, load_language_model
-from grpo.models.reference import reference_of
+from grpo.models.reference import make_reference
 from grpo.types import Sampling
-from tests.conftest import SHAPE, with_distinct_logits
+from tests.conftest import SHAPE, build_with_distinct_logits
 from tests.test_end_to_end import lines
 from tests.test_forward import random_batch
 
@@ -38,8 +44,12 @@ READOUT = Readout(Sampling(0.7))
 ROOT = Path(__file__).parents[1]
 
 
-def scores(model: PreTrainedModel, batch: Completions, forward: Forward = shared_prefix) -> Tensor:
-    with lean(model):  # as LanguageModel computes, so that equal is equal to the last bit
+def scores(
+    model: PreTrainedModel, batch: Completions, forward: Forward = forward_shared_prompt
+) -> Tensor:
+    with fast_forward_pass(
+        model
+    ):  # as LanguageModel computes, so that equal is equal to the last bit
         return score_completions(forward(model, Head(model), batch), batch, READOUT).logprobs
 
 
@@ -62,7 +72,7 @@ def test_an_adapter_is_trained_alone_and_by_the_right_gradient(
     assert torch.equal(scores(small_model, batch), before)  # a fresh one changes nothing
     stir(small_model)
     gradients = []
-    for forward in (shared_prefix, plain):
+    for forward in (forward_shared_prompt, forward_plain):
         small_model.zero_grad()
         scores(small_model, batch, forward).sum().backward()
         named = small_model.named_parameters()
@@ -83,10 +93,10 @@ def test_the_reference_is_the_model_with_the_adapter_switched_off(
     before = scores(tiny.model, batch)
     add_adapter(tiny.model, KINDS[kind], seed=0)
     stir(tiny.model)
-    reference = reference_of(tiny, moves=False)
+    reference = make_reference(tiny, moves=False)
     assert reference.model.model is tiny.model  # no second copy
     trained = [p.requires_grad for p in tiny.model.parameters()]
-    found = score_completions(reference.features(batch), batch, READOUT).logprobs
+    found = score_completions(reference.compute_features(batch), batch, READOUT).logprobs
     assert torch.equal(found, before)
     assert not torch.allclose(scores(tiny.model, batch), before)  # and on again
     assert [p.requires_grad for p in tiny.model.parameters()] == trained
@@ -96,13 +106,13 @@ def test_a_reference_that_moves_is_a_second_adapter(tiny: LanguageModel) -> None
     batch = random_batch()
     add_adapter(tiny.model, LORA, seed=0)
     trained = {n for n, p in tiny.model.named_parameters() if p.requires_grad}
-    reference = reference_of(tiny, moves=True)
+    reference = make_reference(tiny, moves=True)
     assert {n for n, p in tiny.model.named_parameters() if p.requires_grad} == trained
     before = scores(tiny.model, batch)
     stir(tiny.model)
 
     def seen() -> Tensor:
-        return score_completions(reference.features(batch), batch, READOUT).logprobs
+        return score_completions(reference.compute_features(batch), batch, READOUT).logprobs
 
     assert torch.equal(seen(), before)
     reference.move(1.0)
@@ -136,36 +146,36 @@ def test_an_adapter_over_experts_is_kept_moved_and_merged(
     if family == "Qwen3Moe":
         shape |= {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
     config = getattr(transformers, f"{family}Config")(**shape)
-    model = with_distinct_logits(lambda: AutoModelForCausalLM.from_config(config))
+    model = build_with_distinct_logits(lambda: AutoModelForCausalLM.from_config(config))
     head, batch = Head(model), random_batch()
     policy = LanguageModel(model, None, head, choose_forward(model, head), (2,), 128, device)  # type: ignore[arg-type]
     base = copy.deepcopy(model)
     before = scores(model, batch)
     add_adapter(model, LORA, seed=0)
     assert any(".experts." in name for name, p in model.named_parameters() if p.requires_grad)
-    reference = reference_of(policy, moves=True)
+    reference = make_reference(policy, moves=True)
     stir(model)
     after = scores(model, batch)
     assert not torch.allclose(after, before)
 
     def referred() -> Tensor:
-        return score_completions(reference.features(batch), batch, READOUT).logprobs
+        return score_completions(reference.compute_features(batch), batch, READOUT).logprobs
 
     assert_close(referred(), before, atol=1e-5, rtol=1e-5)
     reference.move(1.0)
     assert_close(referred(), after, atol=1e-5, rtol=1e-5)
-    assert_close(scores(merged(model), batch), after, atol=1e-4, rtol=1e-4)
+    assert_close(scores(merge_adapter(model), batch), after, atol=1e-4, rtol=1e-4)
     save_adapter(model, tmp_path, "nowhere")
     load_adapter(base, tmp_path)
     assert_close(scores(base, batch), after, atol=1e-5, rtol=1e-5)
-    plain_names = {name for name, _ in merged(base).named_parameters()}
+    plain_names = {name for name, _ in merge_adapter(base).named_parameters()}
     assert plain_names == {name for name, _ in type(model)(config).named_parameters()}
 
 
 def test_an_adapter_of_another_shape_is_refused(tiny: LanguageModel, tmp_path: Path) -> None:
     add_adapter(tiny.model, replace(LORA, rank=2), seed=0)
     save_adapter(tiny.model, tmp_path, "nowhere")
-    other = AutoModelForCausalLM.from_pretrained(PACKAGED / "tiny", dtype=torch.float32)
+    other = AutoModelForCausalLM.from_pretrained(PACKAGE_FOLDER / "tiny", dtype=torch.float32)
     add_adapter(other, LORA, seed=0)
     with pytest.raises(ConfigError, match="another shape"):
         load_adapter(other, tmp_path)
@@ -291,7 +301,7 @@ def test_merged_weights_are_handed_over_one_layer_at_a_time(
     """The same as the merged model's, and no more than one layer is ever copied."""
     add_adapter(tiny.model, replace(LORA, dora=dora), seed=0)
     stir(tiny.model)
-    expected = dict(adapter_module.merged(tiny.model).named_parameters())
+    expected = dict(adapter_module.merge_adapter(tiny.model).named_parameters())
     copied: list[int] = []
     deepcopy = copy.deepcopy
 
@@ -301,7 +311,7 @@ def test_merged_weights_are_handed_over_one_layer_at_a_time(
         return deepcopy(layer, *rest)
 
     monkeypatch.setattr(adapter_module.copy, "deepcopy", watched)
-    found = dict(adapter_module.merged_weights(tiny.model))
+    found = dict(adapter_module.iterate_merged_weights(tiny.model))
     assert set(found) == set(expected)
     for name, weight in expected.items():
         assert_close(found[name], weight.detach())

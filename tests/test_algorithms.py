@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from grpo.config.schema import conf_folder
+from grpo.config.schema import find_conf_folder
 from tests.test_end_to_end import lines
 
 Grpo = Callable[..., tuple[int, str]]
 
 
 def choices(group: str) -> list[str]:
-    return sorted(file.stem for file in (conf_folder() / group).glob("[!_]*.yaml"))
+    return sorted(file.stem for file in (find_conf_folder() / group).glob("[!_]*.yaml"))
 
 
 def combinations() -> list[Any]:

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from grpo.models.attention import expanded
-from grpo.models.cpu.tree_attention import split
-from grpo.models.plan import Scoring
+from grpo.models.attention import attend_expanded
+from grpo.models.attention_plan import AttentionScoring
+from grpo.models.cpu.tree_attention import attend_split
 from grpo.models.tree import Tree
-from grpo.rollout.cache import Cache
+from grpo.rollout.cache import KVCache
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 8
 
@@ -30,13 +30,15 @@ def tensors(tree: Tree, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return normal(HEADS), normal(KEY_HEADS), normal(KEY_HEADS)
 
 
-def by_hand(queries: Tensor, keys: Tensor, values: Tensor, tree: Tree, how: Scoring) -> Tensor:
+def by_hand(
+    queries: Tensor, keys: Tensor, values: Tensor, tree: Tree, how: AttentionScoring
+) -> Tensor:
     """[T, H, d] by the definition: each token over its own past, one head at a time."""
     out = torch.zeros(queries.shape[1], HEADS, WIDTH, dtype=queries.dtype)
-    ways = [list(range(part.start, part.stop)) for part in tree.prompts]
+    ways = [list(range(part.start, part.stop)) for part in tree.prompt_slices]
     places = [(way, i) for way in ways for i in range(len(way))]
-    for n, part in enumerate(tree.completions):
-        root = ways[n // tree.rows]
+    for n, part in enumerate(tree.completion_slices):
+        root = ways[n // tree.rows_per_prompt]
         whole = root + list(range(part.start, part.stop))
         places += [(whole, i) for i in range(len(root), len(whole))]
     for way, i in places:
@@ -62,10 +64,10 @@ TREES = st.tuples(st.integers(1, 3), st.integers(1, 3)).flatmap(
 @settings(max_examples=25)
 @given(tree=TREES)
 def test_pieces_put_together_are_the_whole_with_its_gradients(tree: Tree) -> None:
-    how = Scoring(scale=0.3)
+    how = AttentionScoring(scale=0.3)
     queries, keys, values = tensors(tree)
     ours, theirs = (
-        split(queries, keys, values, tree, 0.3),
+        attend_split(queries, keys, values, tree, 0.3),
         by_hand(queries, keys, values, tree, how),
     )
     assert_close(ours, theirs)
@@ -83,10 +85,10 @@ def test_pieces_put_together_are_the_whole_with_its_gradients(tree: Tree) -> Non
     softcap=st.none() | st.sampled_from([0.5, 5.0]),
 )
 def test_expanded_is_the_definition(tree: Tree, window: int | None, softcap: float | None) -> None:
-    how = Scoring(0.3, window, softcap)
+    how = AttentionScoring(0.3, window, softcap)
     queries, keys, values = tensors(tree)
     assert_close(
-        expanded(queries, keys, values, tree, how),
+        attend_expanded(queries, keys, values, tree, how),
         by_hand(queries, keys, values, tree, how),
         check_dtype=False,
         atol=2e-6,  # a cap's softmax is taken in fp32
@@ -101,22 +103,22 @@ def test_one_token_at_a_time_is_the_same_as_all_at_once(
 ) -> None:
     """Through the cache, with rows leaving on the way: unequal prompts, then unequal groups."""
     tree = Tree((5, 3, 4), (6,) * 9)
-    how = Scoring(0.3, window, softcap)
+    how = AttentionScoring(0.3, window, softcap)
     queries, keys, values = (x.detach().float() for x in tensors(tree))
     expected = by_hand(queries, keys, values, tree, how)
-    cache = Cache(tree.prompt_lengths, tree.rows, 6, torch.device("cpu"))
+    cache = KVCache(tree.prompt_lengths, tree.rows_per_prompt, 6, torch.device("cpu"))
     prompts = slice(0, tree.prompt_tokens)
     cache.store_prompts(0, 0, keys[:, prompts], values[:, prompts], Tree(tree.prompt_lengths, ()))
     alive = list(range(9))
     for column in range(6):
         if column in (2, 4):
             keep = torch.tensor([0, 2, 3, 6, 7] if column == 2 else [1, 3])
-            cache.keep(keep)
+            cache.keep_rows(keep)
             alive = [alive[n] for n in keep.tolist()]
-        at = [tree.completions[n].start + column for n in alive]
+        at = [tree.completion_slices[n].start + column for n in alive]
         found = cache.attend(0, queries[:, at], keys[:, at], values[:, at], how)
         assert_close(found, expected[at], atol=1e-5, rtol=1e-5)
         positions = [tree.prompt_lengths[n // 3] + column for n in alive]
-        assert cache.positions().tolist() == positions
-        cache.written += 1
+        assert cache.next_positions().tolist() == positions
+        cache.num_written += 1
     assert alive == [2, 6]  # of the first and the last prompt; the second is gone

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Config
 
-from grpo.models.files import PACKAGED
-from tests.conftest import grpo_process
+from grpo.models.files import PACKAGE_FOLDER
+from tests.conftest import run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 RUN = "hydra.run.dir=run"
@@ -49,7 +49,7 @@ def files(folder: Path) -> None:
         shutil.copy(folder / "good.csv", folder / f"split/{name}.csv")
     (folder / "a_file").write_text("")
     Qwen2Config().save_pretrained(folder / "no_weights")
-    shutil.copytree(PACKAGED / "tiny", folder / "broken")
+    shutil.copytree(PACKAGE_FOLDER / "tiny", folder / "broken")
     (folder / "broken/model.safetensors").write_bytes(b"short")
 
 
@@ -478,7 +478,7 @@ def test_is_refused_before_anything_starts(case: str, grpo: Grpo, tmp_path: Path
 
 
 def test_a_real_process_says_it_in_one_line_and_exits_2(tmp_path: Path) -> None:
-    result = grpo_process("num_generations=4", cwd=tmp_path)
+    result = run_grpo("num_generations=4", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == ("grpo: num_generations: no such key; did you mean num_generation?\n")
@@ -486,13 +486,13 @@ def test_a_real_process_says_it_in_one_line_and_exits_2(tmp_path: Path) -> None:
 
 
 def test_a_number_from_the_environment_is_one(tmp_path: Path) -> None:
-    done = grpo_process(
+    done = run_grpo(
         "seed=${oc.env:SEED}", "learning_rate=${oc.env:RATE}", "--cfg", "job", "--resolve",
         cwd=tmp_path, env={"SEED": "7", "RATE": "1e-3"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "\nseed: 7\n" in done.stdout
-    refused = grpo_process("seed=${oc.env:SEED}", cwd=tmp_path, env={"SEED": "seven"})
+    refused = run_grpo("seed=${oc.env:SEED}", cwd=tmp_path, env={"SEED": "seven"})
     assert refused.returncode == 2
     assert "seed" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -500,10 +500,10 @@ def test_a_number_from_the_environment_is_one(tmp_path: Path) -> None:
 
 def test_a_job_explains_itself(tmp_path: Path) -> None:
     for job in ("report", "dashboard", "chat", "export"):
-        done = grpo_process(job, "--help", cwd=tmp_path)
+        done = run_grpo(job, "--help", cwd=tmp_path)
         assert done.returncode == 0
         assert done.stdout.startswith(f"grpo {job} ")
-    assert grpo_process("--version", cwd=tmp_path).stdout.startswith("grpo-bench 0.")
+    assert run_grpo("--version", cwd=tmp_path).stdout.startswith("grpo-bench 0.")
 
 
 def test_who_stops_reading_gets_no_traceback(tmp_path: Path) -> None:

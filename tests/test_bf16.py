@@ -18,20 +18,20 @@ from torch.utils._pytree import tree_leaves
 from grpo.device import open_device
 from grpo.memory.budget import Budget
 from grpo.memory.microbatch import score_rollout
-from grpo.models.files import model_folder
+from grpo.models.files import find_model_folder
 from grpo.models.load import LanguageModel, load_language_model
-from grpo.models.reference import Reference, reference_of
+from grpo.models.reference import Reference, make_reference
 from grpo.objective import RATIOS, clipped_surrogate
 from grpo.objective.kl import k3
 from grpo.objective.ratios import Ratio
 from grpo.objective.weights import sequence_mean
 from grpo.rollout import NativeEngine
 from grpo.training import loop as train
-from grpo.training.loss import KLTerm, Learned, Objective
+from grpo.training.loss import KLTerm, Objective, UpdateInputs
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import update
+from grpo.training.update import update_policy
 from grpo.types import Example, Prompt, Rollout, Sample, Sampling
-from tests.conftest import metrics
+from tests.conftest import read_metrics
 from tests.test_algorithms import combinations
 from tests.test_end_to_end import lines
 
@@ -155,8 +155,8 @@ def test_resumed_it_gives_the_same_numbers(grpo: Grpo, tmp_path: Path) -> None:
         code, printed = grpo(*arguments)
         assert code == 0, printed
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert [step["step"] for step in metrics(whole)] == [0, 1, 2, 3, 4]
-    assert metrics(whole) == metrics(parts)
+    assert [step["step"] for step in read_metrics(whole)] == [0, 1, 2, 3, 4]
+    assert read_metrics(whole) == read_metrics(parts)
     files = [run / "checkpoints/latest/model/model.safetensors" for run in (whole, parts)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -165,7 +165,7 @@ def test_resumed_it_gives_the_same_numbers(grpo: Grpo, tmp_path: Path) -> None:
 def smollm2() -> Path:
     """SmolLM2-135M's folder, from the hub's cache or the wheel."""
     own = OmegaConf.load(ROOT / "conf/model/smollm2_135m.yaml")
-    return model_folder(own.name, own.id, None, None, OmegaConf.to_container(own.wheel))
+    return find_model_folder(own.name, own.id, None, None, OmegaConf.to_container(own.wheel))
 
 
 class KeepsGradient(Optimizer):
@@ -204,7 +204,7 @@ def gradient_of_step(
     The rollout counts as the policy's own, so that no token is weighed by how likely it was in
     another precision.
     """
-    limit, sampling = Budget.of(2048).computed, Sampling(1.0)
+    limit, sampling = Budget.from_tokens(2048).forward_limit, Sampling(1.0)
     term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
     objective = Objective(ratio, clipped_surrogate, sequence_mean, term, sampling, 24)
     of_policy = score_rollout(policy, rollout, objective.readout, limit)
@@ -213,9 +213,9 @@ def gradient_of_step(
         policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
     )
     advantages_N = torch.randn(len(rollout.texts), generator=torch.Generator().manual_seed(3))
-    learned = Learned(advantages_N, None, of_reference.plain, 0.1)
+    learned = UpdateInputs(advantages_N, None, of_reference.plain_logprobs, 0.1)
     own = replace(rollout, logprobs_NC=of_policy.logprobs)
-    updated = update(policy, reference, optimizer, objective, own, learned, limit)
+    updated = update_policy(policy, reference, optimizer, objective, own, learned, limit)
     return optimizer.gradient.double(), updated.metrics
 
 
@@ -226,10 +226,10 @@ def test_the_gradient_is_that_of_fp32(smollm2: Path) -> None:
     rollout: Rollout | None = None
     for precision in ("fp32", "bf16"):
         policy = load_language_model(smollm2, open_device("cpu", precision))
-        reference = reference_of(policy, moves=False)
+        reference = make_reference(policy, moves=False)
         shake(policy.model)
         if rollout is None:
-            engine = NativeEngine(policy, 24, Budget.of(2048))
+            engine = NativeEngine(policy, 24, Budget.from_tokens(2048))
             rollout = engine.generate(chats(policy), 4, Sampling(1.0), seed=2)
         for name in ("token", "sequence"):
             gradient, stats = gradient_of_step(policy, reference, rollout, RATIOS[name])

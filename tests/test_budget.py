@@ -15,135 +15,155 @@ import torch
 
 from grpo.device import open_device
 from grpo.errors import ConfigError, RunError
-from grpo.memory.budget import Budget, Limit, ran_out
-from grpo.memory.estimate import HEAP_IN_BF16, Held, Work, budget_of, held_by, kept_by_token
+from grpo.memory.budget import Budget, TokenLimit, is_out_of_memory
+from grpo.memory.estimate import (
+    HEAP_OVERHEAD_IN_BF16,
+    MemoryNeeds,
+    Workload,
+    choose_budget,
+    estimate_memory,
+    estimate_token_bytes,
+)
 from grpo.models.load import LanguageModel
-from grpo.models.reference import reference_of
-from grpo.rollout.vllm import share_of_gpu
+from grpo.models.reference import make_reference
+from grpo.rollout.vllm import compute_gpu_share
 
 CPU = torch.device("cpu")
-HELD = Held(training=1.0, sampling=2.0, token=1e6, position=1e5)
+HELD = MemoryNeeds(training_gb=1.0, sampling_gb=2.0, token_bytes=1e6, position_bytes=1e5)
 
 
 def test_tokens_are_what_memory_holds_beside_all_else() -> None:
     """3 GB, of which libraries take 0.7 and weights 1.0: 1.3 GB at 1 MB a token."""
-    budget = budget_of(CPU, 3.0, None, None, HELD, longest=100)
-    assert budget.computed.most == pytest.approx(1300, abs=1)
-    assert budget.computed.tokens == 1024  # more is no faster on a CPU
-    assert budget.cached.most == pytest.approx(3000, abs=1)  # 0.3 GB at 0.1 MB
-    little = budget_of(CPU, 2.0, None, None, HELD, longest=100).computed
-    assert little.tokens == little.most == pytest.approx(300, abs=1)
-    assert budget_of(CPU, 2.0, 5000, None, HELD, longest=100).computed == Limit(5000, 5000)
+    budget = choose_budget(CPU, 3.0, None, None, HELD, longest=100)
+    assert budget.forward_limit.max_at_once == pytest.approx(1300, abs=1)
+    assert budget.forward_limit.tokens == 1024  # more is no faster on a CPU
+    assert budget.cache_limit.max_at_once == pytest.approx(3000, abs=1)  # 0.3 GB at 0.1 MB
+    little = choose_budget(CPU, 2.0, None, None, HELD, longest=100).forward_limit
+    assert little.tokens == little.max_at_once == pytest.approx(300, abs=1)
+    assert choose_budget(CPU, 2.0, 5000, None, HELD, longest=100).forward_limit == TokenLimit(
+        5000, 5000
+    )
 
 
 def test_less_memory_than_one_completion_takes_is_refused() -> None:
     """1.7 GB before any token, 0.1 GB for 100 of them."""
     with pytest.raises(ConfigError, match=r"device.memory_gb=1.75: .* 100 tokens, take 1.8 GB"):
-        budget_of(CPU, 1.75, None, None, HELD, longest=100)
-    assert budget_of(CPU, 1.81, None, None, HELD, longest=100).computed.most in (109, 110)
+        choose_budget(CPU, 1.75, None, None, HELD, longest=100)
+    assert choose_budget(CPU, 1.81, None, None, HELD, longest=100).forward_limit.max_at_once in (
+        109,
+        110,
+    )
 
 
-WORK = Work(
+WORK = Workload(
     prompt=30, completion=10, group=4, optimizer="adamw", reference=False, reference_moves=False
 )
 
 
 def test_what_a_model_holds_is_counted(tiny: LanguageModel) -> None:
     weights = sum(p.numel() for p in tiny.model.parameters())
-    alone = held_by(tiny, WORK)
-    beside = held_by(tiny, replace(WORK, reference=True))
-    assert beside.training - alone.training == pytest.approx(4e-9 * weights, rel=0.01)
-    small = held_by(tiny, replace(WORK, optimizer="adamw_8bit"))
-    assert alone.training - small.training == pytest.approx(6e-9 * weights, rel=0.01)
+    alone = estimate_memory(tiny, WORK)
+    beside = estimate_memory(tiny, replace(WORK, reference=True))
+    assert beside.training_gb - alone.training_gb == pytest.approx(4e-9 * weights, rel=0.01)
+    small = estimate_memory(tiny, replace(WORK, optimizer="adamw_8bit"))
+    assert alone.training_gb - small.training_gb == pytest.approx(6e-9 * weights, rel=0.01)
     # Twice 4 bytes of 4 layers' 3 heads of 64.
     config = tiny.model.config
     heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     by_hand = 2 * 4 * config.num_hidden_layers * heads + 12 * config.vocab_size / 10
-    assert alone.position == by_hand
+    assert alone.position_bytes == by_hand
     tiny.model.requires_grad_(False)
-    assert kept_by_token(tiny, WORK) == 0
+    assert estimate_token_bytes(tiny, WORK) == 0
 
 
 def test_the_copies_that_autocast_makes_are_no_tokens(tiny: LanguageModel) -> None:
     """bf16 keeps no more for a token than fp32; its copies of the weights count once."""
     in_bf16 = replace(tiny, device=open_device("cpu", "bf16"))
-    assert 0.4 < kept_by_token(in_bf16, WORK) / kept_by_token(tiny, WORK) < 1.5
-    config, wide, narrow = tiny.model.config, held_by(tiny, WORK), held_by(in_bf16, WORK)
+    assert 0.4 < estimate_token_bytes(in_bf16, WORK) / estimate_token_bytes(tiny, WORK) < 1.5
+    config, wide, narrow = (
+        tiny.model.config,
+        estimate_memory(tiny, WORK),
+        estimate_memory(in_bf16, WORK),
+    )
     products = sum(
         x.weight.numel() + (0 if x.bias is None else x.bias.numel())
         for x in tiny.model.model.modules()
         if isinstance(x, torch.nn.Linear)
     )
     head = config.vocab_size * config.hidden_size  # its own copy, for as long as it is read
-    more = 2 * HEAP_IN_BF16 * products + 2 * head
-    assert (narrow.training - wide.training) * 1e9 == pytest.approx(more, rel=0.01)
+    more = 2 * HEAP_OVERHEAD_IN_BF16 * products + 2 * head
+    assert (narrow.training_gb - wide.training_gb) * 1e9 == pytest.approx(more, rel=0.01)
     row = 12 * config.vocab_size / 10
-    assert narrow.position - row == (wide.position - row) / 2
+    assert narrow.position_bytes - row == (wide.position_bytes - row) / 2
 
 
 def test_a_reference_takes_half_where_it_is_computed_in_bf16(tiny: LanguageModel) -> None:
     in_bf16 = replace(tiny, device=open_device("cpu", "bf16"))
     work = replace(WORK, reference=True)
-    reference = reference_of(in_bf16, moves=False).model.model
+    reference = make_reference(in_bf16, moves=False).model.model
     taken = sum(x.nbytes for x in (*reference.parameters(), *reference.buffers()))
-    found = held_by(in_bf16, work).training - held_by(in_bf16, WORK).training
+    found = estimate_memory(in_bf16, work).training_gb - estimate_memory(in_bf16, WORK).training_gb
     assert found * 1e9 == pytest.approx(taken, rel=1e-3)
-    moving = held_by(in_bf16, replace(work, reference_moves=True))
-    assert moving.training > held_by(in_bf16, work).training
+    moving = estimate_memory(in_bf16, replace(work, reference_moves=True))
+    assert moving.training_gb > estimate_memory(in_bf16, work).training_gb
 
 
 def test_it_begins_anew_with_half_of_what_was_too_much(caplog: pytest.LogCaptureFixture) -> None:
-    limit, tried, undone = Limit(1000, 9000), [], []
+    limit, tried, undone = TokenLimit(1000, 9000), [], []
 
     def work() -> str:
         tokens = min(limit.tokens, 700)
         tried.append(tokens)
-        limit.starts(tokens)
+        limit.record_start(tokens)
         if tokens > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return "done"
 
-    assert limit.fitting(work, undo=lambda: undone.append(1)) == "done"
+    assert limit.retry_smaller(work, undo=lambda: undone.append(1)) == "done"
     assert tried == [700, 350, 175]
     assert len(undone) == 2
-    assert limit == Limit(175, 175, limit.name, 175)
+    assert limit == TokenLimit(175, 175, limit.name, 175)
     assert "out of memory with 700" in caplog.text
     assert "at most 350" in caplog.text
 
 
 def test_what_can_be_no_less_is_an_error_that_says_what_helps() -> None:
-    limit = Limit(100, 100)
+    limit = TokenLimit(100, 100)
 
     def work() -> None:
-        limit.starts(80)  # one completion
+        limit.record_start(80)  # one completion
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     with pytest.raises(RunError, match=r"with 80 tokens .*gradient_checkpointing"):
-        limit.fitting(work)
+        limit.retry_smaller(work)
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
-    assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    limit = Limit(100, 100)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    limit = TokenLimit(100, 100)
 
     def work() -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        limit.fitting(work)
+        limit.retry_smaller(work)
     assert limit.tokens == 100
 
 
 def test_a_resumed_budget_is_as_it_was_unless_another_is_asked_for() -> None:
-    budget = Budget.of(100, 300)
-    budget.computed.starts(90)
-    budget.computed.halve("it said so")
-    again, other = Budget.of(100, 300), Budget.of(64, 300)
-    other.asked = (4.0, None)
+    budget = Budget.from_tokens(100, 300)
+    budget.forward_limit.record_start(90)
+    budget.forward_limit.halve("it said so")
+    again, other = Budget.from_tokens(100, 300), Budget.from_tokens(64, 300)
+    other.configured = (4.0, None)
     again.load_state(budget.state())
     other.load_state(budget.state())
-    assert (again.computed.tokens, again.computed.most, again.cached.most) == (45, 45, 300)
-    assert other.computed.tokens == 64
+    assert (
+        again.forward_limit.tokens,
+        again.forward_limit.max_at_once,
+        again.cache_limit.max_at_once,
+    ) == (45, 45, 300)
+    assert other.forward_limit.tokens == 64
 
 
 # oneDNN makes code for each shape, and for that needs address space of its own, which freed tensors
@@ -196,9 +216,9 @@ def test_a_run_that_is_out_of_memory_goes_on_with_less(tmp_path: Path) -> None:
 
 def test_vllm_takes_what_is_free_beside_the_policy() -> None:
     """60 of 80 GB: 95% of that is 0.71 of the whole, 56.8; less 3 of weights and 2 to work with."""
-    share, room = share_of_gpu(60 * 10**9, 80 * 10**9, 3 * 10**9)
+    share, room = compute_gpu_share(60 * 10**9, 80 * 10**9, 3 * 10**9)
     assert share == 0.71
     assert room == pytest.approx(51.8e9)
-    assert share_of_gpu(80 * 10**9, 80 * 10**9, 0)[0] == 0.95
+    assert compute_gpu_share(80 * 10**9, 80 * 10**9, 0)[0] == 0.95
     with pytest.raises(ConfigError, match=r"rollout=vllm: 8.0 GB of the GPU are free .* 6.0 GB"):
-        share_of_gpu(8 * 10**9, 80 * 10**9, 6 * 10**9)
+        compute_gpu_share(8 * 10**9, 80 * 10**9, 6 * 10**9)

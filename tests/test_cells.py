@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from grpo.data import GSM8K, Jsonl
-from grpo.data.files import read_file
+from grpo.data.files import read_rows
 from grpo.data.hub_rows import read_hub
 from grpo.errors import ConfigError
 
@@ -112,7 +112,7 @@ def test_short_floats_of_parquet_and_of_the_hub_are_what_was_written(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     hub, commit = read_hub(str(tmp_path / "rows"), "default", "train")
     assert commit is None  # of a folder
-    for rows in (read_file(tmp_path / "rows/train.parquet"), hub):
+    for rows in (read_rows(tmp_path / "rows/train.parquet"), hub):
         assert [row["answer"] for row in rows] == [0.1, None, 2.5]
         assert [row["half"] for row in rows] == [0.1, 0.2, 0.3]
         assert [row["double"] for row in rows] == [0.1, 0.2, 0.3]
@@ -122,7 +122,7 @@ def test_a_file_with_a_mark_of_utf_8_is_read(tmp_path: Path) -> None:
     """Which Windows' programs put before the first row."""
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"question": "q", "answer": "1"}) + "\r\n", encoding="utf-8-sig")
-    assert read_file(file) == [{"question": "q", "answer": "1"}]
+    assert read_rows(file) == [{"question": "q", "answer": "1"}]
 
 
 @pytest.mark.parametrize("line", ["[" * 10**5, '{"a": ' + "1" * 5000 + "}"], ids=["deep", "long"])
@@ -130,7 +130,7 @@ def test_json_that_python_gives_up_on_is_refused_with_its_line(line: str, tmp_pa
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\n' + line)
     with pytest.raises(ConfigError, match="line 2"):
-        read_file(file)
+        read_rows(file)
 
 
 def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
@@ -140,4 +140,4 @@ def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
     for broken in (b"", whole[:-50], b"PAR1" + bytes(2000) + whole[2004:]):
         file.write_bytes(broken)
         with pytest.raises(ConfigError, match="not a parquet file"):
-            read_file(file)
+            read_rows(file)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.verifiers.values import Values
+from grpo.verifiers.serialization import ValueCodec
 
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.complex_numbers()
@@ -37,7 +37,7 @@ DATA = st.recursive(
 )
 
 
-def send(sender: Values, receiver: Values, value: Any) -> Any:
+def send(sender: ValueCodec, receiver: ValueCodec, value: Any) -> Any:
     changes, code = json.loads(json.dumps([sender.encode_changes(), sender.encode(value)]))
     for number in changes[1]:
         sender.forget(number)
@@ -47,7 +47,7 @@ def send(sender: Values, receiver: Values, value: Any) -> Any:
 
 @given(DATA)
 def test_plain_data_come_back_as_they_were(value: Any) -> None:
-    one, other = Values(0), Values(1)
+    one, other = ValueCodec(0), ValueCodec(1)
     there = send(one, other, value)
     assert there == value
     assert repr(there) == repr(value) or "set" in repr(value)
@@ -55,7 +55,7 @@ def test_plain_data_come_back_as_they_were(value: Any) -> None:
 
 
 def test_a_container_is_the_same_on_both_sides_while_both_hold_it() -> None:
-    one, other = Values(0), Values(1)
+    one, other = ValueCodec(0), ValueCodec(1)
     rows: list[Any] = [[1], [2]]
     there = send(one, other, rows)
     there[0].append(3)
@@ -69,7 +69,7 @@ def test_a_container_is_the_same_on_both_sides_while_both_hold_it() -> None:
 
 
 def test_what_one_side_holds_no_more_is_forgotten_by_both() -> None:
-    one, other = Values(0), Values(1)
+    one, other = ValueCodec(0), ValueCodec(1)
     rows: list[Any] = [[1], [2]]
     there = send(one, other, rows)
     del rows
@@ -80,7 +80,7 @@ def test_what_one_side_holds_no_more_is_forgotten_by_both() -> None:
 
 
 def test_a_default_that_a_dict_makes_comes_along() -> None:
-    class Named(Values):
+    class Named(ValueCodec):
         def encode_object(self, value: Any, depth: int) -> Any:
             return ["class"]
 
@@ -109,4 +109,4 @@ def test_a_default_that_a_dict_makes_comes_along() -> None:
 )
 def test_what_is_no_value_raises(code: Any) -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011 - of any kind: the process leaves then
-        Values(0).decode(code)
+        ValueCodec(0).decode(code)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.data.order import one_set
-from grpo.data.prompts import DrawnPrompts, DrawnSet, PromptFormat
+from grpo.data.order import order_one_set
+from grpo.data.prompts import LazyPrompts, LazyPromptSet, PromptFormat
 from grpo.errors import RunError
 from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
@@ -28,10 +28,10 @@ def collector(tiny: LanguageModel, reward: object, resample: int, rows: int = 40
         example = Example(question, str(n), lambda text: 0.0, columns={"n": n})
         prompts.append(Prompt(question, tuple(tiny.tokenizer.encode(question)), example))
     return Collector(
-        engine=NativeEngine(tiny, 6, Budget.of(10**6)),
+        engine=NativeEngine(tiny, 6, Budget.from_tokens(10**6)),
         rewards={"mine": WeightedReward(reward, 1.0)},  # type: ignore[arg-type]
         prompts=prompts,
-        order=one_set(rows, seed=0),
+        order=order_one_set(rows, seed=0),
         sampling=SAMPLING,
         batch_size=6,
         num_generation=4,
@@ -73,12 +73,12 @@ def test_what_is_said_is_of_everything_that_was_sampled(tiny: LanguageModel) -> 
     batch = collector(tiny, odd_ones_differ, resample=8).collect(1)
     extra = batch.metrics["reward/resampled_groups"]
     assert extra > 0
-    assert batch.completions == 4 * (6 + extra)
+    assert batch.sampled_completions == 4 * (6 + extra)
     share = batch.metrics["reward/zero_variance_groups"]
     assert 0 < share < 1
     odd, even = 1.5, 1.0
     assert batch.metrics["reward/mean"] == pytest.approx((1 - share) * odd + share * even)
-    assert batch.tokens > int(batch.rollout.lengths_N.sum())
+    assert batch.sampled_tokens > int(batch.rollout.lengths_N.sum())
 
 
 def test_a_group_that_differs_by_a_failure_alone_is_drawn_anew(tiny: LanguageModel) -> None:
@@ -117,8 +117,8 @@ def test_prompts_that_are_too_long_make_way_as_they_are_drawn(tiny: LanguageMode
         for n, p in enumerate(plain.prompts)
     ]
     format = PromptFormat(None, (), False, {}, 40)
-    drawn = DrawnPrompts(
-        [DrawnSet(examples, format, frozenset(["What is 4 + 5?"]), "")], tiny.tokenizer
+    drawn = LazyPrompts(
+        [LazyPromptSet(examples, format, frozenset(["What is 4 + 5?"]), "")], tiny.tokenizer
     )
     own = replace(plain, prompts=drawn)
     batches = [own.collect(step) for step in (1, 2, 1)]
@@ -127,8 +127,9 @@ def test_prompts_that_are_too_long_make_way_as_they_are_drawn(tiny: LanguageMode
         assert len(set(found)) == 6
         assert all(n % 2 == 0 and n != 4 for n in found)
     assert batches[0].rollout.texts == batches[2].rollout.texts
-    hopeless = DrawnPrompts(
-        [DrawnSet(examples, replace(format, max_prompt_tokens=2), frozenset(), "")], tiny.tokenizer
+    hopeless = LazyPrompts(
+        [LazyPromptSet(examples, replace(format, max_prompt_tokens=2), frozenset(), "")],
+        tiny.tokenizer,
     )
     with pytest.raises(RunError, match="none of 1000 training prompts"):
         replace(plain, prompts=hopeless).collect(1)

@@ -16,11 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from grpo.models.cache import cache_folder
-from grpo.models.cpu import compiled
-from grpo.models.cpu.compiled import Keys, Packed, gated, normed
+from grpo.models.cache import get_cache_folder
+from grpo.models.cpu import kernel
+from grpo.models.cpu.kernel import (
+    KeyValueBuffers,
+    PackedWeight,
+    rms_norm_compiled,
+    swiglu_compiled,
+)
 
-needs_compiler = pytest.mark.skipif(compiled.kernel() is None, reason="no C compiler is there")
+needs_compiler = pytest.mark.skipif(kernel.load_kernel() is None, reason="no C compiler is there")
 
 
 @needs_compiler
@@ -39,25 +44,27 @@ def test_a_product_is_torchs(
     x = torch.randn(rows, inputs + 3, generator=generator)[:, 3:]  # rows with gaps between them
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     expected = expected if total is None else total + expected
-    assert_close(Packed(weight, bias)(x, total).double(), expected, atol=1e-5, rtol=1e-5)
+    assert_close(PackedWeight(weight, bias)(x, total).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @needs_compiler
 def test_only_whole_blocks_of_outputs_fit() -> None:
-    assert Packed.fits(torch.empty(64, 5))
-    assert not Packed.fits(torch.empty(97, 5))
+    assert PackedWeight.can_pack(torch.empty(64, 5))
+    assert not PackedWeight.can_pack(torch.empty(97, 5))
 
 
 @needs_compiler
 def test_norm_and_gate_are_torchs_also_far_out() -> None:
     x = torch.tensor([1e-4, 1.0, 30.0, 200.0])[:, None] * torch.randn(4, 96)
     weight = torch.randn(96)
-    assert_close(normed(x, weight, 1e-5), F.rms_norm(x, (96,), weight, 1e-5))
+    assert_close(rms_norm_compiled(x, weight, 1e-5), F.rms_norm(x, (96,), weight, 1e-5))
     expected = F.silu(x[:, :48]) * x[:, 48:]
-    assert_close(gated(x), expected, rtol=1e-5, atol=1e-30)
+    assert_close(swiglu_compiled(x), expected, rtol=1e-5, atol=1e-30)
 
 
-def plain_attention(keys: Keys, asked: Tensor, written: int, scale: float, window: int) -> Tensor:
+def plain_attention(
+    keys: KeyValueBuffers, asked: Tensor, written: int, scale: float, window: int
+) -> Tensor:
     """One row and one head at a time, in double."""
     out = torch.empty_like(asked)
     repeats = asked.shape[1] // keys.keys.shape[1]
@@ -101,7 +108,7 @@ def test_attention_is_a_softmax_over_prompt_and_own(
 
     prompt_N = torch.tensor([row % len(lengths) for row in rows])
     (kv_heads, repeats), longest = heads, max(lengths)
-    keys = Keys(
+    keys = KeyValueBuffers(
         *(random(len(lengths), kv_heads, longest, width) for _ in range(2)),
         *(random(len(rows), kv_heads, 36, width) for _ in range(2)),
         prompt_N,
@@ -133,22 +140,22 @@ def test_a_compiler_that_fails_is_said_and_done_without(
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     caplog.set_level(logging.INFO)
-    assert compiled.kernel.__wrapped__() is None
+    assert kernel.load_kernel.__wrapped__() is None
     assert "without compiled code: no room left" in caplog.text
-    assert list(cache_folder().iterdir()) == []
+    assert list(get_cache_folder().iterdir()) == []
 
 
 def test_no_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert compiled.kernel.__wrapped__() is None
+    assert kernel.load_kernel.__wrapped__() is None
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_disturb_each_other(fresh: Path) -> None:
-    program = "from grpo.models.cpu.compiled import kernel; assert kernel().wide() > 0"
+    program = "from grpo.models.cpu.kernel import kernel; assert kernel().wide() > 0"
     running = [
         subprocess.Popen([sys.executable, "-c", program], env=os.environ.copy()) for _ in range(3)
     ]
     assert [process.wait() for process in running] == [0, 0, 0]
-    assert [path.suffix for path in cache_folder().iterdir()] == [".so"]
+    assert [path.suffix for path in get_cache_folder().iterdir()] == [".so"]

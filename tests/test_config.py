@@ -14,18 +14,18 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from grpo.build.objective import tell_unused_kl
-from grpo.cli.explain import flat_keys
-from grpo.config import schema as config
-from grpo.config.check import check
+from grpo.build.objective import warn_unused_kl
+from grpo.cli.explain import flatten_keys
+from grpo.config import schema
+from grpo.config.check import check_config
 from grpo.config.overrides import merge_overrides
-from grpo.config.suggest import nearest
-from grpo.config.unused_keys import Facts, unused_keys
-from grpo.run import tell_changed_kl
+from grpo.config.suggest import suggest_names
+from grpo.config.unused_keys import Facts, explain_unused_keys
+from grpo.run import warn_changed_kl
 
 Grpo = Callable[..., tuple[int, str]]
-CONF = config.conf_folder()
-PACKAGE = Path(config.__file__).parents[1]
+CONF = schema.find_conf_folder()
+PACKAGE = Path(schema.__file__).parents[1]
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 CHOICES = [
     f"{file.parent.name}={file.stem}" for g in GROUPS for file in (CONF / g).glob("[!_]*.yaml")
@@ -40,7 +40,7 @@ NAMED = {
 
 
 def compose(*overrides: str) -> DictConfig:
-    config.register()
+    schema.register_schema()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("config", list(overrides))
@@ -58,7 +58,7 @@ def test_every_choice_composes_and_passes_the_checks(
     choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("grpo.config.check.find_spec", lambda package: package)  # extras are apart
-    check(compose(choice, *NAMED.get(choice, [])))
+    check_config(compose(choice, *NAMED.get(choice, [])))
 
 
 def test_the_notes_experiment_is_the_notes() -> None:
@@ -103,7 +103,7 @@ def test_the_algorithm_recommends_the_kl(
 ) -> None:
     cfg = compose(*overrides)
     assert (cfg.kl_weight, cfg.kl.estimator, cfg.kl.within) == expected
-    check(cfg)
+    check_config(cfg)
 
 
 def test_an_experiment_of_ones_own_may_choose_algorithm_and_kl(tmp_path: Path) -> None:
@@ -130,18 +130,18 @@ def test_an_experiment_of_ones_own_may_choose_algorithm_and_kl(tmp_path: Path) -
 def test_a_kl_that_is_asked_for_and_has_no_weight_is_told(
     overrides: list[str], said: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tell_unused_kl(compose(*overrides), overrides, "k3")
+    warn_unused_kl(compose(*overrides), overrides, "k3")
     assert (said in caplog.text) if said else not caplog.records
 
 
 def test_a_run_that_goes_on_with_another_kl_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """As a job of a sweep does that was started before algorithms had a KL of their own."""
     before = {"kl_weight": 0.02, "kl": {"estimator": "k3", "within": "loss"}, "algorithm": {}}
-    tell_changed_kl(compose(), before)
-    tell_changed_kl(compose("algorithm=dapo"), {**before, "algorithm": {"kl_weight": 0.02}})
-    tell_changed_kl(compose("algorithm=dapo"), {**before, "kl": {"estimator": None}})
+    warn_changed_kl(compose(), before)
+    warn_changed_kl(compose("algorithm=dapo"), {**before, "algorithm": {"kl_weight": 0.02}})
+    warn_changed_kl(compose("algorithm=dapo"), {**before, "kl": {"estimator": None}})
     assert not caplog.records
-    tell_changed_kl(compose("algorithm=dapo"), before)
+    warn_changed_kl(compose("algorithm=dapo"), before)
     assert "kl_weight=0.02 kl=k3 kl.within=loss goes on as it began" in caplog.text
 
 
@@ -153,9 +153,11 @@ def test_slices_need_no_quoting() -> None:
 def test_every_key_of_the_schema_is_read() -> None:
     """A key that does nothing is the worst kind. Those passed whole are parameters."""
     code = "\n".join(
-        file.read_text() for file in (*PACKAGE.glob("*.py"), *PACKAGE.glob("cli/*.py"))
+        file.read_text()
+        for folder in (".", "cli", "build")
+        for file in PACKAGE.glob(f"{folder}/*.py")
     )
-    for key in flat_keys(compose(), ""):
+    for key in flatten_keys(compose(), ""):
         group, _, name = key.partition(".")
         if (group in (*BOUND, "device", "doctor") and name) or key.startswith(
             "algorithm.policy_loss."
@@ -172,19 +174,19 @@ def test_every_key_of_the_schema_is_read() -> None:
 
 def test_unknown_keys_name_the_nearest() -> None:
     keys = ["kl_weight", "optim.warmup_steps", "dataset.slice"]
-    assert nearest("kl_wight", keys) == "; did you mean kl_weight?"
-    assert nearest("warmup_step", keys) == "; did you mean optim.warmup_steps?"
-    assert nearest("zzz", keys) == ""
-    assert nearest("kl_wight", [*keys, "doctor.kl_high"]) == "; did you mean kl_weight?"
-    assert nearest("optim.warmup", [*keys, "optim.name", "optim"]) == (
+    assert suggest_names("kl_wight", keys) == "; did you mean kl_weight?"
+    assert suggest_names("warmup_step", keys) == "; did you mean optim.warmup_steps?"
+    assert suggest_names("zzz", keys) == ""
+    assert suggest_names("kl_wight", [*keys, "doctor.kl_high"]) == "; did you mean kl_weight?"
+    assert suggest_names("optim.warmup", [*keys, "optim.name", "optim"]) == (
         "; did you mean optim.warmup_steps?"
     )
-    assert nearest("modle", ["tracking.mode", "model"]) == (
+    assert suggest_names("modle", ["tracking.mode", "model"]) == (
         "; did you mean model or tracking.mode?"
     )
     twins = ["kl.clip_high", "kl.clip_low", "kl.clop", "clip"]
-    assert nearest("kl.clip_hgh", twins) == "; did you mean kl.clip_high?"
-    assert nearest("kl.clip", twins) == "; did you mean clip?"
+    assert suggest_names("kl.clip_hgh", twins) == "; did you mean kl.clip_high?"
+    assert suggest_names("kl.clip", twins) == "; did you mean clip?"
 
 
 @pytest.mark.parametrize(
@@ -256,9 +258,15 @@ def test_past_overrides_are_kept_unless_given_anew() -> None:
 def test_a_key_that_does_nothing_here_is_told(
     overrides: list[str], key: str, used: list[str] | None
 ) -> None:
-    found = list(unused_keys(compose(*overrides), overrides, Facts(exact=True, updates=10)))
+    found = list(
+        explain_unused_keys(compose(*overrides), overrides, Facts(exact_sampler=True, updates=10))
+    )
     assert len(found) == 1
     assert key in found[0]
-    assert not list(unused_keys(compose(*overrides), [], Facts(exact=True, updates=10)))
+    assert not list(
+        explain_unused_keys(compose(*overrides), [], Facts(exact_sampler=True, updates=10))
+    )
     then = [*overrides, *(used or [])]
-    assert not list(unused_keys(compose(*then), then, Facts(exact=used is not None, updates=10)))
+    assert not list(
+        explain_unused_keys(compose(*then), then, Facts(exact_sampler=used is not None, updates=10))
+    )

@@ -23,9 +23,9 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from grpo.dashboard.found import outputs_in
+from grpo.dashboard.outputs import find_outputs
 from grpo.dashboard.studies import copy_trials
-from tests.conftest import grpo_process
+from tests.conftest import run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=2", "dataset.eval_slice=:16")
@@ -43,7 +43,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "learning_rate=tag(log,interval(1e-4,1e-3))", "sweep_dir=outputs/sweeps/day/search",
         ),
     ):  # fmt: skip
-        done = grpo_process(*command, cwd=cwd)
+        done = run_grpo(*command, cwd=cwd)
         assert done.returncode == 0, done.stderr
     return cwd / "outputs"
 
@@ -177,9 +177,9 @@ def test_an_evaluation_that_is_half_written_is_told_and_hides_no_other(tmp_path:
         (tmp_path / name / ".hydra").mkdir(parents=True)
         (tmp_path / name / ".hydra/config.yaml").write_text("{}")
         (tmp_path / name / "evaluation.json").write_text(text)
-    found = outputs_in(tmp_path)
+    found = find_outputs(tmp_path)
     assert [own.folder.name for own in found.evaluations] == ["whole"]
-    assert [own for own in found.broken if "torn/evaluation.json: can't be read" in own]
+    assert [own for own in found.errors if "torn/evaluation.json: can't be read" in own]
 
 
 def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> None:

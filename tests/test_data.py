@@ -15,27 +15,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from grpo.build.data import build_prompts, prompt_format
-from grpo.config import schema as config
+from grpo.build.data import build_prompt_format, build_prompts
+from grpo.config import schema
 from grpo.data import GSM8K, Arithmetic, Jsonl, ReasoningGym
+from grpo.data.answers import (
+    answered,
+    extract_boxed_answer,
+    extract_likely_answer,
+    extract_tagged_answer,
+    is_same_answer,
+)
 from grpo.data.arithmetic import is_held_out
-from grpo.data.order import mixed, one_set
-from grpo.data.prompts import DrawnPrompts, PromptFormat, PromptSets, WorkedExample
+from grpo.data.order import order_mix, order_one_set
+from grpo.data.prompts import LazyPrompts, PromptFormat, PromptSets, WorkedExample
 from grpo.data.rows import Examples
 from grpo.data.slices import parse_slice
 from grpo.data.source import Slices, Source
-from grpo.data.verify import (
-    answered,
-    boxed_answer,
-    last_number,
-    likely_answer,
-    same_answer,
-    tagged_answer,
-)
 from grpo.errors import ConfigError
-from grpo.locate import Found, FoundSet
+from grpo.locate import ExampleSet, RunInputs
 from grpo.models.load import LanguageModel
 from grpo.types import Example
+from grpo.verifiers.numbers import find_last_number
 
 GSM8K_FILE = Path(__file__).parents[2] / "shared/data/gsm8k/train.jsonl"
 ROW = st.one_of(st.just(""), st.integers(-120, 120).map(str))
@@ -77,7 +77,7 @@ def test_what_is_no_slice_is_refused(text: str) -> None:
     ],
 )
 def test_the_tagged_answer(text: str, answer: str | None) -> None:
-    assert tagged_answer(text) == answer
+    assert extract_tagged_answer(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_tagged_answer(text: str, answer: str | None) -> None:
     ],
 )
 def test_the_last_number(text: str, number: str | None) -> None:
-    found = last_number(text)
+    found = find_last_number(text)
     assert (None if found is None else found.lstrip("$")) == number
 
 
@@ -123,7 +123,7 @@ def test_the_last_number(text: str, number: str | None) -> None:
 def test_answers_compare_as_numbers_where_they_are(
     given_answer: str, gold: str, same: bool
 ) -> None:
-    assert same_answer(given_answer, gold) is same
+    assert is_same_answer(given_answer, gold) is same
 
 
 def test_arithmetic_is_right_and_held_out_for_good() -> None:
@@ -159,7 +159,10 @@ def test_all_problems_there_are_can_be_had_and_not_one_more() -> None:
 def test_gsm8k_gold_answers_are_the_numbers_behind_the_marks() -> None:
     slices = Slices("train", ":5%", "test", "-128:")
     source = GSM8K(str(GSM8K_FILE))
-    train, evaluation = slices.train(source), slices.evaluation(source)
+    train, evaluation = (
+        slices.read_training_examples(source),
+        slices.read_evaluation_examples(source),
+    )
     assert (len(train), len(evaluation)) == (374, 128)
     assert train[0].answer == "72"  # Natalia's clips
     for example in (*train, *evaluation):
@@ -170,7 +173,7 @@ def test_gsm8k_gold_answers_are_the_numbers_behind_the_marks() -> None:
 def test_gold_answers_lose_commas_and_dollars(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "q", "answer": "work #### $1,234"}\n')
-    assert EVERYTHING.train(GSM8K(str(file)))[0].answer == "1234"
+    assert EVERYTHING.read_training_examples(GSM8K(str(file)))[0].answer == "1234"
 
 
 def test_a_row_with_nothing_behind_its_marks_is_refused(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_a_row_with_nothing_behind_its_marks_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "q", "answer": "work ####"}\n')
     with pytest.raises(ConfigError, match="row 1 has nothing behind"):
-        EVERYTHING.train(GSM8K(str(file)))
+        EVERYTHING.read_training_examples(GSM8K(str(file)))
 
 
 def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
@@ -186,8 +189,8 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
         row = {"question": split, "answer": f"#### {answer}"}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     source = GSM8K(str(tmp_path))
-    assert EVERYTHING.train(source)[0].answer == "1"
-    assert EVERYTHING.evaluation(source)[0].answer == "2"
+    assert EVERYTHING.read_training_examples(source)[0].answer == "1"
+    assert EVERYTHING.read_evaluation_examples(source)[0].answer == "2"
     with pytest.raises(ConfigError, match=r"holds no split dev, .*; it has test, train"):
         source.rows("dev")
 
@@ -198,8 +201,8 @@ def test_a_jsonl_file_of_ones_own(tmp_path: Path) -> None:
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     source = Jsonl(str(file), question_column="ask", answer_column="gold")
     slices = Slices("train", ":90%", "test", "90%:")
-    assert [e.answer for e in slices.train(source)] == [str(i) for i in range(9)]
-    (last,) = slices.evaluation(source)
+    assert [e.answer for e in slices.read_training_examples(source)] == [str(i) for i in range(9)]
+    (last,) = slices.read_evaluation_examples(source)
     assert last.question == "q\u20289"
     assert last.columns["source"] == "mine"
 
@@ -207,7 +210,9 @@ def test_a_jsonl_file_of_ones_own(tmp_path: Path) -> None:
 def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}", "answer": str(i)} for i in range(4)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "own.parquet")
-    examples = Slices("train", ":2", "test", "2:").train(Jsonl(str(tmp_path / "own.parquet")))
+    examples = Slices("train", ":2", "test", "2:").read_training_examples(
+        Jsonl(str(tmp_path / "own.parquet"))
+    )
     assert [(e.question, e.answer) for e in examples] == [("q0", "0"), ("q1", "1")]
 
 
@@ -243,12 +248,15 @@ class Rows(Source):
 
 def prompts_of(source: Source, tokenizer: object, **options: object) -> PromptSets:
     """The prompts of a source with these options of conf/dataset/_base.yaml."""
-    base = OmegaConf.load(config.conf_folder() / "dataset/_base.yaml")
+    base = OmegaConf.load(schema.find_conf_folder() / "dataset/_base.yaml")
     keys = OmegaConf.merge(base, {"system_prompt": None, **options})
-    train, evaluation = EVERYTHING.train(source), EVERYTHING.evaluation(source)
-    found = Found([FoundSet("dataset", "", 1.0, train, evaluation, keys)], Path)  # type: ignore[arg-type]
+    train, evaluation = (
+        EVERYTHING.read_training_examples(source),
+        EVERYTHING.read_evaluation_examples(source),
+    )
+    found = RunInputs([ExampleSet("dataset", "", 1.0, train, evaluation, keys)], Path)  # type: ignore[arg-type]
     return build_prompts(
-        found, [prompt_format(own.options, own.key) for own in found.sets], tokenizer
+        found, [build_prompt_format(own.options, own.key) for own in found.sets], tokenizer
     )  # type: ignore[arg-type]
 
 
@@ -323,9 +331,9 @@ def test_a_column_may_hold_a_chat(tiny: LanguageModel, tmp_path: Path) -> None:
     ]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": chat, "answer": "4"}) + "\n")
     source = Jsonl(str(tmp_path / "chats.jsonl"), question_column="prompt")
-    example = Slices("train", ":", "train", ":").train(source)[0]
+    example = Slices("train", ":", "train", ":").read_training_examples(source)[0]
     format = PromptFormat("Be brief.", (WorkedExample("1+1?", "2"),), True, {}, 100)
-    assert [m["content"] for m in format.messages(example)] == [
+    assert [m["content"] for m in format.build_messages(example)] == [
         "Be kind.", "1+1?", "2", "Hello", "Hello!", "2+2?",
     ]  # fmt: skip
     assert example.question.endswith("Hello!\n\n2+2?")
@@ -343,7 +351,7 @@ def test_a_column_with_a_broken_chat_is_refused(chat: object, says: str, tmp_pat
     (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": chat, "answer": "4"}) + "\n")
     source = Jsonl(str(tmp_path / "chats.jsonl"), question_column="prompt")
     with pytest.raises(ConfigError, match=says):
-        Slices("train", ":", "train", ":").train(source)
+        Slices("train", ":", "train", ":").read_training_examples(source)
 
 
 @pytest.mark.parametrize(
@@ -362,42 +370,44 @@ def test_a_column_with_a_broken_chat_is_refused(chat: object, says: str, tmp_pat
 def test_answers_in_boxes_and_wherever_they_stand(
     text: str, boxed: str | None, likely: str | None
 ) -> None:
-    assert boxed_answer(text) == boxed
-    assert likely_answer(text) == likely
+    assert extract_boxed_answer(text) == boxed
+    assert extract_likely_answer(text) == likely
 
 
 def test_a_mix_draws_its_sets_by_probability_and_each_row_once_an_epoch() -> None:
     """0.7 and 0.3 of 4,000 draws; each set goes through its own rows in its own epochs."""
     sources = ["a"] * 10 + ["b"] * 30
-    order = mixed(sources, {"a": 0.7, "b": 0.3}, seed=0)
-    drawn = [row for step in range(1, 401) for row in order.batch(step, 10)]
+    order = order_mix(sources, {"a": 0.7, "b": 0.3}, seed=0)
+    drawn = [row for step in range(1, 401) for row in order.draw_batch(step, 10)]
     first = [row for row in drawn if row < 10]
     assert abs(len(first) - 2800) < 4 * (4000 * 0.21) ** 0.5
     assert all(sorted(first[k : k + 10]) == list(range(10)) for k in range(0, 2000, 10))
     second = [row for row in drawn if row >= 10]
     assert sorted(second[:30]) == list(range(10, 40))
     # Any step can be sought, and past a block of draws too.
-    assert mixed(sources, {"a": 0.7, "b": 0.3}, seed=0).batch(300, 10) == drawn[2990:3000]
+    assert order_mix(sources, {"a": 0.7, "b": 0.3}, seed=0).draw_batch(300, 10) == drawn[2990:3000]
 
 
 def test_a_given_order_is_kept_and_what_is_drawn_anew_is_not() -> None:
-    order = one_set(40, seed=0, shuffled=False)
-    assert order.batch(1, 3) + order.batch(14, 2) == [0, 1, 2, 26, 27]
-    stale = order.batch(1, 3)
-    draws = [order.extra(step, attempt, stale) for step, attempt in ((1, 0), (1, 1), (2, 0))]
+    order = order_one_set(40, seed=0, shuffled=False)
+    assert order.draw_batch(1, 3) + order.draw_batch(14, 2) == [0, 1, 2, 26, 27]
+    stale = order.draw_batch(1, 3)
+    draws = [
+        order.draw_replacements(step, attempt, stale) for step, attempt in ((1, 0), (1, 1), (2, 0))
+    ]
     assert len({tuple(draw) for draw in draws}) == 3
     assert not set(draws[0]) & set(stale)
-    assert draws[0] == order.extra(1, 0, stale)
+    assert draws[0] == order.draw_replacements(1, 0, stale)
 
 
 def test_what_is_drawn_anew_is_of_the_same_set_however_large_the_seed() -> None:
-    order = mixed(["a"] * 10 + ["b"] * 10, {"a": 0.5, "b": 0.5}, seed=2**31)
-    drawn = order.extra(1, 0, [1, 2, 15])
+    order = order_mix(["a"] * 10 + ["b"] * 10, {"a": 0.5, "b": 0.5}, seed=2**31)
+    drawn = order.draw_replacements(1, 0, [1, 2, 15])
     assert [row < 10 for row in drawn] == [True, True, False]
     assert not set(drawn) & {1, 2, 15}
-    assert len(order.batch(1, 8)) == 8
+    assert len(order.draw_batch(1, 8)) == 8
     # With fewer rows than are wanted, some come again.
-    assert len(one_set(2, seed=0).extra(1, 0, [0, 1, 0])) == 3
+    assert len(order_one_set(2, seed=0).draw_replacements(1, 0, [0, 1, 0])) == 3
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 2**40))
@@ -405,14 +415,14 @@ def test_a_step_has_no_row_twice_while_there_are_others(
     rows: int, batch: int, apart: bool, seed: int
 ) -> None:
     """Over five attempts that replace all of the step; of one set, and of two that alternate."""
-    order = one_set(rows, seed)
+    order = order_one_set(rows, seed)
     if apart:
-        order = mixed(["a", "b"] * rows, {"a": 0.5, "b": 0.5}, seed)
-    first = order.batch(3, batch)
+        order = order_mix(["a", "b"] * rows, {"a": 0.5, "b": 0.5}, seed)
+    first = order.draw_batch(3, batch)
     had, places = set(first), Counter(row % 2 if apart else 0 for row in first)
     for attempt in range(5):
-        drawn = order.extra(3, attempt, first, had)
-        assert drawn == order.extra(3, attempt, first, frozenset(had))
+        drawn = order.draw_replacements(3, attempt, first, had)
+        assert drawn == order.draw_replacements(3, attempt, first, frozenset(had))
         assert Counter(row % 2 if apart else 0 for row in drawn) == places
         for own in order.sets:
             ours = [row for row in drawn if row in own]
@@ -429,8 +439,8 @@ def lines_of(count: int) -> list[str]:
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treats data sets of more than a dozen rows as those of millions."""
     for module in ("source", "files", "hub_rows"):
-        monkeypatch.setattr(f"grpo.data.{module}.EAGER", 12)
-    monkeypatch.setattr("grpo.build.data.EAGER", 12)
+        monkeypatch.setattr(f"grpo.data.{module}.MAX_EAGER_ROWS", 12)
+    monkeypatch.setattr("grpo.build.data.MAX_EAGER_ROWS", 12)
 
 
 @pytest.mark.usefixtures("few_are_many")
@@ -450,10 +460,10 @@ def test_rows_on_demand_are_the_rows(
         "gym": lambda: ReasoningGym("chain_sum", 40, 8, {}),
     }[kind]()
     slices = Slices("train", "5:35", "train", "35:")
-    lean = slices.train(source)
+    lean = slices.read_training_examples(source)
     assert isinstance(lean, Examples)
-    monkeypatch.setattr("grpo.data.source.EAGER", 10**9)
-    whole = slices.train(source)
+    monkeypatch.setattr("grpo.data.source.MAX_EAGER_ROWS", 10**9)
+    whole = slices.read_training_examples(source)
     assert isinstance(whole, list)
 
     def told(example: Example) -> tuple[object, ...]:
@@ -464,7 +474,7 @@ def test_rows_on_demand_are_the_rows(
     assert list(map(told, lean)) == list(map(told, whole))
     gone = {whole[3].question, whole[20].question, "another"}
     left = [told(one) for one in whole if kind in ("arithmetic", "gym") or one.question not in gone]
-    assert list(map(told, lean.without(gone))) == left
+    assert list(map(told, lean.drop_questions(gone))) == left
 
 
 @pytest.mark.usefixtures("few_are_many")
@@ -485,7 +495,9 @@ def test_a_bad_row_among_many_is_refused_with_its_number(
     encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(encoded))
     with pytest.raises(ConfigError, match=says):
-        Slices("train", ":38", "test", "38:").train(Jsonl(str(tmp_path / "x.jsonl")))
+        Slices("train", ":38", "test", "38:").read_training_examples(
+            Jsonl(str(tmp_path / "x.jsonl"))
+        )
 
 
 @pytest.mark.usefixtures("few_are_many")
@@ -495,7 +507,7 @@ def test_prompts_made_as_they_are_drawn_are_those_made_beforehand(
     long = "long " * 60
     train = [f"{long if n % 4 == 0 else ''}{n}?" for n in range(40)]
     drawn = prompts_of(Rows(train, train[-3:]), tiny.tokenizer, max_prompt_tokens=60).train
-    assert isinstance(drawn, DrawnPrompts)
+    assert isinstance(drawn, LazyPrompts)
     assert "3 training rows are evaluation rows too" in caplog.text
     assert len(drawn) == 37  # the evaluation's are gone; what is too long is not known yet
     fitting = [row for row in range(37) if drawn.fits(row)]
@@ -504,14 +516,14 @@ def test_prompts_made_as_they_are_drawn_are_those_made_beforehand(
     assert drawn[5].token_ids == format.render(drawn[5].example, tiny.tokenizer)[1]
     assert "8 training prompts so far are too long" in caplog.text
     with pytest.raises(ConfigError, match="so none is left"):
-        drawn.look_at_some(3)
+        drawn.check_lengths(3)
 
 
 def test_replacements_of_a_million_rows_are_drawn_in_no_time() -> None:
-    order = mixed(["a"] * 600_000 + ["b"] * 400_000, {"a": 0.5, "b": 0.5}, seed=0)
-    stale = order.batch(1, 64)
+    order = order_mix(["a"] * 600_000 + ["b"] * 400_000, {"a": 0.5, "b": 0.5}, seed=0)
+    stale = order.draw_batch(1, 64)
     begun = time.perf_counter()
-    drawn = [order.extra(1, attempt, stale, stale) for attempt in range(100)]
+    drawn = [order.draw_replacements(1, attempt, stale, stale) for attempt in range(100)]
     assert time.perf_counter() - begun < 0.5  # a pass over the rows takes a second each
     assert len({row for own in drawn for row in own}) > 6000
     assert sum(sys.getsizeof(own) for own in order.sets) < 1000
@@ -520,7 +532,7 @@ def test_replacements_of_a_million_rows_are_drawn_in_no_time() -> None:
 def test_an_answer_that_a_tasks_scorer_cannot_read_is_wrong() -> None:
     """This one makes whole numbers of what it is given."""
     source = ReasoningGym("prime_factorization", size=2, eval_size=2, options={})
-    example = EVERYTHING.train(source)[0]
+    example = EVERYTHING.read_training_examples(source)[0]
     assert example.verify("<answer>I don't know</answer>") == 0.0
     assert example.lenient is not None
     assert example.lenient("I don't know") == 0.0

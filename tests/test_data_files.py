@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.data import GSM8K, Jsonl
-from grpo.data.files import READERS, read_file, read_path
+from grpo.data.files import READERS, read_path, read_rows
 from grpo.data.json_rows import find_rows
-from grpo.data.rows import Joined, Rows
+from grpo.data.rows import JoinedRows, Rows
 from grpo.data.source import Slices
 from grpo.errors import ConfigError
 
@@ -49,10 +49,10 @@ def write_table(file: Path, rows: list[dict[str, str]]) -> Path:
 @pytest.mark.parametrize("suffix", READERS)
 def test_every_kind_of_file_reads_the_same(suffix: str, tmp_path: Path) -> None:
     file = write_table(tmp_path / f"rows{suffix}", ROWS)
-    assert read_file(file) == ROWS
-    examples = Slices("train", ":2", "test", "2:").train(Jsonl(str(file)))
+    assert read_rows(file) == ROWS
+    examples = Slices("train", ":2", "test", "2:").read_training_examples(Jsonl(str(file)))
     assert [example.answer for example in examples] == ["6", "042"]
-    (last,) = Slices("train", ":2", "test", "2:").evaluation(GSM8K(str(file)))
+    (last,) = Slices("train", ":2", "test", "2:").read_evaluation_examples(GSM8K(str(file)))
     assert last.answer == "1234"
 
 
@@ -65,9 +65,9 @@ def test_every_kind_stays_lean_where_there_are_many_rows(
     write_table(tmp_path / f"one{suffix}", rows)
     for number, (start, stop) in enumerate(((0, 40), (40, 41), (41, 100))):
         write_table(tmp_path / f"many/train-{number:05}-of-00003{suffix}", rows[start:stop])
-    monkeypatch.setattr("grpo.data.files.EAGER", 12)
-    one, many = read_file(tmp_path / f"one{suffix}"), read_path(str(tmp_path / "many"), "train")
-    assert isinstance(many, Joined)
+    monkeypatch.setattr("grpo.data.files.MAX_EAGER_ROWS", 12)
+    one, many = read_rows(tmp_path / f"one{suffix}"), read_path(str(tmp_path / "many"), "train")
+    assert isinstance(many, JoinedRows)
     for lean in (one, many):
         assert isinstance(lean, Rows)
         assert len(lean) == 100
@@ -75,22 +75,22 @@ def test_every_kind_stays_lean_where_there_are_many_rows(
             rows[n] for n in (99, 0, 40, 41, 99, 39)
         ]
         assert list(lean) == rows
-        assert list(lean.stretch(range(35, 50))) == rows[35:50]
+        assert list(lean.iterate_range(range(35, 50))) == rows[35:50]
 
 
 def test_the_mark_that_windows_puts_first_is_no_part_of_the_first_name(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(b"\xef\xbb\xbfquestion,answer\r\n\r\n1+1?,2\r\n")
-    assert read_file(file) == [{"question": "1+1?", "answer": "2"}]
+    assert read_rows(file) == [{"question": "1+1?", "answer": "2"}]
     (tmp_path / "rows.json").write_bytes(b'\xef\xbb\xbf[{"a": 1}]')
-    assert read_file(tmp_path / "rows.json") == [{"a": 1}]
+    assert read_rows(tmp_path / "rows.json") == [{"a": 1}]
 
 
 def test_a_long_cell_is_read(tmp_path: Path) -> None:
     """Longer than csv's own limit, which is as it was afterwards."""
     rows = [{"question": "x" * 200_000, "answer": "1"}]
     before = csv.field_size_limit()
-    assert read_file(write_table(tmp_path / "rows.csv", rows)) == rows
+    assert read_rows(write_table(tmp_path / "rows.csv", rows)) == rows
     assert csv.field_size_limit() == before
 
 
@@ -111,7 +111,7 @@ def test_a_bad_csv_is_refused_with_its_line(content: bytes, says: str, tmp_path:
     file = tmp_path / "rows.csv"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=says):
-        read_file(file)
+        read_rows(file)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_bad_csv_is_refused_with_its_line(content: bytes, says: str, tmp_path:
 def test_rows_are_found_in_a_json_file(text: str, rows: list[Any], tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(text)
-    assert read_file(file) == rows
+    assert read_rows(file) == rows
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_bad_json_file_is_refused(content: bytes, says: str, tmp_path: Path) -
     file = tmp_path / "rows.json"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=says):
-        list(read_file(file))
+        list(read_rows(file))
 
 
 JSON = st.recursive(
@@ -235,7 +235,7 @@ def test_shards_may_differ_but_every_row_has_the_columns(tmp_path: Path) -> None
     write_table(tmp_path / "test-00000-of-00002.csv", ROWS)
     write_table(tmp_path / "test-00001-of-00002.csv", [{"question": "q", "gold": "1"}])
     with pytest.raises(ConfigError, match=r"row 4 has no such column; it has question, gold\."):
-        Slices("test", ":", "test", ":").evaluation(Jsonl(str(tmp_path)))
+        Slices("test", ":", "test", ":").read_evaluation_examples(Jsonl(str(tmp_path)))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])

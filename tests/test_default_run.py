@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from grpo.report.run.read import read_run
-from tests.conftest import grpo_process
+from tests.conftest import run_grpo
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("default")
     short = ("max_steps=12", "eval.every=0", "dataset.eval_slice=:64", "eval.samples=4")
-    done = grpo_process(*short, "tracking=none", "hydra.run.dir=run", cwd=cwd)
+    done = run_grpo(*short, "tracking=none", "hydra.run.dir=run", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "run"
 

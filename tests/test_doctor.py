@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo.doctor import diagnoses, watch
+from grpo.config.schema import DoctorConfig
+from grpo.doctor import diagnoses
+from grpo.doctor import sink as watch
 from grpo.doctor.diagnoses import DIAGNOSES
-from grpo.doctor.limits import Limits
 from grpo.report.run.read import read_run
 
 Grpo = Callable[..., tuple[int, str]]
@@ -94,7 +95,7 @@ def test_every_diagnosis_has_its_patient() -> None:
 def test_every_limit_is_a_key_that_is_read_and_explained() -> None:
     code = Path(diagnoses.__file__).read_text() + Path(watch.__file__).read_text()
     page = (Path(__file__).parents[1] / "docs/doctor.md").read_text()
-    for limit in fields(Limits):
+    for limit in fields(DoctorConfig):
         assert f"limits.{limit.name}" in code
         assert f"`{limit.name}`" in page or f"`doctor.{limit.name}`" in page, limit.name
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import grpo_process
+from tests.conftest import run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One run of experiment=smoke in a process of its own: its folder and what it printed."""
     cwd = tmp_path_factory.mktemp("smoke")
-    result = grpo_process("experiment=smoke", "hydra.run.dir=run", cwd=cwd)
+    result = run_grpo("experiment=smoke", "hydra.run.dir=run", cwd=cwd)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in cwd.iterdir()} == {"run"}  # everything of the run inside it
     return cwd / "run", result.stdout + result.stderr
@@ -219,7 +219,7 @@ def test_a_users_own_config_folder_and_rewards(tmp_path: Path) -> None:
         "brief: {_target_: own_rewards.Brief, limit: 25, weight: 0.5}\n"
         "right: {_target_: own_rewards.right, bonus: 2.0, weight: 1.0}\n"
     )
-    result = grpo_process(
+    result = run_grpo(
         "--config-dir", "conf", "experiment=smoke", "reward=own", "max_steps=1", "tracking=none",
         "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip

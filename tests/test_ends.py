@@ -15,13 +15,13 @@ from grpo.data.prompts import PromptFormat
 from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.memory.budget import Budget
-from grpo.models.files import PACKAGED
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.load import load_language_model
 from grpo.rollout import Engine, HFEngine, NativeEngine
-from grpo.tracking.tokens import token_ends
+from grpo.tracking.tokens import find_token_ends
 from grpo.types import Example, Prompt, Sampling
 
-TINY = PACKAGED / "tiny"
+TINY = PACKAGE_FOLDER / "tiny"
 TEXT_END, TURN_BEGIN, TURN_END = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -150,16 +150,18 @@ def test_special_tokens_stay_in_the_text_but_for_its_end(
     texts = []
     for model in (plain, special):
         prompts = [question(model.tokenizer, "What is 3 + 4?")]
-        rollout = engine(model, 40, Budget.of(4096)).generate(prompts, 4, Sampling(1.0), seed=1)
+        rollout = engine(model, 40, Budget.from_tokens(4096)).generate(
+            prompts, 4, Sampling(1.0), seed=1
+        )
         assert not rollout.truncated_N.any()
         texts.append(rollout.texts)
         for text, tokens, length in zip(
             rollout.texts, rollout.tokens_NC.tolist(), rollout.lengths_N.tolist(), strict=True
         ):
             assert "<|" not in text
-            assert token_ends(model.decoder, tokens[:length], text)[-1] == len(text)
+            assert find_token_ends(model.decoder, tokens[:length], text)[-1] == len(text)
         stop = Sampling(1.0, stop=("7",))
-        stopped = engine(model, 40, Budget.of(4096)).generate(prompts, 2, stop, seed=1)
+        stopped = engine(model, 40, Budget.from_tokens(4096)).generate(prompts, 2, stop, seed=1)
         assert all(text.count("7") <= 1 for text in stopped.texts)
         assert any(text.endswith("7") for text in stopped.texts)
     assert texts[0] == texts[1]
@@ -172,8 +174,8 @@ def test_what_a_text_shows(tmp_path: Path, device: Device) -> None:
     model = load_language_model(edited(tmp_path / "m", ends), device)
     word = model.tokenizer.decode([WORD])
     ids = [TURN_BEGIN, WORD, TURN_END, TEXT_END, TEXT_END]
-    assert model.decoder.text(ids) == f"<|im_start|>{word}"
-    assert model.decoder.texts([[], [TURN_END]]) == ["", ""]
+    assert model.decoder.decode_tokens(ids) == f"<|im_start|>{word}"
+    assert model.decoder.decode_batch([[], [TURN_END]]) == ["", ""]
 
 
 def puts(before: tuple[int, ...], behind: tuple[int, ...]) -> Callable[[dict[str, Any]], None]:

@@ -12,16 +12,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.data.verify import answered
-from grpo.rewards import Task, WeightedReward, score
-from grpo.training.evaluation import Answers, by_source, figures, pass_at_k, powers_of_two, report
+from grpo.data.answers import answered
+from grpo.rewards import Task, WeightedReward, compute_scores
+from grpo.training.evaluation import (
+    ScoredRollout,
+    accuracy_by_source,
+    compute_accuracies,
+    pass_at_k,
+    powers_of_two,
+    summarize_evaluation,
+)
 from grpo.types import Prompt, Rollout
 from tests.test_end_to_end import lines
 
 Grpo = Callable[..., tuple[int, str]]
 
 
-def answers(texts: list[list[str]], golds: list[str], sources: list[str] | None = None) -> Answers:
+def answers(
+    texts: list[list[str]], golds: list[str], sources: list[str] | None = None
+) -> ScoredRollout:
     """Completions of some prompts, scored by a verifier that reads the `<answer>` tag."""
     flat = [text for row in texts for text in row]
     prompts = []
@@ -36,7 +45,7 @@ def answers(texts: list[list[str]], golds: list[str], sources: list[str] | None 
         truncated_N=torch.zeros(len(flat), dtype=torch.bool),
         texts=tuple(flat),
     )
-    return Answers(rollout, score(rollout, {"task": WeightedReward(Task(), 1.0)}))
+    return ScoredRollout(rollout, compute_scores(rollout, {"task": WeightedReward(Task(), 1.0)}))
 
 
 def tag(answer: str) -> str:
@@ -61,7 +70,7 @@ def test_k_doubles_up_to_the_number_of_samples() -> None:
 def test_figures_by_hand() -> None:
     """Four samples: two of 7, written differently, one of 8, one without a tag but with the 7."""
     sampled = answers([[tag("7"), tag("7.0"), tag("8"), "so 7"]], ["7"])
-    found = figures(None, sampled, [0])
+    found = compute_accuracies(None, sampled, [0])
     assert found == {
         "prompts": 1,
         "sampled": 0.5,
@@ -87,22 +96,25 @@ def test_figures_by_hand() -> None:
 )
 def test_the_majoritys_answer_counts(texts: list[str], majority: float) -> None:
     sampled = answers([[tag(text) for text in texts]], ["7"])
-    assert figures(None, sampled, [0])["majority@4"] == majority
+    assert compute_accuracies(None, sampled, [0])["majority@4"] == majority
 
 
 def test_without_any_answer_there_is_no_majority() -> None:
-    assert figures(None, answers([["?", "?"]], ["7"]), [0])["majority@2"] == 0.0
+    assert compute_accuracies(None, answers([["?", "?"]], ["7"]), [0])["majority@2"] == 0.0
 
 
 def test_each_set_of_a_mix_is_told_apart() -> None:
     greedy = answers([[tag("1")], [tag("0")], [tag("3")]], ["1", "2", "3"], ["a", "b", "a"])
-    found = report(greedy, None)
+    found = summarize_evaluation(greedy, None)
     assert {name: (own["prompts"], own["greedy"]) for name, own in found.items()} == {
         "all": (3, pytest.approx(2 / 3)),
         "a": (2, 1.0),
         "b": (1, 0.0),
     }
-    assert by_source(greedy, None) == {"eval/accuracy_from_a": 1.0, "eval/accuracy_from_b": 0.0}
+    assert accuracy_by_source(greedy, None) == {
+        "eval/accuracy_from_a": 1.0,
+        "eval/accuracy_from_b": 0.0,
+    }
 
 
 def test_the_command_writes_a_table_and_everything_behind_it(grpo: Grpo, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo.cli.explain import flat_keys
+from grpo.cli.explain import flatten_keys
 from tests.test_config import compose
 
 Grpo = Callable[..., tuple[int, str]]
@@ -127,7 +127,7 @@ NOT_MEASURED = ("time/", "perf/", "memory/")
 
 
 def keys() -> list[str]:
-    found = flat_keys(compose("experiment=smoke"), "")
+    found = flatten_keys(compose("experiment=smoke"), "")
     leaves = [key for key in found if not any(other.startswith(f"{key}.") for other in found)]
     return [key for key in leaves if not key.endswith("_target_") and not key.startswith(GROUPS)]
 

@@ -16,10 +16,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.commands.export import card, licence_of
+from grpo.commands.export import format_card, read_licence
 from grpo.report.run.read import read_run
-from tests.conftest import grpo_process, metrics
-from tests.servers import Pages, serving
+from tests.conftest import read_metrics, run_grpo
+from tests.servers import RequestHandler, serving
 
 Grpo = Callable[..., tuple[int, str]]
 SHORT = ("experiment=smoke", "tracking=none", "dataset.eval_size=16", "hydra.run.dir=run")
@@ -28,7 +28,7 @@ SHORT = ("experiment=smoke", "tracking=none", "dataset.eval_size=16", "hydra.run
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("once")
-    done = grpo_process(*SHORT, "kl_weight=0.05", cwd=cwd)
+    done = run_grpo(*SHORT, "kl_weight=0.05", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "run"
 
@@ -70,7 +70,7 @@ def test_the_card_of_a_checkpoint_speaks_of_no_later_step(
 ) -> None:
     assert grpo("export", "run/checkpoints/step_2", "mine")[0] == 0
     card = (tmp_path / "mine/README.md").read_text()
-    by_step = {line["step"]: line for line in metrics(run)}
+    by_step = {line["step"]: line for line in read_metrics(run)}
     first, then = (by_step[step]["eval/sampled_accuracy"] for step in (0, 2))
     assert f"| eval/sampled_accuracy | {first:.4g} | {then:.4g} |" in card
     assert "in 2 steps." in card
@@ -85,7 +85,7 @@ def test_a_card_names_the_hubs_data_and_nobodys_folders(run: Path) -> None:
         config = {**trained.config, "dataset": {"_target_": "grpo.data.GSM8K", **dataset}}
         reward = {"_target_": "grpo.rewards.Endpoint", "url": "http://10.0.0.7/judge", "weight": 2}
         config["reward"] = {"judge": reward}
-        return card(replace(trained, config=config, overrides=list(overrides)), "mine")
+        return format_card(replace(trained, config=config, overrides=list(overrides)), "mine")
 
     hub = card_with("dataset=gsm8k", "seed=3", id="openai/gsm8k", subset="main", path=None)
     assert yaml.safe_load(hub.split("---")[1])["datasets"] == ["openai/gsm8k"]
@@ -118,7 +118,7 @@ def test_a_push_is_private_where_that_is_asked(
     """Against a hub of our own; to a page that everyone can see nothing private is uploaded."""
     with serving(Hub(there_and_public)) as hub:
         flags = ["--private"] if private else []
-        done = grpo_process(
+        done = run_grpo(
             "export", "run", "mine", "--push", "me/mine", *flags,
             cwd=tmp_path, env={"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_ours"},
         )  # fmt: skip
@@ -144,7 +144,7 @@ class Hub(HTTPServer):
         self.uploaded: set[str] = set()
 
 
-class HubPages(Pages):
+class HubPages(RequestHandler):
     server: Hub
 
     def do_GET(self) -> None:
@@ -184,7 +184,7 @@ def test_the_licence_is_the_base_models(
 ) -> None:
     if text is not None:
         (tmp_path / "README.md").write_text(text)
-    assert licence_of(str(tmp_path)) == licence
+    assert read_licence(str(tmp_path)) == licence
 
 
 @pytest.mark.parametrize(

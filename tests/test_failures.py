@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo.errors import RunError
-from grpo.models.files import PACKAGED
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.training import update as update_module
 from tests.test_end_to_end import lines
 
@@ -34,7 +34,7 @@ def summary(run: Path) -> dict[str, Any]:
 def test_a_model_without_numbers_is_refused(
     engine: str, value: float, grpo: Grpo, tmp_path: Path
 ) -> None:
-    shutil.copytree(PACKAGED / "tiny", tmp_path / "model")
+    shutil.copytree(PACKAGE_FOLDER / "tiny", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], value)
@@ -72,7 +72,7 @@ def test_half_a_step_is_never_saved(
     several = (*SHORT, "algorithm.minibatches=2", "max_steps=4", "checkpoint.every=2")
     code, printed = grpo(*several, "hydra.run.dir=whole")
     assert code == 0, printed
-    calls, gradients = [], update_module.gradients
+    calls, gradients = [], update_module.add_gradients
 
     def failing(*arguments: Any) -> Any:
         calls.append(1)
@@ -80,7 +80,7 @@ def test_half_a_step_is_never_saved(
             raise RunError("out of memory with 80 tokens, and fewer can't be")
         return gradients(*arguments)
 
-    monkeypatch.setattr(update_module, "gradients", failing)
+    monkeypatch.setattr(update_module, "add_gradients", failing)
     code, printed = grpo(*several)
     assert code == 1
     assert "step 3 ended after 1 of 2 updates, so it is not saved" in printed

@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from grpo.memory.microbatch import read_at_once
+from grpo.memory.microbatch import split_head_chunks
 from grpo.models import head as head_module
 from grpo.models.forward import (
     Completions,
     Forward,
-    plain,
+    find_sharing_problem,
+    forward_plain,
+    forward_shared_prompt,
     score_completions,
-    shared_prefix,
-    why_not_shared,
 )
 from grpo.models.head import Head, Readout, TokenScores
 from grpo.models.load import choose_forward
@@ -48,7 +48,7 @@ def random_batch() -> Completions:
 
 def unpadded_logprobs(model: PreTrainedModel, batch: Completions, n: int) -> Tensor:
     """Row n alone: no padding, no cache, no chunk, the model's own logits and torch's softmax."""
-    b = n // batch.rows_a_prompt
+    b = n // batch.rows_per_prompt
     prompt = batch.prompts_BP[b, -int(batch.prompt_lengths_B[b]) :]
     completion = batch.tokens_NC[n][batch.mask_NC[n]]
     tokens = torch.cat([prompt, completion])[None]
@@ -69,7 +69,7 @@ def test_scores_and_gradients_equal_the_plain_forwards(
     batch = random_batch()
     weights_NC = torch.randn(12, 11, generator=torch.Generator().manual_seed(2)) * batch.mask_NC
     results = []
-    for forward in (shared_prefix, plain):
+    for forward in (forward_shared_prompt, forward_plain):
         small_model.zero_grad()
         scores = scored(forward, small_model, batch)
         (weights_NC * scores.logprobs).sum().backward()
@@ -87,12 +87,12 @@ def test_a_part_of_a_batch_is_a_batch(small_model: PreTrainedModel) -> None:
     """Its rows have their own prompts, which a repetition penalty asks for."""
     batch, head = random_batch(), Head(small_model)
     readout = Readout(Sampling(temperature=0.8, repetition_penalty=1.5))
-    features = shared_prefix(small_model, head, batch)
+    features = forward_shared_prompt(small_model, head, batch)
     whole = score_completions(features, batch, readout)
-    for rows, tokens in read_at_once(batch, 20):
-        own, part = features.cut_off(tokens), batch.part(rows)
+    for rows, tokens in split_head_chunks(batch, 20):
+        own, part = features.select_detached(tokens), batch.select_rows(rows)
         scores = score_completions(own, part, readout)
-        again = score_completions(plain(small_model, head, part), part, readout)
+        again = score_completions(forward_plain(small_model, head, part), part, readout)
         for a, b, c in zip(whole, scores, again, strict=True):
             assert_close(b, a[rows])
             assert_close(b, c, atol=1e-5, rtol=1e-5)
@@ -101,7 +101,7 @@ def test_a_part_of_a_batch_is_a_batch(small_model: PreTrainedModel) -> None:
 def test_a_second_backward_pass_is_the_first_again(small_model: PreTrainedModel) -> None:
     """The first overwrites the logits that it was given."""
     batch = random_batch()
-    total = scored(shared_prefix, small_model, batch).logprobs.sum()
+    total = scored(forward_shared_prompt, small_model, batch).logprobs.sum()
     wanted = [p for p in small_model.parameters() if p.requires_grad]
     first = torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
     again = torch.autograd.grad(total, wanted, allow_unused=True)
@@ -126,7 +126,7 @@ def test_gradients_are_bit_for_bit_repeatable(small_model: PreTrainedModel) -> N
 
     def gradients() -> list[Tensor]:
         small_model.zero_grad()
-        (scored(shared_prefix, small_model, batch).logprobs * by_NC).sum().backward()
+        (scored(forward_shared_prompt, small_model, batch).logprobs * by_NC).sum().backward()
         return [p.grad.clone() for p in small_model.parameters() if p.grad is not None]
 
     first = gradients()
@@ -138,7 +138,7 @@ def test_gradients_are_bit_for_bit_repeatable(small_model: PreTrainedModel) -> N
 def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
     """Each row scored in the batch equals that row scored alone, without any padding."""
     batch = random_batch()
-    scores = scored(shared_prefix, small_model, batch)
+    scores = scored(forward_shared_prompt, small_model, batch)
     for n in range(12):
         assert_close(
             scores.logprobs[n][batch.mask_NC[n]],
@@ -151,7 +151,7 @@ def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
 
 def test_entropy_is_that_of_the_distribution(small_model: PreTrainedModel) -> None:
     batch = random_batch()
-    scores = scored(shared_prefix, small_model, batch)
+    scores = scored(forward_shared_prompt, small_model, batch)
     prompt = batch.prompts_BP[:1]
     logits = small_model(input_ids=prompt).logits[0, -1] / TEMPERATURE
     assert_close(
@@ -167,15 +167,15 @@ def test_completions_of_one_token_need_no_second_pass(small_model: PreTrainedMod
     first = Completions(
         batch.prompts_BP, batch.prompt_lengths_B, batch.tokens_NC[:, :1], batch.mask_NC[:, :1]
     )
-    whole = scored(shared_prefix, small_model, batch).logprobs[:, :1]
-    assert_close(scored(shared_prefix, small_model, first).logprobs, whole)
+    whole = scored(forward_shared_prompt, small_model, batch).logprobs[:, :1]
+    assert_close(scored(forward_shared_prompt, small_model, first).logprobs, whole)
 
 
 def test_a_model_whose_logits_are_changed_after_the_head_is_noticed(
     small_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = Head(small_model)
-    assert why_not_shared(small_model, head) == ""
+    assert find_sharing_problem(small_model, head) == ""
     original = type(small_model).forward
 
     def doubled(self: PreTrainedModel, **inputs: object) -> object:
@@ -184,10 +184,10 @@ def test_a_model_whose_logits_are_changed_after_the_head_is_noticed(
         return output
 
     monkeypatch.setattr(type(small_model), "forward", doubled)
-    assert choose_forward(small_model, head) is plain
+    assert choose_forward(small_model, head) is forward_plain
 
 
 def test_a_model_without_a_cache_to_share_takes_the_plain_forward() -> None:
     config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
     model = MambaForCausalLM(config).eval()
-    assert choose_forward(model, Head(model)) is plain
+    assert choose_forward(model, Head(model)) is forward_plain

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import MACHINE, RUNS, golden_file, machine, record
+from tests.golden import MACHINE, RUNS, describe_machine, locate_golden_file, record
 
 
 @pytest.mark.slow
@@ -17,9 +17,9 @@ def test_the_numbers_are_those_that_were_kept(name: str, tmp_path: Path) -> None
     at 4e-3 and not alike on two processors, elsewhere the metrics' names alone are compared.
     """
     found = record(name, tmp_path)
-    kept = [json.loads(line) for line in golden_file(name).read_text().splitlines()]
+    kept = [json.loads(line) for line in locate_golden_file(name).read_text().splitlines()]
     assert [list(line) for line in found] == [list(line) for line in kept]
-    if machine() == json.loads(MACHINE.read_text()):
+    if describe_machine() == json.loads(MACHINE.read_text()):
         assert found == kept
     elif not name.endswith("bf16"):
         for line, then in zip(found, kept, strict=True):

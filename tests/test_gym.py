@@ -12,10 +12,10 @@ import pytest
 import reasoning_gym
 
 from grpo.data import ReasoningGym
-from grpo.data.verify import EXTRACTORS
+from grpo.data.answers import EXTRACTORS
 from grpo.errors import ConfigError
 from grpo.rewards import Answer
-from grpo.training.evaluation import vote
+from grpo.training.evaluation import read_vote
 from grpo.types import Example, Failure, Sample
 
 NO_GOLD = ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"]
@@ -35,7 +35,7 @@ def test_a_task_without_a_gold_answer_shows_none_and_compares_with_none(task: st
         (value,) = Answer()([Sample("q", text, (1,), False, example, 0)])
         assert isinstance(value, Failure)
         assert "reward=task" in value.reason
-    assert vote(example, "I don't know") is None
+    assert read_vote(example, "I don't know") is None
 
 
 def test_what_such_a_task_accepts_is_right() -> None:

@@ -15,9 +15,9 @@ from grpo.models.load import LanguageModel
 from grpo.objective import AVERAGINGS, RATIOS, clipped_surrogate
 from grpo.rollout import NativeEngine
 from grpo.training import update as update_module
-from grpo.training.loss import Learned, MicroLoss, Minibatch, Objective, losses
+from grpo.training.loss import MicroBatchLoss, Minibatch, Objective, UpdateInputs, compute_loss
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import old_policy, update
+from grpo.training.update import score_old_policy, update_policy
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 QUESTIONS = ("What is 12 + 63?", "What is 88 - 9?", "What is 4 + 4?", "What is 70 - 35?")
@@ -80,7 +80,7 @@ def test_a_ratio_is_over_what_the_sampler_kept(
     name: str, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second of two minibatches, after a step that moves the set of each token's rivals."""
-    sampling, limit = SAMPLINGS[name], Budget.of(150)
+    sampling, limit = SAMPLINGS[name], Budget.from_tokens(150)
     prompts = [
         Prompt(question, tuple(tiny.tokenizer.encode(question)), Example(question, "", float))
         for question in QUESTIONS
@@ -91,7 +91,7 @@ def test_a_ratio_is_over_what_the_sampler_kept(
         minibatches=2,
     )  # fmt: skip
     before = copy.deepcopy(tiny.model)
-    old = old_policy(tiny, objective, rollout, limit.computed)
+    old = score_old_policy(tiny, objective, rollout, limit.forward_limit)
     optimizer = SnapshotOptimizer(
         tiny.model, "adamw", 5e-3, 2, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
     )
@@ -101,22 +101,22 @@ def test_a_ratio_is_over_what_the_sampler_kept(
     def watched(
         objective: Objective,
         rollout: Rollout,
-        learned: Learned,
+        learned: UpdateInputs,
         minibatch: Minibatch,
         rows: Tensor,
         inputs: Completions,
         scored: TokenScores,
-    ) -> MicroLoss:
-        loss = losses(objective, rollout, learned, minibatch, rows, inputs, scored)
+    ) -> MicroBatchLoss:
+        loss = compute_loss(objective, rollout, learned, minibatch, rows, inputs, scored)
         for row, ratio_C, mask_C in zip(rows.tolist(), loss.ratio_NC, inputs.mask_NC, strict=True):
             ratios[row] = (len(optimizer.after), ratio_C[mask_C])
         return loss
 
-    monkeypatch.setattr(update_module, "losses", watched)
+    monkeypatch.setattr(update_module, "compute_loss", watched)
     generator = torch.Generator().manual_seed(5)
     advantages_N = torch.randn(len(rollout.texts), generator=generator)
-    learned = Learned(advantages_N, old, None, 0.0)
-    update(tiny, None, optimizer, objective, rollout, learned, limit.computed)
+    learned = UpdateInputs(advantages_N, old, None, 0.0)
+    update_policy(tiny, None, optimizer, objective, rollout, learned, limit.forward_limit)
 
     second = [row for row, (step, _) in ratios.items() if step == 1]
     assert len(second) == len(ratios) / 2 == len(QUESTIONS) * GROUP / 2

@@ -15,7 +15,7 @@ import pytest
 
 from grpo.errors import ConfigError
 from grpo.sweep import gpus
-from tests.conftest import grpo_process, metrics, wait_for_step
+from tests.conftest import read_metrics, run_grpo, wait_for_step
 from tests.test_sweep import QUICK, TWO_STEPS, is_saved_where_it_stopped, statuses, summary
 
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
@@ -43,10 +43,10 @@ def test_joblib_runs_two_at_once_and_stops_in_order(tmp_path: Path) -> None:
     threads = max(1, joblib.cpu_count() // 2)
     assert f" {threads} thread" in summary(sweep / "0")["device"]
 
-    done = grpo_process("-m", "sweep_dir=sweep", cwd=tmp_path)
+    done = run_grpo("-m", "sweep_dir=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert statuses(sweep) == ["finished"] * 3
-    assert [line["step"] for line in metrics(sweep / "0")] == list(range(31))
+    assert [line["step"] for line in read_metrics(sweep / "0")] == list(range(31))
     assert not list(sweep.glob(".stop*"))
 
 
@@ -71,7 +71,7 @@ def test_a_worker_that_dies_costs_its_own_job_alone(
 ) -> None:
     """And at most the one beside it; those that had not begun are run by others."""
     (tmp_path / "my_rewards_of_workers.py").write_text(REWARDS)
-    done = grpo_process(
+    done = run_grpo(
         "-m", *TWO_STEPS, *launcher,
         "+reward.picky._target_=my_rewards_of_workers.picky",
         "+reward.picky.weight=1", "+reward.picky.limit=0,1,2,3", "sweep_dir=sweep", cwd=tmp_path,
@@ -119,7 +119,7 @@ def test_more_jobs_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         assert gpus.take_gpu(tmp_path) == "0"  # given back by whoever died
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     finally:
-        gpus.taken.cache_clear()
+        gpus.lock_gpu.cache_clear()
         for process in processes:
             process.kill()
             process.communicate()
@@ -146,9 +146,9 @@ def test_submitit_queues_a_job_again_that_runs_out_of_time(tmp_path: Path) -> No
     os.kill(worker_of(sweep / "0"), signal.SIGUSR2)
     assert process.wait(240) == 0, (tmp_path / "log").read_text()
     assert statuses(sweep) == ["finished", "finished"]
-    whole = grpo_process(*job, "seed=0", "hydra.run.dir=whole", cwd=tmp_path)
+    whole = run_grpo(*job, "seed=0", "hydra.run.dir=whole", cwd=tmp_path)
     assert whole.returncode == 0
-    assert metrics(sweep / "0") == metrics(tmp_path / "whole")
+    assert read_metrics(sweep / "0") == read_metrics(tmp_path / "whole")
 
 
 def worker_of(run: Path) -> int:
@@ -167,7 +167,7 @@ def worker_of(run: Path) -> int:
 
 def test_a_slurm_job_is_composed(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    done = grpo_process(
+    done = run_grpo(
         "hydra/launcher=slurm", "hydra.launcher.partition=a100", "--cfg", "hydra",
         "-p", "hydra.launcher", cwd=tmp_path,
     )  # fmt: skip

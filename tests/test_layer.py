@@ -21,10 +21,10 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from grpo.models.attention import TreePlan, read
-from grpo.models.cpu import compiled
+from grpo.models.attention import TreePlan, compute_hidden_states
+from grpo.models.cpu import kernel
 from grpo.models.cpu.linear import HAS_ONEDNN
-from grpo.models.cpu.select import decoding, lean, usual_layers
+from grpo.models.cpu.select import fast_decoding, fast_forward_pass, find_supported_layers
 from grpo.models.tree import Tree
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
@@ -48,13 +48,13 @@ def with_large_weights(made: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 def hidden(model: PreTrainedModel) -> Tensor:
-    return read(model, TOKENS, TREE.positions(torch.device("cpu")), TreePlan(TREE))
+    return compute_hidden_states(model, TOKENS, TREE.positions(torch.device("cpu")), TreePlan(TREE))
 
 
 @pytest.mark.parametrize("name", USUAL)
 def test_states_and_gradients_are_those_of_the_models_own_layers(name: str) -> None:
     model = with_large_weights(USUAL[name])
-    assert len(usual_layers(model)) == SHAPE["num_hidden_layers"]
+    assert len(find_supported_layers(model)) == SHAPE["num_hidden_layers"]
     weight = torch.randn(len(TOKENS), SHAPE["hidden_size"])
 
     def found(within: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
@@ -66,7 +66,7 @@ def test_states_and_gradients_are_those_of_the_models_own_layers(name: str) -> N
         return states, [p.grad for p in model.base_model.parameters() if p.grad is not None]
 
     own, own_grads = found(nullcontext)
-    ours, our_grads = found(lambda: lean(model))
+    ours, our_grads = found(lambda: fast_forward_pass(model))
     assert_close(ours, own, atol=1e-5, rtol=1e-4)
     assert len(our_grads) == len(own_grads) == len(list(model.base_model.parameters()))
     for a, b in zip(our_grads, own_grads, strict=True):
@@ -81,7 +81,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen: str) -> None:
     hidden(model).sum().backward()
     own = {n: p.grad for n, p in model.base_model.named_parameters()}
     model.zero_grad()
-    with lean(model):
+    with fast_forward_pass(model):
         hidden(model).sum().backward()
     for parameter_name, parameter in model.base_model.named_parameters():
         expected = own[parameter_name]
@@ -99,8 +99,8 @@ def test_weights_laid_out_together_give_the_same(
     model = with_large_weights(USUAL[name])
     own = hidden(model)
     if not compiles:
-        monkeypatch.setattr(compiled, "kernel", lambda: None)
-    with decoding(model, 16):
+        monkeypatch.setattr(kernel, "load_kernel", lambda: None)
+    with fast_decoding(model, 16):
         assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
     assert all("forward" not in module.__dict__ for module in model.modules())
 
@@ -108,7 +108,7 @@ def test_weights_laid_out_together_give_the_same(
 def test_a_plain_forward_pass_is_as_ever() -> None:
     model = with_large_weights(USUAL["llama"])
     own = model(input_ids=TOKENS[None]).logits
-    with lean(model):
+    with fast_forward_pass(model):
         assert_close(model(input_ids=TOKENS[None]).logits, own, atol=1e-4, rtol=1e-4)
 
 
@@ -121,17 +121,17 @@ def test_layers_of_another_kind_are_left_alone() -> None:
         ARCHITECTURES["llama"]().to(torch.bfloat16),
     ]
     for model in others:
-        assert usual_layers(model.eval()) == []
+        assert find_supported_layers(model.eval()) == []
 
 
 def test_each_layer_is_tried_for_itself() -> None:
     """Of SmolLM3's layers, all of one class, every fourth has no positions."""
     shape = {**SHAPE, "num_hidden_layers": 5}
     model = with_large_weights(lambda: SmolLM3ForCausalLM(SmolLM3Config(**shape)))
-    numbers = [layer.module.self_attn.layer_idx for layer in usual_layers(model)]
+    numbers = [layer.module.self_attn.layer_idx for layer in find_supported_layers(model)]
     assert numbers == [0, 1, 2, 4]
     own = hidden(model)
-    with lean(model):
+    with fast_forward_pass(model):
         assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
 
 
@@ -141,8 +141,8 @@ def test_a_layer_with_an_adapter_keeps_it() -> None:
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             parameter.data.normal_()
-    numbers = [layer.module.self_attn.layer_idx for layer in usual_layers(model)]
+    numbers = [layer.module.self_attn.layer_idx for layer in find_supported_layers(model)]
     assert numbers == list(range(1, SHAPE["num_hidden_layers"]))
     own = hidden(model)
-    with lean(model):
+    with fast_forward_pass(model):
         assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)

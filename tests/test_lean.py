@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grpo.models.cpu.linear import HAS_ONEDNN, computed_as
-from grpo.models.cpu.modules import lean_blocks, lean_lookups, lean_norms
-from grpo.models.cpu.select import lean
+from grpo.models.cpu.modules import make_embedding_forwards, make_mlp_forwards, make_norm_forwards
+from grpo.models.cpu.select import fast_forward_pass
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
@@ -40,7 +40,7 @@ def test_outputs_and_gradients_are_the_modules_own(name: str) -> None:
     model = ARCHITECTURES[name]().eval()
     for parameter in model.parameters():
         parameter.data.mul_(3)
-    modules = {**lean_norms(model), **lean_blocks(model)}
+    modules = {**make_norm_forwards(model), **make_mlp_forwards(model)}
     assert len(modules) == 3 * 3 + 1  # two norms and a block a layer, and the last norm
     for module, forward in modules.items():
         x = torch.randn(1, 5, 32, requires_grad=True)
@@ -62,7 +62,7 @@ def test_a_lookups_gradient_is_added_to_what_the_weight_has(
     torch.manual_seed(0)
     own, plain = (nn.Embedding(20, 8, padding_idx=padding) for _ in range(2))
     plain.load_state_dict(own.state_dict())
-    (forward,) = lean_lookups(nn.Sequential(own)).values()
+    (forward,) = make_embedding_forwards(nn.Sequential(own)).values()
     tokens = torch.randint(0, 6, (1, 40))  # each several times, padding among them
     for module, look in ((own, forward), (plain, plain)):
         module.weight.grad = torch.ones_like(module.weight) if there else None
@@ -76,14 +76,16 @@ def test_an_embedding_that_does_more_is_left_alone() -> None:
     class Scaled(nn.Embedding):
         pass
 
-    assert not lean_lookups(nn.Sequential(Scaled(5, 4), nn.Embedding(5, 4, max_norm=1.0)))
+    assert not make_embedding_forwards(
+        nn.Sequential(Scaled(5, 4), nn.Embedding(5, 4, max_norm=1.0))
+    )
 
 
 def test_a_forward_pass_keeps_a_third_less() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     tokens = torch.randint(0, 97, (1, 64))
     usual = kept_bytes(model, tokens)
-    with lean(model):
+    with fast_forward_pass(model):
         assert kept_bytes(model, tokens) < 0.7 * usual
 
 
@@ -93,23 +95,23 @@ def test_what_computes_something_else_is_left_alone() -> None:
         model = ARCHITECTURES[name]().eval()
         for parameter in model.parameters():
             parameter.data.normal_()
-        assert lean_norms(model) == {}
-        assert lean_blocks(model) == {}
+        assert make_norm_forwards(model) == {}
+        assert make_mlp_forwards(model) == {}
     model = ARCHITECTURES["llama"]().eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert lean_norms(model) == {}
-        assert lean_blocks(model) == {}
+        assert make_norm_forwards(model) == {}
+        assert make_mlp_forwards(model) == {}
 
 
 def test_an_adapted_block_keeps_its_adapter() -> None:
     model = ARCHITECTURES["llama"]().eval()
     model.add_adapter(LoraConfig(r=2, target_modules=["down_proj"]))
-    assert lean_blocks(model) == {}
+    assert make_mlp_forwards(model) == {}
     model = ARCHITECTURES["llama"]().eval()
     model.add_adapter(LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False))
     model.eval()
     x = torch.randn(1, 3, 32)
-    blocks = lean_blocks(model)
+    blocks = make_mlp_forwards(model)
     assert len(blocks) == 3
     expected = [block(x) for block in blocks]
     with computed_as(blocks):

@@ -33,14 +33,19 @@ from transformers import (
 from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.memory.microbatch import score_rollout
-from grpo.models.forward import plain, random_completions, reads_padding, shared_prefix
+from grpo.models.forward import (
+    forward_plain,
+    forward_shared_prompt,
+    make_random_completions,
+    reads_padding,
+)
 from grpo.models.head import Readout
-from grpo.models.lengths import hold_positions, suited_to_lengths
-from grpo.models.load import LanguageModel, frozen_copy
+from grpo.models.load import LanguageModel, copy_frozen
+from grpo.models.long_context import freeze_positions, prepare_for_lengths
 from grpo.rollout import HFEngine, NativeEngine
-from grpo.rollout.trial import check_sampler
+from grpo.rollout.sampler_check import check_sampler
 from grpo.types import Rollout, Sampling
-from tests.conftest import SHAPE, with_distinct_logits
+from tests.conftest import SHAPE, build_with_distinct_logits
 from tests.test_rollout import ENGINES, ROOM, prompts_of, wrap
 
 CHANGE = 24  # tokens up to which the longrope model's positions are the short ones
@@ -89,7 +94,7 @@ def own_logprobs(model: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
 
 def rescored(policy: LanguageModel, rollout: Rollout) -> torch.Tensor:
     """As an update reads them."""
-    return score_rollout(policy, rollout, Readout(Sampling(1.0)), ROOM.computed).logprobs
+    return score_rollout(policy, rollout, Readout(Sampling(1.0)), ROOM.forward_limit).logprobs
 
 
 @pytest.mark.parametrize("engine", ["native", "hf"])
@@ -98,9 +103,11 @@ def test_positions_that_change_with_length_stay_the_same_within_a_run(
     device: Device, engine: str, prompts: tuple[int, int], new: int
 ) -> None:
     """Completions that pass the change, that begin behind it, and that never come near it."""
-    fresh = with_distinct_logits(longrope)
-    policy = suited_to_lengths(wrap(with_distinct_logits(longrope), device), max(prompts), new)
-    reference = frozen_copy(policy, in_fp32=True)
+    fresh = build_with_distinct_logits(longrope)
+    policy = prepare_for_lengths(
+        wrap(build_with_distinct_logits(longrope), device), max(prompts), new
+    )
+    reference = copy_frozen(policy, in_fp32=True)
     rollout = ENGINES[engine](policy, new, ROOM).generate(
         prompts_of(*prompts), 3, Sampling(1.0), seed=4
     )
@@ -108,7 +115,7 @@ def test_positions_that_change_with_length_stay_the_same_within_a_run(
     assert torch.equal(rescored(reference, rollout), rescored(policy, rollout))
     assert_close(own_logprobs(policy.model, rollout), rollout.logprobs_NC, atol=2e-5, rtol=1e-4)
     crosses = max(prompts) + new > CHANGE
-    assert policy.context == (128 if crosses else CHANGE)
+    assert policy.context_length == (128 if crosses else CHANGE)
     if not crosses:
         assert_close(own_logprobs(fresh, rollout), rollout.logprobs_NC, atol=2e-5, rtol=1e-4)
 
@@ -116,9 +123,9 @@ def test_positions_that_change_with_length_stay_the_same_within_a_run(
 def test_a_change_of_positions_within_reach_is_told(
     device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
-    suited_to_lengths(wrap(longrope(), device), 10, CHANGE - 10)
+    prepare_for_lengths(wrap(longrope(), device), 10, CHANGE - 10)
     assert "change" not in caplog.text
-    suited_to_lengths(wrap(longrope(), device), 10, CHANGE - 9)
+    prepare_for_lengths(wrap(longrope(), device), 10, CHANGE - 9)
     assert f"change beyond {CHANGE} tokens" in caplog.text
     assert "(10 + 15)" in caplog.text
 
@@ -128,10 +135,12 @@ def test_dynamic_positions_change_where_they_say_so() -> None:
     shape = {**SHAPE, "max_position_embeddings": 40}
     texts = torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(0))
     models = [
-        with_distinct_logits(lambda: LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope)))
+        build_with_distinct_logits(
+            lambda: LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+        )
         for _ in range(2)
     ]
-    assert hold_positions(models[0], 60, 40) == 40
+    assert freeze_positions(models[0], 60, 40) == 40
     with torch.no_grad():
         long = models[1](input_ids=texts).logits
         assert_close(models[0](input_ids=texts).logits, long)
@@ -149,24 +158,24 @@ def test_a_window_that_only_the_models_own_mask_knows_is_noticed_at_its_length(
             layer.self_attn.sliding_window = None
         return made
 
-    policy = wrap(with_distinct_logits(model), device)
-    assert policy.forward is shared_prefix
-    assert suited_to_lengths(policy, 10, 8).forward is shared_prefix
-    assert suited_to_lengths(policy, 30, 8).forward is plain
+    policy = wrap(build_with_distinct_logits(model), device)
+    assert policy.forward is forward_shared_prompt
+    assert prepare_for_lengths(policy, 10, 8).forward is forward_shared_prompt
+    assert prepare_for_lengths(policy, 30, 8).forward is forward_plain
     assert "at 38 tokens" in caplog.text
 
 
 def test_a_table_of_positions_that_ends_early_is_refused(device: Device) -> None:
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4, n_positions=32)
     policy = wrap(GPT2LMHeadModel(config).eval(), device)
-    assert suited_to_lengths(policy, 20, 12) == policy
+    assert prepare_for_lengths(policy, 20, 12) == policy
     with pytest.raises(ConfigError, match=r"max_new_tokens=13: GPT2LMHeadModel can't read 33 tok"):
-        suited_to_lengths(policy, 20, 13)
+        prepare_for_lengths(policy, 20, 13)
 
 
 def test_a_sampler_whose_cache_a_model_uses_in_another_way_is_refused(device: Device) -> None:
     """Differential attention asks its keys twice a layer; the second would replace the first."""
-    made = with_distinct_logits(lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**SHAPE)))
+    made = build_with_distinct_logits(lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**SHAPE)))
     policy = wrap(made, device)
     with pytest.raises(ConfigError, match=r"rollout=native: .* use rollout=hf"):
         check_sampler(partial(NativeEngine), policy)
@@ -174,7 +183,7 @@ def test_a_sampler_whose_cache_a_model_uses_in_another_way_is_refused(device: De
 
 
 def test_a_sampler_that_fails_is_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = wrap(with_distinct_logits(rwkv), device)
+    policy = wrap(build_with_distinct_logits(rwkv), device)
 
     def broken(**_: Any) -> None:
         raise RuntimeError("a state of another shape\nand more")
@@ -189,13 +198,13 @@ def test_models_without_an_attention_to_ask_train_on_their_own_numbers(
     device: Device, model: Callable[[], PreTrainedModel]
 ) -> None:
     """Prompts of different lengths; a reference copied after a pass that keeps a gradient."""
-    made = with_distinct_logits(model)
+    made = build_with_distinct_logits(model)
     policy = wrap(made, device)
     policy = replace(policy, reads_padding=reads_padding(made, policy.head))
     assert policy.reads_padding == (model is not falcon_mamba)
     check_sampler(partial(HFEngine), policy)
     rollout = HFEngine(policy, 7, ROOM).generate(prompts_of(9, 3, 3), 2, Sampling(1.0), seed=5)
     assert_close(own_logprobs(made, rollout), rollout.logprobs_NC, atol=2e-5, rtol=1e-4)
-    assert policy.features(random_completions(97, made.device)).values_TX.requires_grad
-    reference = frozen_copy(policy, in_fp32=True)
+    assert policy.compute_features(make_random_completions(97, made.device)).values_TX.requires_grad
+    reference = copy_frozen(policy, in_fp32=True)
     assert torch.equal(rescored(reference, rollout), rescored(policy, rollout))

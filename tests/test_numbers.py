@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.data.verify import EXTRACTORS, answered, comparable, same_answer
-from grpo.training.evaluation import vote
-from grpo.verifiers.numbers import as_number, last_number
+from grpo.data.answers import EXTRACTORS, answered, is_same_answer, normalize_answer
+from grpo.training.evaluation import read_vote
+from grpo.verifiers.numbers import find_last_number, parse_number
 
 MINUSES = "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"
 SPACES = " \u00a0\u2007\u2009\u202f"
@@ -106,8 +106,8 @@ SPACES = " \u00a0\u2007\u2009\u202f"
     ],
 )
 def test_the_last_number_of_a_text_and_its_value(text: str, number: object) -> None:
-    found = last_number(text)
-    assert (None if found is None else as_number(found)) == number
+    found = find_last_number(text)
+    assert (None if found is None else parse_number(found)) == number
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_last_number_of_a_text_and_its_value(text: str, number: object) -> N
     ],
 )
 def test_an_answer_that_is_one_number(answer: str, number: object) -> None:
-    assert as_number(answer) == number
+    assert parse_number(answer) == number
 
 
 @pytest.mark.parametrize(
@@ -185,36 +185,38 @@ TEXTS = st.one_of(
 @given(TEXTS, TEXTS)
 def test_any_text_is_an_answer_and_a_ballot_like_any_other(text: str, other: str) -> None:
     """What is read out of a text is read in the same way again; equal answers are equal ballots."""
-    found = last_number(text)
+    found = find_last_number(text)
     if found is not None:
-        assert last_number(found) == found
-        assert as_number(found) is not None or "e" in found  # an exponent that no Decimal holds
+        assert find_last_number(found) == found
+        assert parse_number(found) is not None or "e" in found  # an exponent that no Decimal holds
     for extract in EXTRACTORS:
         example = answered("q", other, extract)
-        ballot = vote(example, text)
-        assert ballot == vote(example, text)
-        assert example.verify(text) == float(ballot is not None and ballot == comparable(other))
-    assert same_answer(text, text)
-    assert same_answer(text, other) is same_answer(other, text)
+        ballot = read_vote(example, text)
+        assert ballot == read_vote(example, text)
+        assert example.verify(text) == float(
+            ballot is not None and ballot == normalize_answer(other)
+        )
+    assert is_same_answer(text, text)
+    assert is_same_answer(text, other) is is_same_answer(other, text)
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3), st.integers(1, 10**6))
 def test_python_s_numbers_are_read_for_what_they_are(number: Decimal, below: int) -> None:
-    assert as_number(str(number)) == number
-    assert as_number(f"{number:,}") == number
+    assert parse_number(str(number)) == number
+    assert parse_number(f"{number:,}") == number
     above = int(number)
-    assert as_number(f"{above}/{below}") == Fraction(above, below)
+    assert parse_number(f"{above}/{below}") == Fraction(above, below)
 
 
 def test_huge_exponents_and_long_texts_cost_nothing() -> None:
     """Written out, the first would take 400 MB a number; a quadratic search, minutes."""
     huge = ["1e999999999", "10e999999998", "-1e999999999", "1e-999999999", "9e999999999999999999"]
     start = time.monotonic()
-    assert same_answer(huge[0], huge[1])
-    assert len({comparable(text) for text in huge}) == 4
-    assert not same_answer(huge[0], "1/3")
+    assert is_same_answer(huge[0], huge[1])
+    assert len({normalize_answer(text) for text in huge}) == 4
+    assert not is_same_answer(huge[0], "1/3")
     pieces = "1|1 |000 |1,|1.|1/|$|*|-|^1|x1|1e|\\frac| "
     for piece in pieces.split("|"):
         text = piece * 50_000
-        last_number(text), as_number(text), comparable(text + "x")
+        find_last_number(text), parse_number(text), normalize_answer(text + "x")
     assert time.monotonic() - start < 10

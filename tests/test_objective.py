@@ -23,9 +23,9 @@ from grpo.objective import (
     clipped_surrogate,
     clipped_weight,
     gamma_weight,
-    most_uncertain,
     policy_gradient,
     sigmoid_gated,
+    top_entropy_mask,
 )
 from grpo.objective.advantages import (
     batch_mean,
@@ -350,6 +350,6 @@ def test_sequence_weights_are_the_mean_of_the_means(lengths: list[int]) -> None:
 def test_the_least_certain_tokens_by_hand() -> None:
     """Of 0.1 0.2 0.3 0.4 0.5, the upper two fifths are those from the 0.6-quantile, 0.34, on."""
     entropy, mask = tensor([[0.1, 0.5, 0.3], [0.2, 0.4, 9.0]]), tokens(3, 2).mask_NC
-    chosen = most_uncertain(entropy, mask, 0.4)
+    chosen = top_entropy_mask(entropy, mask, 0.4)
     assert chosen.tolist() == [[False, True, False], [False, True, False]]
-    assert torch.equal(most_uncertain(entropy, mask, 1.0), mask)
+    assert torch.equal(top_entropy_mask(entropy, mask, 1.0), mask)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from grpo.models.files import PACKAGED
+from grpo.models.files import PACKAGE_FOLDER
 
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=1", "dataset.size=24", "dataset.eval_size=4", "kl_weight=0")
@@ -31,7 +31,7 @@ def refused(grpo: Grpo, *overrides: str) -> str:
 
 def tiny_with(config: dict[str, Any], **files: str) -> None:
     """The tiny model in ./model with other keys in its config, and other files."""
-    shutil.copytree(PACKAGED / "tiny", "model")
+    shutil.copytree(PACKAGE_FOLDER / "tiny", "model")
     file = Path("model/config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     for name, content in files.items():
@@ -67,10 +67,12 @@ def test_weights_that_are_missing_are_not_made_up(grpo: Grpo) -> None:
 
 def test_weights_that_are_quantized_already_are_not_trained(grpo: Grpo) -> None:
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    tiny = AutoModelForCausalLM.from_pretrained(PACKAGED / "tiny", quantization_config=four_bits)
+    tiny = AutoModelForCausalLM.from_pretrained(
+        PACKAGE_FOLDER / "tiny", quantization_config=four_bits
+    )
     tiny.save_pretrained("model")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(PACKAGED / "tiny" / name, "model")
+        shutil.copy(PACKAGE_FOLDER / "tiny" / name, "model")
     for adapter in ("none", "lora", "qlora"):
         assert "quantized already" in refused(grpo, *LOCAL, f"adapter={adapter}")
 

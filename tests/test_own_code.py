@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.config.unused_keys import Facts, unused_keys
+from grpo.config.unused_keys import Facts, explain_unused_keys
 from grpo.device import Device
 from grpo.errors import ConfigError
 from grpo.models.adapter import add_adapter
-from grpo.models.files import PACKAGED
-from grpo.models.hub import cached_model
+from grpo.models.files import PACKAGE_FOLDER
+from grpo.models.hub import find_cached_model
 from grpo.models.load import load_language_model
-from grpo.models.own_code import check_own_code, has_own_code, own_files
-from grpo.rollout.vllm import write_description
+from grpo.models.remote_code import check_remote_code, has_remote_code, list_code_files
+from grpo.rollout.vllm import write_model_description
 from tests.test_adapter import LORA
 from tests.test_config import compose
 from tests.test_revision import FIRST, add_to_cache
@@ -71,7 +71,7 @@ def own(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("sys.path", [*sys.path])
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "hf"))
     folder = tmp_path / "own"
-    shutil.copytree(PACKAGED / "tiny", folder)
+    shutil.copytree(PACKAGE_FOLDER / "tiny", folder)
     change_json(folder / "config.json", model_type="own_kind", auto_map=AUTO_MAP)
     (folder / "modeling_own.py").write_text(CODE.format(marker=str(marker), kind="own_kind"))
     return folder
@@ -114,7 +114,7 @@ def test_it_is_run_with_the_key_and_a_runs_folder_does_not_turn_that_on(
     assert code == 0, printed
     assert marker.exists()
     saved = tmp_path / "run/checkpoints/latest/model"
-    assert own_files(saved) == ["modeling_own.py"]
+    assert list_code_files(saved) == ["modeling_own.py"]
     with (saved / "modeling_own.py").open("a") as code_file:
         code_file.write("# another text, so that it would be imported anew\n")
     for command in (("eval", "checkpoint=run", *EVAL), ("resume=run", "max_steps=3")):
@@ -158,7 +158,7 @@ def test_an_adapter_over_it_is_merged_where_it_is_trusted(
     assert not marker.exists()
     code, printed = grpo("export", "run", "mine", "--trust")
     assert code == 0, printed
-    assert own_files(tmp_path / "mine") == ["modeling_own.py"]
+    assert list_code_files(tmp_path / "mine") == ["modeling_own.py"]
     assert (tmp_path / "mine/modeling_own.py").is_file()
 
 
@@ -185,26 +185,26 @@ def test_a_tokenizer_that_only_its_code_can_read_is_refused(
         tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": ["modeling_own.OwnTokenizer", None]},
     )
-    assert has_own_code(own)
+    assert has_remote_code(own)
     with pytest.raises(ConfigError, match=f"needs Python code that comes with it.*{KEY}"):
         load_language_model(own, device)
     assert not marker.exists()
 
 
 def test_what_a_config_names(own: Path) -> None:
-    assert has_own_code(own)
-    assert own_files(own) == ["modeling_own.py"]
+    assert has_remote_code(own)
+    assert list_code_files(own) == ["modeling_own.py"]
     with pytest.raises(ConfigError, match=rf"{KEY}.*The code: modeling_own\.py\.$"):
-        check_own_code(own, trusted=False)
-    check_own_code(own, trusted=True)
+        check_remote_code(own, trusted=False)
+    check_remote_code(own, trusted=True)
     elsewhere = {key: f"org/code--{path}" for key, path in AUTO_MAP.items()}
     change_json(own / "config.json", auto_map=elsewhere)
     with pytest.raises(ConfigError, match="in another repository of the hub"):
-        check_own_code(own, trusted=False)
+        check_remote_code(own, trusted=False)
     (own / "config.json").write_text("{")
-    check_own_code(own, trusted=False)  # is told where the model is loaded
-    assert not has_own_code(own)
-    assert not has_own_code(PACKAGED / "tiny")
+    check_remote_code(own, trusted=False)  # is told where the model is loaded
+    assert not has_remote_code(own)
+    assert not has_remote_code(PACKAGE_FOLDER / "tiny")
 
 
 @pytest.mark.usefixtures("own")
@@ -213,9 +213,9 @@ def test_the_key_is_refused_or_told_where_it_does_nothing(grpo: Grpo) -> None:
     assert code == 2
     assert f"{KEY}: model=tiny is part of this package" in printed
     given = ["model=local", "model.path=x", KEY]
-    (line,) = unused_keys(compose(*given), given, Facts(True, 10, own_code=False))
+    (line,) = explain_unused_keys(compose(*given), given, Facts(True, 10, own_code=False))
     assert line.startswith("model.trust_remote_code=True does nothing here")
-    assert not list(unused_keys(compose(*given), given, Facts(True, 10, own_code=True)))
+    assert not list(explain_unused_keys(compose(*given), given, Facts(True, 10, own_code=True)))
 
 
 def test_a_cache_without_the_code_is_not_whole_where_the_code_is_run(
@@ -224,10 +224,10 @@ def test_a_cache_without_the_code_is_not_whole_where_the_code_is_run(
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     add_to_cache(cache, "models--org--own", FIRST, own)
-    assert cached_model("org/own", with_code=True)
+    assert find_cached_model("org/own", with_code=True)
     (cache / "models--org--own/snapshots" / FIRST / "modeling_own.py").unlink()
-    assert cached_model("org/own")
-    assert cached_model("org/own", with_code=True) is None
+    assert find_cached_model("org/own")
+    assert find_cached_model("org/own", with_code=True) is None
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -238,7 +238,7 @@ def test_a_sampler_that_reads_a_folder_gets_the_code(
     if adapted:
         add_adapter(policy.model, LORA, seed=0)
     (tmp_path / "described").mkdir()
-    write_description(policy, str(tmp_path / "described"))
+    write_model_description(policy, str(tmp_path / "described"))
     config = AutoConfig.from_pretrained(tmp_path / "described", trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"

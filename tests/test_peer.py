@@ -18,12 +18,12 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 from torch.testing import assert_close
 
-from grpo.config import schema as config
-from grpo.models.files import PACKAGED
+from grpo.build.objective import build_advantage, build_objective
+from grpo.config import schema
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.forward import Completions
 from grpo.models.head import TokenScores
-from grpo.run import build_advantage, build_objective
-from grpo.training.loss import Learned, Minibatch, OldPolicy, losses
+from grpo.training.loss import Minibatch, OldPolicy, UpdateInputs, compute_loss
 from grpo.types import Example, Prompt, Rollout
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install grpo-bench[bench]")
@@ -35,8 +35,8 @@ TRUNCATED = torch.tensor([1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]).bool()
 
 def composed(*overrides: str) -> Any:
     GlobalHydra.instance().clear()
-    config.register()
-    with initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
+    schema.register_schema()
+    with initialize_config_dir(str(schema.find_conf_folder()), version_base="1.3"):
         return compose("config", [f"max_new_tokens={C}", *overrides])
 
 
@@ -61,7 +61,7 @@ def random_step(seed: int, spread: float) -> dict[str, Tensor]:
 
 def our_loss(cfg: Any, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The loss of one minibatch that holds everything, and its gradient by log-probability."""
-    from grpo.objective import Tokens, most_uncertain
+    from grpo.objective import Tokens, top_entropy_mask
 
     objective = build_objective(cfg)
     example = Example("q", "a", float)
@@ -78,13 +78,15 @@ def our_loss(cfg: Any, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     minibatch = Minibatch(
         prompts=list(range(N // GROUP)),
         weights_NC=objective.averaging(Tokens(trained, torch.zeros(N, dtype=torch.int64), C)),
-        chosen_NC=most_uncertain(step["entropy"], trained, objective.top_entropy),
+        policy_factor_NC=top_entropy_mask(step["entropy"], trained, objective.top_entropy),
     )
     inputs = Completions(torch.ones(3, 1).long(), torch.ones(3), rollout.tokens_NC, step["mask"])
     nothing = torch.zeros_like(new)
     scored = TokenScores(new, new, step["entropy"], nothing, nothing)
-    learned = Learned(step["advantages"], OldPolicy(step["old"]), step["reference"], cfg.kl_weight)
-    loss = losses(objective, rollout, learned, minibatch, torch.arange(N), inputs, scored)
+    learned = UpdateInputs(
+        step["advantages"], OldPolicy(step["old"]), step["reference"], cfg.kl_weight
+    )
+    loss = compute_loss(objective, rollout, learned, minibatch, torch.arange(N), inputs, scored)
     loss.total.backward()
     assert new.grad is not None
     return loss.total.detach(), new.grad
@@ -263,8 +265,8 @@ def trained_advantages(kind: str, settings: dict[str, Any], folder: Path) -> Ten
     options = trl.GRPOConfig if kind == "GRPO" else trl.RLOOConfig
     trainer_class = trl.GRPOTrainer if kind == "GRPO" else trl.RLOOTrainer
     trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(PACKAGED / "tiny", dtype=torch.float32),
-        processing_class=AutoTokenizer.from_pretrained(PACKAGED / "tiny"),
+        model=AutoModelForCausalLM.from_pretrained(PACKAGE_FOLDER / "tiny", dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny"),
         reward_funcs=[values(REWARDS), values(FORMATS)],
         train_dataset=Dataset.from_dict({"prompt": ["0", "1", "2", "3"]}),
         args=options(

@@ -1,8 +1,8 @@
 """The same gradients as TRL's own trainer has, at every optimizer step that a rollout is worth.
 
 A real `GRPOTrainer` generates once and takes several optimizer steps from it, with accumulation and
-a reference. The whole of `update` takes the same rows from the same weights, in micro-batches of
-its own.
+a reference. The whole of `update_policy` takes the same rows from the same weights, in
+micro-batches of its own.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo.build.objective import build_advantage, build_objective
 from grpo.memory.budget import Budget
-from grpo.memory.microbatch import micro_batches, score_rollout
-from grpo.models.files import PACKAGED
+from grpo.memory.microbatch import score_rollout, split_into_micro_batches
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.load import LanguageModel
-from grpo.models.reference import reference_of
-from grpo.run import build_advantage, build_objective
+from grpo.models.reference import make_reference
 from grpo.training import minibatches
 from grpo.training import optimizer as optim
-from grpo.training.loss import Learned
+from grpo.training.loss import UpdateInputs
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import old_policy, update
+from grpo.training.update import score_old_policy, update_policy
 from grpo.types import Example, Prompt, Rollout
 from tests.test_peer import composed
 
@@ -146,14 +146,14 @@ def train_peer(
             losses.append(float(loss.detach()))
             return loss
 
-    model = AutoModelForCausalLM.from_pretrained(PACKAGED / "tiny", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(PACKAGE_FOLDER / "tiny", dtype=torch.float32)
     shake(model)  # the trainer loads its reference from the folder
     optimizer = RecordingSGD(model.parameters(), lr=rate)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     trainer = Trainer(
         model=model,
-        processing_class=AutoTokenizer.from_pretrained(PACKAGED / "tiny"),
+        processing_class=AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny"),
         reward_funcs=[reward],
         train_dataset=Dataset.from_dict({"prompt": chats}),
         optimizers=(optimizer, constant),
@@ -176,7 +176,7 @@ def train_peer(
 
 def rows_of(micro: list[dict[str, Any]]) -> Rows:
     """A generation's micro-batches as groups, in the order of QUESTIONS."""
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny")
     prompt_ids = [
         tuple(
             tokenizer.apply_chat_template(
@@ -216,8 +216,8 @@ def train_ours(
         f"temperature={TEMPERATURE}", f"algorithm.minibatches={MINIBATCHES}",
         f"algorithm.num_iterations={ITERATIONS}",
     )  # fmt: skip
-    objective, limit = build_objective(cfg), Budget.of(100).computed
-    reference = reference_of(policy, moves=False)
+    objective, limit = build_objective(cfg), Budget.from_tokens(100).forward_limit
+    reference = make_reference(policy, moves=False)
     shake(policy.model)
     texts = tuple(
         policy.tokenizer.decode(tokens[mask], skip_special_tokens=True)
@@ -230,13 +230,13 @@ def train_ours(
         lengths_N=rows.mask_NC.sum(dim=1),
         truncated_N=torch.zeros(len(texts), dtype=torch.bool),
         texts=texts,
-        exact=False,
+        exact_logprobs=False,
     )
-    assert len(list(micro_batches(unread, limit))) > 2 * MINIBATCHES
+    assert len(list(split_into_micro_batches(unread, limit))) > 2 * MINIBATCHES
     assert len(unread.lengths_N.unique()) > 1
     scored = score_rollout(policy, unread, objective.readout, limit)
     rollout = replace(unread, logprobs_NC=scored.logprobs)
-    old = old_policy(policy, objective, rollout, limit)
+    old = score_old_policy(policy, objective, rollout, limit)
     assert old is not None
     assert_close(old.logprobs_NC[rows.mask_NC], rows.old_NC[rows.mask_NC], rtol=0, atol=1e-4)
     rewards_RBG = torch.tensor([score(text) for text in texts]).view(1, PROMPTS, GROUP)
@@ -251,13 +251,13 @@ def train_ours(
         return recorder[0]
 
     monkeypatch.setitem(optim.OPTIMIZERS, "sgd", sgd)
-    monkeypatch.setattr(minibatches, "minibatch_of", lambda *a: rows.minibatch_B)
+    monkeypatch.setattr(minibatches, "assign_minibatches", lambda *a: rows.minibatch_B)
     optimizer = Optimizer(
         policy.model, "sgd", rate, MINIBATCHES * ITERATIONS, SCHEDULES["constant"], 0, 0.0,
         (0.9, 0.999), 0.0,
     )  # fmt: skip
-    learned = Learned(advantages_N, old, of_reference.plain, KL_WEIGHT)
-    updated = update(policy, reference, optimizer, objective, rollout, learned, limit)
+    learned = UpdateInputs(advantages_N, old, of_reference.plain_logprobs, KL_WEIGHT)
+    updated = update_policy(policy, reference, optimizer, objective, rollout, learned, limit)
     return updated.metrics, Steps(recorder[0].named(policy.model), updated.metrics["loss/total"])
 
 

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCa
 
 from grpo.device import open_device
 from grpo.models.adapter import Adapter, add_adapter
-from grpo.models.files import PACKAGED
-from grpo.models.forward import shared_prefix
+from grpo.models.files import PACKAGE_FOLDER
+from grpo.models.forward import forward_shared_prompt
 from grpo.models.load import load_language_model
 from grpo.models.precision import store_frozen_weights
-from tests.conftest import SHAPE, with_distinct_logits
+from tests.conftest import SHAPE, build_with_distinct_logits
 
 BF16 = torch.bfloat16
 TOKENS = torch.arange(3, 33).view(2, 15)
@@ -61,14 +61,14 @@ def test_weights_that_are_trained_stay_in_fp32(small_model: PreTrainedModel) -> 
 def test_an_adapter_is_trained_in_fp32_over_bf16(adapter: dict[str, bool], tmp_path: Path) -> None:
     """And in 4 bits too a shared prompt is found to be right, by the numbers of fp32."""
     shape = {**SHAPE, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 319}
-    model = with_distinct_logits(lambda: Qwen2ForCausalLM(Qwen2Config(**shape)))
+    model = build_with_distinct_logits(lambda: Qwen2ForCausalLM(Qwen2Config(**shape)))
     model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(PACKAGED / "tiny").save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny").save_pretrained(tmp_path)
     options = {"rslora": False, "dora": False, "quantized": False, **adapter}
     quantized = options["quantized"]
     policy = load_language_model(tmp_path, open_device("cpu", "bf16"), quantized, frozen=True)
     add_adapter(policy.model, Adapter(4, 8.0, "all-linear", **options), seed=0)
-    assert policy.forward is shared_prefix
+    assert policy.forward is forward_shared_prompt
     for name, weight in policy.model.named_parameters():
         assert weight.dtype == torch.float32 or not weight.requires_grad, name
     product = policy.model.model.layers[0].mlp.down_proj.base_layer.weight

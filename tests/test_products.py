@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from grpo.models.cpu.linear import (
     HAS_ONEDNN,
     computed_as,
-    fast_products,
-    laid_out_for,
-    linear_layers,
+    find_linear_layers,
+    make_linear_forwards,
+    make_packed_forwards,
 )
 
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
@@ -29,7 +29,7 @@ def test_gradients_are_torchs() -> None:
     wanted = [x, *model.parameters()]
     expected = model(x)
     expected_grads = torch.autograd.grad(expected.square().sum(), wanted)
-    with computed_as(fast_products(model)):
+    with computed_as(make_linear_forwards(model)):
         assert model[0].forward is not type(model[0]).forward
         found = model(x)
     assert_close(found, expected)
@@ -43,16 +43,16 @@ def test_laid_out_weights_give_the_same(rows: int) -> None:
     model, x = layers(), torch.randn(1, rows, 24)
     with torch.no_grad():
         expected = model(x)
-        with computed_as(laid_out_for(16, linear_layers(model))):
+        with computed_as(make_packed_forwards(16, find_linear_layers(model))):
             assert_close(model(x), expected)
 
 
 @needs_onednn
 def test_the_model_is_as_before_also_when_nested() -> None:
     model = layers()
-    with computed_as(fast_products(model)):
+    with computed_as(make_linear_forwards(model)):
         outer = model[0].forward
-        with computed_as(fast_products(model[0])), pytest.raises(RuntimeError):
+        with computed_as(make_linear_forwards(model[0])), pytest.raises(RuntimeError):
             model(torch.randn(2, 3))  # of another width
         assert model[0].forward is outer
     assert all("forward" not in layer.__dict__ for layer in model)
@@ -62,7 +62,7 @@ def test_what_is_more_than_a_product_is_left_alone() -> None:
     class Other(nn.Linear):
         pass
 
-    assert linear_layers(nn.Sequential(Other(2, 2))) == []
-    assert linear_layers(layers().double()) == []
+    assert find_linear_layers(nn.Sequential(Other(2, 2))) == []
+    assert find_linear_layers(layers().double()) == []
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert linear_layers(layers()) == []
+        assert find_linear_layers(layers()) == []

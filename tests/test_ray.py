@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import grpo_process, wait_for_step
+from tests.conftest import run_grpo, wait_for_step
 from tests.test_sweep import QUICK, TWO_STEPS, is_saved_where_it_stopped, statuses
 
 pytest.importorskip("ray")
@@ -26,7 +26,7 @@ def test_a_sweep_runs_on_a_cluster(tmp_path: Path) -> None:
         "        raise ValueError('no more of this')\n"
         "    return [1.0 for _ in samples]\n"
     )
-    done = grpo_process(
+    done = run_grpo(
         "-m", *TWO_STEPS, *RAY, "+reward.picky._target_=my_rewards_of_ray.picky",
         "+reward.picky.weight=1", "+reward.picky.limit=0,1,2", "sweep_dir=sweep", cwd=tmp_path,
     )  # fmt: skip

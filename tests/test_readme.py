@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import grpo_process
+from tests.conftest import run_grpo
 from tests.test_end_to_end import lines
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -39,7 +39,7 @@ def test_a_part_of_ones_own_takes_under_15_lines_and_works(part: str, tmp_path: 
     (command,) = [command for command in COMMANDS if word in command]
     program, *arguments = shlex.split(command)
     assert program == "grpo"
-    result = grpo_process(
+    result = run_grpo(
         *arguments, "experiment=smoke", "max_steps=2", "tracking=none", "hydra.run.dir=run",
         cwd=tmp_path,
     )  # fmt: skip
@@ -60,18 +60,18 @@ def test_a_part_of_ones_own_takes_under_15_lines_and_works(part: str, tmp_path: 
 def test_what_the_readme_shows_of_the_terminal_is_what_is_printed(tmp_path: Path) -> None:
     (block,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     command, printed = block.split("\n", 1)
-    done = grpo_process(*shlex.split(command.removeprefix("$ grpo ")), cwd=tmp_path)
+    done = run_grpo(*shlex.split(command.removeprefix("$ grpo ")), cwd=tmp_path)
     assert done.stdout + done.stderr == printed
 
 
 def test_every_choice_is_in_the_readme() -> None:
     """In the table of what there is to choose from, group by group."""
-    from grpo.config.schema import conf_folder
+    from grpo.config.schema import find_conf_folder
 
     table = README.partition("## What there is to choose from")[2].partition("\n## ")[0]
     for group in ("algorithm", "kl", "reward", "adapter", "dataset"):
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", table, re.MULTILINE)
-        for file in (conf_folder() / group).glob("[!_]*.yaml"):
+        for file in (find_conf_folder() / group).glob("[!_]*.yaml"):
             assert f"`{file.stem}`" in row, f"{group}={file.stem}"
 
 
@@ -86,9 +86,9 @@ def test_what_the_readme_types_is_accepted(command: str) -> None:
     overrides = [word for word in shlex.split(command) if "=" in word]
     if "--config-dir" in command or "kl_wieght=0.1" in overrides:
         return
-    from grpo.config.check import check, check_training
+    from grpo.config.check import check_config, check_training
     from tests.test_config import compose
 
     cfg = compose(*overrides)
-    check(cfg)
+    check_config(cfg)
     check_training(cfg)

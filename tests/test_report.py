@@ -22,13 +22,13 @@ from optuna.distributions import FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import create_trial
 
-from grpo.report.sweep.best import best_setting, experiment
+from grpo.report.sweep.best import build_best_setting, format_experiment
 from grpo.report.sweep.importance import fanova
-from grpo.report.sweep.ranking import rank
+from grpo.report.sweep.ranking import rank_settings
 from grpo.report.sweep.read import Job, Sweep, read_sweeps
 from grpo.report.sweep.write import write_report
-from grpo.sweep.study import spelled
-from tests.conftest import grpo_process, metrics
+from grpo.sweep.study import serialize_space
+from tests.conftest import read_metrics, run_grpo
 from tests.test_sweep import TWO_STEPS, Grpo
 
 GRID = (
@@ -39,7 +39,7 @@ GRID = (
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("reported")
-    done = grpo_process(*GRID, "sweep_dir=sweep", cwd=cwd)
+    done = run_grpo(*GRID, "sweep_dir=sweep", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "best:   grpo --config-dir sweep experiment=best" in done.stdout
     return cwd / "sweep"
@@ -61,7 +61,7 @@ def test_the_table_has_a_row_a_job(sweep: Path) -> None:
     found = rows(sweep)
     assert len(found) == 8
     for n, row in enumerate(found):
-        last = metrics(sweep / str(n))[-1]
+        last = read_metrics(sweep / str(n))[-1]
         assert int(row["job"]) == n
         assert row["status"] == "finished"
         assert float(row["objective"]) == last["eval/sampled_accuracy"]
@@ -74,7 +74,7 @@ def test_the_table_has_a_row_a_job(sweep: Path) -> None:
 
 
 def test_seeds_are_folded_and_settings_ranked(sweep: Path) -> None:
-    found = rank(read_sweeps([sweep]))
+    found = rank_settings(read_sweeps([sweep]))
     assert found.keys == ["kl_weight", "learning_rate"]
     assert len(found.settings) == 4
     by_hand: dict[tuple[float, float], list[float]] = {}
@@ -87,34 +87,36 @@ def test_seeds_are_folded_and_settings_ranked(sweep: Path) -> None:
         assert sorted(setting.by_seed) == [0, 1]
     ordered = [setting.mean for setting in found.settings]
     assert ordered == sorted(means.values(), reverse=True)
-    fewest = rank(replace(read_sweeps([sweep]), objectives={"eval/sampled_accuracy": "minimize"}))
+    fewest = rank_settings(
+        replace(read_sweeps([sweep]), objectives={"eval/sampled_accuracy": "minimize"})
+    )
     assert [setting.mean for setting in fewest.settings] == ordered[::-1]
 
 
 @pytest.mark.slow
 def test_the_best_setting_gives_the_same_run_again(sweep: Path) -> None:
-    best = rank(read_sweeps([sweep])).settings[0]
-    done = grpo_process(
+    best = rank_settings(read_sweeps([sweep])).settings[0]
+    done = run_grpo(
         "--config-dir", str(sweep), "experiment=best", "hydra.run.dir=again", cwd=sweep.parent
     )
     assert done.returncode == 0, done.stderr
     job = next(job for job in best.jobs if job.values["seed"] == 0)
-    assert metrics(sweep.parent / "again") == metrics(job.folder)
+    assert read_metrics(sweep.parent / "again") == read_metrics(job.folder)
 
 
 @pytest.mark.slow
 def test_the_best_of_a_sweep_of_the_best(sweep: Path) -> None:
     """Its experiment file builds on the first one's, whose name it can't have."""
     given = ("--config-dir", "sweep", "experiment=best", "tracking=none")
-    done = grpo_process("-m", *given, "temperature=0.7,1.3", "sweep_dir=hot", cwd=sweep.parent)
+    done = run_grpo("-m", *given, "temperature=0.7,1.3", "sweep_dir=hot", cwd=sweep.parent)
     assert done.returncode == 0, done.stderr
     command = re.findall(r"best: +grpo (.*)", done.stdout)[-1]
     assert command.endswith("experiment=best_2")
     run = "hydra.run.dir=of_the_best"
-    done = grpo_process(*shlex.split(command), run, "tracking=none", cwd=sweep.parent)
+    done = run_grpo(*shlex.split(command), run, "tracking=none", cwd=sweep.parent)
     assert done.returncode == 0, done.stderr
-    (job, *_) = rank(read_sweeps([sweep.parent / "hot"])).settings[0].jobs
-    assert metrics(sweep.parent / "of_the_best") == metrics(job.folder)
+    (job, *_) = rank_settings(read_sweeps([sweep.parent / "hot"])).settings[0].jobs
+    assert read_metrics(sweep.parent / "of_the_best") == read_metrics(job.folder)
 
 
 def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> None:
@@ -124,9 +126,10 @@ def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> N
     assert record["objectives"] == {"eval/sampled_accuracy": "maximize"}
     record["objectives"] = {"eval/length_mean": "minimize"}
     (tmp_path / "short/sweep.json").write_text(json.dumps(record))
-    ranking = rank(read_sweeps([tmp_path / "short"]))
+    ranking = rank_settings(read_sweeps([tmp_path / "short"]))
     lengths = [
-        np.mean([job.last["eval/length_mean"] for job in own.jobs]) for own in ranking.settings
+        np.mean([job.last_values["eval/length_mean"] for job in own.jobs])
+        for own in ranking.settings
     ]
     assert ranking.minimized
     assert lengths == sorted(lengths)
@@ -159,7 +162,7 @@ def test_the_best_of_several_experiments_is_composed_as_its_job_was(
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/mine.yaml").write_text("# @package _global_\nkl_weight: 0.3\n")
     overrides = [f"experiment={chosen}", "seed=7", "kl=k2"]
-    made = best_setting(tmp_path / "sweep", overrides, "why", "conf")
+    made = build_best_setting(tmp_path / "sweep", overrides, "why", "conf")
     (tmp_path / "sweep").mkdir()
     made.write()
     where = ("--config-dir", "conf", "--cfg", "job")
@@ -180,9 +183,9 @@ def test_what_a_sweep_takes_away_the_best_takes_away_too(grpo: Grpo, tmp_path: P
     assert command.endswith("experiment=best '~reward.answer'")
     code, printed = grpo(*shlex.split(command), "hydra.run.dir=of_the_best", "tracking=none")
     assert code == 0, printed
-    (job, *_) = rank(read_sweeps([tmp_path / "sweep"])).settings[0].jobs
-    assert metrics(tmp_path / "of_the_best") == metrics(job.folder)
-    assert "reward/own" in metrics(job.folder)[-1]
+    (job, *_) = rank_settings(read_sweeps([tmp_path / "sweep"])).settings[0].jobs
+    assert read_metrics(tmp_path / "of_the_best") == read_metrics(job.folder)
+    assert "reward/own" in read_metrics(job.folder)[-1]
 
 
 def test_the_page_needs_nothing_else(sweep: Path) -> None:
@@ -212,7 +215,7 @@ def test_a_half_finished_sweep_has_a_report(copy: Path, grpo: Grpo) -> None:
     page = (copy / "report.html").read_text()
     assert "job 6: a &lt;b&gt;reason&lt;/b&gt;" in page  # text can't become part of the page
     assert "<b>reason" not in page
-    assert [len(s.by_seed) for s in rank(read_sweeps([copy])).settings].count(2) == 2
+    assert [len(s.by_seed) for s in rank_settings(read_sweeps([copy])).settings].count(2) == 2
 
 
 def test_a_half_finished_sweep_of_another_objective(copy: Path, grpo: Grpo) -> None:
@@ -255,41 +258,45 @@ def made(
 
 
 def test_the_verdict_says_what_is_missing() -> None:
-    one_seed = rank(made({"a": {0: 0.9, 1: 0.8}, "b": {0: 0.7}}))
-    assert "one of the two has a single seed" in one_seed.verdict
-    told = rank(made({"a": {0: 0.1, 1: 0.2}, "b": {0: 0.3, 1: 0.4001}}, way="minimize"))
-    assert told.verdict == (
+    one_seed = rank_settings(made({"a": {0: 0.9, 1: 0.8}, "b": {0: 0.7}}))
+    assert "one of the two has a single seed" in one_seed.conclusion
+    told = rank_settings(made({"a": {0: 0.1, 1: 0.2}, "b": {0: 0.3, 1: 0.4001}}, way="minimize"))
+    assert told.conclusion == (
         "key=a came out lowest, at 0.15, and the data tells it from every other setting."
     )
-    alone = rank(made({"a": {0: 0.1}, "b": {0: 0.3}}))
-    assert "key=b came out highest, at 0.3, on one seed each" in alone.verdict
-    assert rank(made({"a": {0: 0.1}})).verdict.startswith("There is one setting only, at 0.1")
-    close = rank(made({"a": {0: 0.5, 1: 0.6, 2: 0.7}, "b": {0: 0.5, 1: 0.55, 2: 0.8}}))
-    assert "key=b came out highest, at 0.6167, and the data tells it from no other" in close.verdict
+    alone = rank_settings(made({"a": {0: 0.1}, "b": {0: 0.3}}))
+    assert "key=b came out highest, at 0.3, on one seed each" in alone.conclusion
+    assert rank_settings(made({"a": {0: 0.1}})).conclusion.startswith(
+        "There is one setting only, at 0.1"
+    )
+    close = rank_settings(made({"a": {0: 0.5, 1: 0.6, 2: 0.7}, "b": {0: 0.5, 1: 0.55, 2: 0.8}}))
+    assert (
+        "key=b came out highest, at 0.6167, and the data tells it from no other" in close.conclusion
+    )
     assert re.search(
-        r"differ by 0.017; 3 seeds each tell a difference of 0\.\d+ four", close.verdict
+        r"differ by 0.017; 3 seeds each tell a difference of 0\.\d+ four", close.conclusion
     )
 
 
 def test_a_tie_to_the_last_digit_is_called_one() -> None:
     for seeds in ((0,), (0, 1)):
-        found = rank(
+        found = rank_settings(
             made({n: dict.fromkeys(seeds, v) for n, v in {"a": 0.5, "b": 0.25, "c": 0.5}.items()})
         )
-        assert found.verdict.startswith("key=a and key=c came out alike, highest at 0.5, ")
-        assert found.behind == [0.0, 0.25]
+        assert found.conclusion.startswith("key=a and key=c came out alike, highest at 0.5, ")
+        assert found.gaps_to_best == [0.0, 0.25]
 
 
 def test_the_setting_that_is_worse_on_the_shared_seeds_is_not_the_best() -> None:
     """Worse by 0.105 on both; a job of it failed, on a seed that is hard for all."""
-    found = rank(made({"a": {0: 0.8, 1: 0.79}, "b": {0: 0.9, 1: 0.9, 2: 0.3}}))
+    found = rank_settings(made({"a": {0: 0.8, 1: 0.79}, "b": {0: 0.9, 1: 0.9, 2: 0.3}}))
     assert found.settings[0].values == ("b",)
-    assert found.behind == pytest.approx([0.105])
-    assert found.unequal
+    assert found.gaps_to_best == pytest.approx([0.105])
+    assert found.has_missing_seeds
 
 
 def test_a_value_that_is_no_number_is_no_earlier_one() -> None:
-    found = rank(made({"a": {0: 0.1}, "b": {0: None}}))
+    found = rank_settings(made({"a": {0: 0.1}, "b": {0: None}}))
     assert [setting.values for setting in found.settings] == [("a",)]
 
 
@@ -329,7 +336,7 @@ def test_sweeps_are_reported_together(sweep: Path, copy: Path, grpo: Grpo) -> No
     code, printed = grpo("report", "sweep", str(sweep))
     assert code == 0, printed
     assert len(rows(copy)) == 16
-    found = rank(read_sweeps([copy, sweep]))
+    found = rank_settings(read_sweeps([copy, sweep]))
     assert [sorted(setting.by_seed) for setting in found.settings] == [[0, 1, 10, 11]] * 4
 
 
@@ -353,7 +360,7 @@ def test_overrides_become_an_experiment() -> None:
         "sampling.stop=['</answer>']", "seed=3", "++resume=null", "sweep_dir=x",
     ]  # fmt: skip
     parsed = OverridesParser.create().parse_overrides(overrides)
-    found: dict[str, Any] = yaml.safe_load(experiment(parsed, None))
+    found: dict[str, Any] = yaml.safe_load(format_experiment(parsed, None))
     assert found == {
         "defaults": [
             "smoke", "_self_", {"override /kl": "k1"}, {"override /reward": ["answer", "length"]},
@@ -389,14 +396,14 @@ def test_a_search_and_its_page_agree_on_what_matters() -> None:
     evaluator = FanovaImportanceEvaluator(seed=0)
     expected = optuna.importance.get_param_importances(study, evaluator=evaluator)
     outcomes = [float(trial.value or 0) for trial in study.trials]
-    found = fanova([trial.params for trial in study.trials], outcomes, spelled(space))
+    found = fanova([trial.params for trial in study.trials], outcomes, serialize_space(space))
     assert found == pytest.approx(expected, abs=0.02)
     other = fanova(
-        [trial.params for trial in study.trials], outcomes, spelled({"rate": space["kl"]})
+        [trial.params for trial in study.trials], outcomes, serialize_space({"rate": space["kl"]})
     )
     assert abs(other["rate"] - expected["rate"]) > 0.02  # what it was
 
 
 def test_the_command_prints_what_the_page_says(sweep: Path) -> None:
     printed = write_report([sweep])
-    assert rank(read_sweeps([sweep])).verdict in printed
+    assert rank_settings(read_sweeps([sweep])).conclusion in printed

@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 from grpo.config.overrides import merge_overrides
-from grpo.runs.lock import Occupied, is_locked, locked
-from grpo.training.checkpoint import digests
-from tests.conftest import metrics, start, wait_for_step
+from grpo.runs.lock import RunLocked, is_locked, locked
+from grpo.training.checkpoint import hash_files
+from tests.conftest import read_metrics, start_grpo, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
 FEW = "dataset.eval_slice=:16"
@@ -32,7 +32,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def same_run(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)  # bit for bit: no tolerance
+    assert read_metrics(a) == read_metrics(b)  # bit for bit: no tolerance
     assert (a / "completions.jsonl").read_bytes() == (b / "completions.jsonl").read_bytes()
     for name, weight in weights(a).items():
         assert torch.equal(weight, weights(b)[name])
@@ -42,7 +42,7 @@ def same_run(a: Path, b: Path) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbs."""
     cwd = tmp_path_factory.mktemp("whole")
-    process = start(cwd, *JOB, "hydra.run.dir=run")
+    process = start_grpo(cwd, *JOB, "hydra.run.dir=run")
     assert process.wait(300) == 0
     return cwd / "run"
 
@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     """kill -9 twice, the second time in the resumed run."""
     run = tmp_path / "run"
-    process = start(tmp_path, *JOB, "hydra.run.dir=run")
+    process = start_grpo(tmp_path, *JOB, "hydra.run.dir=run")
     wait_for_step(run, 3, process)
     process.kill()
     process.wait()
@@ -58,12 +58,12 @@ def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Pat
     assert before
     assert json.loads((run / "summary.json").read_text())["status"] == "running"
 
-    process = start(tmp_path, "resume=run")  # how it was started need not be said again
+    process = start_grpo(tmp_path, "resume=run")  # how it was started need not be said again
     wait_for_step(run, 7, process)
     process.kill()
     process.wait()
 
-    assert start(tmp_path, "resume=run").wait(300) == 0
+    assert start_grpo(tmp_path, "resume=run").wait(300) == 0
     same_run(whole, run)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished"
@@ -77,16 +77,16 @@ def test_interrupted_it_finishes_the_step_saves_and_goes_on(
     whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    process = start(tmp_path, *JOB, "hydra.run.dir=run")
+    process = start_grpo(tmp_path, *JOB, "hydra.run.dir=run")
     wait_for_step(run, 3, process)
     process.send_signal(number)
     assert process.wait(60) == 130
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "interrupted"
-    last = metrics(run)[-1]["step"]
+    last = read_metrics(run)[-1]["step"]
     assert summary["steps"] == last < 9
     assert (run / "checkpoints/latest").resolve().name == f"step_{last}"  # nothing lost
-    assert start(tmp_path, "resume=run").wait(300) == 0
+    assert start_grpo(tmp_path, "resume=run").wait(300) == 0
     same_run(whole, run)
 
 
@@ -153,7 +153,7 @@ def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -
     assert "has done its 9 steps already" in printed
     code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 0, printed
-    assert [line["step"] for line in metrics(copy)] == list(range(11))
+    assert [line["step"] for line in read_metrics(copy)] == list(range(11))
 
 
 def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: Grpo) -> None:
@@ -185,7 +185,7 @@ def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
     )  # fmt: skip
     assert grpo(*job, "hydra.run.dir=few")[0] == 0
     for module in ("data.source", "data.files", "build.data"):
-        monkeypatch.setattr(f"grpo.{module}.EAGER", 100)
+        monkeypatch.setattr(f"grpo.{module}.MAX_EAGER_ROWS", 100)
     code, printed = grpo(*job, "hydra.run.dir=many")
     assert code == 0, printed
     assert "their prompts are made as they are drawn" in printed
@@ -213,7 +213,7 @@ def test_a_schedule_goes_on_from_the_rate_it_had_come_to(grpo: Grpo, tmp_path: P
     shutil.rmtree(tmp_path / "run/checkpoints/step_6")
     code, printed = grpo("resume=run", "max_steps=10")
     assert code == 0, printed
-    rates = [line["optim/learning_rate"] for line in metrics(tmp_path / "run")[1:]]
+    rates = [line["optim/learning_rate"] for line in read_metrics(tmp_path / "run")[1:]]
     down = [6, 5, 4, 3, *(2 * (1 - n / 6) for n in range(6))]
     assert rates == pytest.approx([1e-5 * rate for rate in down])
     assert printed.count("on to the new end") == 1
@@ -238,7 +238,7 @@ def test_other_weights_under_the_same_name_are_refused(copy: Path, grpo: Grpo) -
     state = torch.load(copy / "checkpoints/step_9/trainer.pt", weights_only=True)
     torch.save({**state, "base": "another"}, copy / "checkpoints/step_9/trainer.pt")
     folder = copy / "checkpoints/step_9"
-    (folder / "manifest.json").write_text(json.dumps(digests(folder)))
+    (folder / "manifest.json").write_text(json.dumps(hash_files(folder)))
     code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 2
     assert "has other weights now" in printed
@@ -305,14 +305,14 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
     """Its step's line is written once, with the evaluation, as if nothing had been."""
     job = (*JOB, "max_steps=6", "+reward.own._target_=fails_once.reward", "+reward.own.weight=0.1")
     (tmp_path / "fails_once.py").write_text(FAILS_ONCE)
-    assert start(tmp_path, *job, "hydra.run.dir=run").wait(300) == 1
+    assert start_grpo(tmp_path, *job, "hydra.run.dir=run").wait(300) == 1
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("failed", 4)
-    assert metrics(tmp_path / "run")[-1]["step"] == 3
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 3
     assert "Failed at step 3." in (tmp_path / "run/report.html").read_text()
     (tmp_path / "mended").touch()
-    assert start(tmp_path, "resume=run").wait(300) == 0
-    assert start(tmp_path, *job, "hydra.run.dir=undisturbed").wait(300) == 0
+    assert start_grpo(tmp_path, "resume=run").wait(300) == 0
+    assert start_grpo(tmp_path, *job, "hydra.run.dir=undisturbed").wait(300) == 0
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
@@ -393,7 +393,7 @@ def test_whatever_has_a_state_goes_on_where_it_stood(
     assert grpo(*common, "max_steps=3", "hydra.run.dir=parts")[0] == 0
     code, printed = grpo("resume=parts", "max_steps=5")
     assert code == 0, printed
-    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
     for own in (whole, parts):
         own[3] = {k: v for k, v in own[3].items() if not k.startswith("eval/")}
     assert whole == parts
@@ -461,6 +461,6 @@ def test_who_looks_whether_a_run_goes_on_keeps_nobody_out(tmp_path: Path) -> Non
             watcher.join()
     with locked(tmp_path):
         assert is_locked(tmp_path)
-        with pytest.raises(Occupied), locked(tmp_path):
+        with pytest.raises(RunLocked), locked(tmp_path):
             pass
     assert not is_locked(tmp_path)

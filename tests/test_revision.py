@@ -25,12 +25,12 @@ from transformers import Qwen2ForSequenceClassification
 from grpo.data import GSM8K, Hub
 from grpo.data.hub_rows import read_hub
 from grpo.errors import ConfigError
-from grpo.locate import base_model
-from grpo.models.files import PACKAGED, base_folder
+from grpo.locate import locate_model
+from grpo.models.files import PACKAGE_FOLDER, find_base_folder
 from grpo.rewards import RewardModel
-from grpo.runs.folder import checkpoint_model
-from tests.conftest import metrics
-from tests.servers import Pages, serving
+from grpo.runs.folder import locate_checkpoint_model
+from tests.conftest import read_metrics
+from tests.servers import RequestHandler, serving
 from tests.test_config import compose
 from tests.test_reward_model import samples, saved
 
@@ -67,12 +67,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(found))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     other = tmp_path / "other"
-    shutil.copytree(PACKAGED / "tiny", other)
+    shutil.copytree(PACKAGE_FOLDER / "tiny", other)
     torch.manual_seed(0)
     weights = load_file(other / "model.safetensors")
     noisy = {name: own + torch.randn_like(own) for name, own in weights.items()}
     save_file(noisy, other / "model.safetensors", metadata={"format": "pt"})
-    add_to_cache(found, "models--org--name", FIRST, PACKAGED / "tiny")
+    add_to_cache(found, "models--org--name", FIRST, PACKAGE_FOLDER / "tiny")
     add_to_cache(found, "models--org--name", SECOND, other)
     return found
 
@@ -83,10 +83,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_each_revision_is_its_own_model(revision: str | None, commit: str, cache: Path) -> None:
     given = [] if revision is None else [f"model.revision={revision}"]
-    folder = base_model(compose(*OFF_HUB, *given).model)()
+    folder = locate_model(compose(*OFF_HUB, *given).model)()
     assert folder == cache.resolve() / "models--org--name/snapshots" / commit
-    assert checkpoint_model("org/name", revision)() == folder
-    same = filecmp.cmp(folder / "model.safetensors", PACKAGED / "tiny/model.safetensors", False)
+    assert locate_checkpoint_model("org/name", revision)() == folder
+    same = filecmp.cmp(
+        folder / "model.safetensors", PACKAGE_FOLDER / "tiny/model.safetensors", False
+    )
     assert same is (commit == FIRST)
 
 
@@ -98,9 +100,9 @@ def test_another_revision_is_not_taken_for_one_that_is_not_there(
     """Nor is the package that stands for SmolLM2 where the hub is out of reach."""
     cfg = compose(*overrides, f"model.revision={revision}")
     with pytest.raises(ConfigError, match=rf"org/name at revision {revision} is not in the local"):
-        base_model(cfg.model)
+        locate_model(cfg.model)
     with pytest.raises(ConfigError, match=rf"org/name at revision {revision} is not in the local"):
-        checkpoint_model("org/name", revision)
+        locate_checkpoint_model("org/name", revision)
 
 
 @pytest.mark.slow
@@ -108,7 +110,7 @@ def test_another_revision_is_not_taken_for_one_that_is_not_there(
 def test_a_run_says_which_commit_it_trained_and_goes_on_from_it(grpo: Grpo, tmp_path: Path) -> None:
     code, printed = grpo(*SHORT, "model.revision=v2", "max_steps=3")
     assert code == 0, printed
-    whole = metrics(tmp_path / "run")
+    whole = read_metrics(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     assert grpo(*SHORT, "model.revision=v2")[0] == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -118,7 +120,7 @@ def test_a_run_says_which_commit_it_trained_and_goes_on_from_it(grpo: Grpo, tmp_
     assert "this run trains model=hub (model.revision=v2), not model=hub (main)" in printed
     code, printed = grpo("resume=run", "max_steps=3")
     assert code == 0, printed
-    assert [line for line in metrics(tmp_path / "run") if line["step"] == 3] == [
+    assert [line for line in read_metrics(tmp_path / "run") if line["step"] == 3] == [
         line for line in whole if line["step"] == 3
     ]
 
@@ -133,10 +135,10 @@ def test_an_adapter_keeps_the_commit_of_the_model_under_it(
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", SECOND)
     (cache / "models--org--name/refs/v2").write_text(FIRST)
-    assert base_folder(folder).name == SECOND
+    assert find_base_folder(folder).name == SECOND
     shutil.rmtree(cache / "models--org--name/snapshots" / SECOND)
     with pytest.raises(ConfigError, match=f"adapter, org/name at revision {SECOND}, is not in"):
-        base_folder(folder)
+        find_base_folder(folder)
 
 
 @pytest.mark.usefixtures("cache")
@@ -182,7 +184,7 @@ def test_a_model_of_the_hub_is_evaluated_at_its_revision(grpo: Grpo, tmp_path: P
 def test_a_revision_of_what_has_none_is_refused(
     arguments: tuple[str, ...], says: str, grpo: Grpo, tmp_path: Path
 ) -> None:
-    shutil.copytree(PACKAGED / "tiny", tmp_path / "plain")
+    shutil.copytree(PACKAGE_FOLDER / "tiny", tmp_path / "plain")
     job = [own for own in arguments if "=" not in own]
     code, printed = grpo(
         *job, "experiment=smoke", "tracking=none", "hydra.run.dir=run",
@@ -211,7 +213,7 @@ def test_a_reward_model_has_a_revision_too(cache: Path, tmp_path: Path) -> None:
         RewardModel("org/judge", revision="v3")
 
 
-class HubOfOneModel(Pages):
+class HubOfOneModel(RequestHandler):
     """As much of the hub's protocol as a model's download needs."""
 
     folders: ClassVar[dict[str, Path]] = {}  # by commit
@@ -248,12 +250,12 @@ class HubOfOneModel(Pages):
 def hub(tmp_path: Path) -> Iterator[str]:
     """The address of a hub with org/name, whose second commit needs code of its own."""
     second = tmp_path / "second"
-    shutil.copytree(PACKAGED / "tiny", second)
+    shutil.copytree(PACKAGE_FOLDER / "tiny", second)
     config = json.loads((second / "config.json").read_text())
     own = {"model_type": "own_kind", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     (second / "config.json").write_text(json.dumps({**config, **own}))
     (second / "modeling_own.py").write_text("Own = None")
-    HubOfOneModel.folders = {FIRST: PACKAGED / "tiny", SECOND: second}
+    HubOfOneModel.folders = {FIRST: PACKAGE_FOLDER / "tiny", SECOND: second}
     HubOfOneModel.asked = []
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), HubOfOneModel)) as server:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -17,9 +17,11 @@ import pytest
 from grpo.errors import ConfigError
 from grpo.rewards import Code
 from grpo.types import Example, Failure, Sample
-from grpo.verifiers.confine import landlock_version
+from grpo.verifiers.confine import detect_landlock_version
 
-KERNELS = [version for version in (landlock_version(), 1, 0) if version <= landlock_version()]
+KERNELS = [
+    version for version in (detect_landlock_version(), 1, 0) if version <= detect_landlock_version()
+]
 ADD = "def add(a, b):\n    return a + b"
 ADD_TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
 CALL = "assert f() == 1"  # what every hostile program would have to pass
@@ -414,7 +416,7 @@ def test_tests_that_cannot_be_read_are_a_failure(tests: Any) -> None:
 def test_where_the_sandbox_cannot_start_it_is_a_failure_not_a_zero(
     monkeypatch: pytest.MonkeyPatch, interpreter: str
 ) -> None:
-    monkeypatch.setattr("grpo.verifiers.launch.INTERPRETER", (interpreter,))
+    monkeypatch.setattr("grpo.verifiers.start_sandbox.INTERPRETER", (interpreter,))
     (value,) = Code()([sample(ADD, ADD_TESTS)])
     assert isinstance(value, Failure)
     assert "could not be run" in value.reason

@@ -16,7 +16,7 @@ import pytest
 from grpo.errors import ConfigError
 from grpo.rewards import Endpoint
 from grpo.types import Example, Failure, Sample
-from tests.servers import Pages
+from tests.servers import RequestHandler
 
 
 def samples(count: int) -> list[Sample]:
@@ -41,7 +41,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{quote(path)}"
 
 
-class Handler(Pages):
+class Handler(RequestHandler):
     server: Server
 
     def do_POST(self) -> None:

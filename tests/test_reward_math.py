@@ -17,7 +17,7 @@ import pytest
 from grpo.errors import ConfigError
 from grpo.rewards import Math
 from grpo.types import Example, Failure, Sample
-from grpo.verifiers.latex import boxed, last_boxes
+from grpo.verifiers.latex import extract_last_box, extract_last_boxes
 
 ENDLESS = "9^{9^{9^9}}"
 
@@ -182,11 +182,11 @@ def test_answers_are_compared_as_mathematics(
 def test_boxes_are_found_in_one_pass() -> None:
     """A search of the rest of the text for each would take minutes, in the trainer's process."""
     start = time.monotonic()
-    assert boxed(r"\boxed{" * 50_000 + "1}") == "1"
-    assert boxed(r"\boxed{" * 50_000) is None
-    assert boxed(r"\boxed{\left\{ 1 \right.} or \boxed{2") == r"\left\{ 1 \right."
-    assert len(last_boxes(r"\boxed{1}" + " " * 50_000 + r"and\boxed{2}")) == 2
-    assert last_boxes(r"\boxed{1}" + " or" * 50_000 + r" so\boxed{2}") == ["2"]
+    assert extract_last_box(r"\boxed{" * 50_000 + "1}") == "1"
+    assert extract_last_box(r"\boxed{" * 50_000) is None
+    assert extract_last_box(r"\boxed{\left\{ 1 \right.} or \boxed{2") == r"\left\{ 1 \right."
+    assert len(extract_last_boxes(r"\boxed{1}" + " " * 50_000 + r"and\boxed{2}")) == 2
+    assert extract_last_boxes(r"\boxed{1}" + " or" * 50_000 + r" so\boxed{2}") == ["2"]
     assert time.monotonic() - start < 5
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from grpo.errors import ConfigError
-from grpo.models.files import PACKAGED
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.rewards import RewardModel
 from grpo.types import Example, Sample
 
@@ -25,7 +25,7 @@ TEXTS = ["4", "12+3=15", "the answer is 7", ""]
 
 def saved(folder: Path, kind: type = Qwen2ForSequenceClassification, labels: int = 1) -> Path:
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny")
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -144,7 +144,7 @@ def test_what_is_not_there_is_refused_before_it_is_needed(
 ) -> None:
     with pytest.raises(ConfigError, match="no model there"):
         RewardModel(str(tmp_path / "nothing"))
-    shutil.copy(PACKAGED / "tiny" / "config.json", tmp_path)
+    shutil.copy(PACKAGE_FOLDER / "tiny" / "config.json", tmp_path)
     with pytest.raises(ConfigError, match="no model there"):
         RewardModel(str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -162,4 +162,4 @@ def test_what_is_not_there_is_refused_before_it_is_needed(
 )
 def test_a_bad_option_is_named_with_its_value(options: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        RewardModel(str(PACKAGED / "tiny"), **options)  # type: ignore[arg-type]
+        RewardModel(str(PACKAGE_FOLDER / "tiny"), **options)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from grpo.config.binding import check_options
-from grpo.config.schema import conf_folder
+from grpo.config.schema import find_conf_folder
 from grpo.errors import ConfigError
 from grpo.rewards import Cosine, Length, ReasoningSteps, Repetition, SoftOverlong, TagCount
 from grpo.types import Example, Sample
@@ -145,7 +145,7 @@ def test_a_bad_option_is_named_with_its_value(make: object, says: str) -> None:
     ],
 )
 def test_each_choice_gives_its_class_what_it_takes(name: str) -> None:
-    choice = OmegaConf.load(Path(conf_folder()) / "reward" / f"{name}.yaml")
+    choice = OmegaConf.load(Path(find_conf_folder()) / "reward" / f"{name}.yaml")
     page = OmegaConf.create({"max_new_tokens": 48, "reward": choice})
     for missing in OmegaConf.missing_keys(page):
         OmegaConf.update(page, missing, "given")

@@ -20,9 +20,9 @@ from grpo.objective.advantages import (
     normalize_then_sum,
     sum_then_normalize,
 )
-from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, score
-from grpo.rewards.score import stop_where_all_failed
-from grpo.tracking.tracker import completion_rows
+from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, compute_scores
+from grpo.rewards.scoring import raise_if_all_failed
+from grpo.tracking.tracker import make_completion_rows
 from grpo.training.metrics import score_metrics
 from grpo.types import Example, Failure, Prompt, Rollout, Sample
 
@@ -48,7 +48,7 @@ def rollout(texts: Sequence[str], answers: Sequence[str]) -> Rollout:
 def test_each_completion_meets_its_own_answer() -> None:
     """2 prompts x 2 completions: the pairing that the study note got wrong."""
     texts = ["<answer>1</answer>", "<answer>2</answer>", "<answer>1</answer>", "<answer>2</answer>"]
-    scores = score(rollout(texts, ["1", "2"]), {"answer": WeightedReward(Answer(), 1.0)})
+    scores = compute_scores(rollout(texts, ["1", "2"]), {"answer": WeightedReward(Answer(), 1.0)})
     assert scores.total_BG.tolist() == [[1, 0], [0, 1]]
 
 
@@ -58,7 +58,7 @@ def test_parts_are_weighed_and_named() -> None:
         "format": WeightedReward(AnswerFormat(), 0.2),
         "task": WeightedReward(Task(), -0.5),
     }
-    scores = score(rollout(["<answer>1</answer>", "1"], ["1"]), rewards)
+    scores = compute_scores(rollout(["<answer>1</answer>", "1"], ["1"]), rewards)
     assert {name: part.tolist() for name, part in scores.parts.items()} == {
         "answer": [1, 0],
         "format": [1, 0],
@@ -71,7 +71,7 @@ def test_parts_are_weighed_and_named() -> None:
 def test_groups_by_hand() -> None:
     """Three groups: all right, none right (and all alike), half right."""
     texts = ["1", "1", "x", "x", "3", "x"]
-    scores = score(rollout(texts, ["1", "2", "3"]), {"task": WeightedReward(Task(), 1.0)})
+    scores = compute_scores(rollout(texts, ["1", "2", "3"]), {"task": WeightedReward(Task(), 1.0)})
     metrics = score_metrics(scores)
     assert metrics["reward/mean"] == 0.5
     assert metrics["reward/std"] == pytest.approx(math.sqrt(0.3))  # 6 values, 5 degrees of freedom
@@ -102,7 +102,7 @@ def test_a_reward_sees_prompt_text_tokens_and_row() -> None:
         seen.extend(samples)
         return [0.0] * len(samples)
 
-    score(rollout(["a", "b", "c", "d"], ["1", "2"]), {"spy": WeightedReward(spy, 1.0)})
+    compute_scores(rollout(["a", "b", "c", "d"], ["1", "2"]), {"spy": WeightedReward(spy, 1.0)})
     assert [(s.prompt, s.completion, s.answer, s.group) for s in seen] == [
         ("q1", "a", "1", 0),
         ("q1", "b", "1", 0),
@@ -127,7 +127,7 @@ def raises_on_c(samples: Sequence[Sample]) -> list[float]:
 )
 def test_a_failing_reward_names_the_prompt_and_completion(reward: object, says: str) -> None:
     with pytest.raises(RunError) as caught:
-        score(
+        compute_scores(
             rollout(["a", "b", "c", "d"], ["1", "2"]),
             {"mine": WeightedReward(reward, 1.0)},  # type: ignore[arg-type]
         )
@@ -140,7 +140,7 @@ def test_a_failing_reward_names_the_prompt_and_completion(reward: object, says: 
 
 def test_the_wrong_number_of_values_is_refused() -> None:
     with pytest.raises(RunError, match="3 values for 4 completions"):
-        score(
+        compute_scores(
             rollout(["a", "b", "c", "d"], ["1", "2"]),
             {"mine": WeightedReward(lambda samples: [0.0] * 3, 1.0)},
         )
@@ -158,7 +158,7 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
         "first": values_of(1.0, 1.0, None, None),
         "second": values_of(2.0, Failure("no answer within 5 s"), 2.0, None),
     }
-    scores = score(rollout(["a", "b", "c", "d"], ["1", "2"]), rewards)
+    scores = compute_scores(rollout(["a", "b", "c", "d"], ["1", "2"]), rewards)
     total_N = scores.total_BG.flatten()
     assert total_N.isnan().tolist() == [False, True, False, True]
     assert (total_N[0], total_N[2]) == (3.0, 2.0)
@@ -169,7 +169,7 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
     assert metrics["reward/second"] == 2.0
     assert "reward.second failed for 1 of 4 completions" in caplog.text
     assert "no answer within 5 s" in caplog.text
-    rows = completion_rows(
+    rows = make_completion_rows(
         1, rollout(["a", "b", "c", "d"], ["1", "2"]), scores, torch.zeros(2, 2), 2
     )
     assert [row.failed for row in rows] == ["", "second: no answer within 5 s", "", ""]
@@ -192,8 +192,8 @@ def test_a_completion_with_a_failed_reward_changes_nothing_for_the_others(
             "length": values_of(*[SIX[n] for n in keep]),
             "judge": values_of(*[JUDGED[n] for n in keep]),
         }
-        scores = score(rollout(["x"] * len(keep), ["1"]), rewards)
-        found: list[float] = aggregate(*scores.stacked(), normalize)[0].tolist()
+        scores = compute_scores(rollout(["x"] * len(keep), ["1"]), rewards)
+        found: list[float] = aggregate(*scores.stack_parts(), normalize)[0].tolist()
         return found
 
     whole, without = advantages(0, 1, 2, 3, 4, 5), advantages(0, 1, 2, 3, 5)
@@ -206,9 +206,9 @@ def test_a_failure_is_not_what_a_wrong_answer_is() -> None:
     style = values_of(0.5, 0.5, 0.5, 0.5)
     for second, expected in ((Failure("timeout"), 0.0), (0.0, -1.5)):
         rewards = {"style": style, "judge": values_of(1.0, second, 1.0, 1.0)}
-        scores = score(rollout(["a", "b", "c", "d"], ["1"]), rewards)
+        scores = compute_scores(rollout(["a", "b", "c", "d"], ["1"]), rewards)
         normalize = Normalize(group_mean, group_std)
-        advantages = sum_then_normalize(*scores.stacked(), normalize)[0].tolist()
+        advantages = sum_then_normalize(*scores.stack_parts(), normalize)[0].tolist()
         assert advantages[1] == pytest.approx(expected, abs=1e-3)
         assert score_metrics(scores)["reward/zero_variance_groups"] == float(expected == 0.0)
 
@@ -217,25 +217,27 @@ def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
     """Everywhere that it is for: those to whom it doesn't apply count for neither side."""
     four, works = rollout(["a", "b", "c", "d"], ["1", "2"]), values_of(0, 1, 0, 1)
     down = values_of(*[Failure("connection refused")] * 4)
-    scores = score(four, {"down": down, "works": works})
+    scores = compute_scores(four, {"down": down, "works": works})
     with pytest.raises(RunError, match=r"reward\.down: it failed for all 4 .* connection refused"):
-        stop_where_all_failed(four, scores)
-    partly = score(four, {"down": values_of(None, None, Failure("x"), 1.0), "works": works})
-    stop_where_all_failed(four, partly)
-    nearly = score(four, {"down": values_of(None, None, Failure("x"), Failure("y"))})
+        raise_if_all_failed(four, scores)
+    partly = compute_scores(
+        four, {"down": values_of(None, None, Failure("x"), 1.0), "works": works}
+    )
+    raise_if_all_failed(four, partly)
+    nearly = compute_scores(four, {"down": values_of(None, None, Failure("x"), Failure("y"))})
     with pytest.raises(RunError, match="it failed for all 2 completions"):
-        stop_where_all_failed(four, nearly)
+        raise_if_all_failed(four, nearly)
     # Each of two rewards works for half of them, and no completion has both.
     halves = {
         "one": values_of(Failure("no route"), Failure("x"), 1.0, 0.0),
         "other": values_of(1.0, 0.0, Failure("x"), Failure("x")),
     }
     with pytest.raises(RunError, match="no completion with a reward, the first one with: no route"):
-        stop_where_all_failed(four, score(four, halves))
+        raise_if_all_failed(four, compute_scores(four, halves))
 
 
 def test_a_group_with_one_reward_left_teaches_nothing() -> None:
-    scores = score(rollout(["a", "b"], ["1"]), {"mine": values_of(1.0, None)})
+    scores = compute_scores(rollout(["a", "b"], ["1"]), {"mine": values_of(1.0, None)})
     assert score_metrics(scores)["reward/zero_variance_groups"] == 1.0
 
 
@@ -253,7 +255,7 @@ def test_a_reward_for_one_set_of_a_mix_sees_no_other() -> None:
         "only_y": WeightedReward(spy, 1.0, frozenset("y")),
         "all": values_of(0.0, 0.0, 0.0, 0.0),
     }
-    scores = score(replace(mixed, prompts=tuple(prompts)), rewards)
+    scores = compute_scores(replace(mixed, prompts=tuple(prompts)), rewards)
     assert seen == ["c", "d"]
     assert scores.total_BG.tolist() == [[0, 0], [1, 1]]
     metrics = score_metrics(scores)
@@ -283,7 +285,9 @@ def test_slow_rewards_wait_beside_each_other_and_the_rest_stay_on_the_main_threa
 
     waiting = Waiting(threading.Barrier(3, timeout=10))
     rewards = {name: WeightedReward(waiting, 1.0) for name in ("one", "two", "three")}
-    scores = score(rollout(["a", "b"], ["1"]), {**rewards, "plain": WeightedReward(plain, 1.0)})
+    scores = compute_scores(
+        rollout(["a", "b"], ["1"]), {**rewards, "plain": WeightedReward(plain, 1.0)}
+    )
     assert scores.total_BG.tolist() == [[3.0, 3.0]]
     assert threads == [threading.main_thread()]
 
@@ -294,15 +298,17 @@ def test_the_data_sets_verifier_is_asked_once_a_completion() -> None:
     one = rollout(["a", "b"], ["1"])
     example = replace(one.prompts[0].example, verify=lambda text: float(bool(asked.append(text))))
     one = replace(one, prompts=(replace(one.prompts[0], example=example),))
-    score(one, {"task": WeightedReward(Task(), 1.0), "again": WeightedReward(Task(), 1.0)})
+    compute_scores(one, {"task": WeightedReward(Task(), 1.0), "again": WeightedReward(Task(), 1.0)})
     assert asked == ["a", "b"]
 
 
 def test_a_penalty_is_taken_off_the_reward() -> None:
     """1 - 0.2 and 0 - 0.1 have mean 0.35; where no reward applies a penalty teaches nothing."""
-    scores = score(rollout(["a", "b", "c", "d"], ["1"]), {"mine": values_of(1, 0, None, None)})
+    scores = compute_scores(
+        rollout(["a", "b", "c", "d"], ["1"]), {"mine": values_of(1, 0, None, None)}
+    )
     penalty_BG, normalize = torch.tensor([[0.2, 0.1, 0.9, 0.0]]), Normalize(group_mean, no_scale)
-    found = sum_then_normalize(*scores.stacked(), normalize, penalty_BG)
+    found = sum_then_normalize(*scores.stack_parts(), normalize, penalty_BG)
     assert_close(found, torch.tensor([[0.45, -0.45, 0.0, 0.0]]))
 
 
@@ -313,8 +319,8 @@ def test_a_penalty_keeps_its_size_where_each_reward_is_normalised() -> None:
     where they are spread less.
     """
     texts, plain = ["x"] * 4, Normalize(group_mean, group_std)
-    scores = score(rollout(texts, ["1", "2"]), {"mine": values_of(1, 0, 1, 0)})
-    parts_RBG, weights_R = scores.stacked()
+    scores = compute_scores(rollout(texts, ["1", "2"]), {"mine": values_of(1, 0, 1, 0)})
+    parts_RBG, weights_R = scores.stack_parts()
     rewarded = normalize_then_sum(parts_RBG, weights_R, plain)
     assert_close(rewarded.abs(), torch.full((2, 2), 3**0.5 / 2), atol=4e-4, rtol=0)
     penalty_BG = torch.tensor([[0.4, 0.0], [0.0, 0.4]])
@@ -323,8 +329,8 @@ def test_a_penalty_keeps_its_size_where_each_reward_is_normalised() -> None:
         off = torch.tensor([[0.2, -0.2], [-0.2, 0.2]])
         assert_close(found, rewarded - size * off, atol=1e-4, rtol=1e-5)
     # One that has no total is in no mean of penalties either.
-    failed = score(rollout(texts, ["1"]), {"mine": values_of(1, 0, 1, Failure("down"))})
+    failed = compute_scores(rollout(texts, ["1"]), {"mine": values_of(1, 0, 1, Failure("down"))})
     penalty_BG = torch.tensor([[0.3, 0.0, 0.0, 50.0]])
-    given = normalize_then_sum(*failed.stacked(), plain, penalty_BG)
-    taken = given - normalize_then_sum(*failed.stacked(), plain)
+    given = normalize_then_sum(*failed.stack_parts(), plain, penalty_BG)
+    taken = given - normalize_then_sum(*failed.stack_parts(), plain)
     assert_close(taken, torch.tensor([[-0.2, 0.1, 0.1, 0.0]]), atol=1e-6, rtol=0)

@@ -22,15 +22,15 @@ from transformers.generation.logits_process import (
 
 from grpo.device import Device
 from grpo.memory.budget import Budget
-from grpo.memory.microbatch import MicroBatch, completions, score_rollout
-from grpo.models.cpu import compiled
-from grpo.models.forward import Completions, left_mask, plain, score_completions
+from grpo.memory.microbatch import MicroBatch, score_rollout, select_completions
+from grpo.models.cpu import kernel
+from grpo.models.forward import Completions, forward_plain, left_mask, score_completions
 from grpo.models.head import Head, Readout, score_tokens
 from grpo.models.load import LanguageModel, choose_forward
 from grpo.models.padding import pad_left
 from grpo.rollout import Engine, HFEngine, NativeEngine
-from grpo.rollout.draw import draw
-from grpo.rollout.engine import Part, next_share
+from grpo.rollout.engine import GroupPart, choose_next_batch
+from grpo.rollout.token_sampling import sample_tokens
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 
@@ -39,14 +39,14 @@ class Uncompiled(NativeEngine):
 
     def generate(self, *wanted: Any, **named: Any) -> Rollout:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compiled, "kernel", lambda: None)
+            patch.setattr(kernel, "load_kernel", lambda: None)
             return super().generate(*wanted, **named)
 
 
 ENGINES = {"native": NativeEngine, "uncompiled": Uncompiled, "hf": HFEngine}
 MakeEngine = Callable[..., Engine]
 
-ROOM = Budget.of(10**6)
+ROOM = Budget.from_tokens(10**6)
 
 
 class Letters:
@@ -77,9 +77,9 @@ def prompts_of(*lengths: int) -> list[Prompt]:
 def policy_logprobs(policy: LanguageModel, rollout: Rollout, sampling: Sampling) -> Tensor:
     """The plain forward's log-probabilities of what was sampled, all rows at once."""
     everything = MicroBatch(list(range(len(rollout.prompts))), torch.arange(len(rollout.texts)), 0)
-    inputs = completions(rollout, everything, policy)
+    inputs = select_completions(rollout, everything, policy)
     with torch.no_grad():
-        features = plain(policy.model, policy.head, inputs)
+        features = forward_plain(policy.model, policy.head, inputs)
         return score_completions(features, inputs, Readout(sampling)).logprobs
 
 
@@ -172,7 +172,9 @@ def test_budget_and_finished_rows_change_no_greedy_token(
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 3)))
     prompts = prompts_of(7, 3, 5, 9, 2)
     at_once = engine(policy, 10, ROOM).generate(prompts, 2, Sampling(0.0), seed=0)
-    one_by_one = engine(policy, 10, Budget.of(1)).generate(prompts, 2, Sampling(0.0), seed=0)
+    one_by_one = engine(policy, 10, Budget.from_tokens(1)).generate(
+        prompts, 2, Sampling(0.0), seed=0
+    )
     assert at_once.texts == one_by_one.texts
     assert len(set(at_once.lengths_N.tolist())) > 1
     assert_close(at_once.logprobs_NC, one_by_one.logprobs_NC, atol=2e-5, rtol=1e-4)
@@ -202,10 +204,10 @@ def test_left_padding_marks_the_prompts_own_tokens() -> None:
 def test_completions_are_cut_from_a_rollout_by_whole_groups(tiny: LanguageModel) -> None:
     prompts = prompts_of(3, 5)
     rollout = NativeEngine(tiny, 6, ROOM).generate(prompts, 2, Sampling(1.0), seed=0)
-    part = completions(rollout, MicroBatch([1], torch.tensor([2, 3]), 17), tiny)
+    part = select_completions(rollout, MicroBatch([1], torch.tensor([2, 3]), 17), tiny)
     assert isinstance(part, Completions)
     assert part.prompts_BP.tolist() == [list(prompts[1].token_ids)]
-    assert part.rows_a_prompt == 2
+    assert part.rows_per_prompt == 2
 
 
 CUTS = {
@@ -251,10 +253,10 @@ def test_logprobs_are_those_of_the_distribution_that_was_cut(
             logits = small_model(seen[None]).logits[0, -1].detach()
             expected = theirs(sampling, seen, logits)[rollout.tokens_NC[n, c]]
             assert_close(rollout.logprobs_NC[n, c], expected, atol=5e-5, rtol=1e-4)
-    scored = score_rollout(policy, rollout, Readout(sampling), ROOM.computed)
+    scored = score_rollout(policy, rollout, Readout(sampling), ROOM.forward_limit)
     assert_close(scored.logprobs, rollout.logprobs_NC, atol=5e-5, rtol=1e-4)
     uncut = policy_logprobs(policy, rollout, Sampling(sampling.temperature))
-    assert_close(scored.plain, uncut, atol=5e-5, rtol=1e-4)
+    assert_close(scored.plain_logprobs, uncut, atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -281,10 +283,10 @@ def test_a_token_that_the_moved_policy_would_cut_still_has_a_logprob(
     """Sampled from all, scored as from the likeliest: it joins them, so nothing is -inf."""
     policy = wrap(small_model, device)
     rollout = NativeEngine(policy, 8, ROOM).generate(prompts_of(5), 20, Sampling(2.0), seed=0)
-    scored = score_rollout(policy, rollout, Readout(Sampling(2.0, top_k=1)), ROOM.computed)
+    scored = score_rollout(policy, rollout, Readout(Sampling(2.0, top_k=1)), ROOM.forward_limit)
     assert scored.logprobs.isfinite().all()
     assert (scored.logprobs[rollout.mask_NC] < -1).any()
-    likeliest = scored.plain[rollout.mask_NC] > -0.5
+    likeliest = scored.plain_logprobs[rollout.mask_NC] > -0.5
     assert (scored.entropy[rollout.mask_NC][likeliest] < 0.7).all()
 
 
@@ -325,7 +327,7 @@ def test_a_row_draws_the_same_whatever_is_drawn_beside_it(
     prompts = prompts_of(7, 3, 5, 4)
     together = NativeEngine(policy, 10, ROOM).generate(prompts, 5, Sampling(0.9), seed=4)
     for positions in (1, 37, 80):  # one row at a time, parts of a group, a group or two
-        budget = Budget.of(positions)
+        budget = Budget.from_tokens(positions)
         apart = NativeEngine(policy, 10, budget).generate(prompts, 5, Sampling(0.9), seed=4)
         assert together.lengths_N.tolist() == apart.lengths_N.tolist()
         assert torch.equal(together.tokens_NC, apart.tokens_NC)
@@ -340,15 +342,17 @@ def test_a_row_draws_the_same_whatever_is_drawn_beside_it(
 def test_shares_hold_every_row_once_and_keep_to_the_limit(
     lengths: list[int], group: int, width: int, positions: int, unpadded: bool
 ) -> None:
-    limit = Budget.of(positions).cached
-    left = [Part(b, range(group)) for b in sorted(range(len(lengths)), key=lengths.__getitem__)]
+    limit = Budget.from_tokens(positions).cache_limit
+    left = [
+        GroupPart(b, range(group)) for b in sorted(range(len(lengths)), key=lengths.__getitem__)
+    ]
     seen = []
     while left:
-        share, left = next_share(left, lengths, width, limit, unpadded)
+        share, left = choose_next_batch(left, lengths, width, limit, unpadded)
         rows = share[0].rows
         longest = max(lengths[part.prompt] for part in share)
         size = len(share) * (longest + len(rows) * width)
-        assert limit.under_way == size
+        assert limit.started_tokens == size
         assert size <= positions or (len(share), len(rows)) == (1, 1)
         assert all(part.rows == rows for part in share)
         assert not unpadded or len({lengths[part.prompt] for part in share}) == 1
@@ -361,7 +365,7 @@ def test_a_group_is_halved_where_memory_runs_out(
 ) -> None:
     """One prompt with 8 completions, of which memory holds 3: 4, then 2, at a time."""
     policy = wrap(small_model, device, end_ids=(2,))
-    budget, sizes, whole = Budget.of(1000), [], NativeEngine._sample
+    budget, sizes, whole = Budget.from_tokens(1000), [], NativeEngine._sample
 
     def narrow(engine: NativeEngine, prompts: Any, uniform_NC: Tensor, *rest: Any) -> Any:
         sizes.append(len(uniform_NC))
@@ -382,7 +386,7 @@ def test_a_token_that_was_cut_is_never_drawn() -> None:
     logits_NV = torch.tensor([[1.0, 3.0, 2.0, -1.0, 0.5]]).repeat(3, 1)
     uniform_N = torch.tensor([0.0, 0.5, 1 - 2**-24])
     for k in (1, 2, 3):
-        token_N, logprob_N = draw(logits_NV, Sampling(1.0, top_k=k), None, uniform_N)
+        token_N, logprob_N = sample_tokens(logits_NV, Sampling(1.0, top_k=k), None, uniform_N)
         kept = logits_NV[0].topk(k).indices
         assert torch.isin(token_N, kept).all()
         expected = torch.log_softmax(logits_NV[0][kept], 0)
@@ -394,6 +398,6 @@ def test_a_token_is_where_the_cumulated_probabilities_pass_the_number() -> None:
     """Probabilities 1/2, 1/8, 3/8, by hand."""
     logits_NV = torch.tensor([[0.5, 0.125, 0.375]]).log().repeat(5, 1)
     uniform_N = torch.tensor([0.0, 0.49, 0.51, 0.62, 0.63])
-    token_N, logprob_N = draw(logits_NV, Sampling(1.0), None, uniform_N)
+    token_N, logprob_N = sample_tokens(logits_NV, Sampling(1.0), None, uniform_N)
     assert token_N.tolist() == [0, 0, 1, 1, 2]
     assert_close(logprob_N.exp(), torch.tensor([0.5, 0.5, 0.125, 0.125, 0.375]))

@@ -20,16 +20,23 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from grpo.config.check import check_metric
-from grpo.config.schema import flat
+from grpo.config.schema import flatten_config
 from grpo.errors import ConfigError
-from grpo.models.ends import Decoder
-from grpo.models.files import PACKAGED
-from grpo.report.run.browser import FIRST, Block, by_step, levels, packed_blocks, widths
-from grpo.report.run.charts import smoothed, thinned
-from grpo.report.run.page import runs_page, write_run_page
-from grpo.report.run.read import differences, read_run, resolved
-from grpo.tracking.tokens import token_ends
-from tests.conftest import copy_with_text, metrics
+from grpo.models.end_tokens import Decoder
+from grpo.models.files import PACKAGE_FOLDER
+from grpo.report.run.browser import (
+    ZERO_WIDTH,
+    Block,
+    encode_kl,
+    encode_widths,
+    group_by_step,
+    pack_blocks,
+)
+from grpo.report.run.charts import downsample, smooth
+from grpo.report.run.page import render_runs_page, write_run_page
+from grpo.report.run.read import diff_configs, read_run, resolve_config
+from grpo.tracking.tokens import find_token_ends
+from tests.conftest import copy_with_text, read_metrics
 from tests.test_config import compose
 
 Grpo = Callable[..., tuple[int, str]]
@@ -73,7 +80,7 @@ def test_its_data_is_that_of_the_files(short_run: Path) -> None:
         assert prompt == row["prompt"]
         *_, text, spans, kl = packed
         assert text == row["completion"]
-        assert sum(ord(letter) - FIRST for letter in spans) == len(text)  # the tokens spell it
+        assert sum(ord(letter) - ZERO_WIDTH for letter in spans) == len(text)  # the tokens spell it
         assert len(kl) == row["tokens"]  # each with its KL
     metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward/mean"] for line in metrics if "reward/mean" in line]
@@ -143,7 +150,7 @@ def test_several_runs_lie_over_each_other(short_run: Path, tmp_path: Path, grpo:
     assert [trace["name"] for trace in accuracy] == [
         f"{n}: {kind}" for n in names for kind in kinds
     ]
-    assert runs_page([read_run(short_run), read_run(tmp_path / "other")])
+    assert render_runs_page([read_run(short_run), read_run(tmp_path / "other")])
 
 
 @pytest.mark.parametrize(
@@ -170,8 +177,8 @@ def test_what_is_no_run_is_refused(
 def test_differences_are_of_every_key() -> None:
     one = {"a": {"b": 1, "c": 2}, "d": [1]}
     other = {"a": {"b": 1, "c": 3}, "e": None}
-    assert flat(one) == {"a.b": 1, "a.c": 2, "d": [1]}
-    assert differences([one, other]) == {"a.c": [2, 3], "d": [[1], None]}
+    assert flatten_config(one) == {"a.b": 1, "a.c": 2, "d": [1]}
+    assert diff_configs([one, other]) == {"a.c": [2, 3], "d": [[1], None]}
 
 
 def test_a_config_is_read_with_what_its_keys_refer_to() -> None:
@@ -181,32 +188,32 @@ def test_a_config_is_read_with_what_its_keys_refer_to() -> None:
         "tracking": {"group": "${name}", "folder": "${sweep_dir}/x", "day": "${gone:%d}"},
         "stop": ["${name}"],
     }  # fmt: skip
-    assert resolved(config) == {
+    assert resolve_config(config) == {
         "name": "a", "rate": 0.1, "model": {"rate": 0.1},
         "tracking": {"group": "a", "folder": "d/x", "day": "${gone:%d}"}, "stop": ["a"],
     }  # fmt: skip
 
 
 def test_long_lines_are_thinned_to_means() -> None:
-    steps, values = thinned(list(range(3000)), [float(n) for n in range(3000)])
+    steps, values = downsample(list(range(3000)), [float(n) for n in range(3000)])
     assert steps == list(range(0, 3000, 3))
     assert values == [n + 1.0 for n in steps]  # the first is of 0, 1, 2
-    assert thinned([5, 7], [1.0, None]) == ([5, 7], [1.0, None])
-    assert smoothed([1.0, None, 1.0]) == [1.0, 1.0, 1.0]
-    assert set(smoothed([1e-4] * 50)) == {1e-4}  # no noise that a chart would blow up
+    assert downsample([5, 7], [1.0, None]) == ([5, 7], [1.0, None])
+    assert smooth([1.0, None, 1.0]) == [1.0, 1.0, 1.0]
+    assert set(smooth([1e-4] * 50)) == {1e-4}  # no noise that a chart would blow up
 
 
 @pytest.mark.parametrize("text", ["plain words", "naïve “quotes” — 你好 👩🏽‍🚀!", "", "\ufffd odd"])
 def test_tokens_spell_the_text(text: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny")
     ids = tokenizer.encode(text, add_special_tokens=False)
     whole = tokenizer.decode(ids)
     decoder = Decoder(tokenizer, frozenset({tokenizer.eos_token_id}))
-    ends = token_ends(decoder, [*ids, tokenizer.eos_token_id], whole)
+    ends = find_token_ends(decoder, [*ids, tokenizer.eos_token_id], whole)
     assert len(ends) == len(ids) + 1
     assert ends == sorted(ends)
     assert ends[-1] == len(whole)
-    assert token_ends(decoder, ids, whole + " and more") == []
+    assert find_token_ends(decoder, ids, whole + " and more") == []
 
 
 @given(
@@ -224,7 +231,7 @@ def test_a_page_has_whole_steps_from_the_first_to_the_last(lengths: list[int], r
         }
         for step, length in enumerate(lengths, 1) for _ in range(2)
     ]  # fmt: skip
-    blocks = packed_blocks(by_step(rows), room)
+    blocks = pack_blocks(group_by_step(rows), room)
     shown = [step for block in blocks for step in block.steps]
     assert shown == sorted(set(shown))
     assert {shown[0], shown[-1]} == {1, len(lengths)}
@@ -233,14 +240,14 @@ def test_a_page_has_whole_steps_from_the_first_to_the_last(lengths: list[int], r
     size = sum(len(block.packed) for block in blocks)
     assert size <= room or len(shown) <= 2
     if len(shown) < len(lengths):
-        assert sum(len(block.packed) for block in packed_blocks(by_step(rows), 10**9)) > room
+        assert sum(len(block.packed) for block in pack_blocks(group_by_step(rows), 10**9)) > room
         spaces = [after - before for before, after in itertools.pairwise(shown)]
         assert max(spaces) - min(spaces) <= 1
 
 
 def test_a_letter_a_token_says_its_width_and_its_kl() -> None:
-    assert widths([1, 1, 4]) == "$#&"
-    assert levels([0.0, 0.02, 0.03, -0.5, 7.0, -7.0]) == "PPQFx("
+    assert encode_widths([1, 1, 4]) == "$#&"
+    assert encode_kl([0.0, 0.02, 0.03, -0.5, 7.0, -7.0]) == "PPQFx("
 
 
 def samples_of(block: Block) -> dict[str, Any]:
@@ -249,7 +256,7 @@ def samples_of(block: Block) -> dict[str, Any]:
 
 
 def test_every_metric_that_a_run_logs_may_be_searched_by(short_run: Path) -> None:
-    logged = {key for line in metrics(short_run) for key in line} - {"step"}
+    logged = {key for line in read_metrics(short_run) for key in line} - {"step"}
     assert len(logged) > 30
     for name in logged:
         check_metric(compose("experiment=smoke"), name, "hydra.sweeper.objectives")

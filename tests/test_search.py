@@ -28,16 +28,16 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState, create_trial
 
 from grpo.errors import ConfigError
-from grpo.report.sweep.front import unbeaten
-from grpo.report.sweep.ranking import rank
+from grpo.report.sweep.pareto import pareto_mask
+from grpo.report.sweep.ranking import rank_settings
 from grpo.report.sweep.read import read_sweeps
 from grpo.runs.files import write_json
 from grpo.runs.lock import locked
 from grpo.sweep.folder import StudyFile
-from grpo.sweep.objectives import reached_values
-from grpo.sweep.space import Space, combinations, corners, space_of, written
-from grpo.sweep.study import Options
-from tests.conftest import grpo_process, metrics, start, wait_for_step
+from grpo.sweep.objectives import read_final_values
+from grpo.sweep.space import Space, build_space, format_override, list_combinations, list_corners
+from grpo.sweep.study import SearchOptions
+from tests.conftest import read_metrics, run_grpo, start_grpo, wait_for_step
 from tests.test_sweep import TWO_STEPS, Grpo, summary
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *TWO_STEPS, "kl_weight=interval(0,0.1)")
@@ -49,13 +49,13 @@ def study_in(sweep: Path) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=storage)
 
 
-def options(**given: Any) -> Options:
+def options(**given: Any) -> SearchOptions:
     defaults: dict[str, Any] = {
         "n_trials": 20, "n_jobs": 1, "sampler": "tpe", "sampler_options": {}, "pruner": "none",
         "pruner_options": {}, "direction": "maximize", "objectives": None, "storage": None,
         "study_name": None, "seed": 0,
     }  # fmt: skip
-    return Options.of({**defaults, **given})
+    return SearchOptions.from_config({**defaults, **given})
 
 
 # Spaces
@@ -80,7 +80,7 @@ def options(**given: Any) -> Options:
 )
 def test_hydras_syntax_is_a_distribution(override: str, expected: BaseDistribution) -> None:
     (parsed,) = OverridesParser.create().parse_overrides([override])
-    assert space_of([parsed]) == {"x": expected}
+    assert build_space([parsed]) == {"x": expected}
 
 
 @pytest.mark.parametrize("override", ["x=null,true,k3,[a,b],0.1,7,'a b'", "x={a: 1},{a: 2}"])
@@ -88,9 +88,9 @@ def test_a_choice_is_written_as_it_was_read(override: str) -> None:
     parser = OverridesParser.create()
     (parsed,) = parser.parse_overrides([override])
     wanted = [parsed.value() for parsed in parser.parse_overrides(values_in(override))]
-    (own,) = space_of([parsed]).values()
+    (own,) = build_space([parsed]).values()
     assert isinstance(own, CategoricalDistribution)
-    again = parser.parse_overrides([written("x", choice) for choice in own.choices])
+    again = parser.parse_overrides([format_override("x", choice) for choice in own.choices])
     assert [one.value() for one in again] == wanted
 
 
@@ -102,7 +102,7 @@ def values_in(override: str) -> list[str]:
 
 def test_every_combination_once() -> None:
     overrides = OverridesParser.create().parse_overrides(["a=1,2", "b=range(0,0.3,0.1)", "c=4"])
-    found = combinations(space_of(overrides))
+    found = list_combinations(build_space(overrides))
     assert found == [{"a": a, "b": pytest.approx(b)} for a in (1, 2) for b in (0.0, 0.1, 0.2)]
 
 
@@ -150,7 +150,7 @@ def test_an_unknown_option_names_the_nearest() -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The search that nobody disturbs."""
     cwd = tmp_path_factory.mktemp("whole")
-    done = grpo_process(*KILLED, "sweep_dir=x/sweep", cwd=cwd)
+    done = run_grpo(*KILLED, "sweep_dir=x/sweep", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "x/sweep"
 
@@ -175,7 +175,7 @@ def test_a_search_says_what_its_jobs_came_to(whole: Path) -> None:
         job = whole / str(trial.number)
         evaluations = {
             line["step"]: line["eval/sampled_accuracy"]
-            for line in metrics(job)
+            for line in read_metrics(job)
             if line["step"] and "eval/sampled_accuracy" in line
         }
         if trial.state == TrialState.COMPLETE:
@@ -213,17 +213,17 @@ def test_hyperband_gives_up_trials_too(grpo: Grpo, tmp_path: Path) -> None:
 def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
     """No trial is lost, doubled or replayed, and the rest of them are what they would have been."""
     sweep = tmp_path / "x/sweep"
-    process = start(tmp_path, *KILLED, "sweep_dir=x/sweep")
+    process = start_grpo(tmp_path, *KILLED, "sweep_dir=x/sweep")
     wait_for_step(sweep / "1", 1, process)
     process.kill()
     process.wait()
     states = [trial.state for trial in study_in(sweep).trials]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
-    done = grpo_process("-m", "sweep_dir=x/sweep", cwd=tmp_path)
+    done = run_grpo("-m", "sweep_dir=x/sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert told(study_in(sweep)) == told(study_in(whole))
     for number in range(5):
-        assert metrics(sweep / str(number)) == metrics(whole / str(number))
+        assert read_metrics(sweep / str(number)) == read_metrics(whole / str(number))
 
 
 CREATE_TRIAL = 4  # as a line of Optuna's journal says it
@@ -240,7 +240,7 @@ def test_a_search_killed_before_a_trials_job_comes_to_the_same(whole: Path, tmp_
     for number in "234":
         shutil.rmtree(sweep / number)
     assert [len(trial.params) for trial in study_in(sweep).trials] == [3, 3, 3]
-    done = grpo_process("-m", "sweep_dir=x/sweep", cwd=tmp_path)
+    done = run_grpo("-m", "sweep_dir=x/sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert told(study_in(sweep)) == told(study_in(whole))
 
@@ -269,11 +269,11 @@ def test_a_trial_that_failed_is_tried_again_by_the_next_start(grpo: Grpo, tmp_pa
     assert code == 0, printed
     trials = study_in(tmp_path / "sweep").trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
-    before = metrics(tmp_path / "sweep/1")
+    before = read_metrics(tmp_path / "sweep/1")
     shutil.rmtree(tmp_path / "sweep/1")
     code, printed = grpo("-m", "sweep_dir=sweep")
     assert code == 0, printed
-    assert metrics(tmp_path / "sweep/1") == before
+    assert read_metrics(tmp_path / "sweep/1") == before
     again = study_in(tmp_path / "sweep").trials
     assert [(trial.params, trial.values) for trial in again] == [
         (trial.params, trial.values) for trial in trials
@@ -345,7 +345,7 @@ def test_a_study_of_something_else_is_refused(whole: Path, tmp_path: Path, grpo:
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     """No trial is lost or doubled."""
     command = (*SEARCH, "max_steps=1", "hydra.sweeper.n_trials=4", "sweep_dir=sweep")
-    processes = [start(tmp_path, *command) for _ in range(2)]
+    processes = [start_grpo(tmp_path, *command) for _ in range(2)]
     assert [process.wait(300) for process in processes] == [0, 0]
     study = study_in(tmp_path / "sweep")
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
@@ -367,7 +367,7 @@ def test_several_objectives(grpo: Grpo, tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 0, printed
     for trial in study_in(tmp_path / "sweep").trials:
-        last = metrics(tmp_path / "sweep" / str(trial.number))[-1]
+        last = read_metrics(tmp_path / "sweep" / str(trial.number))[-1]
         assert trial.values == [last["eval/sampled_accuracy"], last["kl/mean"]]
     _, _, best = printed.rpartition("best:\n")
     unbeaten = {trial.number for trial in study_in(tmp_path / "sweep").best_trials}
@@ -385,9 +385,9 @@ def test_the_report_ranks_by_what_was_searched(grpo: Grpo, tmp_path: Path) -> No
     )  # fmt: skip
     assert code == 0, printed
     found = read_sweeps([tmp_path / "sweep"])
-    ends = {n: metrics(tmp_path / "sweep" / str(n))[-1]["kl/mean"] for n in range(3)}
+    ends = {n: read_metrics(tmp_path / "sweep" / str(n))[-1]["kl/mean"] for n in range(3)}
     assert found.objectives == {"kl/mean": "minimize"}
-    assert [setting.jobs[0].number for setting in rank(found).settings] == sorted(
+    assert [setting.jobs[0].number for setting in rank_settings(found).settings] == sorted(
         ends, key=lambda n: ends[n]
     )
 
@@ -401,7 +401,7 @@ def test_the_front_is_optunas(points: list[tuple[int, int]], minimized: bool) ->
     study = optuna.create_study(directions=directions)
     study.add_trials([create_trial(values=[float(x) for x in point]) for point in points])
     front = {trial.number for trial in study.best_trials}
-    best = unbeaten(points, [False, minimized])
+    best = pareto_mask(points, [False, minimized])
     assert {n for n, is_best in enumerate(best) if is_best} == front
 
 
@@ -418,8 +418,8 @@ def test_every_value_of_a_grid_is_tried(grpo: Grpo, tmp_path: Path) -> None:
 
 def test_a_value_that_is_missing_fails_its_trial(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl/mean": null, "loss/total": 2.0}\n')
-    assert reached_values(tmp_path, ["loss/total"]) == ([2.0], "")
-    assert reached_values(tmp_path, ["loss/total", "kl/mean"]) == ([2.0], "kl/mean")
+    assert read_final_values(tmp_path, ["loss/total"]) == ([2.0], "")
+    assert read_final_values(tmp_path, ["loss/total", "kl/mean"]) == ([2.0], "kl/mean")
 
 
 @pytest.mark.parametrize("evaluation", [{"eval/accuracy": None}, {}])
@@ -430,7 +430,7 @@ def test_a_value_that_was_no_number_at_the_end_is_none(
     lines = '{"step": 0, "eval/accuracy": 0.5}\n{"step": 2, "eval/accuracy": null}\n'
     (tmp_path / "metrics.jsonl").write_text(lines)
     write_json(tmp_path / "summary.json", {"last_evaluation": evaluation})
-    assert reached_values(tmp_path, ["eval/accuracy"]) == ([], "eval/accuracy")
+    assert read_final_values(tmp_path, ["eval/accuracy"]) == ([], "eval/accuracy")
 
 
 def test_every_choice_is_tried_before_the_first_job(grpo: Grpo, tmp_path: Path) -> None:
@@ -448,7 +448,7 @@ def test_corners_hold_every_choice_and_both_ends() -> None:
         "b": IntDistribution(1, 8),
         "c": CategoricalDistribution([1, 2]),
     }
-    found = [tuple(own[key] for key in "abc") for own in corners(space)]
+    found = [tuple(own[key] for key in "abc") for own in list_corners(space)]
     assert found == [("x", 1, 1), ("y", 1, 1), ("z", 1, 1), ("x", 1, 2), ("z", 8, 2)]
 
 
@@ -465,7 +465,7 @@ def test_a_password_lies_in_no_file(grpo: Grpo, tmp_path: Path) -> None:
     assert "hydra.sweeper.storage='${oc.env:" in printed
     assert "s3cret" not in printed
     url = f"sqlite:///{tmp_path}/study.db?timeout=31"
-    done = grpo_process(
+    done = run_grpo(
         *SEARCH, "hydra.sweeper.storage='${oc.env:OPTUNA_STORAGE}'", "hydra.sweeper.n_trials=1",
         "max_steps=1", "sweep_dir=sweep", cwd=tmp_path, env={"OPTUNA_STORAGE": url},
     )  # fmt: skip
@@ -473,7 +473,7 @@ def test_a_password_lies_in_no_file(grpo: Grpo, tmp_path: Path) -> None:
     assert (tmp_path / "study.db").is_file()
     for file in (tmp_path / "sweep").rglob("*"):
         assert not file.is_file() or b"timeout=31" not in file.read_bytes(), file
-    again = grpo_process("-m", "sweep_dir=sweep", cwd=tmp_path)
+    again = run_grpo("-m", "sweep_dir=sweep", cwd=tmp_path)
     assert again.returncode == 2
     assert "OPTUNA_STORAGE" in again.stderr
 
@@ -501,7 +501,9 @@ def test_a_study_in_sqlite_shared_by_two_folders(tmp_path: Path) -> None:
         f"hydra.sweeper.storage='{url}'", "hydra.sweeper.study_name=ours",
         "hydra.sweeper.n_trials=4", "max_steps=1",
     )  # fmt: skip
-    processes = [start(tmp_path, *SEARCH, *where, f"sweep_dir={folder}") for folder in ("a", "b")]
+    processes = [
+        start_grpo(tmp_path, *SEARCH, *where, f"sweep_dir={folder}") for folder in ("a", "b")
+    ]
     codes = [process.wait(300) for process in processes]
     assert codes == [0, 0], [log.read_text()[-2000:] for log in tmp_path.glob("process*.log")]
     study = optuna.load_study(study_name="ours", storage=url)
@@ -556,7 +558,7 @@ def test_a_study_in_postgresql(postgresql: str, tmp_path: Path) -> None:
 def two_processes_on(url: str, cwd: Path) -> None:
     """No trial is lost or doubled; the jobs report to it too."""
     where = (f"hydra.sweeper.storage='{url}'", "hydra.sweeper.n_trials=3", "sweep_dir=sweep")
-    processes = [start(cwd, *SEARCH, "max_steps=1", *where) for _ in range(2)]
+    processes = [start_grpo(cwd, *SEARCH, "max_steps=1", *where) for _ in range(2)]
     codes = [process.wait(300) for process in processes]
     assert codes == [0, 0], [log.read_text()[-2000:] for log in cwd.glob("process*.log")]
     name = json.loads((cwd / "sweep/study.json").read_text())["study_name"]

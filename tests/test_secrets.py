@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from grpo.config.secrets import cross_out, for_files, is_secret
-from tests.conftest import grpo_process
-from tests.servers import Pages, serving
+from grpo.config.secrets import is_secret, redact, resolve_without_secrets
+from tests.conftest import run_grpo
+from tests.servers import RequestHandler, serving
 
 Grpo = Callable[..., tuple[int, str]]
 SHORT = ("experiment=smoke", "max_steps=1", "eval.samples=1", "dataset.eval_size=16")
@@ -50,7 +50,7 @@ def endpoint() -> Iterator[tuple[int, list[tuple[str, str]]]]:
     """A service that gives every sample 0.5: its port, and what it was asked with."""
     asked: list[tuple[str, str]] = []
 
-    class Service(Pages):
+    class Service(RequestHandler):
         def do_POST(self) -> None:
             asked.append((self.path, self.headers["Authorization"]))
             samples = json.loads(self.read_body())["samples"]
@@ -76,7 +76,7 @@ def test_none_of_twelve_planted_secrets_is_in_any_file(
         "NO_PROXY": "127.0.0.1",
         "ENDPOINT_URL": f"http://127.0.0.1:{port}/?key={PLANTED['ENDPOINT_QUERY']}",
     }
-    done = grpo_process(
+    done = run_grpo(
         *SHORT, "tracking=[wandb,trackio]", "tracking.wandb.mode=offline",
         "tracking.wandb.log_model=true", "reward=[answer,endpoint]",
         "reward.endpoint.url='${oc.env:ENDPOINT_URL}'", "reward.endpoint.token_env=ENDPOINT_TOKEN",
@@ -90,7 +90,7 @@ def test_none_of_twelve_planted_secrets_is_in_any_file(
         (f"/?key={PLANTED['ENDPOINT_QUERY']}", f"Bearer {PLANTED['ENDPOINT_TOKEN']}")
     }
     for command in (("report", "run"), ("export", "run", "model")):
-        assert grpo_process(*command, cwd=here, env=env).returncode == 0
+        assert run_grpo(*command, cwd=here, env=env).returncode == 0
     assert "judge.judged" in (here / "model/README.md").read_text()
     assert "no valid token" in (here / "run/completions.jsonl").read_text()
     left = [file for file in here.rglob("*") if file.is_file() and ".git" not in file.parts]
@@ -183,7 +183,7 @@ def test_what_comes_from_the_environment_stays_as_it_is_written(
             "f": "${e}",
         }
     )
-    assert for_files(config) == {
+    assert resolve_without_secrets(config) == {
         "a": {"url": "http://x/${oc.env:WORD}", "other": "plain"},
         "b": "${a.url}",
         "c": ["${oc.env:WORD}", "plain"],
@@ -201,4 +201,4 @@ def test_what_is_crossed_out_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
         "OTHER_KEY", "short"
     )  # which stands in texts that have nothing to do with it
     monkeypatch.setenv("SOME_URL", "redis://me:in-a-url@there")
-    assert cross_out("a-long-secret, in-a-url, short") == "***, ***, short"
+    assert redact("a-long-secret, in-a-url, short") == "***, ***, short"

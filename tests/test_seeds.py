@@ -9,19 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.data.order import mixed, one_set
+from grpo.data.order import order_mix, order_one_set
 from grpo.errors import ConfigError
-from grpo.seeds import SEEDS, stream_seed
-from grpo.sweep.study import Options
-from grpo.training.minibatches import minibatch_of
+from grpo.seeds import SEED_LIMIT, derive_seed
+from grpo.sweep.study import SearchOptions
+from grpo.training.minibatches import assign_minibatches
 
 Grpo = Callable[..., tuple[int, str]]
-LARGE = [2**31, 2**32, 20_301_231_235_959, 2**63, SEEDS - 1]
+LARGE = [2**31, 2**32, 20_301_231_235_959, 2**63, SEED_LIMIT - 1]
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(0, 10**9))
 def test_small_seeds_are_the_product_that_they_were(seed: int, number: int) -> None:
-    assert stream_seed(seed, number) == seed * 1_000_003 + number
+    assert derive_seed(seed, number) == seed * 1_000_003 + number
 
 
 def test_streams_differ_in_what_a_generator_gives() -> None:
@@ -29,26 +29,26 @@ def test_streams_differ_in_what_a_generator_gives() -> None:
     draws = set()
     for seed in (0, 1, *LARGE):
         for number in (0, 1, 2):
-            generator = torch.Generator().manual_seed(stream_seed(seed, number))
+            generator = torch.Generator().manual_seed(derive_seed(seed, number))
             draws.add(tuple(torch.rand(4, generator=generator).tolist()))
     assert len(draws) == 3 * (2 + len(LARGE))
 
 
 @pytest.mark.parametrize("seed", LARGE)
 def test_every_order_and_split_takes_a_large_seed(seed: int) -> None:
-    assert sorted(one_set(9, seed).rows(0, 9)) == list(range(9))
-    drawn = mixed(["a", "b"] * 4, {"a": 0.5, "b": 0.5}, seed).rows(0, 40)
+    assert sorted(order_one_set(9, seed).draw_rows(0, 9)) == list(range(9))
+    drawn = order_mix(["a", "b"] * 4, {"a": 0.5, "b": 0.5}, seed).draw_rows(0, 40)
     assert set(drawn) == set(range(8))
-    assert sorted(minibatch_of(6, 3, seed + 5).tolist()) == [0, 0, 1, 1, 2, 2]
+    assert sorted(assign_minibatches(6, 3, seed + 5).tolist()) == [0, 0, 1, 1, 2, 2]
 
 
-def search(**options: object) -> Options:
+def search(**options: object) -> SearchOptions:
     usual = {
         "sampler": "tpe", "sampler_options": {}, "pruner": "none", "pruner_options": {},
         "direction": "maximize", "objectives": None, "storage": None, "study_name": None,
         "n_trials": 3, "n_jobs": 1, "seed": 0,
     }  # fmt: skip
-    return Options.of({**usual, **options})
+    return SearchOptions.from_config({**usual, **options})
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from grpo.report.sweep.statistics import (
-    STRICTER,
-    compare,
+    MAX_STRICTNESS,
+    compare_settings,
+    detectable_difference,
     evaluation_variance,
-    least_difference,
     mean_interval,
     p_of_pair,
 )
@@ -33,14 +33,14 @@ def test_students_interval_by_hand() -> None:
 
 def test_two_seeds_that_agree_are_not_certain() -> None:
     """12 of 16, twice: (24 + 2) / 36 = 0.7222, its error over 32 is 0.0792; 2/3 of it + 1/32."""
-    found = mean_interval([0.75, 0.75], trials=16)
+    found = mean_interval([0.75, 0.75], answer_count=16)
     assert found is not None
     assert found.high - 0.75 == pytest.approx(2 / 3 * 0.07918 + 1 / 32, abs=1e-4)
     assert 0.75 - found.low == pytest.approx(found.high - 0.75)
 
 
 def test_a_share_lies_between_0_and_1() -> None:
-    found = mean_interval([0.9, 1.0], trials=100)
+    found = mean_interval([0.9, 1.0], answer_count=100)
     assert found is not None
     assert found.high == 1.0
     assert found.low == pytest.approx(0.95 - 12.7062 * 0.05, abs=1e-4)
@@ -56,21 +56,21 @@ def test_two_settings_are_compared_by_the_paired_t_test() -> None:
     With 2 degrees of freedom P(|T| > t) = 1 - t / sqrt(t² + 2) = 0.0742. The range test of two is
     the same test.
     """
-    found = compare([{0: 0.6, 1: 0.6, 2: 0.9}, {0: 0.5, 1: 0.4, 2: 0.6}])
+    found = compare_settings([{0: 0.6, 1: 0.6, 2: 0.9}, {0: 0.5, 1: 0.4, 2: 0.6}])
     t = 0.2 / (0.1 / math.sqrt(3))
-    assert found.levels == pytest.approx([0.7, 0.5])
+    assert found.adjusted_means == pytest.approx([0.7, 0.5])
     assert found.freedom == 2
     assert found.p(0, 1) == pytest.approx(1 - t / math.sqrt(t * t + 2), abs=1e-4)
-    assert not found.told(0, 1)
+    assert not found.is_significant(0, 1)
 
 
 def test_pairs_see_what_the_seeds_hide() -> None:
     """Seeds differ by 0.3, settings by 0.02, the same on each seed nearly."""
     one = {0: 0.32, 1: 0.621, 2: 0.919, 3: 0.12}
     other = {0: 0.30, 1: 0.600, 2: 0.900, 3: 0.10}
-    assert compare([one, other]).told(0, 1)
+    assert compare_settings([one, other]).is_significant(0, 1)
     elsewhere = {seed + 10: value for seed, value in other.items()}
-    assert not compare([one, elsewhere]).told(0, 1)
+    assert not compare_settings([one, elsewhere]).is_significant(0, 1)
     welch = stats.ttest_ind(list(one.values()), list(other.values()), equal_var=False).pvalue
     assert p_of_pair(one, elsewhere, 0)[0] == pytest.approx(welch)
 
@@ -80,11 +80,13 @@ def test_without_common_seeds_it_is_tukeys_range_test(counts: list[int], draw: i
     """With unequal counts Kramer's: as scipy has it."""
     rng = np.random.default_rng(draw)
     groups = [rng.normal(0, 1, count) for count in counts]
-    found = compare(
+    found = compare_settings(
         [{100 * n + k: float(y) for k, y in enumerate(g)} for n, g in enumerate(groups)]
     )
     expected = stats.tukey_hsd(*groups).pvalue
-    range_only = stats.studentized_range.sf(found.apart(0, 1), len(counts), found.freedom)
+    range_only = stats.studentized_range.sf(
+        found.studentized_difference(0, 1), len(counts), found.freedom
+    )
     assert range_only == pytest.approx(expected[0, 1], abs=1e-6)
     assert found.p(0, 1) >= expected[0, 1] - 1e-6
 
@@ -92,23 +94,23 @@ def test_without_common_seeds_it_is_tukeys_range_test(counts: list[int], draw: i
 def test_a_missing_seed_changes_no_order() -> None:
     """The second is ahead by 0.1 on both seeds that they share; the first lacks the hard one."""
     first, second = {0: 0.6, 1: 0.8}, {0: 0.7, 1: 0.9, 2: 0.2}
-    found = compare([first, second])
+    found = compare_settings([first, second])
     assert np.mean(list(first.values())) > np.mean(list(second.values()))
-    assert found.levels[1] - found.levels[0] == pytest.approx(0.1)
+    assert found.adjusted_means[1] - found.adjusted_means[0] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("trials", [0, 16, 512])
 def test_differences_that_happen_to_be_equal_prove_nothing(trials: int) -> None:
-    found = compare([{0: 0.5, 1: 0.5}, {0: 0.4, 1: 0.4}], trials)
+    found = compare_settings([{0: 0.5, 1: 0.5}, {0: 0.4, 1: 0.4}], trials)
     assert found.p(0, 1) > 0.05
-    assert not found.told(0, 1)
+    assert not found.is_significant(0, 1)
 
 
 def test_no_variance_is_below_the_evaluations() -> None:
     """0.5 of 100 answers: 52 / 104 · 52 / 104 / 100."""
     assert evaluation_variance(0.5, 100) == pytest.approx(0.0025)
     assert evaluation_variance(1.0, 4) == pytest.approx(6 / 8 * 2 / 8 / 4)
-    found = compare([{0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}], 100)
+    found = compare_settings([{0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}], 100)
     assert found.variance == pytest.approx(0.0025)
 
 
@@ -120,11 +122,11 @@ def test_no_variance_is_below_the_evaluations() -> None:
     st.sampled_from([0, 64]),
 )  # fmt: skip
 def test_p_and_told_agree_and_have_no_direction(settings: list[dict[int, float]], n: int) -> None:
-    found = compare(settings, n)
+    found = compare_settings(settings, n)
     assert 0 <= found.p(0, 1) <= 1
     assert found.p(0, 1) == pytest.approx(found.p(1, 0))
     if abs(found.p(0, 1) - 0.05) > 1e-4:
-        assert found.told(0, 1) == (found.p(0, 1) <= 0.05)
+        assert found.is_significant(0, 1) == (found.p(0, 1) <= 0.05)
 
 
 def draw(
@@ -196,9 +198,11 @@ def errors(
     means[0] += better * error
     equal = wrong = hits = 0
     for _ in range(times):
-        found = compare(draw(rng, means.tolist(), seeds, samples, spread, unequal), samples)
-        best = int(np.argmax(found.levels))
-        told = [n for n in range(settings) if n != best and found.told(best, n)]
+        found = compare_settings(
+            draw(rng, means.tolist(), seeds, samples, spread, unequal), samples
+        )
+        best = int(np.argmax(found.adjusted_means))
+        told = [n for n in range(settings) if n != best and found.is_significant(best, n)]
         equal += any(means[n] == means[best] for n in told)
         wrong += any(means[n] > means[best] for n in told)
         hits += len(told) if best == 0 else 0
@@ -232,12 +236,14 @@ def test_settings_are_told_apart_no_more_often_than_they_may(
 
 def test_so_much_of_a_difference_is_told_four_times_in_five() -> None:
     for settings, seeds in ((2, 5), (6, 3), (6, 5)):
-        least = least_difference(0.02, settings, seeds)
+        least = detectable_difference(0.02, settings, seeds)
         rng, told = np.random.default_rng(0), 0
         for _ in range(1000):
             values = rng.normal(0.5, 0.02, (settings, seeds))
             values[0] += least
-            told += compare([dict(enumerate(own.tolist())) for own in values]).told(0, 1)
+            told += compare_settings(
+                [dict(enumerate(own.tolist())) for own in values]
+            ).is_significant(0, 1)
         assert 0.72 <= told / 1000 <= 0.85, (settings, seeds, told)
 
 
@@ -246,11 +252,11 @@ def test_one_that_varies_more_is_not_told_apart_by_the_others_spread() -> None:
     rng, told = np.random.default_rng(0), 0
     for _ in range(1500):
         values = rng.normal(0.5, [[0.05]] + [[0.01]] * 5, (6, 5))
-        found = compare([dict(enumerate(own.tolist())) for own in values])
-        best = int(np.argmax(found.levels))
-        told += any(found.told(best, n) for n in range(6) if n != best)
+        found = compare_settings([dict(enumerate(own.tolist())) for own in values])
+        best = int(np.argmax(found.adjusted_means))
+        told += any(found.is_significant(best, n) for n in range(6) if n != best)
     assert told / 1500 <= 0.06
-    assert STRICTER == 2.5  # as docs/statistics.md says
+    assert MAX_STRICTNESS == 2.5  # as docs/statistics.md says
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from grpo.runs.lock import locked
-from grpo.sweep.folder import jobs_of, numbered
-from tests.conftest import grpo_process, metrics, start, wait_for_step
+from grpo.sweep.folder import number_jobs, read_job_states
+from tests.conftest import read_metrics, run_grpo, start_grpo, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
 
@@ -29,7 +29,7 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def statuses(sweep: Path) -> list[str]:
-    return [job.status for job in jobs_of(sweep)]
+    return [job.status for job in read_job_states(sweep)]
 
 
 def is_saved_where_it_stopped(run: Path) -> bool:
@@ -46,7 +46,7 @@ GRID = ("-m", *QUICK, "max_steps=9", "checkpoint.every=2", "eval.every=0", "seed
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The grid that nobody disturbs."""
     cwd = tmp_path_factory.mktemp("whole")
-    done = grpo_process(*GRID, "sweep_dir=sweep", cwd=cwd)
+    done = run_grpo(*GRID, "sweep_dir=sweep", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "sweep"
 
@@ -55,18 +55,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_sweep_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     """What was finished is not touched, what was broken off goes on, the rest runs."""
     sweep = tmp_path / "sweep"
-    process = start(tmp_path, *GRID, "sweep_dir=sweep")
+    process = start_grpo(tmp_path, *GRID, "sweep_dir=sweep")
     wait_for_step(sweep / "1", 5, process)
     process.kill()
     process.wait()
     assert statuses(sweep) == ["finished", "killed", "none"]
     before = (sweep / "0/metrics.jsonl").stat().st_mtime_ns
-    done = grpo_process("sweep_dir=sweep", cwd=tmp_path)  # the -m need not be said
+    done = run_grpo("sweep_dir=sweep", cwd=tmp_path)  # the -m need not be said
     assert done.returncode == 0, done.stderr
     assert "1 finished, 1 killed, 1 to run" in done.stdout
     assert (sweep / "0/metrics.jsonl").stat().st_mtime_ns == before
     for number in "012":
-        assert metrics(sweep / number) == metrics(whole / number)  # bit for bit
+        assert read_metrics(sweep / number) == read_metrics(whole / number)  # bit for bit
     log = (sweep / "1/train.log").read_text()
     assert "step_4" in log or "step 4" in log  # it did go on, and not begin again
 
@@ -75,7 +75,7 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path)
 def test_ctrl_c_ends_a_sweep_in_order(tmp_path: Path) -> None:
     """The job that runs is saved, and the next does not start."""
     sweep = tmp_path / "sweep"
-    process = start(tmp_path, *GRID, "sweep_dir=sweep")
+    process = start_grpo(tmp_path, *GRID, "sweep_dir=sweep")
     wait_for_step(sweep / "1", 3, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
@@ -140,14 +140,14 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("a small disk can't be mounted here")
     try:
-        done = grpo_process("-m", *TWO_STEPS, "seed=0,1", "sweep_dir=sweep", cwd=tmp_path)
+        done = run_grpo("-m", *TWO_STEPS, "seed=0,1", "sweep_dir=sweep", cwd=tmp_path)
         assert done.returncode == 1
         (end,) = [line for line in done.stderr.splitlines() if line.startswith("  job 0: ")]
         assert "No space left on device" in end
         assert statuses(tmp_path / "sweep") == ["failed", "finished"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    done = grpo_process("-m", "sweep_dir=sweep", cwd=tmp_path)  # with room again
+    done = run_grpo("-m", "sweep_dir=sweep", cwd=tmp_path)  # with room again
     assert done.returncode == 0, done.stderr
 
 
@@ -268,7 +268,7 @@ def test_two_sweeps_dont_share_a_folder(grpo: Grpo, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_dont_run_one_grid(grpo: Grpo, tmp_path: Path) -> None:
-    process = start(tmp_path, *GRID, "sweep_dir=sweep")
+    process = start_grpo(tmp_path, *GRID, "sweep_dir=sweep")
     wait_for_step(tmp_path / "sweep/0", 1, process)
     code, printed = grpo("-m", "sweep_dir=sweep")
     process.kill()
@@ -297,7 +297,7 @@ def test_jobs_are_told_apart_however_they_are_written() -> None:
     from grpo.sweep.folder import Record
 
     record = Record([], None, [["a=1", "b=2"], ["a=1", "b=3"]])
-    assert numbered(record, [["b=3", "a=1"], ["b=4", "a=1"], ["b=2", "a=1"]], Path()) == [
+    assert number_jobs(record, [["b=3", "a=1"], ["b=4", "a=1"], ["b=2", "a=1"]], Path()) == [
         ["a=1", "b=2"], ["a=1", "b=3"], ["b=4", "a=1"],
     ]  # fmt: skip
 

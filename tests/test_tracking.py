@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from grpo.tracking.wandb_sink import BEST_IS_HIGHEST, SECTIONS
-from tests.conftest import grpo_process
+from grpo.tracking.wandb_sink import BEST_IS_HIGHEST, METRIC_SECTIONS
+from tests.conftest import run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=4", "num_generation=4", "dataset.eval_slice=:16")
@@ -30,7 +30,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which a run was recorded by W&B and by Trackio."""
     cwd = tmp_path_factory.mktemp("both")
-    done = grpo_process(
+    done = run_grpo(
         *JOB, "tracking=[wandb,trackio]", "hydra.run.dir=run", "tracking.wandb.notes=why it ran",
         "tracking.wandb.tags=[first]", "tracking.wandb.log_model=true",
         "tracking.wandb.table_every=2", "tracking.trackio.table_every=2",
@@ -79,10 +79,10 @@ def test_wandb_draws_every_metric_over_the_training_step(
     both: Path, records: list[dict[str, Any]]
 ) -> None:
     logged = {key for line in lines(both / "run/metrics.jsonl") for key in line} - {"step"}
-    assert {key.partition("/")[0] for key in logged} <= set(SECTIONS)
+    assert {key.partition("/")[0] for key in logged} <= set(METRIC_SECTIONS)
     metrics = of_type(records, "metric")
     over = {m.get("glob_name") or m["name"]: m.get("step_metric") for m in metrics}
-    assert all(over[f"{section}/*"] == "step" for section in SECTIONS)
+    assert all(over[f"{section}/*"] == "step" for section in METRIC_SECTIONS)
     best = {m["name"]: m["summary"] for m in metrics if m.get("name") in BEST_IS_HIGHEST}
     assert best == {name: {"last": True, "max": True} for name in BEST_IS_HIGHEST}
 
@@ -183,7 +183,7 @@ def test_trackio_has_every_number(both: Path) -> None:
 
 
 def run(cwd: Path, *arguments: str) -> None:
-    done = grpo_process(*arguments, cwd=cwd)
+    done = run_grpo(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
 
 
@@ -212,7 +212,7 @@ def test_wandbs_own_environment_counts(tmp_path: Path) -> None:
     }  # fmt: skip
     usual = (*JOB, "max_steps=1", "tracking=wandb", "tracking.wandb.mode=offline")
     for name, own in (("theirs", ()), ("ours", ("tracking.wandb.project=ours",))):
-        done = grpo_process(*usual, *own, f"hydra.run.dir={name}", cwd=tmp_path, env=env)
+        done = run_grpo(*usual, *own, f"hydra.run.dir={name}", cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
         (run,) = of_type(inspected(tmp_path / name), "run")
         assert run["project"] == name
@@ -235,7 +235,7 @@ def test_jobs_of_a_sweep_are_runs_of_their_own_in_trackio(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_jobs_of_one_process_share_trackios_folder(tmp_path: Path) -> None:
-    done = grpo_process(
+    done = run_grpo(
         "-m", *JOB, "max_steps=1", "tracking=trackio", "tracking.trackio.folder=one,other",
         cwd=tmp_path,
     )  # fmt: skip

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from grpo.config import trust
-from grpo.config.trust import is_own
-from tests.conftest import grpo_process
+from grpo.config.trust import is_trusted
+from tests.conftest import run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 KEY = "model.trust_remote_code=true"
@@ -101,12 +101,12 @@ def test_what_is_trusted_is_run_but_for_what_hydra_never_does(
 ) -> None:
     run = stranger("+reward.evil._target_=stranger.evil.score", "+reward.evil.weight=1.0")
     trusted = ("eval", "checkpoint=stranger", "tracking=none", "--trust", "eval.samples=1")
-    done = grpo_process(*trusted, "hydra.run.dir=out", cwd=tmp_path)
+    done = run_grpo(*trusted, "hydra.run.dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "was_run").exists()
     shutil.rmtree(run)
     stranger("+reward.evil._target_=subprocess.Popen", "+reward.evil.weight=1.0")
-    refused = grpo_process(*trusted, "hydra.run.dir=out2", cwd=tmp_path)
+    refused = run_grpo(*trusted, "hydra.run.dir=out2", cwd=tmp_path)
     assert refused.returncode == 2
     assert "blocklisted" in refused.stderr
 
@@ -127,8 +127,8 @@ def test_whose_a_function_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "runs/one").mkdir(parents=True)
     (tmp_path / "runs/one/evil.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)  # where the command puts it
-    monkeypatch.setattr(trust.SOURCE, "folder", tmp_path / "runs/one")
-    assert is_own("grpo.rewards.Answer")
-    assert is_own("rewards_of_mine.score")
+    monkeypatch.setattr(trust.OVERRIDE_SOURCE, "folder", tmp_path / "runs/one")
+    assert is_trusted("grpo.rewards.Answer")
+    assert is_trusted("rewards_of_mine.score")
     for other in ("os.system", "sys.exit", "math.sqrt", "torch.load", "runs.one.evil.score"):
-        assert not is_own(other), other
+        assert not is_trusted(other), other

@@ -21,13 +21,13 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from grpo.device import Device, open_device
-from grpo.memory.budget import Budget, Limit
-from grpo.memory.microbatch import micro_batches, read_at_once, score_rollout
+from grpo.memory.budget import Budget, TokenLimit
+from grpo.memory.microbatch import score_rollout, split_head_chunks, split_into_micro_batches
 from grpo.models import head as head_module
 from grpo.models.forward import Completions
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
-from grpo.models.reference import Reference, reference_of
+from grpo.models.reference import Reference, make_reference
 from grpo.objective import (
     AVERAGINGS,
     DIVERGENCES,
@@ -35,24 +35,24 @@ from grpo.objective import (
     AdaptiveWeight,
     Tokens,
     clipped_surrogate,
-    most_uncertain,
+    top_entropy_mask,
 )
 from grpo.objective.advantages import group_mean, group_std
 from grpo.objective.kl import k1, k3
 from grpo.rollout import NativeEngine
-from grpo.training.kl_penalty import KLPull
-from grpo.training.loss import KLTerm, Learned, Objective, OldPolicy
-from grpo.training.minibatches import minibatches
+from grpo.training.kl_penalty import KLPenalty
+from grpo.training.loss import KLTerm, Objective, OldPolicy, UpdateInputs
+from grpo.training.minibatches import split_minibatches
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import gradients as add_gradients
-from grpo.training.update import update as update_learned
+from grpo.training.update import add_gradients as add_gradients
+from grpo.training.update import update_policy as update_learned
 from grpo.types import Example, Prompt, Rollout, Sampling
 from tests.conftest import SHAPE
 from tests.test_rollout import prompts_of, wrap
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = Sampling(temperature=1.3)
-ROOM = Budget.of(10**6)
+ROOM = Budget.from_tokens(10**6)
 KL = KLTerm(estimator=k3, divergence=None, in_reward=False, unbiased_gradient=False)
 OBJECTIVE = Objective(
     RATIOS["token"], clipped_surrogate, AVERAGINGS["sequence_mean"], KL, SAMPLING, max_tokens=16
@@ -77,14 +77,14 @@ def update(
 
     old_NC: the old policy's log-probabilities; None for the sampler's.
     """
-    reference_NC, limit = None, Budget.of(tokens).computed
+    reference_NC, limit = None, Budget.from_tokens(tokens).forward_limit
     if reference is not None and objective.kl is not None:
         weight = AdaptiveWeight(0.1, None, 1)
-        pull = KLPull(policy, reference, objective.kl, weight, SAMPLING, limit, 0, 1.0)
-        pull.same = False  # the policy is one that has been trained
-        reference_NC = pull.read(rollout).reference_NC
+        pull = KLPenalty(policy, reference, objective.kl, weight, SAMPLING, limit, 0, 1.0)
+        pull.policy_is_reference = False  # the policy is one that has been trained
+        reference_NC = pull.score(rollout).reference_NC
     old = OldPolicy(rollout.logprobs_NC if old_NC is None else old_NC)
-    learned = Learned(advantages_BG.flatten(), old, reference_NC, 0.1 if reference else 0.0)
+    learned = UpdateInputs(advantages_BG.flatten(), old, reference_NC, 0.1 if reference else 0.0)
     return update_learned(policy, reference, optimizer, objective, rollout, learned, limit).metrics
 
 
@@ -160,7 +160,7 @@ def test_loss_and_gradient_are_the_papers_for_every_architecture(
 ) -> None:
     """The whole update, shared prefix, chunks and micro-batches, against eq. 3 row by row."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 7)))
-    reference = reference_of(policy, moves=False)
+    reference = make_reference(policy, moves=False)
     rollout = NativeEngine(policy, 9, ROOM).generate(prompts_of(7, 3, 5), 4, SAMPLING, seed=4)
     same_as_the_paper(shaken(policy), reference, rollout, budget)
 
@@ -169,7 +169,7 @@ def test_loss_and_gradient_are_the_papers_for_every_architecture(
 def test_loss_and_gradient_are_the_papers_whatever_the_budget(
     tiny: LanguageModel, budget: int
 ) -> None:
-    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 5, 3)
+    reference, rollout = make_reference(tiny, moves=False), rollout_of(tiny, 5, 3)
     assert same_as_the_paper(shaken(tiny), reference, rollout, budget) > 0  # the clip was tried
 
 
@@ -217,7 +217,7 @@ def test_a_step_makes_good_completions_likelier_and_bad_ones_less(tiny: Language
 
 
 def test_kl_to_the_reference_is_zero_at_first_and_grows(tiny: LanguageModel) -> None:
-    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 3, 4)
+    reference, rollout = make_reference(tiny, moves=False), rollout_of(tiny, 3, 4)
     advantages_BG = group_advantages(torch.rand(3, 4, generator=torch.Generator().manual_seed(0)))
     first = update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
     second = update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
@@ -228,7 +228,7 @@ def test_kl_to_the_reference_is_zero_at_first_and_grows(tiny: LanguageModel) -> 
 
 
 def test_the_reference_is_never_trained(tiny: LanguageModel) -> None:
-    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 2, 4)
+    reference, rollout = make_reference(tiny, moves=False), rollout_of(tiny, 2, 4)
     before = copy.deepcopy(reference.model.model.state_dict())
     advantages_BG = group_advantages(torch.rand(2, 4))
     update(tiny, reference, optimizer(tiny), OBJECTIVE, rollout, advantages_BG, 10**6)
@@ -324,7 +324,7 @@ def test_truncated_completions_are_masked_out_of_the_whole_loss(tiny: LanguageMo
     rollout = rollout_of(tiny, 4, 3)
     rollout = replace(rollout, truncated_N=torch.arange(12) % 3 == 0)
     advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
-    reference = reference_of(shaken(tiny), moves=False)
+    reference = make_reference(shaken(tiny), moves=False)
     masked = replace(OBJECTIVE, mask_truncated=True)
     _, [ours] = kept_gradients(tiny, masked, rollout, advantages_BG, reference)
 
@@ -357,11 +357,15 @@ def test_completions_without_a_reward_are_as_if_they_had_not_been_sampled(
     objective = replace(OBJECTIVE, averaging=AVERAGINGS[averaging], kl=None)
     found = []
     for rollout, learned in (
-        (four, Learned(advantages_N, None, None, 0.0, unscored_N)),
-        (three, Learned(advantages_N[own], None, None, 0.0)),
+        (four, UpdateInputs(advantages_N, None, None, 0.0, unscored_N)),
+        (three, UpdateInputs(advantages_N[own], None, None, 0.0)),
     ):
-        (minibatch,) = minibatches(tiny, objective, rollout, ROOM.computed, 0, learned.unscored_N)
-        totals = add_gradients(tiny, None, objective, rollout, learned, minibatch, ROOM.computed)
+        (minibatch,) = split_minibatches(
+            tiny, objective, rollout, ROOM.forward_limit, 0, learned.unscored_N
+        )
+        totals = add_gradients(
+            tiny, None, objective, rollout, learned, minibatch, ROOM.forward_limit
+        )
         found.append(torch.cat([p.grad.flatten() for p in tiny.model.parameters()]))  # type: ignore[union-attr]
         tiny.model.zero_grad()
         found.append(torch.tensor(totals.losses["loss/policy"]))
@@ -385,7 +389,7 @@ def test_the_exact_divergence_and_its_gradient_by_whole_distributions(
 ) -> None:
     """In chunks of a few rows, against a loop that holds every distribution at once."""
     monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", 319 * 5)
-    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 3, 3)
+    reference, rollout = make_reference(tiny, moves=False), rollout_of(tiny, 3, 3)
     shaken(tiny)
     divergence = DIVERGENCES[direction]
     term = KLTerm(None, divergence, in_reward=False, unbiased_gradient=False)
@@ -410,7 +414,7 @@ def test_in_how_many_parts_the_head_is_read_changes_no_number(
     tiny: LanguageModel, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all that a readout may ask for, with completions longer than a part and shorter ones."""
-    reference, rollout = reference_of(tiny, moves=False), rollout_of(tiny, 3, 3)
+    reference, rollout = make_reference(tiny, moves=False), rollout_of(tiny, 3, 3)
     shaken(tiny)
     cut = Sampling(temperature=1.3, top_p=0.9, repetition_penalty=1.2)
     exact = KLTerm(None, DIVERGENCES["reverse"], in_reward=False, unbiased_gradient=False)
@@ -447,11 +451,11 @@ def test_the_entropy_bonus_has_the_entropys_gradient(tiny: LanguageModel) -> Non
 
 
 def test_only_uncertain_tokens_are_trained_on_and_all_are_in_the_kl(tiny: LanguageModel) -> None:
-    rollout, reference = rollout_of(tiny, 4, 3), reference_of(tiny, moves=False)
+    rollout, reference = rollout_of(tiny, 4, 3), make_reference(tiny, moves=False)
     shaken(tiny)
     advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
-    entropy_NC = score_rollout(tiny, rollout, Readout(SAMPLING), ROOM.computed).entropy
-    chosen_NC = most_uncertain(entropy_NC, rollout.mask_NC, 0.25)
+    entropy_NC = score_rollout(tiny, rollout, Readout(SAMPLING), ROOM.forward_limit).entropy
+    chosen_NC = top_entropy_mask(entropy_NC, rollout.mask_NC, 0.25)
     assert 0.2 < float(chosen_NC.sum() / rollout.mask_NC.sum()) < 0.3
 
     def only_those(tokens: Tokens) -> Tensor:
@@ -467,7 +471,7 @@ def test_only_uncertain_tokens_are_trained_on_and_all_are_in_the_kl(tiny: Langua
 
 def test_what_another_sampler_wrote_counts_by_truncated_importance(tiny: LanguageModel) -> None:
     """As if each advantage were multiplied by it; the KL is left alone."""
-    rollout, reference = rollout_of(tiny, 2, 3), reference_of(tiny, moves=False)
+    rollout, reference = rollout_of(tiny, 2, 3), make_reference(tiny, moves=False)
     advantages_BG = group_advantages(torch.rand(2, 3, generator=torch.Generator().manual_seed(0)))
     likelier_N1 = torch.tensor([0.5, 1.0, 1.5, 2.0, 4.0, 0.1])[:, None]  # to the policy
     old_NC = rollout.logprobs_NC
@@ -524,7 +528,7 @@ def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTra
 
 def test_a_reference_moves_toward_the_policy(tiny: LanguageModel) -> None:
     """Half of the way, then all of it."""
-    reference = reference_of(tiny, moves=True)
+    reference = make_reference(tiny, moves=True)
     before = [weight.clone() for weight in reference.model.model.parameters()]
     shaken(tiny)
     reference.move(0.5)
@@ -537,17 +541,17 @@ def test_a_reference_moves_toward_the_policy(tiny: LanguageModel) -> None:
 
 
 def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageModel) -> None:
-    reference = reference_of(shaken(tiny), moves=False)
+    reference = make_reference(shaken(tiny), moves=False)
     rollout = rollout_of(tiny, 3, 3)
     with torch.no_grad():
         for parameter in tiny.model.parameters():
             parameter.add_(0.01)  # the sampler stays what it was, as in the later updates of a step
     term = KLTerm(k1, None, in_reward=True, unbiased_gradient=False)
-    pull = KLPull(
-        tiny, reference, term, AdaptiveWeight(0.5, None, 1), SAMPLING, ROOM.computed, 0, 1.0
+    pull = KLPenalty(
+        tiny, reference, term, AdaptiveWeight(0.5, None, 1), SAMPLING, ROOM.forward_limit, 0, 1.0
     )
-    pull.same = False
-    pulled = pull.read(rollout)
+    pull.policy_is_reference = False
+    pulled = pull.score(rollout)
     assert pulled.weight == 0.5
     assert pulled.divergence_BG is not None
     for n in range(9):
@@ -561,29 +565,29 @@ def test_while_the_policy_is_the_reference_the_samplers_numbers_are_its(
     tiny: LanguageModel,
 ) -> None:
     """Before the first update and after each copying, the reference is not read at all."""
-    rollout, reference = rollout_of(tiny, 3, 3), reference_of(tiny, moves=True)
+    rollout, reference = rollout_of(tiny, 3, 3), make_reference(tiny, moves=True)
 
-    def pull_of(sampling: Sampling, share: float) -> KLPull:
+    def pull_of(sampling: Sampling, share: float) -> KLPenalty:
         weight = AdaptiveWeight(0.1, None, 1)
-        return KLPull(tiny, reference, KL, weight, sampling, ROOM.computed, 2, share)
+        return KLPenalty(tiny, reference, KL, weight, sampling, ROOM.forward_limit, 2, share)
 
     pull = pull_of(SAMPLING, 1.0)
-    assert pull.read(rollout).reference_NC is rollout.logprobs_NC
-    pull.follow(1, {"kl/mean": 0.0}, 9)
-    computed = pull.read(rollout).reference_NC
+    assert pull.score(rollout).reference_NC is rollout.logprobs_NC
+    pull.after_update(1, {"kl/mean": 0.0}, 9)
+    computed = pull.score(rollout).reference_NC
     assert computed is not rollout.logprobs_NC
     assert_close(computed, rollout.logprobs_NC, atol=1e-5, rtol=1e-5)
     resumed = pull_of(SAMPLING, 1.0)
     resumed.load_state(pull.state())
-    assert resumed.read(rollout).reference_NC is not rollout.logprobs_NC
-    pull.follow(2, {"kl/mean": 0.0}, 9)  # copied
-    assert pull.read(rollout).reference_NC is rollout.logprobs_NC
+    assert resumed.score(rollout).reference_NC is not rollout.logprobs_NC
+    pull.after_update(2, {"kl/mean": 0.0}, 9)  # copied
+    assert pull.score(rollout).reference_NC is rollout.logprobs_NC
     halfway = pull_of(SAMPLING, 0.5)
-    halfway.follow(2, {"kl/mean": 0.0}, 9)
-    assert halfway.read(rollout).reference_NC is not rollout.logprobs_NC
+    halfway.after_update(2, {"kl/mean": 0.0}, 9)
+    assert halfway.score(rollout).reference_NC is not rollout.logprobs_NC
     # What top-k leaves out is not in the sampler's log-probabilities, which the KL is not taken of.
     cut = pull_of(replace(SAMPLING, top_k=5), 1.0)
-    assert cut.read(rollout).reference_NC is not rollout.logprobs_NC
+    assert cut.score(rollout).reference_NC is not rollout.logprobs_NC
 
 
 def fake_rollout(prompt_lengths: list[int], lengths: list[list[int]]) -> Rollout:
@@ -609,7 +613,7 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(
     group_lengths = st.lists(length, min_size=group, max_size=group)
     lengths = data.draw(st.lists(group_lengths, min_size=prompts, max_size=prompts))
     rollout = fake_rollout(prompt_lengths, lengths)
-    batches = list(micro_batches(rollout, Budget.of(budget).computed))
+    batches = list(split_into_micro_batches(rollout, Budget.from_tokens(budget).forward_limit))
     rows = torch.cat([batch.rows for batch in batches])
     assert sorted(rows.tolist()) == list(range(prompts * group))
     for batch in batches:
@@ -624,7 +628,7 @@ def test_the_head_reads_whole_completions_as_many_as_fit(lengths: list[int], mos
     tokens_NC = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     mask_NC = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     inputs = Completions(tokens_NC[:, :1], torch.ones(len(lengths)), tokens_NC, mask_NC)
-    parts = list(read_at_once(inputs, most))
+    parts = list(split_head_chunks(inputs, most))
     rows = [row for part, _ in parts for row in range(part.start, part.stop)]
     tokens = [token for _, part in parts for token in range(part.start, part.stop)]
     assert rows == list(range(len(lengths)))
@@ -640,11 +644,11 @@ def test_the_head_reads_whole_completions_as_many_as_fit(lengths: list[int], mos
 def test_micro_batches_are_even_and_cut_no_group_that_fits() -> None:
     """Four groups of 30 tokens: two by two, not three and one; a group of 30 is whole at 20."""
     rollout = fake_rollout([10] * 4, [[10, 10]] * 4)
-    two_by_two = list(micro_batches(rollout, Limit(100, 100)))
+    two_by_two = list(split_into_micro_batches(rollout, TokenLimit(100, 100)))
     assert [batch.tokens for batch in two_by_two] == [60, 60]
-    whole = list(micro_batches(rollout, Limit(20, 1000)))
+    whole = list(split_into_micro_batches(rollout, TokenLimit(20, 1000)))
     assert [batch.rows.tolist() for batch in whole] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    cut = list(micro_batches(rollout, Limit(20, 29)))
+    cut = list(split_into_micro_batches(rollout, TokenLimit(20, 29)))
     assert [batch.tokens for batch in cut] == [20] * 8
 
 
@@ -680,19 +684,19 @@ def test_a_schedule_goes_on_without_a_jump_to_another_end(schedule: str, end: in
 
     first = made()
     rates = [first.step()["optim/learning_rate"] for _ in range(8)]
-    coming, second = first.rate(), made()
+    coming, second = first.next_learning_rate(), made()
     second.load_state(first.state())
-    second.end_after(end - 8)
-    assert second.rate() == pytest.approx(coming)
+    second.end_schedule_after(end - 8)
+    assert second.next_learning_rate() == pytest.approx(coming)
     for _ in range(8, end):
         rates.append(second.step()["optim/learning_rate"])
         # Resumed once more with nothing changed, it is where it was, to the bit.
         third = made()
         third.load_state(second.state())
-        third.end_after(end - second.steps_done)
-        assert third.rate() == second.rate()
+        third.end_schedule_after(end - second.steps_done)
+        assert third.next_learning_rate() == second.next_learning_rate()
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[2:]))
-    assert second.rate() == pytest.approx(0.0, abs=1e-12)
+    assert second.next_learning_rate() == pytest.approx(0.0, abs=1e-12)
     if end == 20:
         unbroken = made()
         assert rates == [unbroken.step()["optim/learning_rate"] for _ in range(20)]
@@ -711,8 +715,8 @@ def test_a_schedule_at_its_end_begins_again_within_the_longer_one(
     )
     for _ in range(4):
         steps.step()
-    steps.end_after(4)
-    assert steps.rate() == pytest.approx(0.05)  # four of eight steps down
+    steps.end_schedule_after(4)
+    assert steps.next_learning_rate() == pytest.approx(0.05)  # four of eight steps down
     assert "as if 8 updates had been planned" in caplog.text
 
 
@@ -802,7 +806,7 @@ def test_the_learning_rate_by_hand(schedule: str, rates: list[float]) -> None:
     )  # fmt: skip
     seen = []
     for _ in range(8):
-        seen.append(steps.rate())
+        seen.append(steps.next_learning_rate())
         steps.steps_done += 1
     assert_close(torch.tensor(seen), torch.tensor(rates), atol=1e-6, rtol=0)
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from grpo.runs.files import write_json
 from grpo.runs.lock import locked
-from grpo.sweep.folder import Record, Standing
+from grpo.sweep.folder import JobState, Record
 from grpo.sweep.view import View
-from grpo.tracking.charts import averaged, chart
+from grpo.tracking.text_charts import average_bins, draw_chart
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,12 @@ from grpo.tracking.charts import averaged, chart
     ],
 )
 def test_curves(values: list[float], width: int, height: int, rows: list[str]) -> None:
-    assert chart(values, width, height) == rows
+    assert draw_chart(values, width, height) == rows
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(1, 80))
 def test_each_column_is_the_mean_of_its_share(values: list[float], count: int) -> None:
-    columns = averaged(values, count)
+    columns = average_bins(values, count)
     assert len(columns) == min(count, len(values))
     known = [own for own in columns if own is not None]
     assert min(values) - 1e-6 <= min(known) <= max(known) <= max(values) + 1e-6
@@ -112,7 +112,7 @@ def test_a_sweep_shows_its_jobs_and_they_leave_it_the_terminal(
     assert len(list((tmp_path / "sweep").glob("*/report.html"))) == 2
 
 
-def value_of(job: Standing) -> float | None:
+def value_of(job: JobState) -> float | None:
     return (job.summary.get("objective") or {}).get("value")
 
 
@@ -131,18 +131,18 @@ def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
     jobs = [["kl_weight=0"], ["kl_weight=0.1"], ["kl_weight=0.2"], ["kl_weight=0.3"]]
     Record([], None, jobs).write(tmp_path)
     view = View(tmp_path, 4, value_of, False)
-    assert str(view.shown(100).renderables[0]) == "4 to run"
+    assert str(view.render_view(100).renderables[0]) == "4 to run"
     for number, value in ((0, 0.25), (1, 0.75)):
         objective = {"name": "eval/accuracy", "value": value}
         put_job(tmp_path, number, status="finished", objective=objective)
     running = put_job(tmp_path, 2, 4, status="running")
     view.started = time.monotonic() - 10
     with locked(running):
-        head, job = map(str, view.shown(100).renderables)
+        head, job = map(str, view.render_view(100).renderables)
     assert head == ("2 finished, 1 running, 1 to run  best 0.75: job 1, kl_weight=0.1  0m06s left")
     assert job == "  job 2  step 4/8  reward 0.500  ▁▁▁▁  kl_weight=0.2"
     least = View(tmp_path, 4, value_of, True)
-    assert "best 0.25: job 0" in str(least.shown(100).renderables[0])
+    assert "best 0.25: job 0" in str(least.render_view(100).renderables[0])
 
 
 def test_what_the_view_says_of_broken_jobs(tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_what_the_view_says_of_broken_jobs(tmp_path: Path) -> None:
     os.utime(before / "summary.json", (0, 0))  # a kernel's clock may not tell now from just before
     put_job(tmp_path, 1, 4, status="running")
     view = View(tmp_path, 3, value_of, False)
-    assert [str(line) for line in view.shown(100).renderables] == ["2 to run again, 1 to run"]
-    assert view.work_before == pytest.approx(0.25 + 0.5)
+    assert [str(line) for line in view.render_view(100).renderables] == ["2 to run again, 1 to run"]
+    assert view.jobs_done_before == pytest.approx(0.25 + 0.5)
 
     # Run again, the first fails once more, and the second has all but one step in 3.75 seconds:
     # 0.75 + 0.375 more jobs of 3 are done, so each takes 10/3 s, and 1.125 are left.
@@ -161,7 +161,7 @@ def test_what_the_view_says_of_broken_jobs(tmp_path: Path) -> None:
     running = put_job(tmp_path, 1, 7, status="running")
     view.started = time.monotonic() - 3.75
     with locked(running):
-        head, failed, job = map(str, view.shown(100).renderables)
+        head, failed, job = map(str, view.render_view(100).renderables)
     assert head == "1 failed, 1 running, 1 to run  0m04s left"
     assert failed == "  job 0  failed: no room on the disk"
     assert job.startswith("  job 1  step 7/8")

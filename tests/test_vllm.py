@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from grpo.device import Device, open_device
 from grpo.memory.budget import Budget
-from grpo.models.files import PACKAGED
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.load import LanguageModel
 from grpo.types import Sampling
 from tests import test_rollout
@@ -30,7 +30,7 @@ from tests.test_rollout import policy_logprobs, prompts_of, wrap
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test_vllm")
 from grpo.rollout.vllm import VLLMEngine
 
-TOKENIZER = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
+TOKENIZER = AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny")
 MakeEngine = Callable[[LanguageModel, int, Budget], VLLMEngine]
 
 
@@ -48,7 +48,7 @@ def made() -> PreTrainedModel:
 def started() -> VLLMEngine:
     device = open_device("cpu", "auto")
     policy = replace(wrap(made(), device), tokenizer=TOKENIZER)
-    return VLLMEngine(policy, 16, Budget.of(20_000))
+    return VLLMEngine(policy, 16, Budget.from_tokens(20_000))
 
 
 @pytest.fixture
@@ -82,8 +82,10 @@ def test_its_own_logprobs_are_nearly_the_policys(
     make: MakeEngine, model: PreTrainedModel, device: Device
 ) -> None:
     policy, sampling = wrap(model, device), Sampling(0.7, top_k=20, top_p=0.9)
-    rollout = make(policy, 9, Budget.of(20_000)).generate(prompts_of(7, 3), 4, sampling, seed=1)
-    assert not rollout.exact
+    rollout = make(policy, 9, Budget.from_tokens(20_000)).generate(
+        prompts_of(7, 3), 4, sampling, seed=1
+    )
+    assert not rollout.exact_logprobs
     policys_NC = policy_logprobs(policy, rollout, sampling)
     assert not torch.equal(rollout.logprobs_NC, policys_NC)
     assert_close(rollout.logprobs_NC, policys_NC, atol=1e-3, rtol=1e-3)
@@ -100,7 +102,7 @@ def test_it_samples_with_the_weights_of_the_moment(
     texts = []
     for current in (model, moved, model):
         test_rollout.test_greedy_tokens_equal_transformers_generate(current, device, "vllm")
-        engine = make(wrap(current, device), 12, Budget.of(20_000))
+        engine = make(wrap(current, device), 12, Budget.from_tokens(20_000))
         texts.append(engine.generate(prompts_of(7, 3), 2, Sampling(0.0), seed=0).texts)
     assert texts[0] == texts[2] != texts[1]
 
@@ -119,7 +121,7 @@ def test_an_adapter_is_part_of_the_weights(
 def test_a_seed_gives_the_same_completions_and_another_seed_others(
     make: MakeEngine, model: PreTrainedModel, device: Device
 ) -> None:
-    engine = make(wrap(model, device), 12, Budget.of(20_000))
+    engine = make(wrap(model, device), 12, Budget.from_tokens(20_000))
     first, again, other = (
         engine.generate(prompts_of(7, 3), 4, Sampling(1.0), seed).texts for seed in (1, 1, 2)
     )
@@ -133,7 +135,9 @@ def test_the_process_is_left_as_it_was(
     torch.manual_seed(5)
     expected, threads = torch.rand(3), torch.get_num_threads()
     torch.manual_seed(5)
-    make(wrap(model, device), 4, Budget.of(20_000)).generate(prompts_of(3), 2, Sampling(1.0), 1)
+    make(wrap(model, device), 4, Budget.from_tokens(20_000)).generate(
+        prompts_of(3), 2, Sampling(1.0), 1
+    )
     assert torch.equal(torch.rand(3), expected)
     torch.set_num_threads(1)
     assert torch.get_num_threads() == 1
@@ -146,7 +150,9 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(
     policy = replace(wrap(model, device), tokenizer=TOKENIZER)
     stop = TOKENIZER.decode([40])
     sampling = Sampling(1.5, stop=(stop,))
-    rollout = make(policy, 40, Budget.of(20_000)).generate(prompts_of(5), 30, sampling, seed=3)
+    rollout = make(policy, 40, Budget.from_tokens(20_000)).generate(
+        prompts_of(5), 30, sampling, seed=3
+    )
     ended = ~rollout.truncated_N
     assert 5 < ended.sum() < 30
     for n in ended.nonzero()[:, 0].tolist():

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import grpo_process
-from tests.servers import Pages, serving
+from tests.conftest import run_grpo
+from tests.servers import RequestHandler, serving
 
 JOB = ("experiment=smoke", "tracking=wandb", "eval.samples=1", "dataset.eval_slice=:16")
 
@@ -30,7 +30,7 @@ class Server(ThreadingHTTPServer):
         self.histories: dict[str, list[dict[str, Any]]] = {}
 
 
-class Answers(Pages):
+class Answers(RequestHandler):
     server: Server
 
     def do_POST(self) -> None:
@@ -94,8 +94,8 @@ def test_both_parts_of_a_run_resumed_offline_reach_one_run_of_wandbs(
     server: Server, tmp_path: Path
 ) -> None:
     """Uploaded as the run's last line says, its history has every step once, with its numbers."""
-    assert grpo_process(*JOB, "max_steps=2", "hydra.run.dir=run", cwd=tmp_path).returncode == 0
-    done = grpo_process("resume=run", "max_steps=4", cwd=tmp_path)
+    assert run_grpo(*JOB, "max_steps=2", "hydra.run.dir=run", cwd=tmp_path).returncode == 0
+    done = run_grpo("resume=run", "max_steps=4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (command,) = re.findall(r"to upload: (wandb sync .*)", done.stderr)
     uploaded = subprocess.run(

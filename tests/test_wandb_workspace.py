@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grpo.report.run.charts import SECTIONS
+from grpo.report.run.charts import CHART_SECTIONS
 
 pytest.importorskip("wandb_workspaces", reason="pip install wandb-workspaces")
 ROOT = Path(__file__).parents[1]
@@ -38,8 +38,8 @@ def sections(*arguments: str) -> dict[str, list[dict[str, Any]]]:
 
 def test_the_view_of_runs_has_the_pages_sections_and_metrics() -> None:
     found = sections("me/grpo-bench")
-    assert list(found)[: len(SECTIONS)] == list(SECTIONS)
-    for title, charts in SECTIONS.items():
+    assert list(found)[: len(CHART_SECTIONS)] == list(CHART_SECTIONS)
+    for title, charts in CHART_SECTIONS.items():
         drawn = [panel["config"].get("metrics", []) for panel in found[title]]
         wanted = [list(c.metrics) if c.metrics != ("reward/*",) else [] for c in charts]
         assert drawn == wanted

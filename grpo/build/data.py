@@ -12,20 +12,20 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from grpo.build.objective import build_sampling
-from grpo.config.binding import bind, check_options, plain
-from grpo.data.order import Order, mixed, one_set
+from grpo.config.binding import bind, check_options, resolve_node
+from grpo.data.order import Order, order_mix, order_one_set
 from grpo.data.prompts import (
-    DrawnPrompts,
-    DrawnSet,
+    LazyPrompts,
+    LazyPromptSet,
     PromptFormat,
     PromptSets,
     WorkedExample,
-    tokenized,
-    without_held_out,
+    drop_held_out,
+    tokenize_examples,
 )
-from grpo.data.rows import EAGER
+from grpo.data.rows import MAX_EAGER_ROWS
 from grpo.errors import ConfigError
-from grpo.locate import PROMPT_KEYS, Found
+from grpo.locate import PROMPT_KEYS, RunInputs
 from grpo.rewards import WeightedReward
 from grpo.rollout import Engine
 from grpo.training.difficulty import Curriculum
@@ -33,9 +33,9 @@ from grpo.training.evaluation import Evaluation
 from grpo.types import Prompt
 
 
-def prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
+def build_prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
     """How a data set's config says that a question is put. key: where that config is."""
-    options = plain(dataset)
+    options = resolve_node(dataset)
     for name in PROMPT_KEYS:
         if name not in options:
             raise ConfigError(
@@ -53,7 +53,7 @@ def prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
 
 
 def build_prompts(
-    found: Found, formats: Sequence[PromptFormat], tokenizer: PreTrainedTokenizerBase
+    found: RunInputs, formats: Sequence[PromptFormat], tokenizer: PreTrainedTokenizerBase
 ) -> PromptSets:
     """The prompts to train and to evaluate on, without overlap unless asked for.
 
@@ -61,49 +61,51 @@ def build_prompts(
         ConfigError: nothing is left of one of them.
     """
     evaluated = [example for own in found.sets for example in own.evaluation]
-    many = any(len(own.train) > EAGER for own in found.sets)
+    many = any(len(own.train) > MAX_EAGER_ROWS for own in found.sets)
     train: list[Prompt] = []
-    drawn: list[DrawnSet] = []
+    drawn: list[LazyPromptSet] = []
     evaluation: list[Prompt] = []
     for own, format in zip(found.sets, formats, strict=True):
         keep = own.options.allow_overlap or not own.train
-        rows = own.train if keep else without_held_out(own.train, evaluated, own.key)
+        rows = own.train if keep else drop_held_out(own.train, evaluated, own.key)
         if many:
             left_out = frozenset(() if keep else (example.question for example in evaluated))
-            drawn.append(DrawnSet(rows, format, left_out, own.name))
+            drawn.append(LazyPromptSet(rows, format, left_out, own.name))
         elif rows:
-            train += tokenized(rows, format, tokenizer, "training", own.key)
-        evaluation += tokenized(own.evaluation, format, tokenizer, "evaluation", own.key)
-    return PromptSets(DrawnPrompts(drawn, tokenizer) if many else train, evaluation)
+            train += tokenize_examples(rows, format, tokenizer, "training", own.key)
+        evaluation += tokenize_examples(own.evaluation, format, tokenizer, "evaluation", own.key)
+    return PromptSets(LazyPrompts(drawn, tokenizer) if many else train, evaluation)
 
 
-def build_order(prompts: Sequence[Prompt], found: Found, cfg: DictConfig) -> Order:
+def build_order(prompts: Sequence[Prompt], found: RunInputs, cfg: DictConfig) -> Order:
     if len(found.sets) == 1:
-        return one_set(len(prompts), cfg.seed, shuffled=cfg.curriculum.order == "shuffled")
+        return order_one_set(len(prompts), cfg.seed, shuffled=cfg.curriculum.order == "shuffled")
     probabilities = {own.name: own.probability for own in found.sets}
-    if isinstance(prompts, DrawnPrompts):
-        sources = prompts.sources()
+    if isinstance(prompts, LazyPrompts):
+        sources = prompts.list_sources()
     else:
         sources = [prompt.example.source for prompt in prompts]
     for name in probabilities:
         if name not in sources:
             raise ConfigError(f"dataset.sets.{name}: none of its prompts is left to train on.")
-    return mixed(sources, probabilities, cfg.seed)
+    return order_mix(sources, probabilities, cfg.seed)
 
 
 def build_curriculum(cfg: DictConfig) -> Curriculum:
-    return Curriculum(**plain(cfg.curriculum))
+    return Curriculum(**resolve_node(cfg.curriculum))
 
 
-def build_rewards(cfg: DictConfig, found: Found) -> dict[str, WeightedReward]:
+def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward]:
     """Each named callable: a class is made with its options, a function is called with them."""
     rewards = {}
     names = [own.name for own in found.sets]
     for name, node in cfg.reward.items():
-        options = {k: v for k, v in plain(node).items() if k not in ("weight", "sources")}
+        options = {k: v for k, v in resolve_node(node).items() if k not in ("weight", "sources")}
         bound = bind(options, f"reward.{name}")
-        function = made(bound, f"reward.{name}") if inspect.isclass(bound.func) else bound
-        if not takes_samples(function):
+        function = (
+            instantiate_reward(bound, f"reward.{name}") if inspect.isclass(bound.func) else bound
+        )
+        if not accepts_samples(function):
             raise ConfigError(
                 f"reward.{name}._target_={node._target_}: should be called with a list of samples "
                 f"and no more than the options given."
@@ -120,7 +122,7 @@ def build_rewards(cfg: DictConfig, found: Found) -> dict[str, WeightedReward]:
     return rewards
 
 
-def made(bound: functools.partial[Any], key: str) -> Any:
+def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
     """An instance of a user's class; what its constructor raises is refused under its key."""
     try:
         return bound()
@@ -131,7 +133,7 @@ def made(bound: functools.partial[Any], key: str) -> Any:
         raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
 
 
-def takes_samples(function: Any) -> bool:
+def accepts_samples(function: Any) -> bool:
     try:
         inspect.signature(function).bind([])
     except TypeError:
@@ -149,8 +151,8 @@ def build_evaluation(
     train: Sequence[Prompt] = (),
 ) -> Evaluation:
     sampling = replace(build_sampling(cfg), temperature=cfg.eval.temperature)
-    if isinstance(train, DrawnPrompts):
-        trained = train.asked({prompt.example.question for prompt in prompts})
+    if isinstance(train, LazyPrompts):
+        trained = train.find_questions({prompt.example.question for prompt in prompts})
     else:
         trained = {prompt.example.question for prompt in train}
     overlap = sum(prompt.example.question in trained for prompt in prompts) / len(prompts)

@@ -11,28 +11,28 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from grpo.config.binding import plain
+from grpo.config.binding import resolve_node
 from grpo.data.prompts import (
-    DrawnPrompts,
+    LazyPrompts,
 )
 from grpo.device import Device, open_device
 from grpo.errors import ConfigError
-from grpo.locate import Found
+from grpo.locate import RunInputs
 from grpo.memory.allocator import (
-    LARGEST,
-    LARGEST_IN_BF16,
+    LARGEST_KEPT_BLOCK,
+    LARGEST_KEPT_BLOCK_IN_BF16,
     keep_freed_memory,
 )
 from grpo.memory.budget import Budget
-from grpo.memory.estimate import Work, budget_of, held_by
+from grpo.memory.estimate import Workload, choose_budget, estimate_memory
 from grpo.models.adapter import Adapter, add_adapter
 from grpo.models.files import is_quantized
-from grpo.models.hub import commit_of, from_hub
-from grpo.models.lengths import suited_to_lengths
+from grpo.models.hub import is_in_hub_cache, read_commit
 from grpo.models.load import LanguageModel, load_language_model
-from grpo.models.recompute import recomputable
+from grpo.models.long_context import prepare_for_lengths
+from grpo.models.recompute import find_decoder_layers
 from grpo.rollout import Engine, HFEngine, NativeEngine
-from grpo.rollout.trial import check_sampler
+from grpo.rollout.sampler_check import check_sampler
 from grpo.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,13 @@ log = logging.getLogger(__name__)
 def build_device(cfg: DictConfig) -> Device:
     device = open_device(cfg.device.kind, cfg.device.precision)
     if device.torch_device.type == "cpu":
-        keep_freed_memory(LARGEST if device.autocast_dtype is None else LARGEST_IN_BF16)
+        keep_freed_memory(
+            LARGEST_KEPT_BLOCK if device.autocast_dtype is None else LARGEST_KEPT_BLOCK_IN_BF16
+        )
     return device
 
 
-def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[LanguageModel, str]:
+def build_policy(cfg: DictConfig, found: RunInputs, device: Device) -> tuple[LanguageModel, str]:
     """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
     adapter, folder = build_adapter(cfg), found.model()
     policy = load_model(cfg, folder, device, frozen=adapter is not None)
@@ -57,9 +59,9 @@ def build_policy(cfg: DictConfig, found: Found, device: Device) -> tuple[Languag
     if adapter is not None:
         add_adapter(policy.model, adapter, cfg.seed)
     # A checkpoint of an adapter names its base: by id where that is how it is found again.
-    name = cfg.model.id if cfg.model.id and from_hub(folder) else policy.base
-    commit = commit_of(folder) if name == cfg.model.id else None
-    if cfg.device.gradient_checkpointing and not recomputable(policy.model):
+    name = cfg.model.id if cfg.model.id and is_in_hub_cache(folder) else policy.base
+    commit = read_commit(folder) if name == cfg.model.id else None
+    if cfg.device.gradient_checkpointing and not find_decoder_layers(policy.model):
         raise ConfigError(
             f"device.gradient_checkpointing=true: {type(policy.model).__name__} has no layers that "
             f"can be recomputed."
@@ -82,7 +84,7 @@ def build_budget(
     cfg: DictConfig, policy: LanguageModel, longest: int, with_reference: bool
 ) -> Budget:
     """How much is computed at once, given the tokens of the longest prompt and completion."""
-    work = Work(
+    work = Workload(
         prompt=longest - cfg.max_new_tokens,
         completion=cfg.max_new_tokens,
         group=cfg.num_generation,
@@ -91,12 +93,14 @@ def build_budget(
         reference_moves=cfg.kl.sync_every > 0,
     )
     asked, device = cfg.device, policy.device.torch_device
-    held = held_by(policy, work)
-    return budget_of(device, asked.memory_gb, asked.token_budget, asked.cache_budget, held, longest)
+    held = estimate_memory(policy, work)
+    return choose_budget(
+        device, asked.memory_gb, asked.token_budget, asked.cache_budget, held, longest
+    )
 
 
 def build_adapter(cfg: DictConfig) -> Adapter | None:
-    return None if cfg.adapter is None else Adapter(**plain(cfg.adapter))
+    return None if cfg.adapter is None else Adapter(**resolve_node(cfg.adapter))
 
 
 def build_engine(
@@ -127,15 +131,16 @@ def fit_to_lengths(
     Raises:
         ConfigError: that is more than the model can read.
     """
-    known = [] if isinstance(train, DrawnPrompts) else train
+    known = [] if isinstance(train, LazyPrompts) else train
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *known))
-    if isinstance(train, DrawnPrompts):
-        train.look_at_some(policy.context - cfg.max_new_tokens)
-        longest = max(longest, train.most_tokens)
-    if longest + cfg.max_new_tokens > policy.context:
+    if isinstance(train, LazyPrompts):
+        train.check_lengths(policy.context_length - cfg.max_new_tokens)
+        longest = max(longest, train.max_tokens)
+    if longest + cfg.max_new_tokens > policy.context_length:
         raise ConfigError(
             f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
-            f"than the model's context of {policy.context}; lower it or dataset.max_prompt_tokens."
+            f"than the model's context of {policy.context_length}; lower it or "
+            f"dataset.max_prompt_tokens."
         )
-    policy = suited_to_lengths(policy, longest, cfg.max_new_tokens)
+    policy = prepare_for_lengths(policy, longest, cfg.max_new_tokens)
     return policy, longest + int(cfg.max_new_tokens)

@@ -11,12 +11,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from grpo.config.binding import bind, named, plain
-from grpo.config.overrides import key_of
+from grpo.config.binding import bind, resolve_name, resolve_node
+from grpo.config.overrides import parse_key
 from grpo.errors import ConfigError
 from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
-from grpo.models.reference import reference_of
+from grpo.models.reference import make_reference
 from grpo.objective import (
     AGGREGATES,
     AVERAGINGS,
@@ -28,7 +28,7 @@ from grpo.objective import (
     AdaptiveWeight,
     Normalize,
 )
-from grpo.training.kl_penalty import KLPull, Pull
+from grpo.training.kl_penalty import KLPenalty, NoKL
 from grpo.training.loss import KLTerm, Objective
 from grpo.training.optimizer import SCHEDULES, Optimizer
 from grpo.types import Sampling
@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 
 
 def build_sampling(cfg: DictConfig) -> Sampling:
-    options = plain(cfg.sampling)
+    options = resolve_node(cfg.sampling)
     return Sampling(temperature=cfg.temperature, **options | {"stop": tuple(options["stop"])})
 
 
 def build_objective(cfg: DictConfig) -> Objective:
     algorithm = cfg.algorithm
     return Objective(
-        ratio=named(algorithm.ratio, RATIOS, "algorithm.ratio"),
+        ratio=resolve_name(algorithm.ratio, RATIOS, "algorithm.ratio"),
         policy_loss=bind(algorithm.policy_loss, "algorithm.policy_loss"),
-        averaging=named(algorithm.averaging, AVERAGINGS, "algorithm.averaging"),
+        averaging=resolve_name(algorithm.averaging, AVERAGINGS, "algorithm.averaging"),
         kl=build_kl_term(cfg),
         sampling=build_sampling(cfg),
         max_tokens=cfg.max_new_tokens,
@@ -67,12 +67,16 @@ def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
     """
     algorithm = cfg.algorithm
     normalize = Normalize(
-        named(algorithm.baseline, BASELINES, "algorithm.baseline"),
-        named(algorithm.scale, SCALES, "algorithm.scale"),
+        resolve_name(algorithm.baseline, BASELINES, "algorithm.baseline"),
+        resolve_name(algorithm.scale, SCALES, "algorithm.scale"),
     )
-    aggregate = named(algorithm.aggregate, AGGREGATES, "algorithm.aggregate")
+    aggregate = resolve_name(algorithm.aggregate, AGGREGATES, "algorithm.aggregate")
     in_reward = cfg.kl.within == "reward" and cfg.kl_weight > 0
-    if in_reward and algorithm.aggregate not in AGGREGATES and not takes(aggregate, "penalty_BG"):
+    if (
+        in_reward
+        and algorithm.aggregate not in AGGREGATES
+        and not accepts_parameter(aggregate, "penalty_BG")
+    ):
         raise ConfigError(
             f"algorithm.aggregate={algorithm.aggregate}: has no parameter penalty_BG for the KL "
             f"that kl.within=reward takes off; add it, or use kl.within=loss."
@@ -81,7 +85,7 @@ def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
     return functools.partial(aggregate, normalize=normalize)
 
 
-def takes(function: Callable[..., Any], parameter: str) -> bool:
+def accepts_parameter(function: Callable[..., Any], parameter: str) -> bool:
     try:
         return parameter in inspect.signature(function).parameters
     except ValueError:  # a builtin without a signature
@@ -101,19 +105,19 @@ def build_kl_term(cfg: DictConfig) -> KLTerm | None:
     exact = kl.estimator == "full"
     table = {**ESTIMATORS[kl.direction], "full": None}
     return KLTerm(
-        estimator=named(kl.estimator, table, "kl.estimator"),
+        estimator=resolve_name(kl.estimator, table, "kl.estimator"),
         divergence=DIVERGENCES[kl.direction] if exact else None,
         in_reward=kl.within == "reward",
         unbiased_gradient=kl.unbiased_gradient,
     )
 
 
-def tell_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> None:
+def warn_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> None:
     """Says that a KL was asked for, by these overrides or this choice, which has no weight."""
     own_weight = not OmegaConf.is_interpolation(cfg, "kl_weight")
     if own_weight or cfg.kl_weight > 0 or cfg.kl.estimator is None:
         return
-    keys = [key_of(override) for override in overrides]
+    keys = [parse_key(override) for override in overrides]
     asked = [key for key in keys if key == "kl" or key.startswith("kl.")]
     if asked or choice != "k3":
         log.warning(
@@ -123,24 +127,24 @@ def tell_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> No
         )
 
 
-def build_pull(
+def build_kl_penalty(
     cfg: DictConfig, policy: LanguageModel, objective: Objective, budget: Budget
-) -> Pull:
+) -> NoKL:
     if objective.kl is None:
-        return Pull()
-    return KLPull(
+        return NoKL()
+    return KLPenalty(
         policy,
-        reference_of(policy, moves=cfg.kl.sync_every > 0),
+        make_reference(policy, moves=cfg.kl.sync_every > 0),
         objective.kl,
         AdaptiveWeight(cfg.kl_weight, cfg.kl.target, cfg.kl.horizon),
         objective.sampling,
-        budget.computed,
+        budget.forward_limit,
         cfg.kl.sync_every,
         cfg.kl.sync_share,
     )
 
 
-def updates_of_step(cfg: DictConfig) -> int:
+def count_updates_per_step(cfg: DictConfig) -> int:
     return int(cfg.algorithm.num_iterations * cfg.algorithm.minibatches)
 
 
@@ -150,7 +154,7 @@ def build_optimizer(cfg: DictConfig, policy: LanguageModel, steps: int) -> Optim
         cfg.optim.name,
         learning_rate=cfg.learning_rate,
         # The schedule counts updates.
-        total_steps=steps * updates_of_step(cfg),
+        total_steps=steps * count_updates_per_step(cfg),
         schedule=SCHEDULES[cfg.optim.schedule],
         warmup_steps=cfg.optim.warmup_steps,
         weight_decay=cfg.optim.weight_decay,

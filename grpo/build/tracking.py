@@ -13,14 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from grpo.config.binding import bind
-from grpo.config.secrets import for_files
+from grpo.config.secrets import resolve_without_secrets
 from grpo.runs.progress import Progress
-from grpo.runs.stop import in_sweep
-from grpo.runs.summary import git_commit
+from grpo.runs.stop import is_sweep_job
+from grpo.runs.summary import find_git_commit
 from grpo.tracking import RunInfo
 
 
-def usual_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
+def make_run_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
     """Of a run: the experiment's, or what it trains on what."""
     experiment = choices.get("experiment")
     if isinstance(experiment, str) and experiment != "none":
@@ -28,19 +28,19 @@ def usual_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
     return f"{cfg.model.name}-{choices['dataset']}"
 
 
-def evaluation_info(cfg: DictConfig, folder: Path) -> RunInfo:
+def build_evaluation_info(cfg: DictConfig, folder: Path) -> RunInfo:
     return RunInfo(
         id=uuid.uuid4().hex[:8],
-        name=f"eval-{cfg.name or usual_name(cfg, HydraConfig.get().runtime.choices)}"
-        f"-{title_of(folder)}",
+        name=f"eval-{cfg.name or make_run_name(cfg, HydraConfig.get().runtime.choices)}"
+        f"-{make_folder_title(folder)}",
         folder=folder,
-        config=for_files(cfg),
+        config=resolve_without_secrets(cfg),
         group=None,
         first_step=0,
         logged_step=-1,
         total_steps=0,
-        commit=git_commit(),
-        job="eval",
+        commit=find_git_commit(),
+        job_type="eval",
     )
 
 
@@ -49,25 +49,25 @@ def bind_sinks(cfg: DictConfig) -> list[functools.partial[Any]]:
     return [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
 
 
-def title_of(folder: Path) -> str:
+def make_folder_title(folder: Path) -> str:
     """What tells a run's folder apart: its name, after the day where that is the folder's."""
     day = folder.parent.name
     return f"{day}-{folder.name}" if re.fullmatch(r"\d+-\d+-\d+", day) else folder.name
 
 
-def run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:
+def build_run_info(cfg: DictConfig, folder: Path, start: Progress, steps: int) -> RunInfo:
     hydra = HydraConfig.get()
-    name = cfg.name or usual_name(cfg, hydra.runtime.choices)
-    if in_sweep() or cfg.name is None:
-        name = f"{name}-{title_of(folder)}"
+    name = cfg.name or make_run_name(cfg, hydra.runtime.choices)
+    if is_sweep_job() or cfg.name is None:
+        name = f"{name}-{make_folder_title(folder)}"
     return RunInfo(
         id=start.run_id,
         name=name,
         folder=folder,
-        config=for_files(cfg),
-        group=Path(hydra.sweep.dir).name if in_sweep() else None,
+        config=resolve_without_secrets(cfg),
+        group=Path(hydra.sweep.dir).name if is_sweep_job() else None,
         first_step=start.step,
         logged_step=start.step if start.unlogged is None else start.step - 1,
         total_steps=steps,
-        commit=git_commit(),
+        commit=find_git_commit(),
     )

@@ -12,7 +12,7 @@ from grpo.errors import ConfigError, RunError
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def command_errors() -> Iterator[None]:
     """What the user can do something about ends the process with a line and its exit code."""
     try:
         yield
@@ -21,7 +21,7 @@ def plainly() -> Iterator[None]:
     except ConfigError as error:
         refuse(error)
     except RunError as error:
-        stop(str(error))
+        fail(str(error))
     except BrokenPipeError:  # who read this has heard enough, as in `grpo --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -32,6 +32,6 @@ def refuse(error: ConfigError) -> NoReturn:
     raise SystemExit(2)
 
 
-def stop(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
     print(f"grpo: {message}", file=sys.stderr)
     raise SystemExit(1)

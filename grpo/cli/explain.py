@@ -16,12 +16,12 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig
 
-from grpo.cli.help import choices
-from grpo.config import schema as config
-from grpo.config.overrides import key_of
-from grpo.config.suggest import nearest
+from grpo.cli.help import list_choices
+from grpo.config import schema
+from grpo.config.overrides import parse_key
+from grpo.config.suggest import suggest_names
 
-HYDRAS_NAMES = {  # of Hydra's own Optuna sweeper, where this one has another
+OPTUNA_SWEEPER_KEYS = {  # of Hydra's own Optuna sweeper, where this one has another
     "hydra/sweeper/sampler": "hydra.sweeper.sampler",
     "hydra/sweeper/pruner": "hydra.sweeper.pruner",
     "hydra.sweeper.sampler.seed": "hydra.sweeper.seed",
@@ -32,47 +32,49 @@ HYDRAS_NAMES = {  # of Hydra's own Optuna sweeper, where this one has another
 }
 
 
-def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
+def explain_hydra_error(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
     """Hydra's error as one line: what was given, and the nearest of what there is."""
     text = str(error).strip()
     for own in overrides:
-        if (key := key_of(own)) in HYDRAS_NAMES:
-            return f"{own}: here it is {own.lstrip('+~').replace(key, HYDRAS_NAMES[key])}"
+        if (key := parse_key(own)) in OPTUNA_SWEEPER_KEYS:
+            return f"{own}: here it is {own.lstrip('+~').replace(key, OPTUNA_SWEEPER_KEYS[key])}"
     if isinstance(error, OverrideParseException):
-        return not_an_override(str(error.override), text)
+        return explain_bad_override(str(error.override), text)
     if isinstance(error, MissingConfigException):
         found = re.search(r"Could not find '([^']+)'", text)
         wanted = found[1] if found else str(error.missing_cfg_file)
         group, _, choice = wanted.rpartition("/")
-        options = list(error.options or known_choices(group))
+        options = list(error.options or list_known_choices(group))
         return (
-            f"{group}={choice}: no such choice{nearest(choice, options) or '.'} "
+            f"{group}={choice}: no such choice{suggest_names(choice, options) or '.'} "
             f"There are {', '.join(options)}."
         )
     if there := re.search(r"An item is already at '([^']+)'", text):
         return f"+{there[1]}: this key is there already; leave out the +."
     if isinstance(error, ConfigCompositionException):
-        if reason := wrong_value(error):
+        if reason := explain_wrong_value(error):
             return reason
         unknown = re.search(
             r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
         )
         if unknown:
             key = unknown[1]
-            return f"{key}: no such key{nearest(key, known_keys(config_name, overrides))}"
+            return (
+                f"{key}: no such key{suggest_names(key, list_known_keys(config_name, overrides))}"
+            )
         if text.startswith("Error merging override ") and error.__cause__ is not None:
             reason = str(error.__cause__).splitlines()[0]
             return f"{text.removeprefix('Error merging override ')}: {reason}"
     return text.splitlines()[0]
 
 
-def not_an_override(override: str, said: str) -> str:
+def explain_bad_override(override: str, message: str) -> str:
     """Why Hydra can't read an override: its own reason where a function in it fails."""
-    failed = re.search(r"\w+ while evaluating '(.*?)': (.+)", said, re.DOTALL)
+    failed = re.search(r"\w+ while evaluating '(.*?)': (.+)", message, re.DOTALL)
     if failed is None:
         return f"{override}: not an override; write key=value (quote spaces and brackets)."
     call, reason = failed[1], " ".join(failed[2].partition("See https://")[0].split())
-    key = key_of(override)
+    key = parse_key(override)
     choices_of = re.fullmatch(r"choice\((.*)\)", call, re.DOTALL)
     if choices_of and "NoneType" in reason:
         return f"{override}: choice() takes no null; write {key}={choices_of[1]}"
@@ -80,7 +82,7 @@ def not_an_override(override: str, said: str) -> str:
     return f"{override}: {call} can't be evaluated ({reason})."
 
 
-def wrong_value(error: BaseException) -> str | None:
+def explain_wrong_value(error: BaseException) -> str | None:
     """`key: why` where a value has the wrong type."""
     cause: BaseException | None = error
     while cause is not None:
@@ -91,17 +93,17 @@ def wrong_value(error: BaseException) -> str | None:
     return None
 
 
-def known_choices(group: str) -> list[str]:
-    return choices([config.conf_folder()], group)
+def list_known_choices(group: str) -> list[str]:
+    return list_choices([schema.find_conf_folder()], group)
 
 
-def key_of_nothing(config_name: str, overrides: Sequence[str]) -> str:
+def explain_key_of_none(config_name: str, overrides: Sequence[str]) -> str:
     """Says which key belongs to a part that is none."""
-    composed = of_choices(config_name, overrides)
+    composed = compose_choices(config_name, overrides)
     for own in overrides:
-        part = key_of(own).partition(".")[0]
-        if "." in key_of(own) and part in composed and composed[part] is None:
-            others = [f"{part}={choice}" for choice in known_choices(part) if choice != "none"]
+        part = parse_key(own).partition(".")[0]
+        if "." in parse_key(own) and part in composed and composed[part] is None:
+            others = [f"{part}={choice}" for choice in list_known_choices(part) if choice != "none"]
             return (
                 f"{own}: {part} is none here, which has no keys; leave it out, or set "
                 f"{' or '.join(others)}."
@@ -109,13 +111,13 @@ def key_of_nothing(config_name: str, overrides: Sequence[str]) -> str:
     return "a key is set of a part that is none; leave it out."
 
 
-def no_choice(overrides: Sequence[str]) -> str:
+def explain_wrong_choice(overrides: Sequence[str]) -> str:
     """Says which override gives a group a number, or nothing, for a choice."""
     for own in overrides:
         group, _, value = own.partition("=")
-        if group in groups() and not isinstance(yaml.safe_load(value), str | list):
-            known = known_choices(group)
-            meant = [key for key in vars(config.Config) if key.startswith(f"{group}_")]
+        if group in list_groups() and not isinstance(yaml.safe_load(value), str | list):
+            known = list_known_choices(group)
+            meant = [key for key in vars(schema.Config) if key.startswith(f"{group}_")]
             nothing = value in ("null", "~", "")
             hint = (
                 f"; did you mean {group}=none?"
@@ -128,31 +130,31 @@ def no_choice(overrides: Sequence[str]) -> str:
     return "a group was given something that is no choice of it."
 
 
-def known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
+def list_known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
     """Every key that can be set, given the groups chosen, and the groups themselves."""
-    return [*groups(), *flat_keys(of_choices(config_name, overrides), "")]
+    return [*list_groups(), *flatten_keys(compose_choices(config_name, overrides), "")]
 
 
-def of_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def compose_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The config with the groups chosen and the keys added, and nothing else that was asked for."""
-    chosen = [o for o in overrides if o.partition("=")[0] in groups() or o.startswith("+")]
+    chosen = [o for o in overrides if o.partition("=")[0] in list_groups() or o.startswith("+")]
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
+    with hydra.initialize_config_dir(str(schema.find_conf_folder()), version_base="1.3"):
         try:
             return hydra.compose(config_name, chosen)
         except HydraException:
             return hydra.compose(config_name)
 
 
-def groups() -> list[str]:
-    return sorted(path.name for path in config.conf_folder().iterdir() if path.is_dir())
+def list_groups() -> list[str]:
+    return sorted(path.name for path in schema.find_conf_folder().iterdir() if path.is_dir())
 
 
-def flat_keys(node: DictConfig, prefix: str) -> list[str]:
+def flatten_keys(node: DictConfig, prefix: str) -> list[str]:
     keys = []
     for key in map(str, node):
         keys.append(f"{prefix}{key}")
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            keys += flat_keys(child, f"{prefix}{key}.")
+            keys += flatten_keys(child, f"{prefix}{key}.")
     return keys

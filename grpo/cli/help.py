@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from grpo import __version__
-from grpo.config.schema import conf_folder
+from grpo.config.schema import find_conf_folder
 
 USAGE = """\
 grpo: train a language model by group-relative policy optimization (GRPO)
@@ -30,7 +30,7 @@ grpo: train a language model by group-relative policy optimization (GRPO)
 """
 
 
-OF_JOBS = {
+JOB_HELP = {
     "report": """\
 grpo report DIR…: a page of what runs left
 
@@ -64,17 +64,17 @@ grpo export RUN DIR: a folder that transformers loads, with a card that says whe
 }
 
 
-def version_text() -> str:
+def format_version() -> str:
     """What --version prints: this package's, and those that its numbers depend on."""
     beside = ("torch", "transformers", "hydra-core")
     return f"grpo-bench {__version__} ({', '.join(f'{name} {version(name)}' for name in beside)})"
 
 
-def help_text(arguments: Sequence[str]) -> str:
+def format_help(arguments: Sequence[str]) -> str:
     """What --help prints, with the choices in a --config-dir that is given beside it."""
-    if len(arguments) > 1 and arguments[1] in OF_JOBS:
-        return OF_JOBS[arguments[1]].rstrip()
-    folders = [conf_folder(), *map(Path, own_folders(arguments))]
+    if len(arguments) > 1 and arguments[1] in JOB_HELP:
+        return JOB_HELP[arguments[1]].rstrip()
+    folders = [find_conf_folder(), *map(Path, find_config_dirs(arguments))]
     groups = {
         str(path.relative_to(folder))
         for folder in folders
@@ -83,18 +83,18 @@ def help_text(arguments: Sequence[str]) -> str:
     }
     lines = [USAGE, "Choices: group=choice, several rewards: reward=[answer,length]", ""]
     for group in sorted(groups - {"hydra"}):
-        lines.append(f"  {group}: {', '.join(choices(folders, group))}")
-    page = (conf_folder() / "config.yaml").read_text().rstrip()
+        lines.append(f"  {group}: {', '.join(list_choices(folders, group))}")
+    page = (find_conf_folder() / "config.yaml").read_text().rstrip()
     lines += ["", "Config: key=value, and section.key=value", "", page]
     return "\n".join(lines)
 
 
-def choices(folders: Sequence[Path], group: str) -> list[str]:
+def list_choices(folders: Sequence[Path], group: str) -> list[str]:
     """What a group can be; a file whose name begins with _ is a part of others."""
     return sorted({file.stem for own in folders for file in own.glob(f"{group}/[!_]*.yaml")})
 
 
-def own_folders(arguments: Sequence[str]) -> list[str]:
+def find_config_dirs(arguments: Sequence[str]) -> list[str]:
     """The values of --config-dir, however it is written."""
     folders = []
     for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):

@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.cli.exits import refuse
-from grpo.config.check import check
-from grpo.config.schema import without_hydra
+from grpo.config.check import check_config
+from grpo.config.schema import remove_hydra
 from grpo.config.secrets import refuse_secrets
 from grpo.config.trust import check_code
-from grpo.config.validation import writable
+from grpo.config.validation import check_writable
 from grpo.errors import ConfigError
-from grpo.runs import folder as past
+from grpo.runs.folder import check_run_folder
 
 
 def check_hydra(config: DictConfig) -> None:
@@ -42,16 +42,16 @@ class CheckBeforeRun(Callback):
     """Hydra's door: a refused config leaves no folder behind."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with refusing():
+        with callback_errors():
             check_sweep(config)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with refusing():
+        with callback_errors():
             check_run(config)
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
+def callback_errors() -> Iterator[None]:
     """Ends the process at any error: one in a callback Hydra only warns of, and then runs."""
     try:
         yield
@@ -85,9 +85,9 @@ def check_run(config: DictConfig) -> None:
     """Raises ConfigError where a config, or the folder that it names, is not fit for a run."""
     refuse_secrets(config)
     check_hydra(config)
-    own = without_hydra(config)
+    own = remove_hydra(config)
     check_code(own)
-    check(own)
+    check_config(own)
     folder = Path(config.hydra.run.dir)
-    past.check_folder(folder, config.resume, config.model, config.adapter)
-    writable(folder, "hydra.run.dir")
+    check_run_folder(folder, config.resume, config.model, config.adapter)
+    check_writable(folder, "hydra.run.dir")

@@ -11,40 +11,40 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from grpo.cli.exits import refuse, stop
-from grpo.config import schema as config
-from grpo.config.check import check, check_training
-from grpo.config.overrides import key_of
-from grpo.config.secrets import cross_out_in_logs
+from grpo.cli.exits import fail, refuse
+from grpo.config import schema
+from grpo.config.check import check_config, check_training
+from grpo.config.overrides import parse_key
+from grpo.config.secrets import redact_logs
 from grpo.errors import ConfigError, RunError
 from grpo.memory.allocator import keep_freed_memory
-from grpo.runs import folder as past
 from grpo.runs.files import note_failure
-from grpo.runs.lock import Occupied, locked
-from grpo.runs.stop import ask_to_stop, asked_to_stop, in_sweep, leave_terminal
+from grpo.runs.folder import check_run_folder, remove_unstarted
+from grpo.runs.lock import RunLocked, locked
+from grpo.runs.stop import is_stop_requested, is_sweep_job, leave_terminal, request_stop
 from grpo.sweep.gpus import take_gpu
-from grpo.sweep.launch import NOT_THE_JOB
+from grpo.sweep.launch import SWEEP_ONLY_KEYS
 
 log = logging.getLogger(__name__)
 
 
-def prepare() -> None:
+def prepare_process() -> None:
     """Once a process: a sweep's jobs may run in processes of their own."""
-    config.register()
+    schema.register_schema()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
 
 
 def train_job(cfg: DictConfig) -> float | None:
     """Trains, and returns the objective that a search maximises."""
-    if asked_to_stop():
+    if is_stop_requested():
         return None
-    with told() as folder, locked(folder):
+    with job_errors() as folder, locked(folder):
         from grpo.locate import find_for_training
 
-        check(cfg)
+        check_config(cfg)
         check_training(cfg)
-        past.check_folder(folder, cfg.resume, cfg.model, cfg.adapter)
+        check_run_folder(folder, cfg.resume, cfg.model, cfg.adapter)
         found = find_for_training(cfg)
 
         from grpo.run import train_from_config
@@ -55,10 +55,10 @@ def train_job(cfg: DictConfig) -> float | None:
 
 def eval_job(cfg: DictConfig) -> float | None:
     """Evaluates a checkpoint."""
-    with told() as folder:
+    with job_errors() as folder:
         from grpo.locate import find_for_evaluation
 
-        check(cfg)
+        check_config(cfg)
         found = find_for_evaluation(cfg)
 
         from grpo.evaluate import evaluate_from_config
@@ -67,38 +67,38 @@ def eval_job(cfg: DictConfig) -> float | None:
 
 
 @contextmanager
-def told() -> Iterator[Path]:
+def job_errors() -> Iterator[Path]:
     """A job's folder; alone, its error ends the process, in a sweep it is the sweep's to report."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    is_job = in_sweep()
+    is_job = is_sweep_job()
     if is_job:
         leave_terminal()
-        own = [o for o in hydra_config.overrides.task if key_of(o) not in NOT_THE_JOB]
-        say(f"\njob {folder.name}: {' '.join(own)}")
-    prepare()
-    cross_out_in_logs()
+        own = [o for o in hydra_config.overrides.task if parse_key(o) not in SWEEP_ONLY_KEYS]
+        print_line(f"\njob {folder.name}: {' '.join(own)}")
+    prepare_process()
+    redact_logs()
     keep_freed_memory()  # before anything imports torch
     try:
         if is_job and (gpu := take_gpu(folder.parent)):
-            say(f"on GPU {gpu}")
+            print_line(f"on GPU {gpu}")
         yield folder
     except (ConfigError, RunError) as error:
         if is_job:
-            if isinstance(error, Occupied):
-                say(str(error))  # and nothing into a folder that is another's
+            if isinstance(error, RunLocked):
+                print_line(str(error))  # and nothing into a folder that is another's
             else:
                 note_failure(folder, str(error))
             # Hydra keeps the error to the sweep's end; its frames would keep the job's models.
             raise error.with_traceback(None) from None
         if isinstance(error, ConfigError):
-            past.forget_unstarted(folder)
+            remove_unstarted(folder)
             refuse(error)
-        stop(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         if not is_job:
             raise
-        ask_to_stop()  # nothing is lost: its training had not begun
+        request_stop()  # nothing is lost: its training had not begun
     except Exception as error:
         if not is_job:
             raise
@@ -109,6 +109,6 @@ def told() -> Iterator[Path]:
         raise RunError(reason) from None
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Its end goes with it: jobs beside this one write into the same output."""
     print(f"{line}\n", end="", flush=True)

@@ -24,17 +24,17 @@ from hydra.errors import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.cli.exits import plainly, refuse
-from grpo.cli.explain import explain, key_of_nothing, no_choice
-from grpo.cli.help import help_text, version_text
-from grpo.cli.jobs import eval_job, prepare, train_job
-from grpo.cli.past import unchanged_if_refused, with_past_overrides
-from grpo.config import schema as config
-from grpo.config.suggest import nearest
+from grpo.cli.exits import command_errors, refuse
+from grpo.cli.explain import explain_hydra_error, explain_key_of_none, explain_wrong_choice
+from grpo.cli.help import format_help, format_version
+from grpo.cli.jobs import eval_job, prepare_process, train_job
+from grpo.cli.past_overrides import add_past_overrides, unchanged_if_refused
+from grpo.config import schema
+from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
 
 JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
-WITHOUT_CONFIG = {  # jobs that read what a run left
+JOBS_WITHOUT_CONFIG = {  # jobs that read what a run left
     "report": "grpo.commands.report",
     "export": "grpo.commands.export",
     "chat": "grpo.commands.chat",
@@ -44,38 +44,38 @@ WITHOUT_CONFIG = {  # jobs that read what a run left
 
 def main() -> None:
     """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
-    prepare()
-    with plainly():
+    prepare_process()
+    with command_errors():
         if {"--help", "-h"} & set(sys.argv):
-            print(help_text(sys.argv), flush=True)
+            print(format_help(sys.argv), flush=True)
             return None
         if "--version" in sys.argv:
-            print(version_text(), flush=True)
+            print(format_version(), flush=True)
             return None
         job, overrides = split_job(sys.argv[1:])
-        if job in WITHOUT_CONFIG:
-            run = getattr(import_module(WITHOUT_CONFIG[job]), job)
+        if job in JOBS_WITHOUT_CONFIG:
+            run = getattr(import_module(JOBS_WITHOUT_CONFIG[job]), job)
             return run(overrides)  # type: ignore[no-any-return]
         trusted = "--trust" in overrides
         overrides = [own for own in overrides if own != "--trust"]
-        overrides = with_past_overrides(job, overrides, trusted)
+        overrides = add_past_overrides(job, overrides, trusted)
         sys.argv = ["grpo", *overrides]
         command = hydra.main(
-            version_base="1.3", config_path=str(config.conf_folder()), config_name=JOBS[job]
+            version_base="1.3", config_path=str(schema.find_conf_folder()), config_name=JOBS[job]
         )
         try:
             with unchanged_if_refused(overrides):
                 command(train_job if job == "train" else eval_job)()
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-            refuse(ConfigError(explain(error, JOBS[job], overrides)))
+            refuse(ConfigError(explain_hydra_error(error, JOBS[job], overrides)))
         except AssertionError as error:
             if not str(error).startswith("Unexpected type for root"):  # OmegaConf's, of `none.key`
                 raise
-            refuse(ConfigError(key_of_nothing(JOBS[job], overrides)))
+            refuse(ConfigError(explain_key_of_none(JOBS[job], overrides)))
         except ValueError as error:
             if not str(error).startswith("Config group override must be"):
                 raise
-            refuse(ConfigError(no_choice(overrides)))
+            refuse(ConfigError(explain_wrong_choice(overrides)))
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
@@ -88,10 +88,10 @@ def split_job(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if not arguments or arguments[0].startswith(("-", "~")) or "=" in arguments[0]:
         return "train", list(arguments)
     job = arguments[0]
-    known = (*JOBS, *WITHOUT_CONFIG)
+    known = (*JOBS, *JOBS_WITHOUT_CONFIG)
     if job not in known:
         raise ConfigError(
-            f"{job}: no such job; there are {', '.join(known)}{nearest(job, known) or '.'} "
+            f"{job}: no such job; there are {', '.join(known)}{suggest_names(job, known) or '.'} "
             f"An override is written key=value."
         )
     return job, list(arguments[1:])

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from grpo.errors import ConfigError
 
 
-def option(
-    arguments: Sequence[str], name: str, what: str = "a value"
+def take_option(
+    arguments: Sequence[str], name: str, expected: str = "a value"
 ) -> tuple[list[str], str | None]:
     """The arguments without `name VALUE` or `name=VALUE`, and the value; None: it is not there.
 
@@ -25,6 +25,6 @@ def option(
             continue
         after = place + (1 if equals else 2)
         if after > len(words) or (equals and not value):
-            raise ConfigError(f"{name} needs {what}.")
+            raise ConfigError(f"{name} needs {expected}.")
         return words[:place] + words[after:], value or words[place + 1]
     return words, None

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.errors import ConfigError
-from grpo.runs.folder import checkpoint_model, run_of
+from grpo.runs.folder import find_run, locate_checkpoint_model
 from grpo.runs.resume import read_yaml
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 USAGE = "grpo chat RUN_OR_MODEL [temperature=0] [max_new_tokens=256] [--trust]"
 COMMANDS = "/reset begins anew, /temperature 0.7 sets it, /quit or Ctrl-D ends"
-NARROW = 90  # columns: below, answers stand under each other
+NARROW_WIDTH = 90  # columns: below, answers stand under each other
 
 
 @dataclass
-class Voice:
+class ChatModel:
     """One of the models that answer, and what it has heard and said."""
 
     name: str
@@ -37,7 +37,7 @@ class Voice:
 
 
 @dataclass
-class Options:
+class ChatOptions:
     temperature: float = 0.0
     max_new_tokens: int = 256
 
@@ -52,9 +52,9 @@ def chat(arguments: Sequence[str]) -> None:
     places = [own for own in arguments if "=" not in own and own != "--trust"]
     if len(places) != 1:
         raise ConfigError(f"{USAGE}: name one run or model.")
-    options = options_of([argument for argument in arguments if "=" in argument])
+    options = parse_options([argument for argument in arguments if "=" in argument])
     console = Console()
-    prompt_format, voices = voices_of(places[0], trusted)
+    prompt_format, voices = load_chat_models(places[0], trusted)
     talking = sys.stdin.isatty()
     if talking:
         names = " and ".join(voice.name for voice in voices)
@@ -71,17 +71,20 @@ def chat(arguments: Sequence[str]) -> None:
             for voice in voices:
                 voice.turns.clear()
         elif said.startswith("/"):
-            console.print(told(said, options), style="dim", markup=False)
+            console.print(run_command(said, options), style="dim", markup=False)
         elif said:
-            show(
+            print_answers(
                 console,
-                [(voice.name, answer(voice, said, prompt_format, options)) for voice in voices],
+                [
+                    (voice.name, generate_answer(voice, said, prompt_format, options))
+                    for voice in voices
+                ],
             )
 
 
-def options_of(given: Sequence[str]) -> Options:
+def parse_options(given: Sequence[str]) -> ChatOptions:
     """Raises ConfigError for what is no option of a chat."""
-    options = Options()
+    options = ChatOptions()
     for one in given:
         key, _, value = one.partition("=")
         try:
@@ -96,7 +99,7 @@ def options_of(given: Sequence[str]) -> Options:
     return options
 
 
-def told(command: str, options: Options) -> str:
+def run_command(command: str, options: ChatOptions) -> str:
     """Does what a command says, and says what was done."""
     name, _, value = command.partition(" ")
     if name != "/temperature":
@@ -108,7 +111,7 @@ def told(command: str, options: Options) -> str:
     return f"temperature {options.temperature:g}"
 
 
-def voices_of(place: str, trusted: bool) -> tuple[PromptFormat, list[Voice]]:
+def load_chat_models(place: str, trusted: bool) -> tuple[PromptFormat, list[ChatModel]]:
     """How a question is put to the models, and the models: a run's base first.
 
     trusted: Python code that comes with them may be run, whatever the run's folder says.
@@ -118,15 +121,15 @@ def voices_of(place: str, trusted: bool) -> tuple[PromptFormat, list[Voice]]:
     from grpo.models.load import load_language_model
 
     device = open_device("auto", "auto")
-    folder = checkpoint_model(place, trust_remote_code=trusted)()
-    run = run_of(Path(place).expanduser())
+    folder = locate_checkpoint_model(place, trust_remote_code=trusted)()
+    run = find_run(Path(place).expanduser())
     if run is None:
         plain = PromptFormat(None, (), True, {}, 2**20)
         model = load_language_model(folder, device, frozen=True, trust_remote_code=trusted)
-        return plain, [Voice(place, model)]
-    from grpo.build.data import prompt_format
+        return plain, [ChatModel(place, model)]
+    from grpo.build.data import build_prompt_format
     from grpo.build.model import load_model
-    from grpo.locate import base_model
+    from grpo.locate import locate_model
 
     cfg = OmegaConf.create(read_yaml(run / ".hydra" / "config.yaml") or {})
     # An older run's has no revision.
@@ -135,46 +138,49 @@ def voices_of(place: str, trusted: bool) -> tuple[PromptFormat, list[Voice]]:
     if "sets" in data:
         name, data = next(iter(data.sets.items()))
         key = f"dataset.sets.{name}"
-    return prompt_format(data, key), [
-        Voice(
-            f"base: {cfg.model.name}", load_model(cfg, base_model(cfg.model)(), device, frozen=True)
+    return build_prompt_format(data, key), [
+        ChatModel(
+            f"base: {cfg.model.name}",
+            load_model(cfg, locate_model(cfg.model)(), device, frozen=True),
         ),
-        Voice(f"trained: {place}", load_model(cfg, folder, device, frozen=True)),
+        ChatModel(f"trained: {place}", load_model(cfg, folder, device, frozen=True)),
     ]
 
 
-def answer(voice: Voice, said: str, prompt_format: PromptFormat, options: Options) -> str:
+def generate_answer(
+    chat_model: ChatModel, question: str, prompt_format: PromptFormat, options: ChatOptions
+) -> str:
     """What a model says to it; where it has a chat template, knowing what was said before."""
     import torch
 
     from grpo.types import Example
 
-    model, tokenizer = voice.model.model, voice.model.tokenizer
+    model, tokenizer = chat_model.model.model, chat_model.model.tokenizer
     if tokenizer.chat_template is None:
-        voice.turns.clear()
-    voice.turns.append({"role": "user", "content": said})
-    asked = Example(said, "", lambda _: 0.0, messages=tuple(voice.turns))
+        chat_model.turns.clear()
+    chat_model.turns.append({"role": "user", "content": question})
+    asked = Example(question, "", lambda _: 0.0, messages=tuple(chat_model.turns))
     _, ids = prompt_format.render(asked, tokenizer)
-    room = min(options.max_new_tokens, voice.model.context - len(ids))
+    room = min(options.max_new_tokens, chat_model.model.context_length - len(ids))
     if room < 1:
-        voice.turns.clear()
+        chat_model.turns.clear()
         return "(this chat is longer than the model can read; it begins anew)"
-    tokens = torch.tensor([ids], device=voice.model.device.torch_device)
+    tokens = torch.tensor([ids], device=chat_model.model.device.torch_device)
     warm = {"do_sample": True, "temperature": options.temperature, "top_k": 0}
-    with torch.no_grad(), voice.model.device.autocast():
+    with torch.no_grad(), chat_model.model.device.autocast():
         written = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=room,
-            eos_token_id=list(voice.model.end_ids), pad_token_id=voice.model.pad_id,
+            eos_token_id=list(chat_model.model.end_ids), pad_token_id=chat_model.model.pad_id,
             **(warm if options.temperature else {"do_sample": False}),
         )  # fmt: skip
-    text = voice.model.decoder.text(written[0, len(ids) :].tolist())
-    voice.turns.append({"role": "assistant", "content": text})
+    text = chat_model.model.decoder.decode_tokens(written[0, len(ids) :].tolist())
+    chat_model.turns.append({"role": "assistant", "content": text})
     return text
 
 
-def show(console: Console, answers: Sequence[tuple[str, str]]) -> None:
+def print_answers(console: Console, answers: Sequence[tuple[str, str]]) -> None:
     panels = [Panel(Text(text or "(nothing)"), title=Text(name)) for name, text in answers]
-    if console.width < NARROW:
+    if console.width < NARROW_WIDTH:
         for panel in panels:
             console.print(panel)
         return

@@ -6,11 +6,11 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.commands.arguments import option
+from grpo.commands.arguments import take_option
 from grpo.errors import ConfigError
 
 USAGE = "grpo dashboard [FOLDER] [--host HOST] [--port PORT]"
-FOLDER, HOST, PORT = "outputs", "127.0.0.1", "8265"
+DEFAULT_FOLDER, DEFAULT_HOST, DEFAULT_PORT = "outputs", "127.0.0.1", "8265"
 
 
 def dashboard(arguments: Sequence[str]) -> None:
@@ -19,20 +19,20 @@ def dashboard(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: there is no such folder, or nothing can listen there.
     """
-    rest, host = option(arguments, "--host")
-    rest, port = option(rest, "--port")
+    rest, host = take_option(arguments, "--host")
+    rest, port = take_option(rest, "--port")
     if len(rest) > 1 or any(word.startswith("-") for word in rest):
         raise ConfigError(f"{USAGE}: {' '.join(rest)} is not that.")
-    root = Path(rest[0] if rest else FOLDER).expanduser()
+    root = Path(rest[0] if rest else DEFAULT_FOLDER).expanduser()
     if not root.is_dir():
         raise ConfigError(f"{root}: there is no such folder; runs make it, or name another one.")
-    host = host or HOST
-    listener = listening(host, port or PORT)
+    host = host or DEFAULT_HOST
+    listener = open_listener(host, port or DEFAULT_PORT)
     import uvicorn
 
-    from grpo.dashboard.app import LOOPBACK, dashboard_app
+    from grpo.dashboard.app import LOOPBACK, build_app
 
-    app = dashboard_app(root, host)
+    app = build_app(root, host)
     place = f"[{host}]" if ":" in host else host
     if host not in LOOPBACK:
         print(f"whoever reaches {host} can read what is in {root}", flush=True)
@@ -43,7 +43,7 @@ def dashboard(arguments: Sequence[str]) -> None:
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
-def listening(host: str, port: str) -> socket.socket:
+def open_listener(host: str, port: str) -> socket.socket:
     """A socket that listens there; port 0 is any that is free."""
     if not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--port {port}: a number up to 65535, or 0 for any that is free.")

@@ -11,21 +11,27 @@ from typing import Any
 
 import yaml
 
-from grpo.commands.arguments import option
-from grpo.config.schema import flat
-from grpo.config.secrets import texts_of
+from grpo.commands.arguments import take_option
+from grpo.config.schema import flatten_config
+from grpo.config.secrets import find_texts
 from grpo.errors import ConfigError, RunError
-from grpo.models.hub import cached_model
-from grpo.report.run.page import verdict, written
-from grpo.report.run.read import Run, diagnosed, differences, read_run, shipped_config
-from grpo.runs.folder import HUB_ID, model_of_checkpoint, run_of
+from grpo.models.hub import find_cached_model
+from grpo.report.run.page import describe_result, format_config_value
+from grpo.report.run.read import Run, diagnose_run, diff_configs, load_default_config, read_run
+from grpo.runs.folder import MODEL_ID, find_checkpoint_model, find_run
 
 USAGE = "grpo export RUN DIR [--push ORG/NAME [--private]] [--trust]"
-FLAGS = ("--private", "--trust")  # the second is of a base model under an adapter
-PRIVATE_PARTS = ("tracking", "hydra", "name", "resume", "sweep_dir")  # said of a run, not a model
-PRIVATE = re.compile(r"(path|url|dir|folder|file|host|address|email|user|_env|notes)$")
-PLACE = re.compile(r"\w+://|~/|/[^\s/]+/|\.{1,2}/|\w:\\|.*\$\{oc\.env:")
-SHOWN = ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/reward")
+EXPORT_FLAGS = ("--private", "--trust")  # the second is of a base model under an adapter
+PRIVATE_SECTIONS = (
+    "tracking",
+    "hydra",
+    "name",
+    "resume",
+    "sweep_dir",
+)  # said of a run, not a model
+PRIVATE_KEY_NAME = re.compile(r"(path|url|dir|folder|file|host|address|email|user|_env|notes)$")
+PATH_OR_URL = re.compile(r"\w+://|~/|/[^\s/]+/|\.{1,2}/|\w:\\|.*\$\{oc\.env:")
+CARD_METRICS = ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/reward")
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -37,33 +43,35 @@ def export(arguments: Sequence[str]) -> None:
     """
     what = "the model's id on the hub, ORG/NAME"
     private, trusted = "--private" in arguments, "--trust" in arguments
-    given, hub_id = option([own for own in arguments if own not in FLAGS], "--push", what)
+    given, hub_id = take_option(
+        [own for own in arguments if own not in EXPORT_FLAGS], "--push", what
+    )
     if private and hub_id is None:
         raise ConfigError("--private: says how --push makes the model's page on the hub.")
-    if hub_id is not None and not HUB_ID.fullmatch(hub_id):
+    if hub_id is not None and not MODEL_ID.fullmatch(hub_id):
         raise ConfigError(f"--push {hub_id}: needs {what}.")
     if len(given) != 2:
         raise ConfigError(f"{USAGE}: name a run and the folder to write.")
     source, folder = given[0], Path(given[1]).expanduser()
-    home = run_of(Path(source).expanduser())
+    home = find_run(Path(source).expanduser())
     if home is None:
         raise ConfigError(f"{source}: holds no run; a plain model needs no export.")
-    model = model_of_checkpoint(source)
+    model = find_checkpoint_model(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is there already; give a new or an empty folder.")
     if hub_id is not None:
         check_hub(hub_id)
-    run = as_of(read_run(home), model)
+    run = cut_to_checkpoint(read_run(home), model)
     from grpo.models.merged import write_merged
 
     write_merged(model, folder, trusted)
-    (folder / "README.md").write_text(card(run, hub_id or folder.name), encoding="utf-8")
+    (folder / "README.md").write_text(format_card(run, hub_id or folder.name), encoding="utf-8")
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:
-        push(folder, hub_id, private)
+        push_model(folder, hub_id, private)
 
 
-def as_of(run: Run, model: Path) -> Run:
+def cut_to_checkpoint(run: Run, model: Path) -> Run:
     """The run as it was when it saved this model: of a later step its card must not speak."""
     step = re.fullmatch(r"step_(\d+)", model.resolve().parent.name)
     if step is None or int(step[1]) >= run.lines[-1]["step"]:
@@ -71,7 +79,7 @@ def as_of(run: Run, model: Path) -> Run:
     lines = [line for line in run.lines if line["step"] <= int(step[1])]
     evaluated = [line for line in lines if "eval/accuracy" in line]
     summary = {**run.summary, "last_evaluation": evaluated[-1] if evaluated else None}
-    found = diagnosed(lines, run.config)
+    found = diagnose_run(lines, run.config)
     return replace(run, lines=lines, summary=summary, diagnoses=found)
 
 
@@ -86,7 +94,7 @@ def check_hub(hub_id: str) -> None:
         raise ConfigError(f"--push {hub_id}: {reason} `hf auth login` logs in.") from error
 
 
-def push(folder: Path, hub_id: str, private: bool) -> None:
+def push_model(folder: Path, hub_id: str, private: bool) -> None:
     """Uploads a model.
 
     Raises:
@@ -110,36 +118,36 @@ def push(folder: Path, hub_id: str, private: bool) -> None:
     print(f"pushed to https://huggingface.co/{hub_id}", flush=True)
 
 
-def card(run: Run, name: str) -> str:
+def format_card(run: Run, name: str) -> str:
     """README.md: what the model is, of what data, how it was trained and how good it is."""
     first = run.summary.get("first_evaluation") or {}
     last = run.summary.get("last_evaluation") or {}
     rows = [
         f"| {key} | {first[key]:.4g} | {last[key]:.4g} |"
-        for key in SHOWN
+        for key in CARD_METRICS
         if first.get(key) is not None and last.get(key) is not None
     ]
-    changed = differences([shipped_config(), run.config])
+    changed = diff_configs([load_default_config(), run.config])
     config = [
-        f"| `{key}` | {cell(own)} | {cell(usual)} |"
+        f"| `{key}` | {format_markdown_cell(own)} | {format_markdown_cell(usual)} |"
         for key, (usual, own) in changed.items()
         if not is_private(key, own)
     ]
     versions = ", ".join(f"{k} {v}" for k, v in (run.summary.get("versions") or {}).items())
     troubles = [f"- **{one.title}**: {one.evidence}" for one in run.diagnoses]
     parts = [
-        front_matter(run),
+        format_front_matter(run),
         f"# {name}",
-        f"`{base_of(run)}`, trained by group-relative policy optimization (GRPO) with grpo-bench. "
-        f"{verdict(run)}",
+        f"`{get_base_name(run)}`, trained by group-relative policy optimization (GRPO) with "
+        f"grpo-bench. {describe_result(run)}",
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n```',
         "## Data",
-        listed(public(run.config["dataset"])),
+        format_list(select_public(run.config["dataset"])),
         "## Reward",
-        listed(public(run.config["reward"])),
+        format_list(select_public(run.config["reward"])),
         "## How good it is",
         "On the evaluation rows, before and after training.\n\n"
         "| metric | before | after |\n|---|---|---|\n" + "\n".join(rows)
@@ -147,7 +155,7 @@ def card(run: Run, name: str) -> str:
         else "Not known.",
         *(["## What the doctor said", "\n".join(troubles)] if troubles else []),
         "## How it was trained",
-        f"```bash\ngrpo {' '.join(public_overrides(run.overrides))}\n```",
+        f"```bash\ngrpo {' '.join(select_public_overrides(run.overrides))}\n```",
         "Keys that differ from the shipped config:\n\n| key | here | as shipped |\n|---|---|---|\n"
         + "\n".join(config)
         if config
@@ -158,36 +166,36 @@ def card(run: Run, name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(run: Run) -> str:
+def format_front_matter(run: Run) -> str:
     """What the hub reads: base model, data, licence of the base where that is known."""
     model, data = run.config["model"], run.config["dataset"]
     content: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["grpo", "grpo-bench", "reinforcement-learning"],
-        "license": licence_of(model.get("path") or cached(model)) or "unknown",
+        "license": read_licence(model.get("path") or find_cached_folder(model)) or "unknown",
     }
     if model.get("id"):
         content["base_model"] = model["id"]
-    if sources := [own["id"] for own in sets_of(data) if own.get("id") and not own.get("path")]:
+    if sources := [own["id"] for own in list_sets(data) if own.get("id") and not own.get("path")]:
         content["datasets"] = sources
     return f"---\n{yaml.safe_dump(content, sort_keys=False).rstrip()}\n---"
 
 
-def sets_of(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def list_sets(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The data set, or each of a mix."""
     return list((data.get("sets") or {"": data}).values())
 
 
-def cached(model: Mapping[str, Any]) -> str | None:
+def find_cached_folder(model: Mapping[str, Any]) -> str | None:
     """The folder of a hub model at its revision, if it is in the cache."""
     if not model.get("id"):
         return None
-    found = cached_model(model["id"], model.get("revision"))
+    found = find_cached_model(model["id"], model.get("revision"))
     return str(found) if found else None
 
 
-def licence_of(folder: str | None) -> str | None:
+def read_licence(folder: str | None) -> str | None:
     """What the card in a base model's folder says."""
     readme = Path(folder or "") / "README.md"
     if not folder or not readme.is_file():
@@ -196,26 +204,26 @@ def licence_of(folder: str | None) -> str | None:
     return found[1] if found else None
 
 
-def base_of(run: Run) -> str:
+def get_base_name(run: Run) -> str:
     model: Mapping[str, Any] = run.config["model"]
     return str(model.get("id") or model["name"])
 
 
-def public(config: Mapping[str, Any]) -> dict[str, Any]:
+def select_public(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is set, each key by its dotted name, without what is nobody else's business."""
     return {
         key: value
-        for key, value in flat(config).items()
+        for key, value in flatten_config(config).items()
         if value not in (None, [], {}) and not is_private(key, value)
     }
 
 
-def public_overrides(overrides: Sequence[str]) -> list[str]:
+def select_public_overrides(overrides: Sequence[str]) -> list[str]:
     """The same of a command; a key whose value is left out is shown as `key=…`."""
     shown = []
     for own in overrides:
         key, equals, value = own.partition("=")
-        if key.lstrip("+~").startswith(PRIVATE_PARTS):
+        if key.lstrip("+~").startswith(PRIVATE_SECTIONS):
             continue
         shown.append(f"{key}=…" if equals and is_private(key, value.strip("'\"")) else own)
     return shown
@@ -223,16 +231,16 @@ def public_overrides(overrides: Sequence[str]) -> list[str]:
 
 def is_private(key: str, value: object) -> bool:
     """Whether it says where something is on somebody's machines, or how it is reached there."""
-    if key.lstrip("+~").startswith(PRIVATE_PARTS) or PRIVATE.search(key):
+    if key.lstrip("+~").startswith(PRIVATE_SECTIONS) or PRIVATE_KEY_NAME.search(key):
         return True
-    return any(PLACE.match(text.strip("'\" ")) for _, text in texts_of(value))
+    return any(PATH_OR_URL.match(text.strip("'\" ")) for _, text in find_texts(value))
 
 
-def listed(config: Mapping[str, Any]) -> str:
+def format_list(config: Mapping[str, Any]) -> str:
     return "\n".join(
         f"- `{key}`: {json.dumps(value, ensure_ascii=False)}" for key, value in config.items()
     )
 
 
-def cell(value: object) -> str:
-    return written(value).replace("|", "\\|").replace("\n", " ")
+def format_markdown_cell(value: object) -> str:
+    return format_config_value(value).replace("|", "\\|").replace("\n", " ")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.errors import ConfigError, RunError
-from grpo.report.run.page import runs_page, write_run_page
-from grpo.report.run.read import is_run, read_run, told_apart
+from grpo.report.run.page import render_runs_page, write_run_page
+from grpo.report.run.read import is_run, make_names_unique, read_run
 from grpo.report.sweep.write import write_report
-from grpo.runs.files import put
-from grpo.sweep.folder import SweepEnd, counted
+from grpo.runs.files import write_atomically
+from grpo.sweep.folder import SweepResult, count_by_status
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -35,12 +35,14 @@ def report(arguments: Sequence[str]) -> None:
     elif len(runs) == 1:
         print(f"report: {write_run_page(runs[0])}", flush=True)
     else:
-        html = runs_page(told_apart([read_run(folder) for folder in runs]))
-        put(runs[0] / "runs.html", lambda file: file.write_text(html, encoding="utf-8"))
+        html = render_runs_page(make_names_unique([read_run(folder) for folder in runs]))
+        write_atomically(
+            runs[0] / "runs.html", lambda file: file.write_text(html, encoding="utf-8")
+        )
         print(f"report: {runs[0]}/runs.html", flush=True)
 
 
-def report_sweep_end(end: SweepEnd) -> None:
+def report_sweep_end(end: SweepResult) -> None:
     """Says what became of a sweep's jobs, and writes its report.
 
     Raises:
@@ -49,11 +51,11 @@ def report_sweep_end(end: SweepEnd) -> None:
     if not end.jobs:
         print(f"\nnothing was left to do for {end.folder}.", flush=True)
         return
-    print(f"\nsweep in {end.folder}: {counted(job.status for job in end.jobs)}", flush=True)
+    print(f"\nsweep in {end.folder}: {count_by_status(job.status for job in end.jobs)}", flush=True)
     print(write_report([end.folder]), flush=True)
-    if end.broken:
-        lines = "\n".join(f"  {job}; in {job.folder}" for job in end.broken)
+    if end.unsuccessful:
+        lines = "\n".join(f"  {job}; in {job.folder}" for job in end.unsuccessful)
         raise RunError(
-            f"{len(end.broken)} of {len(end.jobs)} jobs did not end well:\n{lines}\n"
+            f"{len(end.unsuccessful)} of {len(end.jobs)} jobs did not end well:\n{lines}\n"
             f"  go on with what is left: grpo -m sweep_dir={end.folder}"
         )

@@ -11,11 +11,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.suggest import nearest
+from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def resolve_node(cfg: DictConfig) -> dict[str, Any]:
     """A node as plain Python, interpolations resolved."""
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
@@ -28,13 +28,13 @@ def bind(node: Mapping[str, Any], key: str) -> functools.partial[Any]:
     Raises:
         ConfigError: it can't be imported, or doesn't take one of the keys.
     """
-    options = plain(node) if isinstance(node, DictConfig) else dict(node)
-    target = imported(str(options.pop("_target_", "")), f"{key}._target_")
+    options = resolve_node(node) if isinstance(node, DictConfig) else dict(node)
+    target = import_callable(str(options.pop("_target_", "")), f"{key}._target_")
     check_options(target, options, key)
     return functools.partial(target, **options)
 
 
-def imported(path: str, key: str) -> Callable[..., Any]:
+def import_callable(path: str, key: str) -> Callable[..., Any]:
     """The callable of this path.
 
     Raises:
@@ -44,11 +44,13 @@ def imported(path: str, key: str) -> Callable[..., Any]:
         # Hydra's own way to a callable, with what it never lets a config name.
         found: Callable[..., Any] = instantiate({"_target_": path, "_partial_": True}).func
     except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
-        raise ConfigError(f"{key}={path}: can't be imported ({root_cause(error)}).") from error
+        raise ConfigError(
+            f"{key}={path}: can't be imported ({format_root_cause(error)})."
+        ) from error
     return found
 
 
-def named(name: str, table: Mapping[str, Any], key: str) -> Any:
+def resolve_name(name: str, table: Mapping[str, Any], key: str) -> Any:
     """What a bare name stands for in a table, or the function that a whole path names.
 
     Raises:
@@ -59,9 +61,9 @@ def named(name: str, table: Mapping[str, Any], key: str) -> Any:
     if "." not in name:
         raise ConfigError(
             f"{key}={name}: use one of {', '.join(table)}, or a function of your own as "
-            f"module.function{nearest(name, table)}"
+            f"module.function{suggest_names(name, table)}"
         )
-    return imported(name, key)
+    return import_callable(name, key)
 
 
 def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: str) -> None:
@@ -71,18 +73,20 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: s
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {target!r} can't be called.") from error
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-    hints = type_hints(target)
+    hints = read_type_hints(target)
     for option, value in options.items():
         if option not in known and not takes_any:
             name = getattr(target, "__qualname__", target)
-            raise ConfigError(f"{key}.{option}: {name} takes no such key{nearest(option, known)}")
+            raise ConfigError(
+                f"{key}.{option}: {name} takes no such key{suggest_names(option, known)}"
+            )
         if not fits(value, hints.get(option, Any)):
             hint = hints[option]
             expected = hint.__name__ if isinstance(hint, type) else str(hint)
             raise ConfigError(f"{key}.{option}={value}: should be {expected}.")
 
 
-def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
+def read_type_hints(target: Callable[..., Any]) -> dict[str, Any]:
     """A callable's annotations, where they can be resolved; a user's own may name anything."""
     try:
         return get_type_hints(vars(target)["__init__"] if isinstance(target, type) else target)
@@ -98,7 +102,7 @@ def fits(value: object, hint: Any) -> bool:
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
-def root_cause(error: BaseException) -> str:
+def format_root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -9,18 +9,23 @@ from importlib.util import find_spec
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grpo.config.check_algorithm import check_algorithm, check_kl, check_sampling
-from grpo.config.metric_names import EVAL_METRICS, OF_SOURCE, REWARD_METRICS, STEP_METRICS
-from grpo.config.schema import flat
-from grpo.config.suggest import nearest
-from grpo.config.validation import at_least, check_revision, more_than_nothing, one_of
+from grpo.config.metric_names import (
+    EVAL_METRICS,
+    REWARD_METRICS,
+    SOURCE_METRIC_PREFIXES,
+    STEP_METRICS,
+)
+from grpo.config.schema import flatten_config
+from grpo.config.suggest import suggest_names
+from grpo.config.validation import check_at_least, check_choice, check_positive, check_revision
 from grpo.errors import ConfigError
-from grpo.seeds import SEEDS
+from grpo.seeds import SEED_LIMIT
 
-NO_PROJECT, NO_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
-LARGEST = 2**31 - 1  # of whole numbers, and of tokens that are sampled together
+INVALID_IN_PROJECT, INVALID_IN_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
+INT32_MAX = 2**31 - 1  # of whole numbers, and of tokens that are sampled together
 
 
-def check(cfg: DictConfig) -> None:
+def check_config(cfg: DictConfig) -> None:
     """Refuses what can be seen to be wrong from the config alone.
 
     Raises:
@@ -30,26 +35,26 @@ def check(cfg: DictConfig) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
     for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
-        at_least(cfg, key, 1)
+        check_at_least(cfg, key, 1)
     for key in ("max_steps", "device.token_budget", "device.cache_budget"):
-        at_least(cfg, key, 1, optional=True)
+        check_at_least(cfg, key, 1, optional=True)
     for key in ("eval.every", "eval.samples", "optim.warmup_steps", "log_prompts"):
-        at_least(cfg, key, 0)
+        check_at_least(cfg, key, 0)
     for key in ("kl_weight", "optim.weight_decay", "optim.max_grad_norm", "seed"):
-        at_least(cfg, key, 0.0)
+        check_at_least(cfg, key, 0.0)
     check_sizes(cfg)
     for key in ("temperature", "learning_rate", "eval.temperature"):
-        more_than_nothing(cfg, key)
+        check_positive(cfg, key)
     if cfg.device.memory_gb is not None:
-        more_than_nothing(cfg, "device.memory_gb")
+        check_positive(cfg, "device.memory_gb")
     check_sampling(cfg)
     check_algorithm(cfg)
     check_kl(cfg)
-    one_of(cfg, "objective", EVAL_METRICS)
-    one_of(cfg, "device.kind", ("auto", "cpu", "cuda", "mps"))
-    one_of(cfg, "device.precision", ("auto", "bf16", "fp32"))
-    one_of(cfg, "optim.schedule", ("constant", "linear", "cosine"))
-    one_of(cfg, "optim.name", ("adamw", "adamw_8bit"))
+    check_choice(cfg, "objective", EVAL_METRICS)
+    check_choice(cfg, "device.kind", ("auto", "cpu", "cuda", "mps"))
+    check_choice(cfg, "device.precision", ("auto", "bf16", "fp32"))
+    check_choice(cfg, "optim.schedule", ("constant", "linear", "cosine"))
+    check_choice(cfg, "optim.name", ("adamw", "adamw_8bit"))
     if "wandb" in cfg.tracking:
         check_wandb(cfg)
     check_model(cfg.model)
@@ -59,26 +64,26 @@ def check(cfg: DictConfig) -> None:
     check_curriculum(cfg)
     if cfg.doctor is not None:
         for key in ("doctor.patience", "doctor.window", "doctor.spikes"):
-            at_least(cfg, key, 1)
+            check_at_least(cfg, key, 1)
     if not (cfg.eval.greedy or cfg.eval.samples):
         raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
 
 
 def check_sizes(cfg: DictConfig) -> None:
     """Refuses numbers beyond what torch or a machine takes."""
-    if cfg.seed >= SEEDS:
-        raise ConfigError(f"seed={cfg.seed}: must be less than 2**64 = {SEEDS}.")
-    for key, value in flat(OmegaConf.to_container(cfg, resolve=True)).items():  # type: ignore[arg-type]
+    if cfg.seed >= SEED_LIMIT:
+        raise ConfigError(f"seed={cfg.seed}: must be less than 2**64 = {SEED_LIMIT}.")
+    for key, value in flatten_config(OmegaConf.to_container(cfg, resolve=True)).items():  # type: ignore[arg-type]
         whole = isinstance(value, int) and not key.endswith("seed")
-        if whole and abs(value) > LARGEST:
-            raise ConfigError(f"{key}={value}: must be at most {LARGEST}.")
+        if whole and abs(value) > INT32_MAX:
+            raise ConfigError(f"{key}={value}: must be at most {INT32_MAX}.")
     for keys in (("batch_size", "num_generation"), ("eval.samples",), ("curriculum.samples",)):
         factors = {key: OmegaConf.select(cfg, key) for key in (*keys, "max_new_tokens")}
-        if math.prod(factors.values()) > LARGEST:
+        if math.prod(factors.values()) > INT32_MAX:
             given = " ".join(f"{key}={value}" for key, value in factors.items())
             raise ConfigError(
                 f"{given}: that is up to {math.prod(factors.values())} tokens at once, and more "
-                f"than {LARGEST} can't be held; lower one of them."
+                f"than {INT32_MAX} can't be held; lower one of them."
             )
 
 
@@ -87,14 +92,14 @@ def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
     rewards = [f"reward/{name}" for name in (*REWARD_METRICS, *cfg.reward)]
     known = [*EVAL_METRICS, "eval/overlap", *rewards, *STEP_METRICS]
     for source in cfg.dataset.get("sets") or ():
-        known += [f"{name}{source}" for name in OF_SOURCE]
+        known += [f"{name}{source}" for name in SOURCE_METRIC_PREFIXES]
     if cfg.kl.estimator == "full":
         known.append("kl/full")
     if metric.startswith("kl/") and (cfg.kl.estimator is None or not cfg.kl_weight):
         why = "kl=none" if cfg.kl.estimator is None else f"kl_weight={cfg.kl_weight}"
         raise ConfigError(f"{key}.{metric}: {why} has no reference, so no run logs this.")
     if metric not in known:
-        raise ConfigError(f"{key}.{metric}: no run logs this{nearest(metric, known)}")
+        raise ConfigError(f"{key}.{metric}: no run logs this{suggest_names(metric, known)}")
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -107,8 +112,8 @@ def check_training(cfg: DictConfig) -> None:
             f"by both; leaving one out is for grpo eval."
         )
     check_trained_model(cfg.model)
-    at_least(cfg, "checkpoint.every", 0, whole=True)
-    at_least(cfg, "checkpoint.keep", 1, whole=True)
+    check_at_least(cfg, "checkpoint.every", 0, whole=True)
+    check_at_least(cfg, "checkpoint.keep", 1, whole=True)
     betas = list(cfg.optim.betas)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ConfigError(f"optim.betas={betas}: needs two numbers from 0 up to, not with, 1.")
@@ -140,18 +145,19 @@ def check_trained_model(model: DictConfig) -> None:
 
 def check_wandb(cfg: DictConfig) -> None:
     """W&B's own rules, which it would tell once the model is loaded."""
-    one_of(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
+    check_choice(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
     key, project = "tracking.wandb.project", cfg.tracking.wandb.project
     if project is None and os.environ.get("WANDB_PROJECT"):
         key, project = "WANDB_PROJECT", os.environ["WANDB_PROJECT"]
     if project is not None and (
         not isinstance(project, str)
         or not 1 <= len(project) <= 128
-        or set(project) & set(NO_PROJECT)
+        or set(project) & set(INVALID_IN_PROJECT)
     ):
         raise ConfigError(
             f"{key}={project}: should be a name of 1 to 128 characters, none of "
-            f"them {' '.join(NO_PROJECT)}; an entity is a key of its own, tracking.wandb.entity."
+            f"them {' '.join(INVALID_IN_PROJECT)}; an entity is a key of its own, "
+            f"tracking.wandb.entity."
         )
     tags = cfg.tracking.wandb.tags
     if not isinstance(tags, ListConfig | None):
@@ -160,17 +166,17 @@ def check_wandb(cfg: DictConfig) -> None:
         if not 1 <= len(str(tag)) <= 64:
             raise ConfigError(f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.")
     own = os.environ.get("WANDB_RUN_ID")
-    if own and cfg.resume is None and (own != own.strip() or set(own) & set(NO_RUN_ID)):
+    if own and cfg.resume is None and (own != own.strip() or set(own) & set(INVALID_IN_RUN_ID)):
         raise ConfigError(
             f"WANDB_RUN_ID={own}: a run's id can't begin or end with a space, nor hold any of "
-            f"{' '.join(NO_RUN_ID)}"
+            f"{' '.join(INVALID_IN_RUN_ID)}"
         )
 
 
 def check_adapter(cfg: DictConfig) -> None:
     if cfg.adapter is not None:
-        at_least(cfg, "adapter.rank", 1)
-        more_than_nothing(cfg, "adapter.alpha")
+        check_at_least(cfg, "adapter.rank", 1)
+        check_positive(cfg, "adapter.alpha")
         target = cfg.adapter.target
         names = target if isinstance(target, ListConfig) else [target]
         if not names or not all(isinstance(name, str) for name in names):
@@ -196,8 +202,8 @@ def check_installed(cfg: DictConfig) -> None:
 
 def check_curriculum(cfg: DictConfig) -> None:
     curriculum = cfg.curriculum
-    one_of(cfg, "curriculum.order", ("shuffled", "given", "easy_first", "hard_first"))
-    at_least(cfg, "curriculum.samples", 0)
+    check_choice(cfg, "curriculum.order", ("shuffled", "given", "easy_first", "hard_first"))
+    check_at_least(cfg, "curriculum.samples", 0)
     low, high = curriculum.at_least, curriculum.at_most
     if not 0 <= low <= high <= 1:
         raise ConfigError(

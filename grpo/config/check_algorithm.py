@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.validation import at_least, more_than_nothing, one_of
+from grpo.config.validation import check_at_least, check_choice, check_positive
 from grpo.errors import ConfigError
 
 
 def check_sampling(cfg: DictConfig) -> None:
-    more_than_nothing(cfg, "sampling.repetition_penalty")
-    more_than_nothing(cfg, "sampling.top_p", most=1.0)
+    check_positive(cfg, "sampling.repetition_penalty")
+    check_positive(cfg, "sampling.top_p", maximum=1.0)
     for key in ("sampling.top_k", "sampling.min_p"):
-        at_least(cfg, key, 0)
+        check_at_least(cfg, key, 0)
     if cfg.sampling.min_p > 1:
         raise ConfigError(f"sampling.min_p={cfg.sampling.min_p}: must be at most 1.")
     if "" in cfg.sampling.stop:
@@ -21,11 +21,11 @@ def check_sampling(cfg: DictConfig) -> None:
 
 def check_algorithm(cfg: DictConfig) -> None:
     for key in ("algorithm.num_iterations", "algorithm.minibatches"):
-        at_least(cfg, key, 1)
+        check_at_least(cfg, key, 1)
     for key in ("algorithm.resample", "algorithm.entropy_weight"):
-        at_least(cfg, key, 0)
-    more_than_nothing(cfg, "algorithm.top_entropy", most=1.0)
-    at_least(cfg, "algorithm.importance_cap", 1.0)
+        check_at_least(cfg, key, 0)
+    check_positive(cfg, "algorithm.top_entropy", maximum=1.0)
+    check_at_least(cfg, "algorithm.importance_cap", 1.0)
     algorithm = cfg.algorithm
     if algorithm.minibatches > cfg.batch_size:
         raise ConfigError(
@@ -54,10 +54,10 @@ def check_policy_loss(cfg: DictConfig) -> None:
     """Ranges of the package's own losses; types are checked when they are bound."""
     loss = cfg.algorithm.policy_loss
     for name in ("clip_low", "clip_high"):
-        at_least(cfg, f"algorithm.policy_loss.{name}", 0.0, optional=True)
+        check_at_least(cfg, f"algorithm.policy_loss.{name}", 0.0, optional=True)
     for name in ("ratio_max", "sharpness_positive", "sharpness_negative", "decay_positive"):
         if name in loss:
-            more_than_nothing(cfg, f"algorithm.policy_loss.{name}")
+            check_positive(cfg, f"algorithm.policy_loss.{name}")
     dual = loss.get("clip_dual")
     if isinstance(dual, int | float) and dual <= 1 + loss.get("clip_high", 0.0):
         raise ConfigError(
@@ -67,10 +67,10 @@ def check_policy_loss(cfg: DictConfig) -> None:
 
 
 def check_kl(cfg: DictConfig) -> None:
-    one_of(cfg, "kl.direction", ("reverse", "forward"))
-    one_of(cfg, "kl.within", ("loss", "reward"))
-    at_least(cfg, "kl.sync_every", 0)
-    more_than_nothing(cfg, "kl.sync_share", most=1.0)
+    check_choice(cfg, "kl.direction", ("reverse", "forward"))
+    check_choice(cfg, "kl.within", ("loss", "reward"))
+    check_at_least(cfg, "kl.sync_every", 0)
+    check_positive(cfg, "kl.sync_share", maximum=1.0)
     kl = cfg.kl
     # Not so with kl_weight=0, which stands in many a sweep beside other weights.
     without = {"kl.within": "loss", "kl.unbiased_gradient": False, "kl.sync_every": 0}
@@ -78,7 +78,7 @@ def check_kl(cfg: DictConfig) -> None:
         if kl.estimator is None and OmegaConf.select(cfg, key) != value:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)}: with kl=none there is no KL.")
     if kl.target is not None:
-        more_than_nothing(cfg, "kl.target")
+        check_positive(cfg, "kl.target")
         if cfg.kl_weight == 0 or kl.estimator is None:
             own = not OmegaConf.is_interpolation(cfg, "kl_weight") or kl.estimator is None
             raise ConfigError(

@@ -30,4 +30,8 @@ STEP_METRICS = (
     *("perf/completion_tokens_per_second", "perf/samples_per_second", "memory/peak_gb"),
 )
 
-OF_SOURCE = ("eval/accuracy_from_", "eval/sampled_accuracy_from_", "reward/from_")  # a mix's set
+SOURCE_METRIC_PREFIXES = (
+    "eval/accuracy_from_",
+    "eval/sampled_accuracy_from_",
+    "reward/from_",
+)  # a mix's set

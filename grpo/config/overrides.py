@@ -6,29 +6,29 @@ from collections.abc import Sequence
 
 from hydra._internal.utils import get_args_parser
 
-NOT_THE_EXPERIMENT = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, not what it is
+LOCATION_KEYS = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, not what it is
 
 
-def quoted(value: object) -> str:
+def quote_value(value: object) -> str:
     """As a value in an override, whatever signs are in it."""
     inside = str(value).replace("'", "\\'")
     return f"'{inside}'"
 
 
-def overrides_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Hydra's own parser tells `key=value` from flags and the values that belong to flags."""
     known, unknown = get_args_parser().parse_known_args(list(arguments))
     overrides = [*known.overrides, *(word for word in unknown if not word.startswith("-"))]
     return overrides, [word for word in arguments if word not in overrides]
 
 
-def key_of(override: str) -> str:
+def parse_key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def value_of(key: str, overrides: Sequence[str]) -> str | None:
+def find_value(key: str, overrides: Sequence[str]) -> str | None:
     """The last value given to a key."""
-    values = [o.partition("=")[2] for o in overrides if key_of(o) == key]
+    values = [o.partition("=")[2] for o in overrides if parse_key(o) == key]
     return values[-1].strip("'\"") if values else None
 
 
@@ -37,19 +37,19 @@ def merge_overrides(past: Sequence[str], given: Sequence[str]) -> list[str]:
 
     A key that was added with a + is one of the run's own: given anew it needs no + again.
     """
-    renewed = {key_of(override) for override in given} | set(NOT_THE_EXPERIMENT)
-    added = {key_of(o): prefix_of(o) for o in past if prefix_of(o).startswith("+")}
-    return [o for o in past if key_of(o) not in renewed] + [
-        f"{added.get(key_of(o), '') if not prefix_of(o) else ''}{o}"
+    renewed = {parse_key(override) for override in given} | set(LOCATION_KEYS)
+    added = {parse_key(o): parse_prefix(o) for o in past if parse_prefix(o).startswith("+")}
+    return [o for o in past if parse_key(o) not in renewed] + [
+        f"{added.get(parse_key(o), '') if not parse_prefix(o) else ''}{o}"
         for o in given
-        if not (prefix_of(o) == "~" and key_of(o) in added)  # with the past one it is gone
+        if not (parse_prefix(o) == "~" and parse_key(o) in added)  # with the past one it is gone
     ]
 
 
-def prefix_of(override: str) -> str:
+def parse_prefix(override: str) -> str:
     """What says that a key is added or deleted: +, ++ or ~; empty where it is set."""
     return override[: len(override) - len(override.lstrip("+~"))]
 
 
-def names_config_dir(flags: Sequence[str]) -> bool:
+def has_config_dir(flags: Sequence[str]) -> bool:
     return any(flag.startswith(("--config-dir", "-cd")) for flag in flags)

@@ -172,13 +172,13 @@ class Config:
     parallel: Any = None
 
 
-def register() -> None:
+def register_schema() -> None:
     """Makes the schema and the resolvers known to Hydra; done once, when the command starts."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("pid", lambda: os.getpid(), replace=True)
 
 
-def without_hydra(config: DictConfig) -> DictConfig:
+def remove_hydra(config: DictConfig) -> DictConfig:
     """The experiment's own config, its types with it."""
     own = copy.deepcopy(config)
     with flag_override(own, ["struct", "readonly"], [False, False]):
@@ -186,20 +186,20 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return own
 
 
-def conf_folder() -> Path:
+def find_conf_folder() -> Path:
     """The project's configs: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every key by its dotted name."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{name}.")
+            found |= flatten_config(value, f"{name}.")
         else:
             found[name] = value
     return found

@@ -18,15 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo.errors import ConfigError
 
-NAMED = re.compile(  # a key's last part
+SECRET_KEY = re.compile(  # a key's last part
     r"(^|_)(pass(word|wd|phrase)|secret|credentials?|authorization|(api|access|secret|private)_?key"
     r"|(api|auth|access|refresh|bearer|hf|hub)_?token)$|^token$",
     re.IGNORECASE,
 )
-IN_ENVIRONMENT = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTHORIZATION)$")
-PASSWORD = re.compile(r"\w://[^/\s:@]*:([^/\s@]+)@")  # in a URL
-LOOKS = (
-    PASSWORD,
+SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTHORIZATION)$")
+URL_PASSWORD = re.compile(r"\w://[^/\s:@]*:([^/\s@]+)@")  # in a URL
+SECRET_PATTERNS = (
+    URL_PASSWORD,
     re.compile(r"https?://[^/\s:@]+@"),  # a token in a user's place
     re.compile(r"[?&][\w-]*(token|secret|password|signature|key)=[^&\s]{6,}", re.IGNORECASE),
     re.compile(r"\bBearer\s+\S{8,}"),
@@ -35,8 +35,8 @@ LOOKS = (
     re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"),  # a JSON web token
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 )
-SHORTEST = 8  # characters; a shorter value stands in texts that have nothing to do with it
-GONE = "***"
+MIN_SECRET_LENGTH = 8  # characters; a shorter value stands in texts that have nothing to do with it
+REDACTED = "***"
 
 
 def refuse_secrets(config: DictConfig) -> None:
@@ -47,11 +47,11 @@ def refuse_secrets(config: DictConfig) -> None:
     """
     whole = OmegaConf.to_container(config, resolve=False)
     assert isinstance(whole, dict)
-    found = list(texts_of({k: v for k, v in whole.items() if k != "hydra"}))
+    found = list(find_texts({k: v for k, v in whole.items() if k != "hydra"}))
     hydra = whole.get("hydra") or {}
-    found += texts_of({k: hydra.get(k) for k in ("sweeper", "launcher")}, "hydra")
-    found += texts_of(hydra.get("job", {}).get("env_set") or {}, "hydra.job.env_set")
-    found += swept_texts(hydra.get("overrides", {}).get("task") or ())
+    found += find_texts({k: hydra.get(k) for k in ("sweeper", "launcher")}, "hydra")
+    found += find_texts(hydra.get("job", {}).get("env_set") or {}, "hydra.job.env_set")
+    found += find_override_texts(hydra.get("overrides", {}).get("task") or ())
     for key, text in found:
         if is_secret(key, text):
             raise ConfigError(
@@ -64,27 +64,27 @@ def is_secret(key: str, text: str) -> bool:
     """Whether a key's value is a secret that is written out."""
     if "${" in text:
         text = re.sub(r"\$\{[^}]*\}", "", text)
-        return any(look.search(text) for look in LOOKS)
-    named = NAMED.search(key.rpartition(".")[2]) is not None
-    return (named and bool(text)) or any(look.search(text) for look in LOOKS)
+        return any(look.search(text) for look in SECRET_PATTERNS)
+    named = SECRET_KEY.search(key.rpartition(".")[2]) is not None
+    return (named and bool(text)) or any(look.search(text) for look in SECRET_PATTERNS)
 
 
-def texts_of(node: object, name: str = "") -> Iterator[tuple[str, str]]:
+def find_texts(node: object, name: str = "") -> Iterator[tuple[str, str]]:
     """Every text in a config, with its dotted key.
 
     name: of the node itself.
     """
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from texts_of(value, f"{name}.{key}" if name else str(key))
+            yield from find_texts(value, f"{name}.{key}" if name else str(key))
     elif isinstance(node, list | tuple):
         for value in node:
-            yield from texts_of(value, name)
+            yield from find_texts(value, name)
     elif isinstance(node, str):
         yield name, node
 
 
-def swept_texts(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+def find_override_texts(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The same of overrides, each value of a sweep with them."""
     for own in OverridesParser.create().parse_overrides(list(overrides)):
         if own.is_delete():
@@ -95,67 +95,69 @@ def swept_texts(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield own.key_or_group, str(value)
 
 
-def for_files(config: DictConfig) -> dict[str, Any]:
+def resolve_without_secrets(config: DictConfig) -> dict[str, Any]:
     """A config as plain Python, its interpolations resolved, but for texts of the environment.
 
     Those stay as they are written: `${oc.env:NAME}`, or what refers to it.
     """
     written, resolved = (OmegaConf.to_container(config, resolve=own) for own in (False, True))
     assert isinstance(resolved, dict)
-    hidden = set(texts_of_environment(written, resolved))
-    return {str(key): value for key, value in hide(written, resolved, hidden).items()}
+    hidden = set(find_environment_texts(written, resolved))
+    return {str(key): value for key, value in hide_texts(written, resolved, hidden).items()}
 
 
-def texts_of_environment(written: Any, resolved: Any) -> Iterator[str]:
+def find_environment_texts(written: Any, resolved: Any) -> Iterator[str]:
     """What stands in place of each `${oc.env:NAME}`, where it is a text."""
     if isinstance(written, str):
         if "oc.env" in written and isinstance(resolved, str) and resolved:
             yield resolved
     elif isinstance(written, dict):
         for key, own in written.items():
-            yield from texts_of_environment(own, resolved[key])
+            yield from find_environment_texts(own, resolved[key])
     elif isinstance(written, list):
         for own, value in zip(written, resolved, strict=True):
-            yield from texts_of_environment(own, value)
+            yield from find_environment_texts(own, value)
 
 
-def hide(written: Any, resolved: Any, hidden: set[str]) -> Any:
+def hide_texts(written: Any, resolved: Any, hidden: set[str]) -> Any:
     """A resolved node, with what is written wherever a hidden text would stand."""
     if isinstance(written, dict):
-        return {key: hide(own, resolved[key], hidden) for key, own in written.items()}
+        return {key: hide_texts(own, resolved[key], hidden) for key, own in written.items()}
     if isinstance(written, list):
-        return [hide(own, value, hidden) for own, value in zip(written, resolved, strict=True)]
+        return [
+            hide_texts(own, value, hidden) for own, value in zip(written, resolved, strict=True)
+        ]
     referring = isinstance(written, str) and "${" in written
-    texts = [text for _, text in texts_of(resolved)] if referring else []
+    texts = [text for _, text in find_texts(resolved)] if referring else []
     return written if any(own in text for own in hidden for text in texts) else resolved
 
 
-def cross_out(text: str) -> str:
+def redact(text: str) -> str:
     """The text without the secrets of the environment, as a service's error may quote them."""
-    for secret in sorted(secrets_of_environment(), key=len, reverse=True):
-        text = text.replace(secret, GONE)
+    for secret in sorted(find_environment_secrets(), key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
     return text
 
 
-def secrets_of_environment() -> set[str]:
+def find_environment_secrets() -> set[str]:
     """Values of variables that are named like secrets, and passwords in all others' URLs."""
-    found = {value for name, value in os.environ.items() if IN_ENVIRONMENT.search(name.upper())}
-    found |= {own for value in os.environ.values() for own in PASSWORD.findall(value)}
-    return {value for value in found if len(value) >= SHORTEST}
+    found = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name.upper())}
+    found |= {own for value in os.environ.values() for own in URL_PASSWORD.findall(value)}
+    return {value for value in found if len(value) >= MIN_SECRET_LENGTH}
 
 
-class CrossOut(logging.Filter):
+class SecretFilter(logging.Filter):
     """Takes the environment's secrets out of what is logged, tracebacks with it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = cross_out(record.getMessage()), None
+        record.msg, record.args = redact(record.getMessage()), None
         if record.exc_info:
-            record.exc_text = cross_out(logging.Formatter().formatException(record.exc_info))
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         return True
 
 
-def cross_out_in_logs() -> None:
+def redact_logs() -> None:
     """From now on, in whatever the root's handlers write."""
     for handler in logging.getLogger().handlers:
-        if not any(isinstance(own, CrossOut) for own in handler.filters):
-            handler.addFilter(CrossOut())
+        if not any(isinstance(own, SecretFilter) for own in handler.filters):
+            handler.addFilter(SecretFilter())

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def suggest_names(word: str, choices: Iterable[str]) -> str:
     """`; did you mean X or Y?`, or nothing where nothing is near."""
-    alike = {choice: likeness(word, choice) for choice in choices}
+    alike = {choice: similarity(word, choice) for choice in choices}
     least = max(0.6, max(alike.values(), default=0.0) - 0.1)
     near = [choice for choice, own in alike.items() if own >= least]
     near = [own for own in near if "." not in own or own.rpartition(".")[2] not in near]
@@ -16,7 +16,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def likeness(word: str, choice: str) -> float:
+def similarity(word: str, choice: str) -> float:
     """From 0 to 1; below 0.6 it is none. A key of another part counts a little less."""
     (part, _, name), (other_part, _, other) = word.rpartition("."), choice.rpartition(".")
     same_name = difflib.SequenceMatcher(None, other, name).ratio()

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo.errors import ConfigError
 
-OWN = "grpo"
-HARMLESS = re.compile(  # of Hydra's own settings: they say where and how many, not what
+PACKAGE_NAME = "grpo"
+HARMLESS_SETTINGS = re.compile(  # of Hydra's own settings: they say where and how many, not what
     r"hydra/launcher=(basic|joblib|ray|submitit_local|submitit_slurm|slurm)"
     r"|hydra/sweeper=(grid|optuna)"
     r"|hydra\.(mode|verbose|run\.dir|sweep\.(dir|subdir)|(sweeper|launcher)\.[\w.]+|job\.name)=.*"
@@ -28,26 +28,26 @@ HARMLESS = re.compile(  # of Hydra's own settings: they say where and how many, 
 
 
 @dataclass
-class Source:
+class OverrideSource:
     """Where this command's overrides come from, if not from the command line alone."""
 
     folder: Path | None = None
-    given: tuple[str, ...] = ()  # the keys of the command line itself
-    past: tuple[str, ...] = ()  # those of the folder that are not given anew
+    given_keys: tuple[str, ...] = ()  # the keys of the command line itself
+    folder_keys: tuple[str, ...] = ()  # those of the folder that are not given anew
 
     def is_given(self, key: str) -> bool:
         """Whether the user answers for a key: what is said of it most exactly is theirs."""
         theirs, others = (
             max((len(own) for own in keys if key == own or key.startswith(f"{own}.")), default=0)
-            for keys in (self.given, self.past)
+            for keys in (self.given_keys, self.folder_keys)
         )
         return theirs > others
 
 
-SOURCE = Source()
+OVERRIDE_SOURCE = OverrideSource()
 
 
-def take_from(
+def check_folder_overrides(
     folder: Path, overrides: Sequence[str], config_dir: str | None, given: Sequence[str]
 ) -> None:
     """Notes that overrides come from this folder, and refuses those that reach Hydra itself.
@@ -63,17 +63,17 @@ def take_from(
         [own.partition("=")[0].lstrip("+~").replace("/", ".") for own in part]
         for part in (given, overrides)
     )
-    SOURCE.folder = folder
-    SOURCE.given = tuple(given_keys)
-    SOURCE.past = tuple(key for key in past_keys if key not in given_keys)
+    OVERRIDE_SOURCE.folder = folder
+    OVERRIDE_SOURCE.given_keys = tuple(given_keys)
+    OVERRIDE_SOURCE.folder_keys = tuple(key for key in past_keys if key not in given_keys)
     for override in overrides:
         setting = override.lstrip("+~")
         if setting.startswith("hydra") and (
-            "_target_" in setting or not HARMLESS.fullmatch(setting)
+            "_target_" in setting or not HARMLESS_SETTINGS.fullmatch(setting)
         ):
-            raise refusal(folder, f"{override}, a setting of Hydra's that may run code")
-    if config_dir is not None and not is_users(Path(config_dir)):
-        raise refusal(folder, f"configs in {config_dir}, outside the working directory")
+            raise make_refusal(folder, f"{override}, a setting of Hydra's that may run code")
+    if config_dir is not None and not is_users_file(Path(config_dir)):
+        raise make_refusal(folder, f"configs in {config_dir}, outside the working directory")
 
 
 def check_code(cfg: DictConfig) -> None:
@@ -82,31 +82,31 @@ def check_code(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the key and the function.
     """
-    if SOURCE.folder is None:
+    if OVERRIDE_SOURCE.folder is None:
         return
-    for key, path in named_code(OmegaConf.to_container(cfg, resolve=True)):  # type: ignore[arg-type]
-        if not (SOURCE.is_given(key) or is_own(path)):
-            raise refusal(SOURCE.folder, f"{key}={path}")
-    if cfg.model.trust_remote_code and not SOURCE.is_given("model.trust_remote_code"):
+    for key, path in find_function_keys(OmegaConf.to_container(cfg, resolve=True)):  # type: ignore[arg-type]
+        if not (OVERRIDE_SOURCE.is_given(key) or is_trusted(path)):
+            raise make_refusal(OVERRIDE_SOURCE.folder, f"{key}={path}")
+    if cfg.model.trust_remote_code and not OVERRIDE_SOURCE.is_given("model.trust_remote_code"):
         raise ConfigError(
-            f"{SOURCE.folder}: says model.trust_remote_code=true, which runs Python code from the "
-            f"model's folder. Read that, and add --trust to run it."
+            f"{OVERRIDE_SOURCE.folder}: says model.trust_remote_code=true, which runs Python code "
+            f"from the model's folder. Read that, and add --trust to run it."
         )
 
 
-def refusal(folder: Path, what: str) -> ConfigError:
+def make_refusal(folder: Path, what: str) -> ConfigError:
     return ConfigError(
         f"{folder}: names {what}; it is neither part of this package nor in your working "
         f"directory. Read it, and add --trust to run it."
     )
 
 
-def named_code(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def find_function_keys(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Each key that names a function, with the function's path."""
     for key, value in node.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from named_code(value, f"{name}.")
+            yield from find_function_keys(value, f"{name}.")
         elif key == "_target_" or (isinstance(value, str) and is_function_key(name, value)):
             yield name, str(value)
 
@@ -115,10 +115,10 @@ def is_function_key(name: str, value: str) -> bool:
     return (name.startswith("algorithm.") or name == "kl.estimator") and "." in value
 
 
-def is_own(path: str) -> bool:
+def is_trusted(path: str) -> bool:
     """Whether a dotted path is this package's, or in a file of the working directory."""
     first, *rest = path.split(".")
-    if first == OWN:
+    if first == PACKAGE_NAME:
         return True
     try:
         spec = find_spec(first)  # of a first name it imports nothing
@@ -127,13 +127,14 @@ def is_own(path: str) -> bool:
     if spec is None:
         return True  # there is no such module: refused as that, later
     if spec.origin is not None:
-        return is_users(Path(spec.origin))  # built-in ones have a word there, and no file
+        return is_users_file(Path(spec.origin))  # built-in ones have a word there, and no file
     return all(
-        is_users(place) for place in inside([*(spec.submodule_search_locations or [])], rest)
+        is_users_file(place)
+        for place in resolve_in_namespace([*(spec.submodule_search_locations or [])], rest)
     )
 
 
-def inside(folders: Sequence[str], names: Sequence[str]) -> list[Path]:
+def resolve_in_namespace(folders: Sequence[str], names: Sequence[str]) -> list[Path]:
     """How far these names lead from folders without an __init__.py, which are one package."""
     found = [Path(folder) for folder in folders]
     for name in names:
@@ -145,7 +146,7 @@ def inside(folders: Sequence[str], names: Sequence[str]) -> list[Path]:
     return found
 
 
-def is_users(place: Path) -> bool:
+def is_users_file(place: Path) -> bool:
     """Whether a file or folder lies in the working directory, and not in the folder in question.
 
     An environment's packages may lie there too; they are not the user's.
@@ -153,4 +154,6 @@ def is_users(place: Path) -> bool:
     place, here = place.expanduser().resolve(), Path.cwd()
     if not place.exists() or not place.is_relative_to(here) or "site-packages" in place.parts:
         return False
-    return SOURCE.folder is None or not place.is_relative_to(SOURCE.folder.resolve())
+    return OVERRIDE_SOURCE.folder is None or not place.is_relative_to(
+        OVERRIDE_SOURCE.folder.resolve()
+    )

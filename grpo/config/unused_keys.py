@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.overrides import key_of
+from grpo.config.overrides import parse_key
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a config alone doesn't say."""
 
-    exact: bool  # the sampler's probabilities are the policy's, but for rounding
+    exact_sampler: bool  # the sampler's probabilities are the policy's, but for rounding
     updates: int  # of the optimizer, in the whole run
     own_code: bool = False  # the model comes with Python code
 
@@ -39,7 +39,7 @@ RULES = (
     ),
     Rule(
         "algorithm.importance_cap",
-        lambda cfg, facts: facts.exact,
+        lambda cfg, facts: facts.exact_sampler,
         "this sampler's probabilities are the policy's own; rollout=vllm and bf16 use it",
     ),
     Rule(
@@ -73,13 +73,13 @@ RULES = (
 )
 
 
-def unused_keys(cfg: DictConfig, overrides: Sequence[str], facts: Facts) -> Iterator[str]:
+def explain_unused_keys(cfg: DictConfig, overrides: Sequence[str], facts: Facts) -> Iterator[str]:
     """A line for each override that changes nothing in this run.
 
     Args:
         overrides: those of the command line; what an experiment's file sets may be for others.
     """
-    given = {key_of(override) for override in overrides}
+    given = {parse_key(override) for override in overrides}
     for rule in RULES:
         if rule.key in given and rule.is_unused(cfg, facts):
             yield f"{rule.key}={OmegaConf.select(cfg, rule.key)} does nothing here: {rule.why}."

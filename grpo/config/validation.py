@@ -9,12 +9,12 @@ from tempfile import TemporaryFile
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.suggest import nearest
+from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
 
 
-def at_least(
-    cfg: DictConfig, key: str, least: float, *, whole: bool = False, optional: bool = False
+def check_at_least(
+    cfg: DictConfig, key: str, minimum: float, *, whole: bool = False, optional: bool = False
 ) -> None:
     """optional: it may be null."""
     value = OmegaConf.select(cfg, key)
@@ -23,29 +23,29 @@ def at_least(
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         given = "null" if value is None else value
         raise ConfigError(f"{key}={given}: should be a {'whole ' if whole else ''}number.")
-    if not (value >= least and math.isfinite(value)):
-        raise ConfigError(f"{key}={value}: must be at least {least:g}.")
+    if not (value >= minimum and math.isfinite(value)):
+        raise ConfigError(f"{key}={value}: must be at least {minimum:g}.")
 
 
-def one_of(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
+def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
     value = OmegaConf.select(cfg, key)
     if value not in choices:
         raise ConfigError(
-            f"{key}={value}: use one of {', '.join(choices)}{nearest(value, choices)}"
+            f"{key}={value}: use one of {', '.join(choices)}{suggest_names(value, choices)}"
         )
 
 
-def more_than_nothing(cfg: DictConfig, key: str, most: float = math.inf) -> None:
+def check_positive(cfg: DictConfig, key: str, maximum: float = math.inf) -> None:
     value = OmegaConf.select(cfg, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key}={value}: should be a number.")
     if not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{key}={value}: must be more than 0.")
-    if value > most:
-        raise ConfigError(f"{key}={value}: must be at most {most:g}.")
+    if value > maximum:
+        raise ConfigError(f"{key}={value}: must be at most {maximum:g}.")
 
 
-def writable(folder: Path, key: str) -> None:
+def check_writable(folder: Path, key: str) -> None:
     """Refuses a folder that can't be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

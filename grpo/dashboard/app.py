@@ -20,38 +20,42 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from grpo.dashboard.found import outputs_in
-from grpo.dashboard.home import home
+from grpo.dashboard.home import render_home
+from grpo.dashboard.outputs import find_outputs
 from grpo.dashboard.studies import Studies
 from grpo.errors import ConfigError
-from grpo.report.run.page import run_page
+from grpo.report.run.page import render_run_page
 from grpo.report.run.read import read_run
-from grpo.report.sweep.write import sweep_page
+from grpo.report.sweep.write import render_sweep_page
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def dashboard_app(root: Path, host: str) -> Starlette:
+def build_app(root: Path, host: str) -> Starlette:
     """host: where it listens; on a loopback address it answers to this machine's names alone."""
     root = root.absolute()
     studies = Studies(root)
 
     def front(request: Request) -> Response:
-        outputs = outputs_in(root)
-        studies.follow(outputs.sweeps)
-        return HTMLResponse(home(outputs, root, studies.ids, studies.unreadable))
+        outputs = find_outputs(root)
+        studies.copy_studies(outputs.sweeps)
+        return HTMLResponse(render_home(outputs, root, studies.ids, studies.unreadable))
 
-    pages = Pages()
+    pages = ReportCache()
 
     def run(request: Request) -> Response:
         sources = ["metrics.jsonl", "summary.json"]
-        return pages.show(folder_of(root, request), sources, lambda run: run_page(read_run(run)))
+        return pages.serve_report(
+            find_requested_folder(root, request),
+            sources,
+            lambda run: render_run_page(read_run(run)),
+        )
 
     def sweep(request: Request) -> Response:
         sources = ["sweep.json", "*/summary.json", "*/metrics.jsonl"]
-        return pages.show(folder_of(root, request), sources, sweep_page)
+        return pages.serve_report(find_requested_folder(root, request), sources, render_sweep_page)
 
-    runs = Late(lambda: trackio(root / "trackio"))
+    runs = LazyApp(lambda: build_trackio_app(root / "trackio"))
     routes = [
         Route("/", front),
         Route("/run/{path:path}", run),
@@ -59,7 +63,7 @@ def dashboard_app(root: Path, host: str) -> Starlette:
         Mount("/trackio", runs),
         Route("/static/trackio/{rest:path}", runs),  # which its page asks for from the root
         Route("/file", runs),
-        Mount("/", ReadOnly(Late(lambda: optuna(studies)))),
+        Mount("/", ReadOnlyApp(LazyApp(lambda: build_optuna_app(studies)))),
     ]
     # Another site's page must not read this one by a name that it lets point here.
     names = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
@@ -68,7 +72,7 @@ def dashboard_app(root: Path, host: str) -> Starlette:
     )
 
 
-def folder_of(root: Path, request: Request) -> Path:
+def find_requested_folder(root: Path, request: Request) -> Path:
     """The folder that a request names, which must be in the one that is shown."""
     folder = root / str(request.path_params["path"])
     if not folder.resolve().is_relative_to(root.resolve()) or not folder.is_dir():
@@ -76,15 +80,17 @@ def folder_of(root: Path, request: Request) -> Path:
     return folder
 
 
-class Pages:
+class ReportCache:
     """Reports as they are now: those that were written, or made and kept here; none is written."""
 
-    def __init__(self, most: int = 16) -> None:
-        self.most = most
-        self.made: OrderedDict[Path, tuple[float, str]] = OrderedDict()
+    def __init__(self, max_reports: int = 16) -> None:
+        self.max_reports = max_reports
+        self.rendered: OrderedDict[Path, tuple[float, str]] = OrderedDict()
         self.locks: defaultdict[Path, Lock] = defaultdict(Lock)
 
-    def show(self, folder: Path, sources: list[str], make: Callable[[Path], str]) -> Response:
+    def serve_report(
+        self, folder: Path, sources: list[str], make: Callable[[Path], str]
+    ) -> Response:
         """A folder's report, made anew where what it is made from is newer.
 
         Raises:
@@ -96,19 +102,19 @@ class Pages:
         if report.is_file() and report.stat().st_mtime >= newest:
             return FileResponse(report)
         with self.locks[folder]:  # others who ask for it wait, and get the same
-            made = self.made.get(folder)
+            made = self.rendered.get(folder)
             if made is None or made[0] != newest:
                 try:
                     made = newest, make(folder)
                 except ConfigError as error:
                     raise HTTPException(404, str(error)) from error
-                self.made[folder] = made
-                while len(self.made) > self.most:
-                    self.made.popitem(last=False)
+                self.rendered[folder] = made
+                while len(self.rendered) > self.max_reports:
+                    self.rendered.popitem(last=False)
         return HTMLResponse(made[1])
 
 
-class Late:
+class LazyApp:
     """An app that is made when it is first asked for: they are slow to import."""
 
     def __init__(self, make: Callable[[], ASGIApp]) -> None:
@@ -121,7 +127,7 @@ class Late:
         await self.app(scope, receive, send)
 
 
-class ReadOnly:
+class ReadOnlyApp:
     """Lets nothing through that could change a study."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -134,7 +140,7 @@ class ReadOnly:
             await self.app(scope, receive, send)
 
 
-def trackio(folder: Path) -> ASGIApp:
+def build_trackio_app(folder: Path) -> ASGIApp:
     """Trackio's own app, which asks for a token before it changes anything."""
     os.environ["TRACKIO_DIR"] = str(folder)  # read when it is imported
     from trackio.server import build_starlette_app_only
@@ -144,7 +150,7 @@ def trackio(folder: Path) -> ASGIApp:
     return app
 
 
-def optuna(studies: Studies) -> ASGIApp:
+def build_optuna_app(studies: Studies) -> ASGIApp:
     from optuna_dashboard import wsgi
 
     with warnings.catch_warnings():
@@ -154,7 +160,7 @@ def optuna(studies: Studies) -> ASGIApp:
     shown = wsgi(studies.storage)
 
     def current(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        studies.look()
+        studies.refresh()
         answer: Iterable[bytes] = shown(environ, start)
         return answer
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from grpo.dashboard.found import EvaluationFolder, Outputs, RunFolder, SweepFolder
-from grpo.report.shell import Page, table
+from grpo.dashboard.outputs import EvaluationFolder, Outputs, RunFolder, SweepFolder
+from grpo.report.html import Page, render_table
 from grpo.runs.files import RUNNING
-from grpo.sweep.folder import counted
-from grpo.tracking.console import duration
+from grpo.sweep.folder import count_by_status
+from grpo.tracking.console import format_duration
 
 SECONDS_BETWEEN_LOADS = 10  # while something runs
 
 
-def home(
+def render_home(
     outputs: Outputs, root: Path, studies: Mapping[Path, int], unreadable: Mapping[Path, str]
 ) -> str:
     """HTML.
@@ -28,73 +28,79 @@ def home(
     """
     page = Page(f"grpo: {root.absolute().name}")
     page.add(f"<h1>{escape(root.absolute().name)}</h1>")
-    page.add(f"<p class=lead>{summed_up(outputs)}</p>")
+    page.add(f"<p class=lead>{summarize_outputs(outputs)}</p>")
     if not (outputs.runs or outputs.sweeps or outputs.evaluations):
         page.add("<section><p>Train one: <code>grpo</code>. This page will show it.</p></section>")
     links = ["<a href='/trackio/'>Runs in Trackio</a>"]
     if studies:
         links.append("<a href='/dashboard'>Studies in optuna-dashboard</a>")
     page.add(f"<p class=facts>{' &middot; '.join(links)}</p>")
-    if outputs.broken:
-        reasons = "".join(f"<li>{escape(own)}</li>" for own in outputs.broken)
+    if outputs.errors:
+        reasons = "".join(f"<li>{escape(own)}</li>" for own in outputs.errors)
         page.add(f"<section class=trouble><h2>Broken</h2><ul>{reasons}</ul></section>")
     if outputs.sweeps:
         heads = ["sweep", "jobs", "study", "each job"]
-        cells = [study_cell(own, studies, unreadable) for own in outputs.sweeps]
-        rows = [sweep_row(*own, root) for own in zip(outputs.sweeps, cells, strict=True)]
-        page.add(f"<section><h2>Sweeps</h2>{table(heads, rows)}</section>")
+        cells = [render_study_cell(own, studies, unreadable) for own in outputs.sweeps]
+        rows = [render_sweep_row(*own, root) for own in zip(outputs.sweeps, cells, strict=True)]
+        page.add(f"<section><h2>Sweeps</h2>{render_table(heads, rows)}</section>")
     if outputs.runs:
         heads = ["run", "status", "steps", "sampled", "greedy", "time", "overrides"]
-        rows = [run_row(run, root) for run in outputs.runs]
-        page.add(f"<section><h2>Runs</h2>{table(heads, rows)}</section>")
+        rows = [render_run_row(run, root) for run in outputs.runs]
+        page.add(f"<section><h2>Runs</h2>{render_table(heads, rows)}</section>")
     if outputs.evaluations:
         heads = ["evaluation", "of", "prompts", "sampled", "greedy", "pass@k", "overrides"]
-        rows = [evaluation_row(own, root) for own in outputs.evaluations]
-        page.add(f"<section><h2>Evaluations</h2>{table(heads, rows)}</section>")
-    if any(status == RUNNING for status in statuses(outputs)):
+        rows = [render_evaluation_row(own, root) for own in outputs.evaluations]
+        page.add(f"<section><h2>Evaluations</h2>{render_table(heads, rows)}</section>")
+    if any(status == RUNNING for status in list_statuses(outputs)):
         page.reload(SECONDS_BETWEEN_LOADS)
-    return page.html()
+    return page.render_html()
 
 
-def statuses(outputs: Outputs) -> Iterable[str]:
+def list_statuses(outputs: Outputs) -> Iterable[str]:
     yield from (run.status for run in outputs.runs)
     yield from (job.status for sweep in outputs.sweeps for job in sweep.jobs)
 
 
-def summed_up(outputs: Outputs) -> str:
-    going = sum(status == RUNNING for status in statuses(outputs))
+def summarize_outputs(outputs: Outputs) -> str:
+    going = sum(status == RUNNING for status in list_statuses(outputs))
     runs, sweeps = len(outputs.runs), len(outputs.sweeps)
     parts = [f"{runs} run{'' if runs == 1 else 's'}", f"{sweeps} sweep{'' if sweeps == 1 else 's'}"]
     return f"{', '.join(parts)}; {f'{going} running now' if going else 'nothing runs just now'}."
 
 
-def run_row(run: RunFolder, root: Path) -> str:
+def render_run_row(run: RunFolder, root: Path) -> str:
     first, last = run.summary.get("first_evaluation"), run.summary.get("last_evaluation")
-    gains = [gain(first, last, f"eval/{key}") for key in ("sampled_accuracy", "accuracy")]
+    gains = [format_gain(first, last, f"eval/{key}") for key in ("sampled_accuracy", "accuracy")]
     steps = f"{run.summary.get('steps', 0)} of {run.summary.get('total_steps', '?')}"
-    time = duration(run.summary.get("wall_seconds") or 0)
+    time = format_duration(run.summary.get("wall_seconds") or 0)
     cells = [run.status, steps, *gains, time, " ".join(run.overrides)]
     rest = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f"<tr><td>{link('run', run.folder, root)}</td>{rest}</tr>"
+    return f"<tr><td>{render_link('run', run.folder, root)}</td>{rest}</tr>"
 
 
-def evaluation_row(own: EvaluationFolder, root: Path) -> str:
+def render_evaluation_row(evaluation: EvaluationFolder, root: Path) -> str:
     shares = [
-        gain(None, own.found, f"eval/{key}")
+        format_gain(None, evaluation.result, f"eval/{key}")
         for key in ("sampled_accuracy", "accuracy", "pass_at_k")
     ]
-    place, given = str(own.folder.relative_to(root)), " ".join(own.overrides)
-    cells = [place, str(own.found["checkpoint"]), str(own.found["prompts"]), *shares, given]
+    place, given = str(evaluation.folder.relative_to(root)), " ".join(evaluation.overrides)
+    cells = [
+        place,
+        str(evaluation.result["checkpoint"]),
+        str(evaluation.result["prompts"]),
+        *shares,
+        given,
+    ]
     return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
-def gain(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, key: str) -> str:
+def format_gain(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, key: str) -> str:
     values = [own.get(key) for own in (first, last) if own]
     told = [f"{value:.1%}" for value in values if value is not None]
     return " \u2192 ".join(dict.fromkeys(told))
 
 
-def study_cell(
+def render_study_cell(
     sweep: SweepFolder, studies: Mapping[Path, int], unreadable: Mapping[Path, str]
 ) -> str:
     if sweep.folder in unreadable:
@@ -104,16 +110,16 @@ def study_cell(
     return ""
 
 
-def sweep_row(sweep: SweepFolder, study: str, root: Path) -> str:
-    counts = counted(job.status for job in sweep.jobs)
+def render_sweep_row(sweep: SweepFolder, study: str, root: Path) -> str:
+    counts = count_by_status(job.status for job in sweep.jobs)
     begun = [job for job in sweep.jobs if job.status != "none"]
-    jobs = " ".join(link("run", job.folder, root, str(job.number)) for job in begun)
+    jobs = " ".join(render_link("run", job.folder, root, str(job.number)) for job in begun)
     return (
-        f"<tr><td>{link('sweep', sweep.folder, root)}</td><td>{escape(counts)}</td>"
+        f"<tr><td>{render_link('sweep', sweep.folder, root)}</td><td>{escape(counts)}</td>"
         f"<td>{study}</td><td class=long>{jobs}</td></tr>"
     )
 
 
-def link(kind: str, folder: Path, root: Path, text: str = "") -> str:
+def render_link(kind: str, folder: Path, root: Path, text: str = "") -> str:
     place = str(folder.relative_to(root))
     return f"<a href='/{kind}/{quote(place)}'>{escape(text or place)}</a>"

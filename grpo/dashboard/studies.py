@@ -11,49 +11,49 @@ from pathlib import Path
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial
 
-from grpo.dashboard.found import SweepFolder, outputs_in
+from grpo.dashboard.outputs import SweepFolder, find_outputs
 from grpo.errors import ConfigError
 from grpo.sweep.folder import StudyFile
-from grpo.sweep.study import LOST, open_storage, quiet
+from grpo.sweep.study import DATABASE_ERRORS, open_storage, silence_optuna
 
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_REFRESHES = 1.0
 
 
 class Studies:
     """A copy in memory of the studies in a folder; they themselves are only read."""
 
     def __init__(self, root: Path) -> None:
-        quiet()
+        silence_optuna()
         self.root, self.storage = root, InMemoryStorage()
         self.sources: dict[Path, tuple[BaseStorage, int]] = {}  # whence, and its study there
         self.ids: dict[Path, int] = {}  # the copy's
         self.unreadable: dict[Path, str] = {}  # and why
-        self.looked = -SECONDS_BETWEEN_LOOKS
+        self.refreshed_at = -SECONDS_BETWEEN_REFRESHES
         self.lock = threading.Lock()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Brings the copy up to date, unless it was a moment ago."""
-        if time.monotonic() - self.looked >= SECONDS_BETWEEN_LOOKS:
-            self.follow(outputs_in(self.root).sweeps)
+        if time.monotonic() - self.refreshed_at >= SECONDS_BETWEEN_REFRESHES:
+            self.copy_studies(find_outputs(self.root).sweeps)
 
-    def follow(self, sweeps: Iterable[SweepFolder]) -> None:
+    def copy_studies(self, sweeps: Iterable[SweepFolder]) -> None:
         """Makes the copy what these hold; a study that can't be reached is not tried again."""
         with self.lock:
             for sweep in sweeps:
-                if sweep.searches and sweep.folder not in self.unreadable:
-                    self._follow(sweep.folder)
-            self.looked = time.monotonic()
+                if sweep.is_search and sweep.folder not in self.unreadable:
+                    self._copy_study(sweep.folder)
+            self.refreshed_at = time.monotonic()
 
-    def _follow(self, folder: Path) -> None:
+    def _copy_study(self, folder: Path) -> None:
         try:
             if folder not in self.sources:
-                self._open(folder)
+                self._open_study(folder)
             storage, there = self.sources[folder]
             copy_trials(self.storage, self.ids[folder], storage.get_all_trials(there))
-        except (*LOST, ConfigError, KeyError, json.JSONDecodeError) as error:
+        except (*DATABASE_ERRORS, ConfigError, KeyError, json.JSONDecodeError) as error:
             self.unreadable[folder] = str(error).splitlines()[0]
 
-    def _open(self, folder: Path) -> None:
+    def _open_study(self, folder: Path) -> None:
         file = StudyFile.read(folder)
         if file is None:
             raise ConfigError("there is none")
@@ -74,12 +74,12 @@ def copy_trials(copy: BaseStorage, study: int, trials: list[FrozenTrial]) -> Non
     own = copy.get_all_trials(study)
     for old, new in zip(own, trials, strict=False):
         if not old.state.is_finished():
-            bring(copy, old, new)
+            update_trial(copy, old, new)
     for new in trials[len(own) :]:
         copy.create_new_trial(study, template_trial=new)
 
 
-def bring(copy: BaseStorage, old: FrozenTrial, new: FrozenTrial) -> None:
+def update_trial(copy: BaseStorage, old: FrozenTrial, new: FrozenTrial) -> None:
     """What has been added to a trial that was under way; its end comes last."""
     trial = old._trial_id
     for name in new.params.keys() - old.params.keys():

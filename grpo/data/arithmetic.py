@@ -8,13 +8,13 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
-from grpo.data.rows import Generated
+from grpo.data.answers import answered, choose_extractor
+from grpo.data.rows import GeneratedRows
 from grpo.data.source import Source
-from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
 from grpo.types import Example
 
-OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b}
+OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b}
 
 
 class Arithmetic(Source):
@@ -35,19 +35,19 @@ class Arithmetic(Source):
     ) -> None:
         if not 1 <= digits <= 9:
             raise ConfigError(f"dataset.digits={digits}: use 1 to 9 digits.")
-        unknown = sorted(set(operations) - set(OPERATIONS))
+        unknown = sorted(set(operations) - set(OPERATORS))
         if unknown or not operations:
             raise ConfigError(f"dataset.operations={operations!r}: use some of + and -.")
         self.digits, self.operations, self.seed = digits, sorted(set(operations)), seed
-        extractor(extract)
+        choose_extractor(extract)
         self.extract = extract
-        self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
+        self.size, self.eval_size = check_count(size, "size"), check_count(eval_size, "eval_size")
 
     def rows(self, split: str) -> Sequence[Example]:
-        key = size_key(split)
+        key = get_size_key(split)
         size: int = getattr(self, key)
         held_out = split == "test"
-        about, most = self._how_many(held_out)
+        about, most = self._count_problems(held_out)
         none_left = ConfigError(
             f"dataset.{key}={size}: there are only about {about} different problems of "
             f"{self.digits} digits; lower it, or raise dataset.digits."
@@ -57,20 +57,20 @@ class Arithmetic(Source):
         rng = random.Random(f"{self.seed} {held_out}")
         drawn: dict[int, None] = {}  # in order, and none twice
         for _ in range(100 * size):
-            number = self._draw(rng)
-            if number not in drawn and is_held_out(self._question(number)) == held_out:
+            number = self._draw_number(rng)
+            if number not in drawn and is_held_out(self._format_question(number)) == held_out:
                 drawn[number] = None
             if len(drawn) == size:
-                return self._problems(array("q", drawn))
+                return self._make_problems(array("q", drawn))
         raise none_left
 
-    def _problems(self, numbers: array[int]) -> Generated:
-        return Generated(len(numbers), lambda n: self._problem(numbers[n]))
+    def _make_problems(self, numbers: array[int]) -> GeneratedRows:
+        return GeneratedRows(len(numbers), lambda n: self._make_problem(numbers[n]))
 
     def example(self, row: Example, number: int) -> Example:
         return row
 
-    def _how_many(self, held_out: bool) -> tuple[int, int]:
+    def _count_problems(self, held_out: bool) -> tuple[int, int]:
         """Different problems: about so many, and surely no more than so many.
 
         The hash is as good as chance: five standard deviations are never seen.
@@ -81,7 +81,7 @@ class Arithmetic(Source):
         about = total * (0.1 if held_out else 0.9)
         return round(about), math.ceil(about + 5 * math.sqrt(total * 0.1 * 0.9))
 
-    def _draw(self, rng: random.Random) -> int:
+    def _draw_number(self, rng: random.Random) -> int:
         """A problem as one number: a, b and the operation as its digits."""
         numbers = 10**self.digits
         a, b = rng.randrange(numbers), rng.randrange(numbers)
@@ -91,28 +91,28 @@ class Arithmetic(Source):
         which = self.operations.index(operation)
         return int((a * numbers + b) * len(self.operations) + which)
 
-    def _read(self, number: int) -> tuple[int, int, str]:
+    def _decode_number(self, number: int) -> tuple[int, int, str]:
         both, operation = divmod(number, len(self.operations))
         return (*divmod(both, 10**self.digits), self.operations[operation])
 
-    def _question(self, number: int) -> str:
-        a, b, operation = self._read(number)
+    def _format_question(self, number: int) -> str:
+        a, b, operation = self._decode_number(number)
         return f"What is {a} {operation} {b}?"
 
-    def _problem(self, number: int) -> Example:
-        a, b, operation = self._read(number)
-        answer = str(OPERATIONS[operation](a, b))
+    def _make_problem(self, number: int) -> Example:
+        a, b, operation = self._decode_number(number)
+        answer = str(OPERATORS[operation](a, b))
         columns = {"a": a, "b": b, "operation": operation}
-        return answered(self._question(number), answer, self.extract, columns)
+        return answered(self._format_question(number), answer, self.extract, columns)
 
 
-def at_least_one(count: int, key: str) -> int:
+def check_count(count: int, key: str) -> int:
     if count < 1:
         raise ConfigError(f"dataset.{key}={count}: needs at least 1 problem.")
     return count
 
 
-def size_key(split: str) -> str:
+def get_size_key(split: str) -> str:
     """The key that says how many rows of a split are generated."""
     keys = {"train": "size", "test": "eval_size"}
     if split not in keys:

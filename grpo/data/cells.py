@@ -11,7 +11,7 @@ from grpo.errors import ConfigError
 
 Row = Mapping[str, Any]
 # By the name that Arrow gives it, or a feature of datasets.
-SHORT_FLOATS = {
+NARROW_DTYPES = {
     "float": "float32",
     "halffloat": "float16",
     "float32": "float32",
@@ -19,22 +19,22 @@ SHORT_FLOATS = {
 }
 
 
-class ShortFloats:
+class FloatShortener:
     """Rows of a table in which a float32's 0.1 is 0.1, not 0.10000000149011612."""
 
     def __init__(self, types: Mapping[str, str]) -> None:
         """types: of the columns, by Arrow or datasets."""
         import numpy
 
-        self.short = {
-            name: getattr(numpy, SHORT_FLOATS[kind])
+        self.dtypes = {
+            name: getattr(numpy, NARROW_DTYPES[kind])
             for name, kind in types.items()
-            if kind in SHORT_FLOATS
+            if kind in NARROW_DTYPES
         }
 
-    def read(self, row: Row) -> Row:
-        found = {name: row[name] for name in self.short if row[name] is not None}
-        short = {name: float(str(self.short[name](value))) for name, value in found.items()}
+    def shorten(self, row: Row) -> Row:
+        found = {name: row[name] for name in self.dtypes if row[name] is not None}
+        short = {name: float(str(self.dtypes[name](value))) for name, value in found.items()}
         return {**row, **short} if short else row
 
 
@@ -61,7 +61,7 @@ def is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def as_text(value: Any, name: str, number: int) -> str:
+def convert_to_text(value: Any, name: str, number: int) -> str:
     """A cell as text: a text as it is, a number in its shortest form, true and false.
 
     Raises:
@@ -71,13 +71,13 @@ def as_text(value: Any, name: str, number: int) -> str:
     if not finite or not isinstance(value, str | int | float | Decimal):
         kind = type(value).__name__ if finite else str(value)
         raise ConfigError(
-            f"dataset: row {number + 1} has {with_article(kind)} in column {name!r}: "
+            f"dataset: row {number + 1} has {add_article(kind)} in column {name!r}: "
             f"{str(value)[:60]}. Write it as text or as a number."
         )
     return check_unicode(str(value), name, number)
 
 
-def with_article(noun: str) -> str:
+def add_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -97,7 +97,7 @@ def check_unicode(text: str, name: str, number: int) -> str:
     return text
 
 
-def as_messages(value: Any, name: str, number: int) -> tuple[Mapping[str, str], ...]:
+def parse_messages(value: Any, name: str, number: int) -> tuple[Mapping[str, str], ...]:
     """A column that holds a chat, [{role: ..., content: ...}]; empty where it holds none.
 
     Raises:

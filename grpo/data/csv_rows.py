@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo.data.cells import ShortFloats
-from grpo.data.rows import AT_ONCE, TableRows
+from grpo.data.cells import FloatShortener
+from grpo.data.rows import ROWS_PER_CHUNK, TableRows
 from grpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-LONGEST = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
+MAX_CELL_CHARS = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
 
 
 def read_csv(file: Path) -> TableRows:
@@ -28,24 +28,24 @@ def read_csv(file: Path) -> TableRows:
     """
     import pyarrow
 
-    limit = csv.field_size_limit(LONGEST)
+    limit = csv.field_size_limit(MAX_CELL_CHARS)
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=DELIMITERS[file.suffix.lower()], strict=True)
             names = next((row for row in reader if row), [])
             check_names(names, file)
             schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
-            batches = list(batches_of(reader_rows(reader, names, file), schema))
+            batches = list(make_batches(read_records(reader, names, file), schema))
     except csv.Error as error:
         raise ConfigError(f"dataset.path={file}: line {reader.line_num}: {error}.") from error
     except UnicodeDecodeError as error:
-        number = undecodable_line(file)
+        number = find_undecodable_line(file)
         raise ConfigError(
             f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason})."
         ) from error
     finally:
         csv.field_size_limit(limit)
-    return TableRows(pyarrow.Table.from_batches(batches, schema), ShortFloats({}))
+    return TableRows(pyarrow.Table.from_batches(batches, schema), FloatShortener({}))
 
 
 def check_names(names: Sequence[str], file: Path) -> None:
@@ -54,7 +54,7 @@ def check_names(names: Sequence[str], file: Path) -> None:
             raise ConfigError(f"dataset.path={file}: its first line names {name!r} twice.")
 
 
-def reader_rows(reader: Reader, names: Sequence[str], file: Path) -> Iterator[list[str]]:
+def read_records(reader: Reader, names: Sequence[str], file: Path) -> Iterator[list[str]]:
     """Each row, as many cells as there are names; blank lines are none."""
     for row in reader:
         if len(row) == len(names):
@@ -66,26 +66,28 @@ def reader_rows(reader: Reader, names: Sequence[str], file: Path) -> Iterator[li
             )
 
 
-def batches_of(rows: Iterator[list[str]], schema: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
+def make_batches(
+    rows: Iterator[list[str]], schema: pyarrow.Schema
+) -> Iterator[pyarrow.RecordBatch]:
     """The rows in Arrow's form, some thousands at a time, so that few are Python's at once."""
     part: list[list[str]] = []
     for row in rows:
         part.append(row)
-        if len(part) == AT_ONCE:
-            yield batch_of(part, schema)
+        if len(part) == ROWS_PER_CHUNK:
+            yield make_batch(part, schema)
             part = []
     if part:
-        yield batch_of(part, schema)
+        yield make_batch(part, schema)
 
 
-def batch_of(rows: Sequence[Sequence[str]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+def make_batch(rows: Sequence[Sequence[str]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
     import pyarrow
 
     columns = [pyarrow.array(cells, pyarrow.string()) for cells in zip(*rows, strict=True)]
     return pyarrow.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def undecodable_line(file: Path) -> int:
+def find_undecodable_line(file: Path) -> int:
     """The first line, from 1, that is not UTF-8."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):

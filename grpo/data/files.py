@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grpo.data.cells import Row, ShortFloats
+from grpo.data.cells import FloatShortener, Row
 from grpo.data.csv_rows import read_csv
 from grpo.data.json_rows import read_json
-from grpo.data.rows import EAGER, Joined, JsonlRows, Rows, TableRows
+from grpo.data.rows import MAX_EAGER_ROWS, JoinedRows, JsonlRows, Rows, TableRows
 from grpo.errors import ConfigError
 
 SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5,})(-of-(?P<all>\d+))?(-[0-9a-f]{16})?")
@@ -22,10 +22,10 @@ def read_path(path: str, split: str) -> Sequence[Row]:
         ConfigError: naming what is not there, or can't be read.
     """
     given = Path(path).expanduser()
-    return read_files(split_files(given, split) if given.is_dir() else [given])
+    return read_files(find_split_files(given, split) if given.is_dir() else [given])
 
 
-def read_file(file: Path) -> Sequence[Row]:
+def read_rows(file: Path) -> Sequence[Row]:
     """As `read_files`, of one."""
     return read_files([file])
 
@@ -36,18 +36,18 @@ def read_files(files: Sequence[Path]) -> Sequence[Row]:
     Raises:
         ConfigError: naming the file, and the line in it that can't be read.
     """
-    parts = [reader_of(file)(file) for file in files]
-    rows = parts[0] if len(parts) == 1 else Joined(parts)
+    parts = [choose_reader(file)(file) for file in files]
+    rows = parts[0] if len(parts) == 1 else JoinedRows(parts)
     if not rows:
         raise ConfigError(f"dataset.path={files[0]}: the file has no rows.")
-    return rows if len(rows) > EAGER else list(rows)
+    return rows if len(rows) > MAX_EAGER_ROWS else list(rows)
 
 
-def reader_of(file: Path) -> Callable[[Path], Rows]:
+def choose_reader(file: Path) -> Callable[[Path], Rows]:
     if not file.is_file():
         raise ConfigError(f"dataset.path={file}: there is no such file.")
     if file.suffix.lower() not in READERS:
-        raise ConfigError(f"dataset.path={file}: use a {KINDS} file.")
+        raise ConfigError(f"dataset.path={file}: use a {FILE_KINDS} file.")
     return READERS[file.suffix.lower()]
 
 
@@ -60,7 +60,7 @@ def read_parquet(file: Path) -> Rows:
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"dataset.path={file}: not a parquet file ({error}).") from error
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
-    return TableRows(table, ShortFloats(types))
+    return TableRows(table, FloatShortener(types))
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -70,10 +70,10 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".tsv": read_csv,
     ".parquet": read_parquet,
 }
-KINDS = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
+FILE_KINDS = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
+def find_split_files(folder: Path, split: str) -> list[Path]:
     """The files of a split: test.csv, test-00000-of-00002.parquet ..., or all in a folder test/.
 
     They may lie in a folder data/, too. Of several kinds of files the first of READERS is taken.
@@ -81,9 +81,9 @@ def split_files(folder: Path, split: str) -> list[Path]:
     Raises:
         ConfigError: there is no such split, naming those there are; or a shard is missing.
     """
-    splits = files_by_split(folder)
+    splits = group_by_split(folder)
     if not splits:
-        raise ConfigError(f"dataset.path={folder}: holds no {KINDS} file.")
+        raise ConfigError(f"dataset.path={folder}: holds no {FILE_KINDS} file.")
     if split not in splits:
         raise ConfigError(
             f"dataset.path={folder}: holds no split {split}, as {split}.jsonl would be; it has "
@@ -96,15 +96,15 @@ def split_files(folder: Path, split: str) -> list[Path]:
     if whole:  # beside it, shards of the same rows
         return whole[:1]
     check_shards(folder, split, files)
-    return sorted(files, key=place_among_shards)
+    return sorted(files, key=shard_sort_key)
 
 
-def place_among_shards(file: Path) -> tuple[int, str]:
+def shard_sort_key(file: Path) -> tuple[int, str]:
     shard = SHARD.fullmatch(file.stem)
     return int(shard["number"]) if shard else 0, file.name
 
 
-def files_by_split(folder: Path) -> dict[str, list[Path]]:
+def group_by_split(folder: Path) -> dict[str, list[Path]]:
     """The files that can be read, sorted, by the split that their names or their folder's say."""
     splits: dict[str, list[Path]] = {}
     for place in (folder / "data", folder):  # what lies in both is taken from the folder itself
@@ -113,15 +113,15 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         here: dict[str, list[Path]] = {}
         for inside in sorted(place.iterdir()):
             if inside.is_dir() and inside != folder / "data":
-                here.setdefault(inside.name, []).extend(readable(inside))
-        for file in readable(place):
+                here.setdefault(inside.name, []).extend(list_readable(inside))
+        for file in list_readable(place):
             shard = SHARD.fullmatch(file.stem)
             here.setdefault(shard["split"] if shard else file.stem, []).append(file)
         splits |= {split: files for split, files in here.items() if files}
     return splits
 
 
-def readable(folder: Path) -> list[Path]:
+def list_readable(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in READERS)
 
 

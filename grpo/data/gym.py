@@ -7,26 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from tokenize import TokenError
 from typing import Any
 
-from grpo.config.suggest import nearest
-from grpo.data.arithmetic import at_least_one, size_key
-from grpo.data.rows import Generated
+from grpo.config.suggest import suggest_names
+from grpo.data.answers import choose_extractor, extract_likely_answer, normalize_answer
+from grpo.data.arithmetic import check_count, get_size_key
+from grpo.data.rows import GeneratedRows
 from grpo.data.source import Source
-from grpo.data.verify import comparable, extractor, likely_answer
 from grpo.errors import ConfigError
 from grpo.types import Example
-from grpo.verifiers.isolated import score_answer
+from grpo.verifiers.isolated_scoring import score_answer
 
 log = logging.getLogger(__name__)
 
 # What the tasks' scorers raise over an answer that has not the form they expect: it is wrong.
-UNREADABLE = (
+SCORER_ERRORS = (
     *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError),
     *(AssertionError, RecursionError, MemoryError, TokenError),
 )
 # What is right nowhere, but which some of the scorers take for right everywhere.
 NO_ANSWER = "I do not know."
 NON_ANSWERS = (NO_ANSWER, "0", "nan")
-PROBED = 8  # problems
+PROBED_PROBLEMS = 8  # problems
 
 
 class ReasoningGym(Source):
@@ -51,41 +51,43 @@ class ReasoningGym(Source):
         if task is None:
             raise ConfigError("dataset.task is not set, for example dataset.task=basic_arithmetic.")
         if task not in DATASETS:
-            raise ConfigError(f"dataset.task={task}: no such task{nearest(task, DATASETS)}")
+            raise ConfigError(f"dataset.task={task}: no such task{suggest_names(task, DATASETS)}")
         self.task, self.options, self.seed = task, dict(options), seed
-        self.size, self.eval_size = at_least_one(size, "size"), at_least_one(eval_size, "eval_size")
-        self.extract, self.strict = extractor(extract), strict
+        self.size, self.eval_size = check_count(size, "size"), check_count(eval_size, "eval_size")
+        self.extract, self.strict = choose_extractor(extract), strict
 
     def rows(self, split: str) -> Sequence[Example]:
-        size: int = getattr(self, size_key(split))
+        size: int = getattr(self, get_size_key(split))
         seed = 2 * self.seed + (split == "test")
         import reasoning_gym
 
-        options = with_specs(self.options) if self.task == "composite" else self.options
+        options = (
+            build_composite_options(self.options) if self.task == "composite" else self.options
+        )
         try:
             problems = reasoning_gym.create_dataset(self.task, size=size, seed=seed, **options)
-            probed = [problems[number] for number in range(min(size, PROBED))]
+            probed = [problems[number] for number in range(min(size, PROBED_PROBLEMS))]
         except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(f"dataset.options of {self.task}: {error}") from error
-        refused = self._refused(problems, probed)
+        refused = self._find_refused(problems, probed)
 
         def make(number: int) -> Example:
             entry = problems[number]
             return Example(
                 question=entry["question"],
-                answer=gold_of(entry),
-                verify=self._verifier(problems, entry, self.extract, refused),
+                answer=get_gold_answer(entry),
+                verify=self._make_verifier(problems, entry, self.extract, refused),
                 columns=entry["metadata"],
-                read=self.extract,
-                lenient=self._verifier(problems, entry, likely_answer, refused),
+                extract_answer=self.extract,
+                lenient=self._make_verifier(problems, entry, extract_likely_answer, refused),
             )
 
-        return Generated(size, make)
+        return GeneratedRows(size, make)
 
     def example(self, row: Example, number: int) -> Example:
         return row
 
-    def _refused(self, problems: Any, entries: list[dict[str, Any]]) -> set[object]:
+    def _find_refused(self, problems: Any, entries: list[dict[str, Any]]) -> set[object]:
         """The answers that the task's scorer takes for right whatever is asked.
 
         Raises:
@@ -94,7 +96,7 @@ class ReasoningGym(Source):
         refused = []
         for answer in NON_ANSWERS:
             wrongly = [
-                credit_of(problems, answer, entry) >= 1.0 and not is_gold(answer, entry)
+                compute_credit(problems, answer, entry) >= 1.0 and not is_gold(answer, entry)
                 for entry in entries
             ]
             if 2 * sum(wrongly) > len(wrongly):
@@ -109,9 +111,9 @@ class ReasoningGym(Source):
                 "dataset.task=%s: reasoning-gym's scorer takes %s for right whatever is asked; "
                 "here it is wrong.", self.task, " and ".join(map(repr, refused)),
             )  # fmt: skip
-        return {comparable(answer) for answer in refused}
+        return {normalize_answer(answer) for answer in refused}
 
-    def _verifier(
+    def _make_verifier(
         self,
         problems: Any,
         entry: dict[str, Any],
@@ -120,32 +122,36 @@ class ReasoningGym(Source):
     ) -> Callable[[str], float]:
         def verify(completion: str) -> float:
             answer = read(completion)
-            if answer is None or (comparable(answer) in refused and not is_gold(answer, entry)):
+            if answer is None or (
+                normalize_answer(answer) in refused and not is_gold(answer, entry)
+            ):
                 return 0.0
-            credit = credit_of(problems, answer, entry)
+            credit = compute_credit(problems, answer, entry)
             return float(credit >= 1.0) if self.strict else credit
 
         return verify
 
 
-def gold_of(entry: Mapping[str, Any]) -> str:
+def get_gold_answer(entry: Mapping[str, Any]) -> str:
     """A problem's gold answer; empty where the task has none, because several are right."""
     return "" if entry["answer"] is None else str(entry["answer"])
 
 
 def is_gold(answer: str, entry: Mapping[str, Any]) -> bool:
-    return entry["answer"] is not None and comparable(answer) == comparable(gold_of(entry))
+    return entry["answer"] is not None and normalize_answer(answer) == normalize_answer(
+        get_gold_answer(entry)
+    )
 
 
-def credit_of(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
+def compute_credit(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
     """What the task's scorer gives an answer, 0 where it can't read it."""
     try:
         return score_answer(problems, answer, entry)
-    except UNREADABLE:
+    except SCORER_ERRORS:
         return 0.0
 
 
-def with_specs(options: Mapping[str, Any]) -> dict[str, Any]:
+def build_composite_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the task `composite`, whose data sets are named in the config.
 
     Raises:
@@ -166,7 +172,7 @@ def with_specs(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{key}[{number}]={spec}: use name, weight and config, {example}.")
         name = str(spec["name"])
         if name not in DATASETS or name == "composite":
-            known = nearest(name, DATASETS)
+            known = suggest_names(name, DATASETS)
             raise ConfigError(f"{key}[{number}].name={name}: no such task{known}")
         options_of_it = dict(spec.get("config") or {})
         specs.append(DatasetSpec(name, spec.get("weight", 1.0), options_of_it))

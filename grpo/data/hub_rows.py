@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.data.cells import Row, ShortFloats
-from grpo.data.rows import EAGER, HubRows
-from grpo.errors import ConfigError, one_line
-from grpo.models.hub import COMMIT, HubUnreachable, named_revision, require_hub
+from grpo.data.cells import FloatShortener, Row
+from grpo.data.rows import MAX_EAGER_ROWS, HubRows
+from grpo.errors import ConfigError, format_error
+from grpo.models.hub import COMMIT_PATTERN, HubUnreachable, format_revision, require_hub
 
 
 def read_hub(
@@ -27,7 +27,7 @@ def read_hub(
     """
     import datasets
 
-    wanted, unreachable = named_revision(id, revision), None
+    wanted, unreachable = format_revision(id, revision), None
     try:
         require_hub()
     except HubUnreachable as error:
@@ -35,7 +35,7 @@ def read_hub(
     try:
         found = load_split(id, subset, split, revision, offline=unreachable is not None)
     except (ConnectionError, OSError) as error:
-        reason = unreachable or one_line(error).rstrip(".")
+        reason = unreachable or format_error(error).rstrip(".")
         raise ConfigError(
             f"dataset: {wanted} is not in the local cache and {reason}. Without the hub there are "
             f"local files (dataset.path= of dataset=gsm8k or jsonl) and dataset=arithmetic, which "
@@ -45,13 +45,13 @@ def read_hub(
         key = "subset is not set" if subset is None else f"subset={subset}"
         of_subset = "onfig" in str(error)  # datasets' word for it, configuration
         raise ConfigError(
-            f"dataset.{key if of_subset else f'split={split}'}: {one_line(error)}"
+            f"dataset.{key if of_subset else f'split={split}'}: {format_error(error)}"
         ) from error
     except (RuntimeError, datasets.exceptions.DatasetsError) as error:  # a script, mixed columns
-        raise ConfigError(f"dataset: {wanted} can't be read: {one_line(error)}") from error
+        raise ConfigError(f"dataset: {wanted} can't be read: {format_error(error)}") from error
     types = {name: getattr(kind, "dtype", "") for name, kind in found.features.items()}
-    rows = HubRows(found, ShortFloats(types))
-    return rows if len(rows) > EAGER else list(rows), split_commit(found)
+    rows = HubRows(found, FloatShortener(types))
+    return rows if len(rows) > MAX_EAGER_ROWS else list(rows), find_split_commit(found)
 
 
 def load_split(id: str, subset: str | None, split: str, revision: str | None, offline: bool) -> Any:
@@ -68,15 +68,15 @@ def load_split(id: str, subset: str | None, split: str, revision: str | None, of
             found = datasets.load_dataset(id, subset, split=split, revision=revision)
         finally:
             datasets.config.HF_HUB_OFFLINE = before
-        if revision is None or split_commit(found) == cached_commit(id, revision):
+        if revision is None or find_split_commit(found) == find_cached_commit(id, revision):
             return found
-    commit = cached_commit(id, revision)
+    commit = find_cached_commit(id, revision)
     if commit is None:
         raise ConnectionError("the hub doesn't give it")
-    return load_cached(id, subset, split, commit)
+    return load_cached_split(id, subset, split, commit)
 
 
-def load_cached(id: str, subset: str | None, split: str, commit: str) -> Any:
+def load_cached_split(id: str, subset: str | None, split: str, commit: str) -> Any:
     """A split from the cache of the datasets library, of one commit.
 
     Raises:
@@ -106,20 +106,20 @@ def load_cached(id: str, subset: str | None, split: str, commit: str) -> Any:
     return builder.as_dataset(split=split)
 
 
-def cached_commit(id: str, revision: str | None) -> str | None:
+def find_cached_commit(id: str, revision: str | None) -> str | None:
     """The commit that a revision of a data set was, when the hub was last asked for it."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    if revision is None or COMMIT.fullmatch(revision):
+    if revision is None or COMMIT_PATTERN.fullmatch(revision):
         return revision
     folder = repo_folder_name(repo_id=id, repo_type="dataset")
     file = Path(constants.HF_HUB_CACHE).expanduser() / folder / "refs" / revision
     return file.read_text().strip() if file.is_file() else None
 
 
-def split_commit(split: Any) -> str | None:
+def find_split_commit(split: Any) -> str | None:
     """The commit of the hub that a split of the datasets library was made of, if any."""
     files = split.cache_files
     name = Path(files[0]["filename"]).parent.name if files else ""
-    return name if COMMIT.fullmatch(name) else None
+    return name if COMMIT_PATTERN.fullmatch(name) else None

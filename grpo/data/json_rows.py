@@ -72,7 +72,7 @@ class JsonRows(Rows):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def item(self, number: int) -> Row:
+    def get_item(self, number: int) -> Row:
         row: Row = DECODER.raw_decode(self.text, self.starts[number])[0]
         return row
 
@@ -93,7 +93,7 @@ def find_lists(text: str, start: int) -> tuple[dict[str, array[int]], int]:
             _, at = DECODER.raw_decode(text, at)
         if found:
             lists[name] = found
-        at = next_item(text, at, "}")
+        at = find_next_item(text, at, "}")
     return lists, at + 1
 
 
@@ -105,11 +105,11 @@ def find_objects(text: str, start: int) -> tuple[array[int] | None, int]:
         only_objects = only_objects and text[at : at + 1] == "{"
         starts.append(at)
         _, at = DECODER.raw_decode(text, at)
-        at = next_item(text, at, "]")
+        at = find_next_item(text, at, "]")
     return starts if only_objects else None, at + 1
 
 
-def next_item(text: str, at: int, end: str) -> int:
+def find_next_item(text: str, at: int, end: str) -> int:
     """Where the next item begins after one, or the end is."""
     at = skip_blanks(text, at)
     if text[at : at + 1] == end:

@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from grpo.seeds import stream_seed
+from grpo.seeds import derive_seed
 
-BLOCK = 1024  # draws of a mix decided on at once
+DRAWS_PER_BLOCK = 1024  # draws of a mix decided on at once
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Order:
     seed: int
     shuffled: bool = True
 
-    def batch(self, step: int, batch_size: int) -> list[int]:
+    def draw_batch(self, step: int, batch_size: int) -> list[int]:
         """The rows of a step's batch, step 1 first."""
-        return self.rows((step - 1) * batch_size, batch_size)
+        return self.draw_rows((step - 1) * batch_size, batch_size)
 
-    def extra(
+    def draw_replacements(
         self, step: int, attempt: int | str, stale: Sequence[int], shown: Collection[int] = ()
     ) -> list[int]:
         """Rows in the place of those of a step that taught nothing: others of the same set.
@@ -51,22 +51,22 @@ class Order:
             found += draw_others(rng, own, wanted, {row for row in had if holds(own, row)})
         return found
 
-    def rows(self, first: int, count: int) -> list[int]:
+    def draw_rows(self, first: int, count: int) -> list[int]:
         found = []
         for k in range(first, first + count):
-            number, place = (0, k) if len(self.sets) == 1 else self._in_mix(k)
+            number, place = (0, k) if len(self.sets) == 1 else self._locate_in_mix(k)
             own = self.sets[number]
             epoch, at = divmod(place, len(own))
             seed = self.seed + 7_919 * number
-            at = int(epoch_order(epoch, len(own), seed)[at]) if self.shuffled else at
+            at = int(shuffle_epoch(epoch, len(own), seed)[at]) if self.shuffled else at
             found.append(own[at])
         return found
 
-    def _in_mix(self, k: int) -> tuple[int, int]:
+    def _locate_in_mix(self, k: int) -> tuple[int, int]:
         """The set of draw k, and how many draws before were of this set."""
-        block, at = divmod(k, BLOCK)
-        drawn = drawn_sets(block, self.probabilities, self.seed)
-        before = counts(block, self.probabilities, self.seed)
+        block, at = divmod(k, DRAWS_PER_BLOCK)
+        drawn = draw_sets(block, self.probabilities, self.seed)
+        before = count_earlier_draws(block, self.probabilities, self.seed)
         number = drawn[at]
         return number, before[number] + drawn[:at].count(number)
 
@@ -78,57 +78,59 @@ def holds(rows: Sequence[int], row: int) -> bool:
 
 
 def draw_others(
-    rng: random.Random, rows: Sequence[int], count: int, had: Collection[int]
+    rng: random.Random, rows: Sequence[int], count: int, already_drawn: Collection[int]
 ) -> list[int]:
     """So many rows at random: different ones that are not among `had`, while there are any."""
-    if len(rows) > 2 * (len(had) + count):  # at least every other draw is a new one
+    if len(rows) > 2 * (len(already_drawn) + count):  # at least every other draw is a new one
         fresh: dict[int, None] = {}
         while len(fresh) < count:
             row = rows[rng.randrange(len(rows))]
-            if row not in had:
+            if row not in already_drawn:
                 fresh[row] = None
         return list(fresh)
-    others = [row for row in rows if row not in had]
+    others = [row for row in rows if row not in already_drawn]
     found = rng.sample(others, min(count, len(others)))
-    again = rng.sample(sorted(had), min(count - len(found), len(had)))
+    again = rng.sample(sorted(already_drawn), min(count - len(found), len(already_drawn)))
     return [*found, *again, *rng.choices(rows, k=count - len(found) - len(again))]
 
 
 @lru_cache(maxsize=8)
-def epoch_order(epoch: int, rows: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(stream_seed(seed, epoch))
+def shuffle_epoch(epoch: int, rows: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
     return torch.randperm(rows, generator=generator)
 
 
 @lru_cache(maxsize=4)
-def drawn_sets(block: int, probabilities: tuple[float, ...], seed: int) -> list[int]:
+def draw_sets(block: int, probabilities: tuple[float, ...], seed: int) -> list[int]:
     """Which set each of a block of draws is from."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, 500_009 + block))
+    generator = torch.Generator().manual_seed(derive_seed(seed, 500_009 + block))
     weights = torch.tensor(probabilities)
-    return torch.multinomial(weights, BLOCK, replacement=True, generator=generator).tolist()
+    return torch.multinomial(
+        weights, DRAWS_PER_BLOCK, replacement=True, generator=generator
+    ).tolist()
 
 
 @lru_cache(maxsize=4)
-def counts(block: int, probabilities: tuple[float, ...], seed: int) -> list[int]:
+def count_earlier_draws(block: int, probabilities: tuple[float, ...], seed: int) -> list[int]:
     """How often each set was drawn in all blocks before this one."""
     total = [0] * len(probabilities)
     for earlier in range(block):
-        drawn = drawn_sets(earlier, probabilities, seed)
+        drawn = draw_sets(earlier, probabilities, seed)
         total = [count + drawn.count(number) for number, count in enumerate(total)]
     return total
 
 
-def one_set(rows: int, seed: int, shuffled: bool = True) -> Order:
+def order_one_set(rows: int, seed: int, shuffled: bool = True) -> Order:
     return Order((range(rows),), (1.0,), seed, shuffled)
 
 
-def mixed(sources: Sequence[str], probabilities: dict[str, float], seed: int) -> Order:
+def order_mix(sources: Sequence[str], probabilities: dict[str, float], seed: int) -> Order:
     """An order over rows of several sets, each row's set named."""
-    sets = tuple(rows_from(sources, name) for name in probabilities)
+    sets = tuple(find_set_rows(sources, name) for name in probabilities)
     return Order(sets, tuple(probabilities.values()), seed)
 
 
-def rows_from(sources: Sequence[str], name: str) -> Sequence[int]:
+def find_set_rows(sources: Sequence[str], name: str) -> Sequence[int]:
     """The rows of one set; a range where they stand together, as they mostly do."""
     count = sources.count(name)
     first = sources.index(name) if count else 0
@@ -138,7 +140,7 @@ def rows_from(sources: Sequence[str], name: str) -> Sequence[int]:
     return array("q", (row for row, own in enumerate(sources) if own == name))
 
 
-def total_steps(rows: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:
+def count_steps(rows: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:
     """Steps until as many rows were seen as `num_epochs` hold, or `max_steps` if given."""
     if max_steps is not None:
         return max_steps

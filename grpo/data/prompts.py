@@ -19,8 +19,8 @@ from grpo.types import Example, Prompt
 
 log = logging.getLogger(__name__)
 
-CACHED = 4096  # prompts
-SAMPLE = 256
+CACHED_PROMPTS = 4096  # prompts
+LENGTH_SAMPLE = 256
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PromptFormat:
     template_options: Mapping[str, Any]  # for that template
     max_prompt_tokens: int
 
-    def messages(self, example: Example) -> list[Mapping[str, str]]:
+    def build_messages(self, example: Example) -> list[Mapping[str, str]]:
         """The chat that ends with the question; a system prompt of the row's own goes first."""
         asked = example.messages or ({"role": "user", "content": example.question},)
         messages: list[Mapping[str, str]] = []
@@ -64,16 +64,18 @@ class PromptFormat:
         Raises:
             ConfigError: the template refuses it.
         """
-        messages = self.messages(example)
+        messages = self.build_messages(example)
         if not self.chat or tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages)
             text = text + "\n\n" if self.chat else text
-            return text, prompt_ids(text, tokenizer, begins=True)
+            return text, encode_prompt(text, tokenizer, add_start_tokens=True)
         text = render_question(tokenizer, messages, self.template_options, key)
-        return text, prompt_ids(text, tokenizer, begins=False)
+        return text, encode_prompt(text, tokenizer, add_start_tokens=False)
 
 
-def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, begins: bool) -> tuple[int, ...]:
+def encode_prompt(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, add_start_tokens: bool
+) -> tuple[int, ...]:
     """The tokens of a text that is to be continued: begun once, and not ended.
 
     Args:
@@ -81,8 +83,8 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, begins: bool) -
             writes it itself.
     """
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    if begins:
-        before = put_before(ids, tokenizer.encode(text))
+    if add_start_tokens:
+        before = find_start_tokens(ids, tokenizer.encode(text))
         written = [n for n in range(len(before) + 1) if before[len(before) - n :] == ids[:n]]
         ids = [*before, *ids[max(written) :]]
     ends_with_it = text.endswith(tokenizer.eos_token or " ")
@@ -93,7 +95,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, begins: bool) -
     return tuple(ids)
 
 
-def put_before(ids: Sequence[int], whole: Sequence[int]) -> list[int]:
+def find_start_tokens(ids: Sequence[int], whole: Sequence[int]) -> list[int]:
     """The special tokens that stand before a text's own."""
     if not ids:
         return list(whole)
@@ -103,7 +105,7 @@ def put_before(ids: Sequence[int], whole: Sequence[int]) -> list[int]:
     return []
 
 
-class DrawnSet(NamedTuple):
+class LazyPromptSet(NamedTuple):
     """A set of training rows whose prompts are made as they are drawn."""
 
     examples: Sequence[Example]
@@ -112,19 +114,19 @@ class DrawnSet(NamedTuple):
     name: str  # of the set in a mix
 
 
-class DrawnPrompts(Sequence[Prompt]):
+class LazyPrompts(Sequence[Prompt]):
     """Prompts made when they are asked for, where there are too many to make them all beforehand.
 
     So it comes out only then that one is too long. `fits` says it of each; those that don't are
     left out by whoever draws, and counted here, out loud.
     """
 
-    def __init__(self, sets: Sequence[DrawnSet], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, sets: Sequence[LazyPromptSet], tokenizer: PreTrainedTokenizerBase) -> None:
         self.sets, self.tokenizer = sets, tokenizer
         self.ends = list(accumulate(len(own.examples) for own in sets))
-        self.most_tokens = max(own.format.max_prompt_tokens for own in sets)
+        self.max_tokens = max(own.format.max_prompt_tokens for own in sets)
         self.unfit: set[int] = set()
-        self.made = lru_cache(maxsize=CACHED)(self._make)
+        self.get_prompt = lru_cache(maxsize=CACHED_PROMPTS)(self._make)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -135,15 +137,15 @@ class DrawnPrompts(Sequence[Prompt]):
     def __getitem__(self, row: slice) -> list[Prompt]: ...
     def __getitem__(self, row: int | slice) -> Prompt | list[Prompt]:
         if isinstance(row, slice):
-            return [self.made(n) for n in range(*row.indices(len(self)))]
+            return [self.get_prompt(n) for n in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(row)
-        return self.made(row)
+        return self.get_prompt(row)
 
     def fits(self, row: int) -> bool:
         """Whether a prompt is short enough, and not one of the evaluation's."""
         own = self.sets[bisect_right(self.ends, row)]
-        if self.short(row) and self.made(row).example.question not in own.left_out:
+        if self.is_short(row) and self.get_prompt(row).example.question not in own.left_out:
             return True
         self.unfit.add(row)
         if len(self.unfit).bit_count() == 1:  # 1, 2, 4, 8 …
@@ -153,7 +155,7 @@ class DrawnPrompts(Sequence[Prompt]):
             )  # fmt: skip
         return False
 
-    def look_at_some(self, most_tokens: int) -> None:
+    def check_lengths(self, most_tokens: int) -> None:
         """Says what is known of their lengths before any is drawn, from a sample.
 
         Args:
@@ -162,33 +164,33 @@ class DrawnPrompts(Sequence[Prompt]):
         Raises:
             ConfigError: none of the sample fits.
         """
-        self.most_tokens = min(self.most_tokens, most_tokens)
-        rows = range(0, len(self), -(-len(self) // SAMPLE))
-        short = [row for row in rows if self.short(row)]
+        self.max_tokens = min(self.max_tokens, most_tokens)
+        rows = range(0, len(self), -(-len(self) // LENGTH_SAMPLE))
+        short = [row for row in rows if self.is_short(row)]
         if not short:
-            shortest = min(len(self.made(row).token_ids) for row in rows)
+            shortest = min(len(self.get_prompt(row).token_ids) for row in rows)
             raise ConfigError(
-                f"dataset.max_prompt_tokens={self.most_tokens}: the shortest of {len(rows)} "
+                f"dataset.max_prompt_tokens={self.max_tokens}: the shortest of {len(rows)} "
                 f"training prompts has {shortest} tokens, so none is left."
             )
         log.info(
             "%d training rows: their prompts are made as they are drawn; of a sample of %d, %d are "
             "longer than %d tokens. Longer ones are left out, and others drawn in their place.",
-            len(self), len(rows), len(rows) - len(short), self.most_tokens,
+            len(self), len(rows), len(rows) - len(short), self.max_tokens,
         )  # fmt: skip
 
-    def short(self, row: int) -> bool:
+    def is_short(self, row: int) -> bool:
         own = self.sets[bisect_right(self.ends, row)]
-        most = min(own.format.max_prompt_tokens, self.most_tokens)
-        return len(self.made(row).token_ids) <= most
+        most = min(own.format.max_prompt_tokens, self.max_tokens)
+        return len(self.get_prompt(row).token_ids) <= most
 
-    def all_that_fit(self) -> list[Prompt]:
-        return [self.made(row) for row in range(len(self)) if self.fits(row)]
+    def list_fitting(self) -> list[Prompt]:
+        return [self.get_prompt(row) for row in range(len(self)) if self.fits(row)]
 
-    def sources(self) -> list[str]:
+    def list_sources(self) -> list[str]:
         return [name for own in self.sets for name in [own.name] * len(own.examples)]
 
-    def asked(self, questions: set[str]) -> set[str]:
+    def find_questions(self, questions: set[str]) -> set[str]:
         """Those of some questions that are trained on."""
         found: set[str] = set()
         for own in self.sets:
@@ -206,18 +208,18 @@ class DrawnPrompts(Sequence[Prompt]):
 
 @dataclass(frozen=True)
 class PromptSets:
-    train: list[Prompt] | DrawnPrompts
+    train: list[Prompt] | LazyPrompts
     evaluation: list[Prompt]
 
 
-def without_held_out(
+def drop_held_out(
     train: Sequence[Example], evaluation: Sequence[Example], key: str
 ) -> Sequence[Example]:
     """The training rows that are no evaluation rows; what is left out is counted, out loud."""
     held_out = {example.question for example in evaluation}
     apart: Sequence[Example]
     if isinstance(train, Examples):
-        apart = train.without(held_out)
+        apart = train.drop_questions(held_out)
     else:
         apart = [example for example in train if example.question not in held_out]
     if not apart:
@@ -235,7 +237,7 @@ def without_held_out(
     return apart
 
 
-def tokenized(
+def tokenize_examples(
     examples: Sequence[Example],
     format: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,

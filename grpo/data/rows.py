@@ -15,26 +15,26 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
-from grpo.data.cells import Row, ShortFloats
+from grpo.data.cells import FloatShortener, Row
 from grpo.errors import ConfigError
 from grpo.types import Example
 
 if TYPE_CHECKING:
     import pyarrow
 
-EAGER = 16_384  # rows
-AT_ONCE = 4096  # rows of a table that become Python's at a time
+MAX_EAGER_ROWS = 16_384  # rows
+ROWS_PER_CHUNK = 4096  # rows of a table that become Python's at a time
 
 
 class Rows(Sequence[Any]):
     """A sequence that can be asked for one item, or for a stretch of them in their order."""
 
-    def item(self, number: int) -> Any:
+    def get_item(self, number: int) -> Any:
         raise NotImplementedError
 
-    def stretch(self, numbers: range) -> Iterator[Any]:
+    def iterate_range(self, numbers: range) -> Iterator[Any]:
         """Those of a range; cheaper than one by one, where they lie beside each other."""
-        return (self.item(number) for number in numbers)
+        return (self.get_item(number) for number in numbers)
 
     @overload
     def __getitem__(self, number: int) -> Any: ...
@@ -42,16 +42,16 @@ class Rows(Sequence[Any]):
     def __getitem__(self, number: slice) -> list[Any]: ...
     def __getitem__(self, number: int | slice) -> Any:
         if isinstance(number, slice):
-            return [self.item(n) for n in range(*number.indices(len(self)))]
+            return [self.get_item(n) for n in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):
             raise IndexError(number)
-        return self.item(number % len(self))
+        return self.get_item(number % len(self))
 
     def __iter__(self) -> Iterator[Any]:
-        return self.stretch(range(len(self)))
+        return self.iterate_range(range(len(self)))
 
 
-class Generated(Rows):
+class GeneratedRows(Rows):
     """Rows that are made by their number, and that nothing can be wrong with."""
 
     def __init__(self, size: int, make: Callable[[int], Any]) -> None:
@@ -60,7 +60,7 @@ class Generated(Rows):
     def __len__(self) -> int:
         return self.size
 
-    def item(self, number: int) -> Any:
+    def get_item(self, number: int) -> Any:
         return self.make(number)
 
 
@@ -81,11 +81,11 @@ class JsonlRows(Rows):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def item(self, number: int) -> Row:
+    def get_item(self, number: int) -> Row:
         with self.file.open("rb") as stream:
             return next(self._read(stream, range(number, number + 1)))
 
-    def stretch(self, numbers: range) -> Iterator[Row]:
+    def iterate_range(self, numbers: range) -> Iterator[Row]:
         with self.file.open("rb") as stream:
             yield from self._read(stream, numbers)
 
@@ -124,22 +124,22 @@ def parse_line(line: bytes, number: int, file: Path) -> Row:
 class TableRows(Rows):
     """The rows of an Arrow table, which takes no more memory than its texts."""
 
-    def __init__(self, table: pyarrow.Table, floats: ShortFloats) -> None:
+    def __init__(self, table: pyarrow.Table, floats: FloatShortener) -> None:
         self.table, self.floats = table, floats
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def item(self, number: int) -> Row:
-        return self.floats.read(self.table.slice(number, 1).to_pylist()[0])
+    def get_item(self, number: int) -> Row:
+        return self.floats.shorten(self.table.slice(number, 1).to_pylist()[0])
 
-    def stretch(self, numbers: range) -> Iterator[Row]:
-        for start in range(numbers.start, numbers.stop, AT_ONCE):
-            part = self.table.slice(start, min(AT_ONCE, numbers.stop - start))
-            yield from map(self.floats.read, part.to_pylist())
+    def iterate_range(self, numbers: range) -> Iterator[Row]:
+        for start in range(numbers.start, numbers.stop, ROWS_PER_CHUNK):
+            part = self.table.slice(start, min(ROWS_PER_CHUNK, numbers.stop - start))
+            yield from map(self.floats.shorten, part.to_pylist())
 
 
-class Joined(Rows):
+class JoinedRows(Rows):
     """The rows of several files, one file after the other."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
@@ -149,36 +149,36 @@ class Joined(Rows):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def item(self, number: int) -> Row:
+    def get_item(self, number: int) -> Row:
         part = bisect_right(self.ends, number)
         row: Row = self.parts[part][number - self.ends[part]]  # from its end
         return row
 
-    def stretch(self, numbers: range) -> Iterator[Row]:
+    def iterate_range(self, numbers: range) -> Iterator[Row]:
         for part, end in zip(self.parts, self.ends, strict=True):
             begin = end - len(part)
             start, stop = max(numbers.start, begin), min(numbers.stop, end)
             if start < stop:
-                yield from part.stretch(range(start - begin, stop - begin))
+                yield from part.iterate_range(range(start - begin, stop - begin))
 
 
 class HubRows(Rows):
     """The rows of a split of the datasets library, which stays on the disk."""
 
-    def __init__(self, split: Any, floats: ShortFloats) -> None:
+    def __init__(self, split: Any, floats: FloatShortener) -> None:
         self.split, self.floats = split, floats
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def item(self, number: int) -> Row:
-        return self.floats.read(self.split[number])
+    def get_item(self, number: int) -> Row:
+        return self.floats.shorten(self.split[number])
 
-    def stretch(self, numbers: range) -> Iterator[Row]:
-        for start in range(numbers.start, numbers.stop, AT_ONCE):
-            columns = self.split[start : min(start + AT_ONCE, numbers.stop)]
+    def iterate_range(self, numbers: range) -> Iterator[Row]:
+        for start in range(numbers.start, numbers.stop, ROWS_PER_CHUNK):
+            columns = self.split[start : min(start + ROWS_PER_CHUNK, numbers.stop)]
             for values in zip(*columns.values(), strict=True):
-                yield self.floats.read(dict(zip(columns, values, strict=True)))
+                yield self.floats.shorten(dict(zip(columns, values, strict=True)))
 
 
 class Examples(Rows):
@@ -195,9 +195,11 @@ class Examples(Rows):
         self.rows, self.example = rows, example
         self.numbers: Sequence[int] = numbers
         self.hashes: array[int] | None = None
-        if not isinstance(rows, Generated):
+        if not isinstance(rows, GeneratedRows):
             stretch = (
-                rows.stretch(numbers) if isinstance(rows, Rows) else map(rows.__getitem__, numbers)
+                rows.iterate_range(numbers)
+                if isinstance(rows, Rows)
+                else map(rows.__getitem__, numbers)
             )
             made = map(example, stretch, numbers)
             self.hashes = array("q", (hash(one.question) for one in made))
@@ -205,23 +207,23 @@ class Examples(Rows):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def item(self, number: int) -> Example:
+    def get_item(self, number: int) -> Example:
         row = self.numbers[number]
         return self.example(self.rows[row], row)
 
-    def stretch(self, numbers: range) -> Iterator[Example]:
+    def iterate_range(self, numbers: range) -> Iterator[Example]:
         own = self.numbers[numbers.start : numbers.stop]
         if isinstance(self.rows, Rows) and isinstance(own, range):
-            return map(self.example, self.rows.stretch(own), own)
+            return map(self.example, self.rows.iterate_range(own), own)
         return (self.example(self.rows[row], row) for row in own)
 
-    def without(self, questions: set[str]) -> Examples:
+    def drop_questions(self, questions: set[str]) -> Examples:
         """All but those that ask one of these questions, as far as that is known beforehand."""
         if self.hashes is None:
             return self
         hashes = {hash(question) for question in questions}
         likely = [number for number, own in enumerate(self.hashes) if own in hashes]
-        asking = {number for number in likely if self.item(number).question in questions}
+        asking = {number for number in likely if self.get_item(number).question in questions}
         if not asking:
             return self
         apart = copy(self)

@@ -22,29 +22,29 @@ def parse_slice(text: str, rows: int, key: str) -> range:
     # Rows and percent in one slice mean different things to different readers.
     mixed = start.strip() and stop.strip() and ("%" in start) != ("%" in stop)
     if not colon or mixed:
-        raise ConfigError(wrong_slice(text, key))
-    first = bound(start, rows, 0, text, key)
-    last = bound(stop, rows, rows, text, key)
+        raise ConfigError(format_slice_error(text, key))
+    first = parse_bound(start, rows, 0, text, key)
+    last = parse_bound(stop, rows, rows, text, key)
     if first >= last:
         raise ConfigError(f"{key}={text}: selects none of the {rows} rows.")
     return range(first, last)
 
 
-def bound(text: str, rows: int, default: int, whole: str, key: str) -> int:
+def parse_bound(text: str, rows: int, default: int, slice_text: str, key: str) -> int:
     if not text.strip():
         return default
     match = BOUND.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(wrong_slice(whole, key))
+        raise ConfigError(format_slice_error(slice_text, key))
     number = int(match[1])
     if match[2]:
         if abs(number) > 100:
-            raise ConfigError(f"{key}={whole}: {number}% is more than there is.")
+            raise ConfigError(f"{key}={slice_text}: {number}% is more than there is.")
         number = round(number * rows / 100)
     if number < 0:
         number += rows
     return min(max(number, 0), rows)
 
 
-def wrong_slice(text: str, key: str) -> str:
+def format_slice_error(text: str, key: str) -> str:
     return f"{key}={text}: not a slice; write it like :5%, 100:200, -128: or 10%:20%."

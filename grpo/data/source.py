@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.data.rows import EAGER, Examples
+from grpo.data.rows import MAX_EAGER_ROWS, Examples
 from grpo.data.slices import parse_slice
 from grpo.types import Example
 
@@ -45,15 +45,15 @@ class Slices:
     eval_split: str
     eval_slice: str
 
-    def train(self, source: Source) -> Sequence[Example]:
+    def read_training_examples(self, source: Source) -> Sequence[Example]:
         """The examples to train on; of more than EAGER, each is made when it is asked for."""
         rows = source.rows(self.split)
         numbers = parse_slice(self.slice, len(rows), "dataset.slice")
-        if len(numbers) > EAGER:
+        if len(numbers) > MAX_EAGER_ROWS:
             return Examples(rows, numbers, source.example)
         return [source.example(rows[i], i) for i in numbers]
 
-    def evaluation(self, source: Source) -> list[Example]:
+    def read_evaluation_examples(self, source: Source) -> list[Example]:
         rows = source.rows(self.eval_split)
         numbers = parse_slice(self.eval_slice, len(rows), "dataset.eval_slice")
         return [source.example(rows[i], i) for i in numbers]

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.config.validation import check_revision
-from grpo.data.cells import Row, as_messages, as_text, read_cell
-from grpo.data.files import KINDS, read_path
+from grpo.data.answers import answered, choose_extractor
+from grpo.data.cells import Row, convert_to_text, parse_messages, read_cell
+from grpo.data.files import FILE_KINDS, read_path
 from grpo.data.hub_rows import read_hub
 from grpo.data.source import Source
-from grpo.data.verify import answered, extractor
 from grpo.errors import ConfigError
 from grpo.types import Example
-from grpo.verifiers.numbers import as_number
+from grpo.verifiers.numbers import parse_number
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Table(Source):
@@ -24,27 +24,27 @@ class Table(Source):
 
     def __init__(self, question_column: str, answer_column: str, extract: str) -> None:
         self.question_column, self.answer_column = question_column, answer_column
-        extractor(extract)
+        choose_extractor(extract)
         self.extract = extract
 
     def example(self, row: Row, number: int) -> Example:
         asked, answer = self.question_column, self.answer_column
         value = read_cell(row, "question_column", asked, number)
-        messages = as_messages(value, asked, number)
+        messages = parse_messages(value, asked, number)
         if messages:
             question = "\n\n".join(message["content"] for message in messages)
         else:
-            question = as_text(value, asked, number)
-        written = as_text(read_cell(row, "answer_column", answer, number), answer, number)
-        gold = self.gold_answer(written, number)
-        if self.extract == "number" and as_number(gold) is None:
+            question = convert_to_text(value, asked, number)
+        written = convert_to_text(read_cell(row, "answer_column", answer, number), answer, number)
+        gold = self.parse_gold_answer(written, number)
+        if self.extract == "number" and parse_number(gold) is None:
             raise ConfigError(
                 f"dataset: row {number + 1} has {gold[:60]!r} in column {answer!r}, which is no "
                 f"number, and dataset.extract=number reads nothing else."
             )
         return answered(question, gold, self.extract, row, messages)
 
-    def gold_answer(self, text: str, number: int) -> str:
+    def parse_gold_answer(self, text: str, number: int) -> str:
         """What stands in the answer column, as an answer to compare with."""
         return text.strip()
 
@@ -65,7 +65,7 @@ class Jsonl(Table):
 
     def rows(self, split: str) -> Sequence[Row]:
         if self.path is None:
-            raise ConfigError(f"dataset.path is not set: name a {KINDS} file.")
+            raise ConfigError(f"dataset.path is not set: name a {FILE_KINDS} file.")
         return read_path(self.path, split)
 
 
@@ -91,22 +91,22 @@ class Hub(Table):
         self.subset = None if subset is None else str(subset)
         self.revision = None if revision is None else str(revision)
         check_revision("dataset.revision", self.revision)
-        self.found: str | None = None  # the commit
+        self.found_commit: str | None = None  # the commit
 
     @property
     def commit(self) -> str | None:
-        return self.found
+        return self.found_commit
 
     def rows(self, split: str) -> Sequence[Row]:
         if self.id is None:
             raise ConfigError("dataset.id is not set: give it as dataset.id=ORG/NAME")
-        if Path(self.id).exists() or not HUB_ID.fullmatch(self.id):
+        if Path(self.id).exists() or not DATASET_ID.fullmatch(self.id):
             raise ConfigError(
                 f"dataset.id={self.id}: should be ORG/NAME on the hub; for files there is "
                 f"dataset=jsonl dataset.path=FOLDER."
             )
-        revision = self.found or self.revision  # every split from the same commit
-        rows, self.found = read_hub(self.id, self.subset, split, revision)
+        revision = self.found_commit or self.revision  # every split from the same commit
+        rows, self.found_commit = read_hub(self.id, self.subset, split, revision)
         return rows
 
 
@@ -137,7 +137,7 @@ class GSM8K(Table):
     def rows(self, split: str) -> Sequence[Row]:
         return self.source.rows(split)
 
-    def gold_answer(self, text: str, number: int) -> str:
+    def parse_gold_answer(self, text: str, number: int) -> str:
         _, mark, gold = text.rpartition("####")
         if not mark:
             raise ConfigError(

@@ -11,10 +11,10 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from grpo.config.schema import DoctorConfig
-from grpo.doctor.course import Course, Line
+from grpo.doctor.history import MetricsLine, RunHistory
 
 
-class Found(NamedTuple):
+class Finding(NamedTuple):
     """What one diagnosis has to say."""
 
     evidence: str
@@ -36,19 +36,19 @@ class Diagnosis:
         return f"{self.title}: {self.evidence} {self.cause} Try: {self.remedy}"
 
 
-def with_kl(course: Course, algorithm: str) -> str:
+def format_kl_override(course: RunHistory, algorithm: str) -> str:
     """The override for an algorithm that brings no KL, with the weight of the run's own."""
     return f"algorithm={algorithm} kl_weight={course.config['kl_weight']:g}"
 
 
-def no_reward(course: Course) -> Found | None:
+def no_reward(course: RunHistory) -> Finding | None:
     steps = course.steps
     unsolved, agree = course.values("reward/unsolved_groups"), "reward/zero_variance_groups"
     if min(unsolved, default=0.0) < 1 or min(course.values(agree), default=0.0) < 1:
         return None
     each = course.config["batch_size"] * course.config["num_generation"]
-    cut = course.lately("completion/truncated") or 0.0
-    unread = 1 - (course.lately("completion/answered") or 0.0)
+    cut = course.recent_mean("completion/truncated") or 0.0
+    unread = 1 - (course.recent_mean("completion/answered") or 0.0)
     most = course.config["max_new_tokens"]
     evidence = (
         f"{len(steps) * each} completions in {len(steps)} steps, and not one is right; "
@@ -57,50 +57,50 @@ def no_reward(course: Course) -> Found | None:
     )
     if cut > 0.5:
         cause = "They end before they come to the answer."
-        return Found(evidence, cause, f"max_new_tokens={2 * most}")
+        return Finding(evidence, cause, f"max_new_tokens={2 * most}")
     if unread > 0.5:
-        return Found(
+        return Finding(
             evidence,
             "The model doesn't write the format that the reward reads.",
             "reward=answer_format, or dataset.system_prompt and dataset.worked_examples to show it",
         )
-    return Found(
+    return Finding(
         evidence,
         "The task is too hard for this model, or the reward is wrong: read completions.jsonl.",
         "curriculum.samples=8 curriculum.at_least=0.1, or a larger model",
     )
 
 
-def groups_agree(course: Course) -> Found | None:
-    agreeing = course.lately("reward/zero_variance_groups") or 0.0
+def groups_agree(course: RunHistory) -> Finding | None:
+    agreeing = course.recent_mean("reward/zero_variance_groups") or 0.0
     if agreeing < course.limits.agreeing_groups or no_reward(course):
         return None
-    solved = course.lately("reward/solved_groups") or 0.0
+    solved = course.recent_mean("reward/solved_groups") or 0.0
     evidence = (
         f"in {agreeing:.0%} of the groups all completions have the same reward; {solved:.0%} are "
         f"solved throughout."
     )
     if solved > 0.5:
-        return Found(
+        return Finding(
             evidence,
             "The prompts are too easy by now, so there is nothing left to learn from them.",
             "curriculum.samples=8 curriculum.at_most=0.9, or harder rows",
         )
-    return Found(
+    return Finding(
         evidence,
         "A group without a difference teaches nothing.",
         f"num_generation={2 * course.config['num_generation']} algorithm.resample=2",
     )
 
 
-def kl_runs_away(course: Course) -> Found | None:
+def kl_runs_away(course: RunHistory) -> Finding | None:
     # Not k3: a single token can make it large (docs/kl.md).
-    name = "full" if course.lately("kl/full") is not None else "k1"
-    kl = course.lately(f"kl/{name}")
+    name = "full" if course.recent_mean("kl/full") is not None else "k1"
+    kl = course.recent_mean(f"kl/{name}")
     if kl is None or kl < course.limits.kl_high:
         return None
     weight, rate = course.config["kl_weight"], course.config["learning_rate"]
-    return Found(
+    return Finding(
         f"{kl:.3g} nats a token from the reference (kl/{name}, the last "
         f"{course.limits.window} steps).",
         "The policy leaves the model it came from faster than kl_weight pulls it back.",
@@ -108,37 +108,41 @@ def kl_runs_away(course: Course) -> Found | None:
     )
 
 
-def entropy_collapses(course: Course) -> Found | None:
-    change, solved = course.change("policy/entropy"), course.lately("reward/solved_groups") or 0.0
+def entropy_collapses(course: RunHistory) -> Finding | None:
+    change, solved = (
+        course.first_and_last_means("policy/entropy"),
+        course.recent_mean("reward/solved_groups") or 0.0,
+    )
     if change is None or solved > 0.5:
         return None
     before, now = change
     if now > course.limits.entropy_low or now > before / 4:  # or it was low from the start
         return None
     rate = course.config["learning_rate"] / 3
-    return Found(
+    return Finding(
         f"{now:.2g} nats a token, {before:.2g} at the start; {solved:.0%} of the groups solved.",
         "The policy says one thing only, so its groups hold nothing to choose from.",
-        f"learning_rate={rate:.2g} algorithm.entropy_weight=0.003, or {with_kl(course, 'dapo')}",
+        f"learning_rate={rate:.2g} algorithm.entropy_weight=0.003, or "
+        f"{format_kl_override(course, 'dapo')}",
     )
 
 
-def lengths_explode(course: Course) -> Found | None:
-    before, now = course.change("completion/truncated") or (0.0, 0.0)
+def lengths_explode(course: RunHistory) -> Finding | None:
+    before, now = course.first_and_last_means("completion/truncated") or (0.0, 0.0)
     if now < course.limits.truncated_high or now < before + 0.2:
         return None
     tokens = course.config["max_new_tokens"]
-    return Found(
+    return Finding(
         f"{now:.0%} of the completions are cut off at max_new_tokens={tokens}, {before:.0%} at the "
         f"start.",
         "Longer is rewarded, or averaged so that length dilutes a mistake.",
-        f"{with_kl(course, 'dr_grpo')}, reward=[answer,soft_overlong], or "
+        f"{format_kl_override(course, 'dr_grpo')}, reward=[answer,soft_overlong], or "
         f"max_new_tokens={tokens * 2}",
     )
 
 
-def lengths_vanish(course: Course) -> Found | None:
-    change = course.change("completion/length_mean")
+def lengths_vanish(course: RunHistory) -> Finding | None:
+    change = course.first_and_last_means("completion/length_mean")
     if change is None:
         return None
     before, now = change
@@ -147,16 +151,19 @@ def lengths_vanish(course: Course) -> Found | None:
     accuracy = [line["eval/sampled_accuracy"] for line in course.evaluations]
     if accuracy and accuracy[-1] > accuracy[0]:  # it found a shorter way to be right
         return None
-    return Found(
+    return Finding(
         f"{now:.1f} tokens a completion, {before:.1f} at the start, and no better accuracy.",
         "Ending at once costs the policy least.",
         "a smaller weight of rewards for shortness, or a larger kl_weight",
     )
 
 
-def reward_is_hacked(course: Course) -> Found | None:
+def reward_is_hacked(course: RunHistory) -> Finding | None:
     evaluations = course.evaluations
-    rewards, spreads = course.change("reward/mean"), course.change("reward/std")
+    rewards, spreads = (
+        course.first_and_last_means("reward/mean"),
+        course.first_and_last_means("reward/std"),
+    )
     if len(evaluations) < 3 or rewards is None or spreads is None:
         return None
     start, now = rewards
@@ -169,7 +176,7 @@ def reward_is_hacked(course: Course) -> Found | None:
     lost = last <= first - course.limits.accuracy_lost
     if not lost and (last > first or last > course.limits.accuracy_low):
         return None
-    return Found(
+    return Finding(
         f"reward/mean went from {start:.3g} to {now:.3g}, {metric} from {first:.1%} to {last:.1%}.",
         "The policy has found a way to the reward that is not the task.",
         "reward=answer beside your own, a smaller weight of that, or a larger kl_weight; read "
@@ -177,13 +184,13 @@ def reward_is_hacked(course: Course) -> Found | None:
     )
 
 
-def engine_differs(course: Course) -> Found | None:
-    divergence = course.lately("sampler/kl")
+def engine_differs(course: RunHistory) -> Finding | None:
+    divergence = course.recent_mean("sampler/kl")
     if divergence is None or divergence < course.limits.mismatch_high:
         return None
     sampler = str(course.config["rollout"]["_target_"]).rpartition(".")[2]
     other = "" if sampler == "NativeEngine" else "rollout=native, or "
-    return Found(
+    return Finding(
         f"sampler/kl is {divergence:.3g} nats a token before anything was updated, where 0 is "
         f"right.",
         "What sampled the completions computes other probabilities than what trains.",
@@ -191,7 +198,7 @@ def engine_differs(course: Course) -> Found | None:
     )
 
 
-def gradient_spikes(course: Course) -> Found | None:
+def gradient_spikes(course: RunHistory) -> Finding | None:
     norms = [line.get("optim/grad_norm") for line in course.steps]
     spikes: list[float] = []
     for n in range(max(0, len(norms) - course.limits.window), len(norms)):
@@ -202,7 +209,7 @@ def gradient_spikes(course: Course) -> Found | None:
             spikes.append(norm / median(past))
     if len(spikes) < course.limits.spikes:
         return None
-    return Found(
+    return Finding(
         f"{len(spikes)} of the last {course.limits.window} gradients were over "
         f"{course.limits.spike:g} times as long as is usual here, up to {max(spikes):.0f} times.",
         "A few rewards or ratios are far larger than the rest.",
@@ -210,7 +217,7 @@ def gradient_spikes(course: Course) -> Found | None:
     )
 
 
-def rate_rounds_away(course: Course) -> Found | None:
+def rate_rounds_away(course: RunHistory) -> Finding | None:
     moved = [
         line["optim/moved"]
         for line in course.steps[-course.limits.window :]
@@ -219,19 +226,19 @@ def rate_rounds_away(course: Course) -> Found | None:
     if not moved or fmean(moved) >= course.limits.moved_low:
         return None
     rate = course.config["learning_rate"]
-    return Found(
+    return Finding(
         f"an update changes {fmean(moved):.0%} of the weights, though there is a gradient.",
         "The steps are smaller than the weights' last digit.",
         f"learning_rate={max(rate * 100, 1e-6):.2g}",
     )
 
 
-def verifier_fails(course: Course) -> Found | None:
-    failed = course.lately("reward/failed")
+def verifier_fails(course: RunHistory) -> Finding | None:
+    failed = course.recent_mean("reward/failed")
     each = course.config["batch_size"] * course.config["num_generation"]
     if failed is None or failed / each <= course.limits.failed_high:
         return None
-    return Found(
+    return Finding(
         f"for {failed / each:.0%} of the completions a reward could not be worked out; "
         f"completions.jsonl says why, under failed.",
         "A reward raises, runs out of time, or its endpoint doesn't answer.",
@@ -239,19 +246,19 @@ def verifier_fails(course: Course) -> Found | None:
     )
 
 
-def evaluation_overlaps(course: Course) -> Found | None:
+def evaluation_overlaps(course: RunHistory) -> Finding | None:
     shares = [line.get("eval/overlap") or 0.0 for line in course.evaluations]
     if max(shares, default=0.0) <= course.limits.overlap_high:
         return None
-    return Found(
+    return Finding(
         f"{max(shares):.0%} of the evaluation's questions are trained on.",
         "Its accuracy says how well they are remembered.",
         "dataset.allow_overlap=false, or another dataset.eval_slice",
     )
 
 
-AT_ONCE = ("evaluation_overlaps",)  # known before the first step
-DIAGNOSES: dict[str, tuple[str, Callable[[Course], Found | None]]] = {
+KNOWN_AT_START = ("evaluation_overlaps",)  # known before the first step
+DIAGNOSES: dict[str, tuple[str, Callable[[RunHistory], Finding | None]]] = {
     "evaluation_overlaps": ("the evaluation overlaps the training", evaluation_overlaps),
     "no_reward": ("no reward ever", no_reward),
     "groups_agree": ("all groups agree", groups_agree),
@@ -268,14 +275,14 @@ DIAGNOSES: dict[str, tuple[str, Callable[[Course], Found | None]]] = {
 
 
 def diagnose(
-    lines: Sequence[Line], config: Mapping[str, Any], limits: DoctorConfig
+    lines: Sequence[MetricsLine], config: Mapping[str, Any], limits: DoctorConfig
 ) -> list[Diagnosis]:
     """What is wrong with a run, by its metrics.jsonl so far; the order is that of DIAGNOSES."""
-    course = Course(lines, config, limits)
+    course = RunHistory(lines, config, limits)
     early = len(course.steps) < limits.patience
     found = []
     for name, (title, look) in DIAGNOSES.items():
-        sign = None if early and name not in AT_ONCE else look(course)
+        sign = None if early and name not in KNOWN_AT_START else look(course)
         if sign is not None:
             found.append(Diagnosis(name, title, *sign))
     return found

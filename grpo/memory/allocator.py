@@ -10,13 +10,13 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST = 2**30
+LARGEST_KEPT_BLOCK = 2**30
 # Under autocast, rounded copies of weights come and go between activations of other sizes. Kept,
 # large ones leave gaps that nothing else fits: 494M parameters held over 24 GB instead of 16.
-LARGEST_IN_BF16 = 2**24
+LARGEST_KEPT_BLOCK_IN_BF16 = 2**24
 
 
-def keep_freed_memory(largest: int = LARGEST) -> None:
+def keep_freed_memory(largest: int = LARGEST_KEPT_BLOCK) -> None:
     """To be called before torch is imported; does nothing where the C library is not glibc.
 
     largest: bytes; a larger block is given back when it is freed. May be changed at any time.
@@ -24,7 +24,7 @@ def keep_freed_memory(largest: int = LARGEST) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, largest)
-        mallopt(M_TRIM_THRESHOLD, LARGEST * 2 - 1)
+        mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT_BLOCK * 2 - 1)
 
 
 def give_back_freed_memory() -> None:

@@ -18,19 +18,19 @@ T = TypeVar("T")
 
 
 @dataclass
-class Limit:
+class TokenLimit:
     """So many tokens at once; half of what was too much, once memory has run out."""
 
     tokens: int  # where there is a choice
-    most: int  # that there may be: only what can't be divided has more
+    max_at_once: int  # that there may be: only what can't be divided has more
     name: str = "tokens in one forward and backward pass"
-    under_way: int = 0
+    started_tokens: int = 0
 
-    def starts(self, tokens: int) -> None:
+    def record_start(self, tokens: int) -> None:
         """To be told before so many are computed together."""
-        self.under_way = tokens
+        self.started_tokens = tokens
 
-    def fitting(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+    def retry_smaller(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
         """What `work` gives; it begins anew, with half as much at once, where memory runs out.
 
         undo: takes back what a work that was broken off has left.
@@ -42,7 +42,7 @@ class Limit:
             try:
                 return work()
             except (MemoryError, RuntimeError) as error:
-                if not ran_out(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             # Out of the handler, whose traceback holds the tensors of the work.
@@ -54,17 +54,17 @@ class Limit:
             self.halve(reason)
 
     def halve(self, reason: str) -> None:
-        if self.under_way > self.most or self.under_way <= 1:
+        if self.started_tokens > self.max_at_once or self.started_tokens <= 1:
             raise RunError(
-                f"out of memory with {self.under_way} {self.name}, and fewer can't be ({reason}): "
-                f"lower max_new_tokens or dataset.max_prompt_tokens, or set "
+                f"out of memory with {self.started_tokens} {self.name}, and fewer can't be "
+                f"({reason}): lower max_new_tokens or dataset.max_prompt_tokens, or set "
                 f"device.gradient_checkpointing=true, adapter=lora, or another device."
             )
-        self.most = self.under_way // 2
-        self.tokens = min(self.tokens, self.most)
+        self.max_at_once = self.started_tokens // 2
+        self.tokens = min(self.tokens, self.max_at_once)
         log.warning(
             "out of memory with %d %s: from here on at most %d.",
-            self.under_way, self.name, self.most,
+            self.started_tokens, self.name, self.max_at_once,
         )  # fmt: skip
 
 
@@ -72,37 +72,46 @@ class Limit:
 class Budget:
     """What is held at once; shared by all that compute, kept in checkpoints."""
 
-    computed: Limit
-    cached: Limit
-    asked: tuple[float | int | None, ...] = (
+    forward_limit: TokenLimit
+    cache_limit: TokenLimit
+    configured: tuple[float | int | None, ...] = (
         None,
         None,
         None,
     )  # GB, tokens, positions: the config's
 
     @classmethod
-    def of(cls, tokens: int, cached: int | None = None) -> Budget:
+    def from_tokens(cls, tokens: int, cache_positions: int | None = None) -> Budget:
         """So many, whatever they take."""
         return cls(
-            Limit(tokens, tokens),
-            Limit(cached or tokens, cached or tokens, "positions in a rollout's cache"),
+            TokenLimit(tokens, tokens),
+            TokenLimit(
+                cache_positions or tokens,
+                cache_positions or tokens,
+                "positions in a rollout's cache",
+            ),
         )
 
     def state(self) -> dict[str, Any]:
-        limits = [self.computed.tokens, self.computed.most, self.cached.tokens, self.cached.most]
-        return {"asked": self.asked, "limits": limits}
+        limits = [
+            self.forward_limit.tokens,
+            self.forward_limit.max_at_once,
+            self.cache_limit.tokens,
+            self.cache_limit.max_at_once,
+        ]
+        return {"asked": self.configured, "limits": limits}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Divides as before, unless something else is asked for now.
 
         Sums over other micro-batches differ in the last bit, and a resumed run should not.
         """
-        if tuple(state["asked"]) == self.asked:
-            self.computed.tokens, self.computed.most = state["limits"][:2]
-            self.cached.tokens, self.cached.most = state["limits"][2:]
+        if tuple(state["asked"]) == self.configured:
+            self.forward_limit.tokens, self.forward_limit.max_at_once = state["limits"][:2]
+            self.cache_limit.tokens, self.cache_limit.max_at_once = state["limits"][2:]
 
 
-def evenly(sizes: Sequence[int], most: int) -> Iterator[slice]:
+def split_evenly(sizes: Sequence[int], most: int) -> Iterator[slice]:
     """Neighbours that have up to `most` together, at least one, and all about the same."""
     if not sizes:
         return
@@ -117,12 +126,17 @@ def evenly(sizes: Sequence[int], most: int) -> Iterator[slice]:
 
 
 # What torch and the libraries under it say; only for a GPU is there a class for that.
-SAID = ("out of memory", "can't allocate memory", "alloc_failed", "could not create a primitive")
+OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "alloc_failed",
+    "could not create a primitive",
+)
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that there was no memory left."""
     said = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in said for words in SAID
+        words in said for words in OUT_OF_MEMORY_MESSAGES
     )

@@ -16,26 +16,32 @@ from grpo.memory.budget import Budget
 from grpo.models.forward import Completions
 from grpo.models.head import CHUNK_LOGITS
 from grpo.models.load import LanguageModel
-from grpo.models.precision import frozen_bytes, rounded_bytes
+from grpo.models.precision import count_frozen_bytes, count_rounded_bytes
 
-CGROUP = (  # a container's own limit
+CGROUP_LIMIT_FILES = (  # a container's own limit
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
-ENOUGH = {"cpu": 1024, "mps": 4096, "cuda": 16384}  # tokens at which products are at their fastest
-ENOUGH_CACHED = {"cpu": 2**15, "mps": 2**17, "cuda": 2**40}  # positions at which decoding is
-SHARE = {"cpu": 0.8, "mps": 0.9, "cuda": 0.9}  # of the memory there is
+EFFICIENT_TOKENS = {
+    "cpu": 1024,
+    "mps": 4096,
+    "cuda": 16384,
+}  # tokens at which products are at their fastest
+EFFICIENT_POSITIONS = {"cpu": 2**15, "mps": 2**17, "cuda": 2**40}  # positions at which decoding is
+USABLE_SHARE = {"cpu": 0.8, "mps": 0.9, "cuda": 0.9}  # of the memory there is
 LIBRARIES_GB = {"cpu": 0.7, "mps": 0.0, "cuda": 0.0}  # part of a process's peak, and of no GPU's
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # a trained weight
-BESIDE = 1.25  # what is kept for the backward pass, and what is made beside it for a while
+ACTIVATION_OVERHEAD = (
+    1.25  # what is kept for the backward pass, and what is made beside it for a while
+)
 # On a CPU the rounded copies of weights come and go between activations of other sizes, and the
 # heap keeps what is freed (`allocator`): so much is held for each byte in use (`scripts/bench`).
-HEAP_IN_BF16 = 1.6
-TRIED = 64  # tokens of the smaller of two forward passes that are compared
+HEAP_OVERHEAD_IN_BF16 = 1.6
+PROBE_TOKENS = 64  # tokens of the smaller of two forward passes that are compared
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a run computes, as far as memory depends on it."""
 
     prompt: int  # tokens of the longest
@@ -52,39 +58,41 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryNeeds:
     """GB that are held whatever is computed, and bytes for each token that is."""
 
-    training: float  # weights, reference, gradients, optimizer, a chunk of the head's logits
-    sampling: float  # weights, laid out too, reference, optimizer
-    token: float  # kept for the backward pass
-    position: float  # kept while completions are written
+    training_gb: float  # weights, reference, gradients, optimizer, a chunk of the head's logits
+    sampling_gb: float  # weights, laid out too, reference, optimizer
+    token_bytes: float  # kept for the backward pass
+    position_bytes: float  # kept while completions are written
 
 
-def held_by(policy: LanguageModel, work: Work) -> Held:
+def estimate_memory(policy: LanguageModel, work: Workload) -> MemoryNeeds:
     """What training a model takes."""
     model, dtype = policy.model, policy.device.autocast_dtype
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
     held = weights + trained * OPTIMIZER_BYTES[work.optimizer]
     if work.reference:
-        held += weights if work.reference_moves else frozen_bytes(model, dtype)
+        held += weights if work.reference_moves else count_frozen_bytes(model, dtype)
     on_cpu = policy.device.torch_device.type == "cpu"
-    heap = HEAP_IN_BF16 if on_cpu and dtype is not None else 1.0
-    copies = heap * rounded_bytes(model, dtype)
+    heap = HEAP_OVERHEAD_IN_BF16 if on_cpu and dtype is not None else 1.0
+    copies = heap * count_rounded_bytes(model, dtype)
     chunk = 3 * 4 * CHUNK_LOGITS[policy.device.torch_device.type]
-    head = chunk + head_bytes(policy)
+    head = chunk + count_head_bytes(policy)
     laid_out = weights if dtype is None and on_cpu else copies
     row = 12 * policy.head.vocabulary  # its logits, and what is made of them
-    return Held(
-        training=(held + copies + 4 * trained + head) / 1e9,
-        sampling=(held + laid_out) / 1e9,
-        token=heap * BESIDE * kept_by_token(policy, work) if trained else 0.0,
-        position=cached_by_position(policy) + row / work.completion,
+    return MemoryNeeds(
+        training_gb=(held + copies + 4 * trained + head) / 1e9,
+        sampling_gb=(held + laid_out) / 1e9,
+        token_bytes=heap * ACTIVATION_OVERHEAD * estimate_token_bytes(policy, work)
+        if trained
+        else 0.0,
+        position_bytes=count_cache_bytes(policy) + row / work.completion,
     )
 
 
-def head_bytes(policy: LanguageModel) -> int:
+def count_head_bytes(policy: LanguageModel) -> int:
     """What the head's weight [V, D] takes besides itself while it is read.
 
     That is a chunk's gradient where it is trained, and a copy where it is rounded.
@@ -95,10 +103,10 @@ def head_bytes(policy: LanguageModel) -> int:
     return weight.numel() * (copy + (4 if weight.requires_grad else 0))
 
 
-_kept: dict[tuple[object, ...], float] = {}  # a sweep's jobs train the same model
+_token_bytes: dict[tuple[object, ...], float] = {}  # a sweep's jobs train the same model
 
 
-def kept_by_token(policy: LanguageModel, work: Work) -> float:
+def estimate_token_bytes(policy: LanguageModel, work: Workload) -> float:
     """Bytes that a forward pass keeps for its backward, by token, in groups as long as the run's.
 
     Once a process for models alike in everything that it depends on.
@@ -108,24 +116,24 @@ def kept_by_token(policy: LanguageModel, work: Work) -> float:
     ]
     how = (policy.device, policy.forward, policy.recompute, work)
     alike = (policy.model.config.to_json_string(), *how, *parameters)
-    if alike not in _kept:
-        _kept[alike] = measured_by_token(policy, work)
-    return _kept[alike]
+    if alike not in _token_bytes:
+        _token_bytes[alike] = measure_token_bytes(policy, work)
+    return _token_bytes[alike]
 
 
-def measured_by_token(policy: LanguageModel, work: Work) -> float:
-    """As `kept_by_token`, now: the difference between two forward passes, by their tokens'.
+def measure_token_bytes(policy: LanguageModel, work: Workload) -> float:
+    """As `estimate_token_bytes`, now: the difference between two forward passes, by their tokens'.
 
     What they have in common, as the weights that autocast has rounded, is no token's.
     """
-    share = TRIED / (work.prompt + work.group * work.completion)
+    share = PROBE_TOKENS / (work.prompt + work.group * work.completion)
     prompt, completion = (max(2, round(n * share)) for n in (work.prompt, work.completion))
     tokens = prompt + work.group * completion
-    twice = kept_bytes(policy, 2 * prompt, 2 * completion, work.group)
-    return (twice - kept_bytes(policy, prompt, completion, work.group)) / tokens
+    twice = measure_kept_bytes(policy, 2 * prompt, 2 * completion, work.group)
+    return (twice - measure_kept_bytes(policy, prompt, completion, work.group)) / tokens
 
 
-def kept_bytes(policy: LanguageModel, prompt: int, completion: int, group: int) -> int:
+def measure_kept_bytes(policy: LanguageModel, prompt: int, completion: int, group: int) -> int:
     """What a forward pass over the completions of one prompt keeps for its backward."""
     weights = {x.untyped_storage().data_ptr() for x in policy.model.parameters()}
     kept: dict[int, int] = {}
@@ -142,13 +150,13 @@ def kept_bytes(policy: LanguageModel, prompt: int, completion: int, group: int) 
     lengths_B = torch.tensor([prompt], device=device)
     batch = Completions(prompts_BP, lengths_B, tokens_NC, tokens_NC == 0)
     with torch.enable_grad(), saved_tensors_hooks(note, lambda x: x):
-        features = policy.features(batch)
+        features = policy.compute_features(batch)
         total = sum(kept.values())
     del features
     return total
 
 
-def cached_by_position(policy: LanguageModel) -> float:
+def count_cache_bytes(policy: LanguageModel) -> float:
     """Bytes of the keys and values of a token."""
     config = policy.model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
@@ -160,25 +168,25 @@ def cached_by_position(policy: LanguageModel) -> float:
     return float(2 * size * config.num_hidden_layers * heads * width)
 
 
-def memory_there_is(device: torch.device) -> float:
+def get_total_memory(device: torch.device) -> float:
     """GB, of the GPU or of the machine; a container's limit where it has one."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 1e9
     if device.type == "mps":
         return torch.mps.recommended_max_memory() / 1e9
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in CGROUP:
+    for file in CGROUP_LIMIT_FILES:
         if file.is_file() and file.read_text().strip().isdigit():
             limits.append(int(file.read_text()))
     return min(limits) / 1e9
 
 
-def budget_of(
+def choose_budget(
     device: torch.device,
     memory: float | None,
     tokens: int | None,
-    cached: int | None,
-    held: Held,
+    cache_positions: int | None,
+    memory_needs: MemoryNeeds,
     longest: int,
 ) -> Budget:
     """As many tokens at once as memory holds, and no more than are of use.
@@ -192,9 +200,9 @@ def budget_of(
     Raises:
         ConfigError: not even one completion fits.
     """
-    there = SHARE[device.type] * memory_there_is(device) if memory is None else memory
-    base = LIBRARIES_GB[device.type] + held.training
-    needed = base + held.token * longest / 1e9
+    there = USABLE_SHARE[device.type] * get_total_memory(device) if memory is None else memory
+    base = LIBRARIES_GB[device.type] + memory_needs.training_gb
+    needed = base + memory_needs.token_bytes * longest / 1e9
     if tokens is None and there < needed:
         given = f"null ({there:.1f} GB here)" if memory is None else f"{memory:g}"
         raise ConfigError(
@@ -203,10 +211,12 @@ def budget_of(
             f"much, or take less: "
             f"device.gradient_checkpointing=true, optim.name=adamw_8bit, adapter=lora."
         )
-    most = tokens or int((there - base) * 1e9 / max(held.token, 1.0))
-    room = there - LIBRARIES_GB[device.type] - held.sampling
-    positions = min(ENOUGH_CACHED[device.type], int(max(0.0, room) * 1e9 / held.position))
-    budget = Budget.of(most, max(longest, cached or positions))
-    budget.computed.tokens = tokens or min(most, ENOUGH[device.type])
-    budget.asked = (memory, tokens, cached)
+    most = tokens or int((there - base) * 1e9 / max(memory_needs.token_bytes, 1.0))
+    room = there - LIBRARIES_GB[device.type] - memory_needs.sampling_gb
+    positions = min(
+        EFFICIENT_POSITIONS[device.type], int(max(0.0, room) * 1e9 / memory_needs.position_bytes)
+    )
+    budget = Budget.from_tokens(most, max(longest, cache_positions or positions))
+    budget.forward_limit.tokens = tokens or min(most, EFFICIENT_TOKENS[device.type])
+    budget.configured = (memory, tokens, cache_positions)
     return budget

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.memory.budget import Limit, evenly
+from grpo.memory.budget import TokenLimit, split_evenly
 from grpo.models.forward import Completions
 from grpo.models.head import Features, Readout, TokenScores
 from grpo.models.load import LanguageModel
@@ -27,8 +27,8 @@ class MicroBatch:
     tokens: int  # of the prompts and of the rows
 
 
-def micro_batches(
-    rollout: Rollout, limit: Limit, prompts: Sequence[int] | None = None
+def split_into_micro_batches(
+    rollout: Rollout, limit: TokenLimit, prompts: Sequence[int] | None = None
 ) -> Iterator[MicroBatch]:
     """Whole groups in length order, evenly spread; one that is over the limit is cut into rows.
 
@@ -47,14 +47,14 @@ def micro_batches(
     chosen = range(len(prompt_B)) if prompts is None else prompts
     for b in sorted(chosen, key=lambda b: (max(lengths_BG[b]), prompt_B[b])):
         one = cut(b, range(group))
-        if one.tokens <= limit.most:
+        if one.tokens <= limit.max_at_once:
             whole.append(one)
             continue
-        fitting = max(1, (limit.most - prompt_B[b]) // max(lengths_BG[b]))
+        fitting = max(1, (limit.max_at_once - prompt_B[b]) // max(lengths_BG[b]))
         pieces = -(-group // fitting)
         for rows in torch.arange(group).tensor_split(pieces):
             yield cut(b, rows.tolist())
-    for share in evenly([one.tokens for one in whole], limit.tokens):
+    for share in split_evenly([one.tokens for one in whole], limit.tokens):
         some = whole[share]
         yield MicroBatch(
             [b for one in some for b in one.prompts],
@@ -63,8 +63,11 @@ def micro_batches(
         )
 
 
-def completions(
-    rollout: Rollout, batch: MicroBatch, policy: LanguageModel, kept: KeptTokens | None = None
+def select_completions(
+    rollout: Rollout,
+    batch: MicroBatch,
+    policy: LanguageModel,
+    kept_tokens: KeptTokens | None = None,
 ) -> Completions:
     """A micro-batch's tensors, cut to its own longest prompt and completion.
 
@@ -81,11 +84,11 @@ def completions(
         tokens_NC=rollout.tokens_NC[rows, :width],
         mask_NC=rollout.mask_NC[rows, :width],
         rows_N=rows,
-        kept=kept,
+        kept_tokens=kept_tokens,
     )
 
 
-def read_at_once(inputs: Completions, most: int) -> Iterator[tuple[slice, slice]]:
+def split_head_chunks(inputs: Completions, most: int) -> Iterator[tuple[slice, slice]]:
     """Whole completions of so many tokens together, one at least: their rows, their tokens."""
     start = begin = end = 0
     for row, length in enumerate(inputs.mask_NC.sum(dim=1).tolist()):
@@ -96,13 +99,13 @@ def read_at_once(inputs: Completions, most: int) -> Iterator[tuple[slice, slice]
     yield slice(start, len(inputs.mask_NC)), slice(begin, end)
 
 
-def other_side(
+def compute_reference_features(
     reference: Reference | None, readout: Readout, inputs: Completions
 ) -> Features | None:
     """What a divergence is measured from, where the readout asks for one."""
     if reference is None or readout.divergence is None:
         return None
-    return reference.features(inputs)
+    return reference.compute_features(inputs)
 
 
 @torch.no_grad()
@@ -110,27 +113,27 @@ def score_rollout(
     model: LanguageModel,
     rollout: Rollout,
     readout: Readout,
-    limit: Limit,
+    limit: TokenLimit,
     reference: Reference | None = None,
-    kept: KeptTokens | None = None,
+    kept_tokens: KeptTokens | None = None,
 ) -> TokenScores:
     """A model's scores [N, C] of a whole rollout, without gradient.
 
     Args:
         reference: what a divergence is measured from, where the readout asks for one.
-        kept: as in `completions`.
+        kept: as in `select_completions`.
     """
     scores = TokenScores(*(torch.zeros_like(rollout.logprobs_NC) for _ in TokenScores._fields))
 
     def work() -> None:
-        for batch in micro_batches(rollout, limit):
-            limit.starts(batch.tokens)
-            inputs = completions(rollout, batch, model, kept)
-            against = other_side(reference, readout, inputs)
+        for batch in split_into_micro_batches(rollout, limit):
+            limit.record_start(batch.tokens)
+            inputs = select_completions(rollout, batch, model, kept_tokens)
+            against = compute_reference_features(reference, readout, inputs)
             rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
-            part = model.score(inputs, readout, against)
+            part = model.score_batch(inputs, readout, against)
             for whole_NC, part_NC in zip(scores, part, strict=True):
                 whole_NC[rows, :width] = part_NC
 
-    limit.fitting(work)
+    limit.retry_smaller(work)
     return scores

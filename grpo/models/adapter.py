@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from grpo.errors import ConfigError, one_line
+from grpo.errors import ConfigError, format_error
 
 log = logging.getLogger(__name__)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it talks
 
-POLICY, REFERENCE = "default", "reference"
-WEIGHTS = "adapter_model.safetensors"
+POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
         except Exception as error:  # of peft, of a regular expression, of a quantizer
             raise ConfigError(
                 f"adapter.target={adapter.target} dora={adapter.dora}: peft can't adapt "
-                f"{type(model).__name__} so: {one_line(error)}"
+                f"{type(model).__name__} so: {format_error(error)}"
             ) from error
     if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
         raise ConfigError(
@@ -75,15 +75,15 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
             f"adapter.target={adapter.target}: this model's embeddings are its output layer too, "
             f"so they can't be adapted alone; leave them out."
         )
-    settle(model)
+    prepare_new_modules(model)
 
 
-def settle(model: PreTrainedModel) -> None:
+def prepare_new_modules(model: PreTrainedModel) -> None:
     """Fresh modules come in training mode, and in the precision of the weights beside them."""
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     model.eval()
-    cast_adapter_dtype(model, POLICY, autocast_adapter_dtype=True)
+    cast_adapter_dtype(model, POLICY_ADAPTER, autocast_adapter_dtype=True)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -122,28 +122,28 @@ def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
             layer._active_adapter = was
 
 
-def add_frozen_twin(model: PreTrainedModel) -> None:
+def add_reference_adapter(model: PreTrainedModel) -> None:
     """A second adapter, equal to the first and never trained: a reference that can be moved."""
     trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.add_adapter(copy.deepcopy(model.peft_config[POLICY]), REFERENCE)
-    model.set_adapter(POLICY)
-    settle(model)
+        model.add_adapter(copy.deepcopy(model.peft_config[POLICY_ADAPTER]), REFERENCE_ADAPTER)
+    model.set_adapter(POLICY_ADAPTER)
+    prepare_new_modules(model)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.requires_grad_(trained.get(name, False))
-        for twin, weight in twins(model):
+        for twin, weight in pair_adapter_weights(model):
             twin.copy_(weight)
 
 
-def twins(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def pair_adapter_weights(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Each weight of the frozen twin with the one of the policy that it stands for."""
     weights = dict(model.named_parameters())
     return [
-        (weight, weights[name.replace(f".{REFERENCE}.", f".{POLICY}.")])
+        (weight, weights[name.replace(f".{REFERENCE_ADAPTER}.", f".{POLICY_ADAPTER}.")])
         for name, weight in weights.items()
-        if f".{REFERENCE}." in name
+        if f".{REFERENCE_ADAPTER}." in name
     ]
 
 
@@ -160,7 +160,9 @@ def save_adapter(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    weights = get_peft_model_state_dict(
+        model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False
+    )
     # peft writes DoRA's magnitudes without `.weight`, and transformers then drops them unread.
     named = {
         f"base_model.model.{name}"
@@ -169,10 +171,10 @@ def save_adapter(
     }
     save_file(
         {name: weight.contiguous() for name, weight in named.items()},
-        folder / WEIGHTS,
+        folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )
-    config = copy.deepcopy(model.peft_config[POLICY])
+    config = copy.deepcopy(model.peft_config[POLICY_ADAPTER])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.revision = revision
     if isinstance(config.target_modules, set):
@@ -194,22 +196,26 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model.add_adapter(PeftConfig.from_pretrained(folder))
-            settle(model)
-        weights = load_file(folder / WEIGHTS)
+            prepare_new_modules(model)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
     except Exception as error:  # of peft, safetensors, or what the adapter's kind needs
-        raise ConfigError(f"{folder}: this adapter can't be loaded: {one_line(error)}") from error
+        raise ConfigError(
+            f"{folder}: this adapter can't be loaded: {format_error(error)}"
+        ) from error
     try:
         result = set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
         raise ConfigError(
-            f"{folder}: this adapter is of another shape: {one_line(error)}"
+            f"{folder}: this adapter is of another shape: {format_error(error)}"
         ) from error
-    lacking = [key for key in result.missing_keys if "lora_" in key and f".{POLICY}." in key]
+    lacking = [
+        key for key in result.missing_keys if "lora_" in key and f".{POLICY_ADAPTER}." in key
+    ]
     if lacking or result.unexpected_keys:
         raise ConfigError(f"{folder}: this adapter is of another model or has other targets.")
 
 
-def merged(model: PreTrainedModel) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model with the adapter added into its weights: a plain model again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -217,15 +223,15 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if name.endswith(".base_layer") or not isinstance(module, BaseTunerLayer):
             continue
-        model.set_submodule(name, merged_layer(module))
+        model.set_submodule(name, merge_layer(module))
     del model.peft_config
     model._hf_peft_config_loaded = False  # else it would be saved as an adapter
     return model
 
 
 @torch.no_grad()
-def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights of the plain model that `merged` gives, made one layer at a time.
+def iterate_merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights of the plain model that `merge_adapter` gives, made one layer at a time.
 
     Sums are in fp32, whatever precision the frozen weights are kept in.
     """
@@ -237,12 +243,12 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         if not any(name.startswith(f"{layer}.") for layer in adapted):
             yield name, weight.detach()
     for name in adapted:
-        plain = merged_layer(copy.deepcopy(model.get_submodule(name)).float())
+        plain = merge_layer(copy.deepcopy(model.get_submodule(name)).float())
         for part, weight in plain.named_parameters():
             yield f"{name}.{part}", weight.detach()
 
 
-def merged_layer(layer: Any) -> nn.Module:
+def merge_layer(layer: Any) -> nn.Module:
     """The plain layer under an adapted one, which is used up.
 
     Two adapted weights of one module, such as a mixture's experts, are a layer in a layer.
@@ -250,7 +256,7 @@ def merged_layer(layer: Any) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     while isinstance(layer, BaseTunerLayer):
-        layer.merge(safe_merge=True, adapter_names=[POLICY])
+        layer.merge(safe_merge=True, adapter_names=[POLICY_ADAPTER])
         layer = layer.base_layer
     plain: nn.Module = layer
     return plain

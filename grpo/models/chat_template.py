@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo.errors import ConfigError, one_line
+from grpo.errors import ConfigError, format_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ def render_chat(
     messages: Sequence[Mapping[str, str]],
     options: Mapping[str, Any],
     *,
-    answers: bool,
+    add_generation_prompt: bool,
 ) -> str:
     """The text of a chat.
 
@@ -30,11 +30,14 @@ def render_chat(
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answers, **options
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **options,
             )
         )
     except Exception as error:  # whatever the template or its filters raise is about the template
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(format_error(error)) from error
 
 
 def render_question(
@@ -52,9 +55,11 @@ def render_question(
         ConfigError: the template refuses a message, or leaves the question out.
     """
     try:
-        text = render_chat(tokenizer, messages, options, answers=True)
+        text = render_chat(tokenizer, messages, options, add_generation_prompt=True)
     except ConfigError as error:
-        raise ConfigError(explain(tokenizer, messages, options, key, str(error))) from error
+        raise ConfigError(
+            explain_template_error(tokenizer, messages, options, key, str(error))
+        ) from error
     if messages[-1]["content"].strip() not in text:
         raise ConfigError(
             f"{key}.chat=true: the model's chat template leaves the question out (it may want "
@@ -63,7 +68,7 @@ def render_question(
     return text
 
 
-def explain(
+def explain_template_error(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
     options: Mapping[str, Any],
@@ -81,7 +86,7 @@ def explain(
     rest = [message for message in messages if message["role"] != "system"]
     if len(rest) < len(messages):
         try:
-            render_chat(tokenizer, rest, options, answers=True)
+            render_chat(tokenizer, rest, options, add_generation_prompt=True)
         except ConfigError:
             pass  # the system message is not what is wrong
         else:

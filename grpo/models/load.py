@@ -19,25 +19,25 @@ from transformers import (
 )
 
 from grpo.device import Device
-from grpo.errors import ConfigError, one_line
+from grpo.errors import ConfigError, format_error
 from grpo.models.adapter import copy_model, has_adapter, load_adapter, save_adapter
-from grpo.models.cpu.select import lean
-from grpo.models.ends import Decoder, end_ids, left_out_ids
-from grpo.models.files import base_folder
+from grpo.models.cpu.select import fast_forward_pass
+from grpo.models.end_tokens import Decoder, find_end_ids, find_skipped_ids
+from grpo.models.files import find_base_folder
 from grpo.models.forward import (
-    UNSUITED,
+    FORWARD_ERRORS,
     Completions,
     Forward,
-    plain,
+    find_sharing_problem,
+    forward_plain,
+    forward_shared_prompt,
     reads_padding,
     score_completions,
-    shared_prefix,
-    why_not_shared,
 )
 from grpo.models.head import Features, Head, Readout, TokenScores
-from grpo.models.own_code import NEEDS_CODE, check_own_code
 from grpo.models.precision import four_bits_in_fp32, store_frozen_weights
 from grpo.models.recompute import recomputed
+from grpo.models.remote_code import NEEDS_CODE, check_remote_code
 
 log = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -52,14 +52,14 @@ class LanguageModel:
     head: Head
     forward: Forward
     end_ids: tuple[int, ...]  # every token that ends a completion
-    context: int  # the most tokens that prompt and completion may have together
+    context_length: int  # the most tokens that prompt and completion may have together
     device: Device
     base: str = ""  # where the frozen weights under an adapter are found: a folder or a hub id
     commit: str | None = None  # of the hub, that they were loaded from
     fingerprint: str = ""  # of the weights as they were loaded
     recompute: bool = False  # activations are made again in the backward pass
     reads_padding: bool = False  # what stands before a shorter prompt changes what it says
-    left_out: frozenset[int] = frozenset()  # tokens that the text of a completion doesn't show
+    skipped_ids: frozenset[int] = frozenset()  # tokens that the text of a completion doesn't show
     trust_remote_code: bool = False  # code that comes with the model may be run
 
     @property
@@ -69,13 +69,13 @@ class LanguageModel:
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.tokenizer, self.left_out)
+        return Decoder(self.tokenizer, self.skipped_ids)
 
-    def features(self, batch: Completions) -> Features:
+    def compute_features(self, batch: Completions) -> Features:
         """What a forward pass knows of each completion token."""
         again = self.recompute and torch.is_grad_enabled()
         recomputing = recomputed(self.model) if again else nullcontext()
-        with self.device.autocast(), lean(self.model), recomputing:
+        with self.device.autocast(), fast_forward_pass(self.model), recomputing:
             return self.forward(self.model, self.head, batch)
 
     def save(self, folder: Path) -> None:
@@ -96,13 +96,13 @@ class LanguageModel:
             )
             self.model.load_state_dict(saved.state_dict())
 
-    def score(
+    def score_batch(
         self, batch: Completions, readout: Readout, reference: Features | None = None
     ) -> TokenScores:
         """Scores [N, C] of completion tokens; zeros on padding."""
-        return self.read(self.features(batch), batch, readout, reference)
+        return self.score_features(self.compute_features(batch), batch, readout, reference)
 
-    def read(
+    def score_features(
         self,
         features: Features,
         batch: Completions,
@@ -133,29 +133,29 @@ def load_language_model(
     Raises:
         ConfigError: the folder doesn't hold a causal language model that can be loaded.
     """
-    base = base_folder(folder, trust_remote_code)
-    check_own_code(base, trust_remote_code)
+    base = find_base_folder(folder, trust_remote_code)
+    check_remote_code(base, trust_remote_code)
     with loading_errors(base):
         # Never None: then transformers asks, and takes what is piped in for an answer.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if quantized:
-            model = in_four_bits(base, device, trust_remote_code=trust_remote_code)
+            model = load_in_four_bits(base, device, trust_remote_code=trust_remote_code)
         else:
-            model = in_full(base, trust_remote_code=trust_remote_code)
+            model = load_in_fp32(base, trust_remote_code=trust_remote_code)
         model.eval()
         if not (frozen or quantized):
             model.to(device.torch_device)
         head = Head(model)
     with four_bits_in_fp32(model):  # else bf16's rounding would hide, or be taken for, a difference
         forward = choose_forward(model, head)
-        pads = forward is plain and reads_padding(model, head)
-    weights = fingerprint(model)
+        pads = forward is forward_plain and reads_padding(model, head)
+    weights = compute_fingerprint(model)
     if frozen or quantized:
         store_frozen_weights(model.requires_grad_(False), device.autocast_dtype)
         model.to(device.torch_device)  # only now: a GPU never holds them in fp32
     if base != folder:
         load_adapter(model, folder)
-    ends = end_ids(model, tokenizer, head.vocabulary)
+    ends = find_end_ids(model, tokenizer, head.vocabulary)
     pad = tokenizer.pad_token_id
     return LanguageModel(
         model=model,
@@ -163,13 +163,14 @@ def load_language_model(
         head=head,
         forward=forward,
         end_ids=ends,
-        context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20,
+        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        or 2**20,
         device=device,
         base=str(base.resolve()),
         fingerprint=weights,
         # A shared prompt was compared with one that has no padding, and has none either.
         reads_padding=pads,
-        left_out=left_out_ids(tokenizer, ends, ends[0] if pad is None else pad),
+        skipped_ids=find_skipped_ids(tokenizer, ends, ends[0] if pad is None else pad),
         trust_remote_code=trust_remote_code,
     )
 
@@ -186,7 +187,7 @@ def loading_errors(folder: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # each of these libraries has errors of its own
-        reason = one_line(error)
+        reason = format_error(error)
         if "trust_remote_code" in str(error):  # of which `reason` may be the beginning
             reason = f"it {NEEDS_CODE}"
         raise ConfigError(
@@ -194,7 +195,7 @@ def loading_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def in_full(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_in_fp32(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """On the CPU, in fp32."""
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -207,7 +208,7 @@ def in_full(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel
     return model
 
 
-def in_four_bits(
+def load_in_four_bits(
     folder: Path, device: Device, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The linear layers as 4-bit normal floats, computed with in the device's precision."""
@@ -234,7 +235,7 @@ def in_four_bits(
     return model
 
 
-def frozen_copy(policy: LanguageModel, in_fp32: bool) -> LanguageModel:
+def copy_frozen(policy: LanguageModel, in_fp32: bool) -> LanguageModel:
     """The reference: the policy as it is now, never trained.
 
     in_fp32: else in the precision that is computed in, which can't hold weights that move a little.
@@ -252,22 +253,22 @@ def choose_forward(model: PreTrainedModel, head: Head) -> Forward:
         ConfigError: it can't be run at all.
     """
     try:
-        why_not = why_not_shared(model, head)
-    except UNSUITED as error:
+        why_not = find_sharing_problem(model, head)
+    except FORWARD_ERRORS as error:
         raise ConfigError(
-            f"{type(model).__name__}: its forward pass fails on a few tokens: {one_line(error)}"
+            f"{type(model).__name__}: its forward pass fails on a few tokens: {format_error(error)}"
         ) from error
     if not why_not:
-        return shared_prefix
+        return forward_shared_prompt
     log.warning(
         "%s: its log-probabilities can't be had from a shared prompt (%s); using the plain "
         "forward, which is slower and needs more memory.",
         type(model).__name__, why_not,
     )  # fmt: skip
-    return plain
+    return forward_plain
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def compute_fingerprint(model: PreTrainedModel) -> str:
     """Tells one model's weights from another's: a hash of a few numbers of each."""
     total = hashlib.sha256()
     for name, weight in model.state_dict().items():

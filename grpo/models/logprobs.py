@@ -15,29 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.models.cpu.linear import add_to_gradient, compute_dtype, in_fp32
+from grpo.models.cpu.linear import add_to_gradient, compute_dtype, linear_in_fp32
 
 CACHED_LOGITS = 2**21  # 8 MB in fp32: what a CPU goes over again and again while it is in its cache
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadOptions:
     """What a head does to a product, in this order, and how many rows of it are held at once."""
 
     scale: float
     cap: float | None  # cap · tanh(· / cap)
     temperature: float
-    rows: int
+    chunk_size: int
 
 
 def token_logprobs(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: Shape
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
     """[T] float32 log-probabilities of the targets, and [T] entropies, which have no gradient."""
     factors = compute_dtype(hidden_TD)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         logprobs_T, entropy_T = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden_TD, weight_VD, targets_T, shape, factors
+            hidden_TD, weight_VD, targets_T, options, factors
         )
     return logprobs_T, entropy_T
 
@@ -55,17 +55,17 @@ class TokenLogprobs(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         targets_T: Tensor,
-        shape: Shape,
-        factors: torch.dtype,
+        options: HeadOptions,
+        factor_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         logprobs_T, entropy_T, normalizer_T = (
             hidden_TD.new_empty(len(hidden_TD), dtype=torch.float32) for _ in range(3)
         )
-        factor_TD, factor_VD = hidden_TD.to(factors), weight_VD.to(factors)
+        factor_TD, factor_VD = hidden_TD.to(factor_dtype), weight_VD.to(factor_dtype)
         ctx.held_TV = None
-        for chunk in slices(len(hidden_TD), shape.rows):
-            logits_TV = logits(factor_TD[chunk], factor_VD, shape)
-            for block in blocks(logits_TV):
+        for chunk in split_into_chunks(len(hidden_TD), options.chunk_size):
+            logits_TV = compute_logits(factor_TD[chunk], factor_VD, options)
+            for block in split_into_blocks(logits_TV):
                 own = slice(chunk.start + block.start, chunk.start + block.stop)
                 target_T1 = targets_T[own, None]
                 all_TV = torch.log_softmax(logits_TV[block], dim=-1)
@@ -73,11 +73,11 @@ class TokenLogprobs(torch.autograd.Function):
                 target_logit_T = logits_TV[block].gather(1, target_T1)[:, 0]
                 normalizer_T[own] = target_logit_T - logprobs_T[own]
                 entropy_T[own] = -torch.einsum("tv,tv->t", all_TV.exp(), all_TV)
-            if any(ctx.needs_input_grad) and len(hidden_TD) <= shape.rows:
+            if any(ctx.needs_input_grad) and len(hidden_TD) <= options.chunk_size:
                 ctx.held_TV = logits_TV
             del logits_TV  # before the next chunk's are made
         ctx.save_for_backward(factor_TD, factor_VD, weight_VD, targets_T, normalizer_T)
-        ctx.shape, ctx.dtype = shape, hidden_TD.dtype
+        ctx.options, ctx.dtype = options, hidden_TD.dtype
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
@@ -91,59 +91,59 @@ class TokenLogprobs(torch.autograd.Function):
         to_weight_VD = there_VD
         if needed[1] and there_VD is None:
             to_weight_VD = torch.zeros_like(weight_VD)
-        for chunk in slices(len(factor_TD), ctx.shape.rows):
+        for chunk in split_into_chunks(len(factor_TD), ctx.options.chunk_size):
             logits_TV, ctx.held_TV = ctx.held_TV, None
             if logits_TV is None:
-                logits_TV = logits(factor_TD[chunk], factor_VD, ctx.shape)
-            for block in blocks(logits_TV):
+                logits_TV = compute_logits(factor_TD[chunk], factor_VD, ctx.options)
+            for block in split_into_blocks(logits_TV):
                 own = slice(chunk.start + block.start, chunk.start + block.stop)
-                overwrite(
-                    logits_TV[block], targets_T[own], normalizer_T[own], grad_T[own], ctx.shape
+                overwrite_with_gradient(
+                    logits_TV[block], targets_T[own], normalizer_T[own], grad_T[own], ctx.options
                 )
             grad_TV = logits_TV.to(factor_VD.dtype)
             if to_hidden_TD is not None:
-                to_hidden_TD[chunk] = in_fp32(grad_TV, factor_VD.t())
+                to_hidden_TD[chunk] = linear_in_fp32(grad_TV, factor_VD.t())
             if to_weight_VD is not None:
                 add_to_gradient(to_weight_VD, grad_TV, factor_TD[chunk])
             del logits_TV, grad_TV  # before the next chunk's are made
         return to_hidden_TD, to_weight_VD if there_VD is None else None, None, None, None
 
 
-def slices(total: int, size: int) -> Iterator[slice]:
+def split_into_chunks(total: int, size: int) -> Iterator[slice]:
     """As few as are no longer than `size`, alike, so that one's memory is right for the next."""
     length = -(-total // -(-total // size)) if total else size
     for start in range(0, total, length):
         yield slice(start, min(start + length, total))
 
 
-def blocks(logits_TV: Tensor) -> Iterator[slice]:
+def split_into_blocks(logits_TV: Tensor) -> Iterator[slice]:
     """Rows to go over together."""
     rows, vocabulary = logits_TV.shape
     on_cpu = logits_TV.device.type == "cpu"
-    return slices(rows, max(1, CACHED_LOGITS // vocabulary) if on_cpu else rows)
+    return split_into_chunks(rows, max(1, CACHED_LOGITS // vocabulary) if on_cpu else rows)
 
 
-def logits(hidden_TD: Tensor, weight_VD: Tensor, shape: Shape) -> Tensor:
+def compute_logits(hidden_TD: Tensor, weight_VD: Tensor, options: HeadOptions) -> Tensor:
     """[T, V] float32, over the temperature."""
-    logits_TV = in_fp32(hidden_TD, weight_VD)
-    if shape.scale != 1:
-        logits_TV.mul_(shape.scale)
-    if shape.cap is not None:
-        logits_TV.div_(shape.cap).tanh_().mul_(shape.cap)
-    return logits_TV if shape.temperature == 1 else logits_TV.div_(shape.temperature)
+    logits_TV = linear_in_fp32(hidden_TD, weight_VD)
+    if options.scale != 1:
+        logits_TV.mul_(options.scale)
+    if options.cap is not None:
+        logits_TV.div_(options.cap).tanh_().mul_(options.cap)
+    return logits_TV if options.temperature == 1 else logits_TV.div_(options.temperature)
 
 
-def overwrite(
-    logits_TV: Tensor, targets_T: Tensor, normalizer_T: Tensor, grad_T: Tensor, shape: Shape
+def overwrite_with_gradient(
+    logits_TV: Tensor, targets_T: Tensor, normalizer_T: Tensor, grad_T: Tensor, options: HeadOptions
 ) -> None:
     """Puts the gradient by the product in the place of the logits that were made of it."""
     slope_TV = None
-    if shape.cap is not None:  # of cap · tanh(x / cap): 1 - tanh²
-        slope_TV = 1 - (logits_TV * (shape.temperature / shape.cap)).square_()
+    if options.cap is not None:  # of cap · tanh(x / cap): 1 - tanh²
+        slope_TV = 1 - (logits_TV * (options.temperature / options.cap)).square_()
     logits_TV.sub_(normalizer_T[:, None]).exp_().mul_(-grad_T[:, None])
     logits_TV.scatter_add_(1, targets_T[:, None], grad_T[:, None])
     if slope_TV is not None:
         logits_TV.mul_(slope_TV)
-    factor = shape.scale / shape.temperature
+    factor = options.scale / options.temperature
     if factor != 1:
         logits_TV.mul_(factor)

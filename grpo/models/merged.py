@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 from grpo.device import open_device
-from grpo.models.adapter import load_adapter, merged
-from grpo.models.files import base_folder
+from grpo.models.adapter import load_adapter, merge_adapter
+from grpo.models.files import find_base_folder
 from grpo.models.hub import holds_adapter
-from grpo.models.load import in_four_bits, in_full, loading_errors
-from grpo.models.own_code import check_own_code
+from grpo.models.load import load_in_four_bits, load_in_fp32, loading_errors
+from grpo.models.remote_code import check_remote_code
 
 
 def write_merged(model: Path, folder: Path, trust_remote_code: bool = False) -> None:
@@ -29,18 +29,18 @@ def write_merged(model: Path, folder: Path, trust_remote_code: bool = False) -> 
     if not holds_adapter(model):
         shutil.copytree(model, folder, dirs_exist_ok=True)
         return
-    device, base = open_device("cpu", "fp32"), base_folder(model, trust_remote_code)
-    check_own_code(base, trust_remote_code)
+    device, base = open_device("cpu", "fp32"), find_base_folder(model, trust_remote_code)
+    check_remote_code(base, trust_remote_code)
     with loading_errors(base):
         # Never None: then transformers asks, and takes what is piped in for an answer.
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         if was_quantized(model):
-            quantized = in_four_bits(base, device, trust_remote_code=trust_remote_code)
+            quantized = load_in_four_bits(base, device, trust_remote_code=trust_remote_code)
             whole = quantized.dequantize(torch.float32)
         else:
-            whole = in_full(base, trust_remote_code=trust_remote_code)
+            whole = load_in_fp32(base, trust_remote_code=trust_remote_code)
     load_adapter(whole, model)
-    merged(whole).save_pretrained(folder)
+    merge_adapter(whole).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -25,7 +25,7 @@ def pad_right(rows: Sequence[Tensor], value: float) -> tuple[Tensor, Tensor]:
     return pad_sequence(list(rows), batch_first=True, padding_value=value), lengths_N
 
 
-def taken(x: Tensor, index_N: Tensor) -> Tensor:
+def gather_rows(x: Tensor, index_N: Tensor) -> Tensor:
     """x[index_N], whose gradient is bit for bit the same each time.
 
     Where a row is taken more than once its gradient is a sum, in an order that an embedding keeps;

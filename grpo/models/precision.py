@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-PRODUCTS = (nn.Linear, Conv1D)  # their weights are rounded by autocast at every use
+LINEAR_TYPES = (nn.Linear, Conv1D)  # their weights are rounded by autocast at every use
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
     """
     if dtype is None:
         return
-    exact, wide = exact_tables(model, dtype), wide_weights(model, dtype)
-    for module in [x for x in model.modules() if type(x) in PRODUCTS]:
+    exact, wide = find_exact_embeddings(model, dtype), find_unrounded_weights(model, dtype)
+    for module in [x for x in model.modules() if type(x) in LINEAR_TYPES]:
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.requires_grad:
                 continue
@@ -37,51 +37,51 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
                 weight.data = weight.data.to(dtype)
     for table in exact:
         table.weight.data = table.weight.data.to(dtype)
-        table.register_forward_hook(widen)
+        table.register_forward_hook(cast_output_to_fp32)
 
 
-def exact_tables(model: nn.Module, dtype: torch.dtype) -> list[nn.Embedding]:
+def find_exact_embeddings(model: nn.Module, dtype: torch.dtype) -> list[nn.Embedding]:
     """Lookup tables of which nothing is lost in a lower precision."""
     tables = [x for x in model.modules() if type(x) is nn.Embedding]
     return [x for x in tables if torch.equal(x.weight.to(dtype).float(), x.weight)]
 
 
-def wide_weights(model: nn.Module, dtype: torch.dtype) -> set[int]:
+def find_unrounded_weights(model: nn.Module, dtype: torch.dtype) -> set[int]:
     """The ids of the weights that have to stay as they are, whoever else they are tied to."""
-    others = [x for x in model.modules() if type(x) not in PRODUCTS]
+    others = [x for x in model.modules() if type(x) not in LINEAR_TYPES]
     wide = {id(weight) for module in others for weight in module.parameters(recurse=False)}
-    return wide - {id(table.weight) for table in exact_tables(model, dtype)}
+    return wide - {id(table.weight) for table in find_exact_embeddings(model, dtype)}
 
 
-def frozen_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
+def count_frozen_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
     """What a frozen copy of a model takes, as `store_frozen_weights` keeps it."""
     weights = {id(x): x for x in (*model.parameters(), *model.buffers())}
     if dtype is None:
         return sum(x.nbytes for x in weights.values())
-    wide = wide_weights(model, dtype) | {id(x) for x in model.buffers()}
-    tied = {id(w): w for w in product_weights(model) if id(w) in wide}
+    wide = find_unrounded_weights(model, dtype) | {id(x) for x in model.buffers()}
+    tied = {id(w): w for w in find_linear_weights(model) if id(w) in wide}
     return sum(
         x.nbytes if n in wide else x.numel() * dtype.itemsize for n, x in weights.items()
     ) + sum(x.numel() * dtype.itemsize for x in tied.values())
 
 
-def rounded_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
+def count_rounded_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
     """What autocast's rounded copies of a model's weights take, the head's left out."""
     if dtype is None:
         return 0
     head = model.get_output_embeddings()  # type: ignore[operator]
     of_head = {id(x) for x in head.parameters()}
-    rounded = {id(x): x for x in product_weights(model) if id(x) not in of_head}
+    rounded = {id(x): x for x in find_linear_weights(model) if id(x) not in of_head}
     return sum(x.numel() * dtype.itemsize for x in rounded.values() if x.dtype == torch.float32)
 
 
-def product_weights(model: nn.Module) -> list[nn.Parameter]:
+def find_linear_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights and biases of its products."""
-    products = [x for x in model.modules() if type(x) in PRODUCTS]
+    products = [x for x in model.modules() if type(x) in LINEAR_TYPES]
     return [weight for module in products for weight in module.parameters(recurse=False)]
 
 
-def widen(module: nn.Module, inputs: Any, looked_up: Tensor) -> Tensor:
+def cast_output_to_fp32(module: nn.Module, inputs: Any, looked_up: Tensor) -> Tensor:
     """A forward hook of a table."""
     return looked_up.float()
 

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grpo.models.attention_plan import attention_as
 from grpo.models.cpu.linear import computed_as
-from grpo.models.cpu.select import lean
-from grpo.models.plan import attention_as
+from grpo.models.cpu.select import fast_forward_pass
 
 
-def recomputable(model: nn.Module) -> list[nn.Module]:
+def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Its decoder layers."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
@@ -30,12 +30,12 @@ def recomputable(model: nn.Module) -> list[nn.Module]:
 def recomputed(model: PreTrainedModel) -> Iterator[None]:
     """Within it, the decoder layers of a forward pass keep their inputs and nothing else."""
     config = model.config.get_text_config()
-    layers = recomputable(model)
-    with computed_as({x: partial(run_again, config, x, x.forward) for x in layers}):
+    layers = find_decoder_layers(model)
+    with computed_as({x: partial(run_recomputed, config, x, x.forward) for x in layers}):
         yield
 
 
-def run_again(
+def run_recomputed(
     config: PreTrainedConfig,
     layer: nn.Module,
     forward: Callable[..., Any],
@@ -46,7 +46,7 @@ def run_again(
     attention = config._attn_implementation
 
     def as_it_was(*inputs: Any, **named: Any) -> Any:
-        with attention_as(config, attention), lean(layer):
+        with attention_as(config, attention), fast_forward_pass(layer):
             return forward(*inputs, **named)
 
     return checkpoint(as_it_was, *inputs, use_reentrant=False, preserve_rng_state=False, **named)

@@ -13,15 +13,15 @@ from torch import Tensor
 from grpo.types import Sampling
 
 
-def warp(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Tensor:
+def scale_and_filter(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Tensor:
     """[T, V] logits, penalised, divided and cut.
 
     seen_TV: bool, the tokens before each position, prompt and all; only a penalty needs it.
     """
-    return cut(divide(logits_TV, sampling, seen_TV), sampling)
+    return filter_logits(scale_logits(logits_TV, sampling, seen_TV), sampling)
 
 
-def divide(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Tensor:
+def scale_logits(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Tensor:
     """The penalty, and the temperature."""
     if seen_TV is not None:
         penalty = sampling.repetition_penalty
@@ -30,7 +30,7 @@ def divide(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Ten
     return logits_TV if sampling.temperature in (0, 1) else logits_TV / sampling.temperature
 
 
-def cut(logits_TV: Tensor, sampling: Sampling) -> Tensor:
+def filter_logits(logits_TV: Tensor, sampling: Sampling) -> Tensor:
     """Everything that sampling leaves out at -inf."""
     if sampling.top_k:
         logits_TV = keep_top_k(logits_TV, sampling.top_k)
@@ -75,19 +75,19 @@ class KeptTokens:
     ids: list[Tensor]  # int32
 
     @classmethod
-    def of(cls, lengths_N: Tensor, width: int) -> KeptTokens:
+    def create_empty(cls, lengths_N: Tensor, width: int) -> KeptTokens:
         """Nothing yet, for rows of a rollout."""
         starts_NC = torch.zeros(len(lengths_N), width, dtype=torch.int64, device=lengths_N.device)
         return cls(starts_NC, starts_NC.clone(), [])
 
-    def cut(
+    def filter_logits(
         self, rows_T: Tensor, columns_T: Tensor, logits_TV: Tensor, sampling: Sampling
     ) -> Tensor:
-        """As `cut`, but that a place keeps what it kept when it was asked for first."""
+        """As `filter_logits`, but that a place keeps what it kept when it was asked for first."""
         if bool(self.counts_NC[rows_T, columns_T].all()):
             kept_TV = self._look_up(rows_T, columns_T, logits_TV.shape[1])
             return logits_TV.masked_fill(~kept_TV, -torch.inf)
-        cut_TV = cut(logits_TV, sampling)
+        cut_TV = filter_logits(logits_TV, sampling)
         self._store(rows_T, columns_T, cut_TV > -torch.inf)
         return cut_TV
 

@@ -19,7 +19,7 @@ class Tree:
     lengths: tuple[int, ...]  # of the N completions; 0 is a completion of which nothing is read
 
     @property
-    def rows(self) -> int:
+    def rows_per_prompt(self) -> int:
         """Completions a prompt."""
         return len(self.lengths) // len(self.prompt_lengths)
 
@@ -33,33 +33,33 @@ class Tree:
         return max(self.prompt_lengths) + max(self.lengths, default=0)
 
     @cached_property
-    def prompts(self) -> list[slice]:
+    def prompt_slices(self) -> list[slice]:
         """Where in T each prompt is."""
-        return spans(self.prompt_lengths, 0)
+        return make_slices(self.prompt_lengths, 0)
 
     @cached_property
-    def branches(self) -> list[slice]:
+    def group_slices(self) -> list[slice]:
         """Where in T the completions of each prompt are."""
         own = [
-            sum(self.lengths[b * self.rows : (b + 1) * self.rows])
+            sum(self.lengths[b * self.rows_per_prompt : (b + 1) * self.rows_per_prompt])
             for b in range(len(self.prompt_lengths))
         ]
-        return spans(own, self.prompt_tokens)
+        return make_slices(own, self.prompt_tokens)
 
     @cached_property
-    def completions(self) -> list[slice]:
+    def completion_slices(self) -> list[slice]:
         """Where in T each completion is."""
-        return spans(self.lengths, self.prompt_tokens)
+        return make_slices(self.lengths, self.prompt_tokens)
 
     def positions(self, device: torch.device) -> Tensor:
         """[T] how many tokens stand before each on its way from the root."""
         ways = [torch.arange(length) for length in self.prompt_lengths]
         for n, length in enumerate(self.lengths):
-            ways.append(torch.arange(length) + self.prompt_lengths[n // self.rows])
+            ways.append(torch.arange(length) + self.prompt_lengths[n // self.rows_per_prompt])
         return torch.cat(ways).to(device)
 
 
-def spans(lengths: Sequence[int], start: int) -> list[slice]:
+def make_slices(lengths: Sequence[int], start: int) -> list[slice]:
     """One after the other."""
     found = []
     for length in lengths:
@@ -68,7 +68,7 @@ def spans(lengths: Sequence[int], start: int) -> list[slice]:
     return found
 
 
-def padded(x_XTd: Tensor, parts: Sequence[slice]) -> Tensor:
+def pad_parts(x_XTd: Tensor, parts: Sequence[slice]) -> Tensor:
     """Parts of T as [parts, X, longest, d], zeros behind the shorter ones."""
     first, width = parts[0], parts[0].stop - parts[0].start
     if all(part.stop - part.start == width for part in parts):
@@ -78,7 +78,7 @@ def padded(x_XTd: Tensor, parts: Sequence[slice]) -> Tensor:
     return pad_sequence(rows, batch_first=True).transpose(1, 2)
 
 
-def unpadded(x_NXCd: Tensor, parts: Sequence[slice]) -> Tensor:
+def unpad_parts(x_NXCd: Tensor, parts: Sequence[slice]) -> Tensor:
     """[X, T', d] the parts end to end again."""
     rows = [x_NXCd[n, :, : part.stop - part.start] for n, part in enumerate(parts)]
     return torch.cat(rows, dim=1)

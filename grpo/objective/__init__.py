@@ -11,7 +11,7 @@ from grpo.objective.losses import (
     sigmoid_gated,
 )
 from grpo.objective.ratios import RATIOS
-from grpo.objective.weights import AVERAGINGS, Tokens, most_uncertain
+from grpo.objective.weights import AVERAGINGS, Tokens, top_entropy_mask
 
 __all__ = [
     "AGGREGATES",
@@ -28,7 +28,7 @@ __all__ = [
     "clipped_surrogate",
     "clipped_weight",
     "gamma_weight",
-    "most_uncertain",
     "policy_gradient",
     "sigmoid_gated",
+    "top_entropy_mask",
 ]

@@ -25,19 +25,21 @@ def group_mean(rewards_BG: Tensor) -> Tensor:
     A group that agrees is its own mean, exactly, so that no rounding is made an advantage.
     """
     mean_B1 = rewards_BG.nanmean(dim=1, keepdim=True)
-    return torch.where(agrees(rewards_BG), rewards_BG, mean_B1)
+    return torch.where(has_equal_rewards(rewards_BG), rewards_BG, mean_B1)
 
 
 def leave_one_out(rewards_BG: Tensor) -> Tensor:
     """The mean of the others in the group: RLOO (2402.14740), eq. 6. Alone, there is none: NaN."""
     count_B1 = rewards_BG.isfinite().sum(dim=1, keepdim=True)
     others_BG = (rewards_BG.nansum(dim=1, keepdim=True) - rewards_BG) / (count_B1 - 1)
-    return torch.where(agrees(rewards_BG) & (count_B1 > 1), rewards_BG, others_BG)
+    return torch.where(has_equal_rewards(rewards_BG) & (count_B1 > 1), rewards_BG, others_BG)
 
 
 def batch_mean(rewards_BG: Tensor) -> Tensor:
     """The mean of the whole step: REINFORCE++ (2501.03262), eq. 9."""
-    return torch.where(agrees(rewards_BG.reshape(1, -1)), rewards_BG, rewards_BG.nanmean())
+    return torch.where(
+        has_equal_rewards(rewards_BG.reshape(1, -1)), rewards_BG, rewards_BG.nanmean()
+    )
 
 
 def no_baseline(rewards_BG: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def batch_std(rewards_BG: Tensor) -> Tensor:
 
 def informative_share(rewards_BG: Tensor) -> Tensor:
     """The share of groups that don't agree: GPG (2504.02546), eq. 7, its alpha turned over."""
-    informative_B1 = ~agrees(rewards_BG)
+    informative_B1 = ~has_equal_rewards(rewards_BG)
     return informative_B1.to(rewards_BG.dtype).mean().clamp(min=1 / len(rewards_BG))
 
 
@@ -140,7 +142,7 @@ def weighted_sum(parts_RBG: Tensor, weights_R: Tensor) -> Tensor:
     return total_BG.masked_fill(parts_RBG.isnan().all(dim=0), torch.nan)
 
 
-def agrees(rewards_BG: Tensor) -> Tensor:
+def has_equal_rewards(rewards_BG: Tensor) -> Tensor:
     """[B, 1] bool: all rewards of the group that apply are the same."""
     highest_B1 = rewards_BG.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
     lowest_B1 = rewards_BG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)

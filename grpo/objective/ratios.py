@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LARGEST = 20.0  # of a sequence's summed log-ratio: e^20 is far past every clip, and finite
+MAX_LOG_RATIO = 20.0  # of a sequence's summed log-ratio: e^20 is far past every clip, and finite
 
 Ratio = Callable[[Tensor, Tensor, Tensor], Tensor]  # log-probabilities, the sampler's, mask
 
@@ -27,7 +27,7 @@ def sequence_ratio(logprobs_NC: Tensor, old_logprobs_NC: Tensor, mask_NC: Tensor
 def sequence_product(logprobs_NC: Tensor, old_logprobs_NC: Tensor, mask_NC: Tensor) -> Tensor:
     """[N, 1], the product over a completion's tokens: the true importance weight, as in RLOO."""
     log_ratio_NC = (logprobs_NC - old_logprobs_NC).masked_fill(~mask_NC, 0.0)
-    return torch.exp(log_ratio_NC.sum(dim=1, keepdim=True).clamp(-LARGEST, LARGEST))
+    return torch.exp(log_ratio_NC.sum(dim=1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 RATIOS: dict[str, Ratio] = {

@@ -64,7 +64,7 @@ AVERAGINGS: dict[str, Averaging] = {
 }
 
 
-def most_uncertain(entropy_NC: Tensor, mask_NC: Tensor, share: float) -> Tensor:
+def top_entropy_mask(entropy_NC: Tensor, mask_NC: Tensor, share: float) -> Tensor:
     """[N, C] bool: the `share` of all tokens where the policy was least sure (2506.01939).
 
     What forks a chain of reasoning is there; the rest follows from it.

@@ -5,7 +5,7 @@ from grpo.rewards.code import Code
 from grpo.rewards.endpoint import Endpoint
 from grpo.rewards.math import Math
 from grpo.rewards.model import RewardModel
-from grpo.rewards.score import Reward, RewardError, WeightedReward, score
+from grpo.rewards.scoring import Reward, RewardError, WeightedReward, compute_scores
 from grpo.rewards.shape import (
     Cosine,
     Length,
@@ -32,5 +32,5 @@ __all__ = [
     "TagCount",
     "Task",
     "WeightedReward",
-    "score",
+    "compute_scores",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from grpo.data.verify import same_as, tagged_answer
+from grpo.data.answers import extract_tagged_answer, verify_answer
 from grpo.types import Failure, Sample
 
-TAGS = re.compile(r"</?answer>")
+ANSWER_TAGS = re.compile(r"</?answer>")
 
 NO_GOLD = Failure("its row has no one gold answer; use reward=task, the data set's own verifier")
 
@@ -21,7 +21,9 @@ class Answer:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure]:
         return [
-            same_as(sample.answer, tagged_answer, sample.completion) if sample.answer else NO_GOLD
+            verify_answer(sample.answer, extract_tagged_answer, sample.completion)
+            if sample.answer
+            else NO_GOLD
             for sample in samples
         ]
 
@@ -31,7 +33,7 @@ class AnswerFormat:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         return [
-            float(TAGS.findall(sample.completion) == ["<answer>", "</answer>"])
+            float(ANSWER_TAGS.findall(sample.completion) == ["<answer>", "</answer>"])
             for sample in samples
         ]
 

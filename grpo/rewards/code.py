@@ -8,19 +8,19 @@ import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from grpo.data.verify import tagged_answer
+from grpo.data.answers import extract_tagged_answer
 from grpo.errors import ConfigError
-from grpo.rewards.code_tests import Asserts, InputOutput, NotTests, read_tests
-from grpo.rewards.options import at_least, more_than_nothing
+from grpo.rewards.code_tests import InputOutput, InvalidTests, PythonTests, read_tests
+from grpo.rewards.option_checks import require_at_least, require_positive
 from grpo.types import Failure, Sample
-from grpo.verifiers.confine import landlock_version
-from grpo.verifiers.launch import CannotRun, Exam, run_script, run_tests
-from grpo.verifiers.place import Limits
+from grpo.verifiers.confine import detect_landlock_version
+from grpo.verifiers.process_spec import SandboxLimits
+from grpo.verifiers.start_sandbox import GraderArguments, SandboxError, run_script, run_tests
 
 log = logging.getLogger(__name__)
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-PYTHON = ("python", "python3", "py")
+CODE_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+PYTHON_LANGUAGES = ("python", "python3", "py")
 
 
 class Code:
@@ -88,18 +88,20 @@ class Code:
         file_mb: int = 1,
         workers: int = 2,
     ) -> None:
-        at_least(1, memory_mb=memory_mb, file_mb=file_mb, workers=workers)
-        more_than_nothing(seconds=seconds)
+        require_at_least(1, memory_mb=memory_mb, file_mb=file_mb, workers=workers)
+        require_positive(seconds=seconds)
         self.column = column
         self.strict = strict
         self.workers = workers
         try:
-            self.limits = Limits(seconds, memory_mb, file_mb, landlock_version())
+            self.limits = SandboxLimits(seconds, memory_mb, file_mb, detect_landlock_version())
         except OSError as error:
             raise ConfigError(f"grpo.rewards.Code can't confine programs here: {error}.") from error
         self.threads: ThreadPoolExecutor | None = None
         self.warned = False
-        self.checking: dict[Asserts, list[int]] = {}  # which pieces no empty program passes
+        self.effective_pieces: dict[
+            PythonTests, list[int]
+        ] = {}  # which pieces no empty program passes
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure | None]:
         if not self.warned and not any(self.column in s.example.columns for s in samples):
@@ -115,66 +117,66 @@ class Code:
             self.threads = None
 
     def score(self, sample: Sample) -> float | Failure | None:
-        program = last_program(sample.completion)
+        program = extract_program(sample.completion)
         try:
             tests = read_tests(sample.example.columns.get(self.column))
             if tests is None:
                 return None
-            if isinstance(tests, Asserts):
-                passed = self.passed_asserts(program, tests)
+            if isinstance(tests, PythonTests):
+                passed = self.grade_asserts(program, tests)
             else:
-                passed = self.passed_pairs(program, tests)
-        except CannotRun as error:
+                passed = self.grade_pairs(program, tests)
+        except SandboxError as error:
             return Failure(f"the program could not be run: {error}")
-        except NotTests as error:
+        except InvalidTests as error:
             return Failure(f"column {self.column}: {error}")
         return float(all(passed)) if self.strict else sum(passed) / len(passed)
 
-    def passed_pairs(self, program: str, tests: InputOutput) -> list[bool]:
+    def grade_pairs(self, program: str, tests: InputOutput) -> list[bool]:
         """Whether each test passed; in strict mode the list ends at the first that didn't."""
         most = self.limits.file_mb << 20
         if any(len(wanted) > most for _, wanted in tests.pairs):
-            raise NotTests(f"wants more printed than file_mb={self.limits.file_mb} allows")
+            raise InvalidTests(f"wants more printed than file_mb={self.limits.file_mb} allows")
         passed = []
         for given, wanted in tests.pairs:
-            run = run_script(as_source(program), given, self.limits)
-            passed.append(run.exit_code == 0 and lines(run.printed) == lines(wanted))
+            run = run_script(encode_source(program), given, self.limits)
+            passed.append(run.exit_code == 0 and split_lines(run.printed) == split_lines(wanted))
             if self.strict and not passed[-1]:
                 break
         return passed
 
-    def passed_asserts(self, program: str, tests: Asserts) -> list[bool]:
-        if tests not in self.checking:
+    def grade_asserts(self, program: str, tests: PythonTests) -> list[bool]:
+        if tests not in self.effective_pieces:
             without = self.run_asserts("", tests)
-            self.checking[tests] = [
-                n for n, own in enumerate(tests.counted) if own and not without[n]
+            self.effective_pieces[tests] = [
+                n for n, own in enumerate(tests.is_test_piece) if own and not without[n]
             ]
-        checking = self.checking[tests]
+        checking = self.effective_pieces[tests]
         if not checking:
-            raise NotTests("passes without any program, so it checks nothing")
+            raise InvalidTests("passes without any program, so it checks nothing")
         passed = self.run_asserts(program, tests)
         return [passed[n] for n in checking]
 
-    def run_asserts(self, program: str, tests: Asserts) -> list[bool]:
+    def run_asserts(self, program: str, tests: PythonTests) -> list[bool]:
         """Whether each piece of the tests ran to its end."""
-        pieces = [as_source(piece).decode() for piece in tests.pieces]
-        exam = Exam(pieces, tests.reserved, tests.passes_errors)
-        return run_tests(as_source(program), exam, self.limits)
+        pieces = [encode_source(piece).decode() for piece in tests.pieces]
+        exam = GraderArguments(pieces, tests.reserved, tests.passes_errors)
+        return run_tests(encode_source(program), exam, self.limits)
 
 
-def last_program(completion: str) -> str:
+def extract_program(completion: str) -> str:
     """The program that a completion gives, empty where it gives none."""
-    answer = tagged_answer(completion)
-    fences = FENCE.findall(completion if answer is None else answer)
+    answer = extract_tagged_answer(completion)
+    fences = CODE_FENCE.findall(completion if answer is None else answer)
     if fences:
-        python = [code for language, code in fences if language.lower() in PYTHON]
+        python = [code for language, code in fences if language.lower() in PYTHON_LANGUAGES]
         return textwrap.dedent(python[-1] if python else fences[-1][1])
     return answer or ""
 
 
-def as_source(text: str) -> bytes:
+def encode_source(text: str) -> bytes:
     return text.encode(errors="replace")
 
 
-def lines(text: bytes) -> list[bytes]:
+def split_lines(text: bytes) -> list[bytes]:
     return [line.rstrip() for line in text.rstrip().splitlines()]

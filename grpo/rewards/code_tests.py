@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 # Statements that make something for the tests behind them.
-SETUP = (
+SETUP_STATEMENTS = (
     *(ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
     *(ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete, ast.Pass),
 )
 # Functions of libraries that raise, or leave, where something is wrong.
-CHECKER = re.compile(r"(assert|fail|raises|debug$|exit$|expect$|quit$)")
-UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+CHECK_FUNCTION = re.compile(r"(assert|fail|raises|debug$|exit$|expect$|quit$)")
+PARSE_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 
-class NotTests(Exception):
+class InvalidTests(Exception):
     """A column holds something else than the tests that `Code` describes."""
 
 
 @dataclass(frozen=True)
-class Asserts:
+class PythonTests:
     """Pieces of Python, run one after the other with the program's names."""
 
     pieces: tuple[str, ...]
-    counted: tuple[bool, ...]  # whether a piece is a test, or only makes something for one
+    is_test_piece: tuple[bool, ...]  # whether a piece is a test, or only makes something for one
     reserved: tuple[str, ...]  # names that are Python's own in there, whatever the program says
     passes_errors: bool  # whether a `with` may hold a test, so that none may keep errors to itself
 
@@ -43,40 +43,40 @@ class InputOutput:
     pairs: tuple[tuple[bytes, bytes], ...]
 
 
-def read_tests(column: Any) -> Asserts | InputOutput | None:
+def read_tests(column: Any) -> PythonTests | InputOutput | None:
     """The tests of a row; None where it has none.
 
     Raises:
         NotTests: they can't be read, or check nothing.
     """
-    tests = decode(column) if isinstance(column, str) else column
+    tests = parse_literal(column) if isinstance(column, str) else column
     if tests is None or (isinstance(tests, float) and math.isnan(tests)):
         return None
     if isinstance(tests, str):
-        return read_asserts([tests], each=False) if tests.strip() else None
+        return read_asserts([tests], text_is_test=False) if tests.strip() else None
     if isinstance(tests, Mapping):
-        tests = list(from_columns(tests))
+        tests = list(pair_columns(tests))
     if not isinstance(tests, list | tuple):
-        raise NotTests(f"is a {type(tests).__name__}, should be a string, a list or an object")
-    tests = [decode(test) if isinstance(test, str) else test for test in tests]
+        raise InvalidTests(f"is a {type(tests).__name__}, should be a string, a list or an object")
+    tests = [parse_literal(test) if isinstance(test, str) else test for test in tests]
     if not tests:
         return None
     if all(isinstance(test, str) for test in tests):
-        return read_asserts(tests, each=True)
+        return read_asserts(tests, text_is_test=True)
     if not all(isinstance(test, Mapping) and {"input", "output"} <= set(test) for test in tests):
-        raise NotTests("should hold Python, or a list of {input, output}")
+        raise InvalidTests("should hold Python, or a list of {input, output}")
     if any(test.get("fn_name") for test in tests):
         calls = tuple(write_call(test) for test in tests)
-        return Asserts(calls, (True,) * len(calls), ("globals",), passes_errors=True)
+        return PythonTests(calls, (True,) * len(calls), ("globals",), passes_errors=True)
     if any(test.get("testtype") == "functional" for test in tests):
-        raise NotTests("calls a function, but doesn't say which: add its fn_name to each test")
-    pairs = tuple((as_lines(test["input"]), as_lines(test["output"])) for test in tests)
+        raise InvalidTests("calls a function, but doesn't say which: add its fn_name to each test")
+    pairs = tuple((encode_lines(test["input"]), encode_lines(test["output"])) for test in tests)
     if not any(wanted.strip() for _, wanted in pairs):
-        raise NotTests("wants nothing printed, so it checks nothing")
+        raise InvalidTests("wants nothing printed, so it checks nothing")
     return InputOutput(pairs)
 
 
-def decode(text: str) -> Any:
+def parse_literal(text: str) -> Any:
     """The list or object that a text holds as JSON or as Python writes it; else the text."""
     if not text.lstrip().startswith(("[", "{", '"', "(")):
         return text
@@ -85,40 +85,42 @@ def decode(text: str) -> Any:
     except (ValueError, RecursionError):
         try:
             value = ast.literal_eval(text.strip())
-        except UNREADABLE:
+        except PARSE_ERRORS:
             return text
         return value if isinstance(value, list | tuple | dict) else text
-    return decode(value) if isinstance(value, str) else value
+    return parse_literal(value) if isinstance(value, str) else value
 
 
 def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def from_columns(tests: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def pair_columns(tests: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A test for each of {inputs: [...], outputs: [...]}, or the one that is {input, output}."""
     keys = next((k for k in (("inputs", "outputs"), ("input", "output")) if k[0] in tests), None)
     if keys is None and not tests:
         return
     if keys is None or not set(keys) <= set(tests):
-        raise NotTests("is an object, which should have inputs and outputs")
+        raise InvalidTests("is an object, which should have inputs and outputs")
     given, wanted = (tests[key] for key in keys)
     if keys == ("input", "output") and isinstance(given, str) and isinstance(wanted, str):
         given, wanted = [given], [wanted]
     if not (isinstance(given, list | tuple) and isinstance(wanted, list | tuple)):
-        raise NotTests(f"should hold lists of {keys[0]} and {keys[1]}")
+        raise InvalidTests(f"should hold lists of {keys[0]} and {keys[1]}")
     if len(given) != len(wanted):
-        raise NotTests(f"has {len(given)} {keys[0]} and {len(wanted)} {keys[1]}")
+        raise InvalidTests(f"has {len(given)} {keys[0]} and {len(wanted)} {keys[1]}")
     for one, other in zip(given, wanted, strict=True):
         yield {"input": one, "output": other, "fn_name": tests.get("fn_name")}
 
 
-def as_lines(value: Any) -> bytes:
+def encode_lines(value: Any) -> bytes:
     """What is read or printed: a text, a whole number, or a list of lines."""
     values = value if isinstance(value, list | tuple) else [value]
     for line in values:
         if not isinstance(line, str | int) or isinstance(line, bool):
-            raise NotTests(f"has a {type(line).__name__} as input or output, should be a string")
+            raise InvalidTests(
+                f"has a {type(line).__name__} as input or output, should be a string"
+            )
     return "\n".join(map(str, values)).encode(errors="replace")
 
 
@@ -130,7 +132,7 @@ def write_call(test: Mapping[str, Any]) -> str:
     """
     name, given, wanted = test["fn_name"], test["input"], test["output"]
     if not isinstance(name, str) or not name.isidentifier():
-        raise NotTests(f"has {name!r} as fn_name, which names no function")
+        raise InvalidTests(f"has {name!r} as fn_name, which names no function")
     try:
         if isinstance(given, str):
             given = [json.loads(line) for line in given.splitlines() if line.strip()]
@@ -139,14 +141,16 @@ def write_call(test: Mapping[str, Any]) -> str:
             raise TypeError(f"{type(given).__name__} instead of a list")
         wanted = json.loads(json.dumps(wanted, allow_nan=False))
         given = json.loads(json.dumps(given, allow_nan=False))
-    except UNREADABLE as error:
-        raise NotTests(f"has arguments or a result of {name} that are no JSON ({error})") from error
+    except PARSE_ERRORS as error:
+        raise InvalidTests(
+            f"has arguments or a result of {name} that are no JSON ({error})"
+        ) from error
     right = [wanted, *(wanted if isinstance(wanted, list) and len(wanted) == 1 else ())]
     function = f"(Solution().{name} if 'Solution' in globals() else {name})"
     return f"import json\nassert json.loads(json.dumps({function}(*{given!r}))) in {right!r}"
 
 
-def read_asserts(tests: Sequence[str], each: bool) -> Asserts:
+def read_asserts(tests: Sequence[str], text_is_test: bool) -> PythonTests:
     """Tests in Python. Each text is one test, or each statement of them.
 
     Functions `test…` and the methods of a `unittest.TestCase` are tests too, as pytest has it.
@@ -154,23 +158,25 @@ def read_asserts(tests: Sequence[str], each: bool) -> Asserts:
     try:
         modules = [ast.parse(text).body for text in tests]
         body = [statement for module in modules for statement in module]
-        found = list(write_discovered(body))
+        found = list(write_test_calls(body))
         body = [statement for statement in body if not runs_unittest(statement)]
-        if not each:
+        if not text_is_test:
             modules = [[statement] for statement in body]
         modules += [ast.parse(text).body for text in found]
         everything = [statement for module in modules for statement in module]
-        if not any(map(can_fail, used(everything))):
-            raise NotTests("checks nothing: there is no assert, or none that can fail")
+        if not any(map(can_fail, drop_unused(everything))):
+            raise InvalidTests("checks nothing: there is no assert, or none that can fail")
         modules = [module for module in modules if module]
         pieces = tuple(ast.unparse(ast.Module(module, [])) for module in modules)
         counted = tuple(any(map(is_test, module)) for module in modules)
-        return Asserts(pieces, counted, find_reserved(everything), has_tests_in_with(everything))
-    except UNREADABLE as error:
-        raise NotTests(f"no Python ({type(error).__name__}: {error})") from error
+        return PythonTests(
+            pieces, counted, find_reserved_names(everything), has_tests_in_with(everything)
+        )
+    except PARSE_ERRORS as error:
+        raise InvalidTests(f"no Python ({type(error).__name__}: {error})") from error
 
 
-def find_reserved(body: Sequence[ast.stmt]) -> tuple[str, ...]:
+def find_reserved_names(body: Sequence[ast.stmt]) -> tuple[str, ...]:
     """The names that tests take from Python itself: of builtins, and of modules by an attribute.
 
     A program's own `abs` or `math` decides no test. But where tests use no other name than that of
@@ -178,7 +184,7 @@ def find_reserved(body: Sequence[ast.stmt]) -> tuple[str, ...]:
     """
     nodes = [node for statement in body for node in ast.walk(statement)]
     loaded = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    free = loaded - find_bound(nodes)
+    free = loaded - find_bound_names(nodes)
     own = {name for name in free if hasattr(builtins, name)}
     if own == free and len(own) == 1:
         own = set()
@@ -190,7 +196,7 @@ def find_reserved(body: Sequence[ast.stmt]) -> tuple[str, ...]:
     return tuple(sorted(own | (spaces & free & sys.stdlib_module_names)))
 
 
-def find_bound(nodes: Sequence[ast.AST]) -> set[str]:
+def find_bound_names(nodes: Sequence[ast.AST]) -> set[str]:
     """The names that tests define, assign, import or have as an argument."""
     bound = set()
     for node in nodes:
@@ -208,7 +214,7 @@ def find_bound(nodes: Sequence[ast.AST]) -> set[str]:
 def has_tests_in_with(body: Sequence[ast.stmt]) -> bool:
     """Whether something in a `with` checks a result, or calls a function of the tests that may."""
     nodes = [node for statement in body for node in ast.walk(statement)]
-    bound = find_bound(nodes)
+    bound = find_bound_names(nodes)
     inside = [
         node
         for with_ in nodes
@@ -218,18 +224,18 @@ def has_tests_in_with(body: Sequence[ast.stmt]) -> bool:
     ]
     return any(
         (is_check(node) and not isinstance(node, ast.Raise))
-        or (isinstance(node, ast.Call) and bool(names(node.func) & bound))
+        or (isinstance(node, ast.Call) and bool(list_names(node.func) & bound))
         for node in inside
     )
 
 
-def write_discovered(body: Sequence[ast.stmt]) -> Iterator[str]:
+def write_test_calls(body: Sequence[ast.stmt]) -> Iterator[str]:
     """Calls of the test functions and methods that nothing calls."""
     for statement in body:
         others = [other for other in body if other is not statement and not runs_unittest(other)]
         if isinstance(statement, ast.FunctionDef) and statement.name.startswith("test"):
             plain = not ast.unparse(statement.args)
-            if plain and not any(statement.name in names(other) for other in others):
+            if plain and not any(statement.name in list_names(other) for other in others):
                 yield f"{statement.name}()"
         elif isinstance(statement, ast.ClassDef) and any(
             ast.unparse(base).rpartition(".")[2] == "TestCase" for base in statement.bases
@@ -245,18 +251,18 @@ def runs_unittest(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("unittest.main(")
 
 
-def used(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+def drop_unused(body: Sequence[ast.stmt]) -> list[ast.stmt]:
     """The statements without the functions and classes that no other one names."""
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return [
         statement
         for statement in body
         if not isinstance(statement, definitions)
-        or any(statement.name in names(other) for other in body if other is not statement)
+        or any(statement.name in list_names(other) for other in body if other is not statement)
     ]
 
 
-def names(code: ast.AST) -> set[str]:
+def list_names(code: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}
 
 
@@ -265,7 +271,7 @@ def is_test(statement: ast.stmt) -> bool:
 
     A value that is thrown away, `f(1) == 2` or a text, is none.
     """
-    if isinstance(statement, SETUP):
+    if isinstance(statement, SETUP_STATEMENTS):
         return False
     return any(
         is_check(node)
@@ -283,7 +289,7 @@ def is_check(node: ast.AST) -> bool:
     if isinstance(node, ast.Assert):
         return not is_always_true(node.test)
     if isinstance(node, ast.Call):
-        return CHECKER.match(ast.unparse(node.func).rpartition(".")[2]) is not None
+        return CHECK_FUNCTION.match(ast.unparse(node.func).rpartition(".")[2]) is not None
     return isinstance(node, ast.Raise)
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from grpo.errors import ConfigError
-from grpo.rewards.options import at_least, more_than_nothing
+from grpo.rewards.option_checks import require_at_least, require_positive
 from grpo.types import Failure, Sample
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries
@@ -60,9 +60,9 @@ class Endpoint:
             )
         if token_env is not None and not os.environ.get(token_env):
             raise ConfigError(f"token_env={token_env}: the environment has no such variable.")
-        at_least(0, retries=retries)
-        at_least(1, batch_size=batch_size, workers=workers)
-        more_than_nothing(seconds=seconds)
+        require_at_least(0, retries=retries)
+        require_at_least(1, batch_size=batch_size, workers=workers)
+        require_positive(seconds=seconds)
         self.url = url
         self.seconds = seconds
         self.retries = retries
@@ -76,15 +76,19 @@ class Endpoint:
             self.threads = ThreadPoolExecutor(self.workers, thread_name_prefix="endpoint")
         starts = range(0, len(samples), self.batch_size)
         batches = [samples[start : start + self.batch_size] for start in starts]
-        return [reward for batch in self.threads.map(self.ask, batches) for reward in batch]
+        return [
+            reward for batch in self.threads.map(self.request_rewards, batches) for reward in batch
+        ]
 
     def close(self) -> None:
         if self.threads is not None:
             self.threads.shutdown(cancel_futures=True)
             self.threads = None
 
-    def ask(self, batch: Sequence[Sample]) -> Sequence[float | Failure | None]:
-        body = json.dumps({"samples": [as_json(sample) for sample in batch]}, default=str).encode()
+    def request_rewards(self, batch: Sequence[Sample]) -> Sequence[float | Failure | None]:
+        body = json.dumps(
+            {"samples": [sample_to_json(sample) for sample in batch]}, default=str
+        ).encode()
         for attempt in range(self.retries + 1):
             if attempt > 0:
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
@@ -105,7 +109,7 @@ class Endpoint:
         return [Failure(f"{self.url}: {reason} (try {attempt + 1})")] * len(batch)
 
 
-def as_json(sample: Sample) -> dict[str, Any]:
+def sample_to_json(sample: Sample) -> dict[str, Any]:
     return {
         "prompt": sample.prompt,
         "completion": sample.completion,

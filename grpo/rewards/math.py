@@ -9,8 +9,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 from pebble import ProcessExpired, ProcessPool
 
-from grpo.data.verify import tagged_answer
-from grpo.rewards.options import at_least, more_than_nothing
+from grpo.data.answers import extract_tagged_answer
+from grpo.rewards.option_checks import require_at_least, require_positive
 from grpo.types import Failure, Sample
 from grpo.verifiers import latex
 
@@ -34,24 +34,28 @@ class Math:
     concurrent = True
 
     def __init__(self, seconds: float = 5.0, workers: int = 2) -> None:
-        more_than_nothing(seconds=seconds)
-        at_least(1, workers=workers)
+        require_positive(seconds=seconds)
+        require_at_least(1, workers=workers)
         self.seconds = seconds
         self.workers = workers
         self.pool: ProcessPool | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure | None]:
-        pool = self.open()
+        pool = self.ensure_pool()
         try:
             futures = [
-                pool.schedule(latex.same, (sample.answer, answer(sample)), timeout=self.seconds)
+                pool.schedule(
+                    latex.are_same_math,
+                    (sample.answer, find_answer_text(sample)),
+                    timeout=self.seconds,
+                )
                 for sample in samples
             ]
         except RuntimeError as error:  # the pool broke between two of them
             return [Failure(f"the pool of workers broke: {error}")] * len(samples)
-        return [self.value(future) for future in futures]
+        return [self.await_result(future) for future in futures]
 
-    def value(self, future: Future[bool | None]) -> float | Failure | None:
+    def await_result(self, future: Future[bool | None]) -> float | Failure | None:
         try:
             same = future.result()
         except TimeoutError:
@@ -62,7 +66,7 @@ class Math:
             return Failure(f"the pool of workers broke: {error}")
         return None if same is None else float(same)
 
-    def open(self) -> ProcessPool:
+    def ensure_pool(self) -> ProcessPool:
         """The pool; a new one where there is none yet, or where a worker's death broke it."""
         if self.pool is not None and not self.pool.active:
             self.close()
@@ -81,6 +85,6 @@ class Math:
             self.pool = None
 
 
-def answer(sample: Sample) -> str:
-    tagged = tagged_answer(sample.completion)
+def find_answer_text(sample: Sample) -> str:
+    tagged = extract_tagged_answer(sample.completion)
     return sample.completion if tagged is None else tagged

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import ConfigError
-from grpo.models.files import local_folder
+from grpo.models.files import require_local_folder
 from grpo.models.hub import (
     HubUnreachable,
-    cached_model,
-    hub_model_folder,
-    named_revision,
+    fetch_hub_model,
+    find_cached_model,
+    format_revision,
     require_hub,
 )
-from grpo.rewards.options import at_least
+from grpo.rewards.option_checks import require_at_least
 from grpo.types import Sample
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class RewardModel:
         label: int | None = None,
         revision: str | None = None,
     ) -> None:
-        at_least(1, batch_size=batch_size, max_tokens=max_tokens)
+        require_at_least(1, batch_size=batch_size, max_tokens=max_tokens)
         if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
             raise ConfigError(f"device={device}: use auto, cpu, cuda or cuda:NUMBER.")
-        folder = folder_at_hand(model, revision)
+        folder = find_local_model(model, revision)
         if folder is not None:  # else that is known once it is downloaded
-            check_label(model, label, outputs_of(folder))
+            check_label(model, label, count_outputs(folder))
         self.model, self.revision = model, revision
         self.batch_size = batch_size
         self.max_tokens = max_tokens
@@ -74,7 +74,7 @@ class RewardModel:
         assert self.loaded is not None
         classifier, tokenizer = self.loaded
         batch = tokenizer(
-            [self.text(sample, tokenizer) for sample in samples],
+            [self.format_text(sample, tokenizer) for sample in samples],
             add_special_tokens=tokenizer.chat_template is None,  # a template writes its own
             truncation=True,
             max_length=self.max_tokens,
@@ -90,7 +90,7 @@ class RewardModel:
         rewards_n: Tensor = logits_nL[:, 0] if label is None else logits_nL.softmax(1)[:, label]
         return rewards_n.cpu()
 
-    def text(self, sample: Sample, tokenizer: Any) -> str:
+    def format_text(self, sample: Sample, tokenizer: Any) -> str:
         if tokenizer.chat_template is None:
             return sample.prompt + sample.completion
         asked = sample.example.messages or ({"role": "user", "content": sample.example.question},)
@@ -109,7 +109,7 @@ class RewardModel:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = folder_of(self.model, self.revision)
+        folder = fetch_model_folder(self.model, self.revision)
         # When it is loaded must not change what is sampled.
         with torch.random.fork_rng(devices=[]):
             classifier, info = AutoModelForSequenceClassification.from_pretrained(
@@ -148,7 +148,7 @@ def is_folder(model: str) -> bool:
     return model.startswith((".", "/", "~")) or Path(model).is_dir()
 
 
-def folder_at_hand(model: str, revision: str | None) -> Path | None:
+def find_local_model(model: str, revision: str | None) -> Path | None:
     """The folder of a model that needs no download, None for one that can be downloaded.
 
     Raises:
@@ -160,32 +160,32 @@ def folder_at_hand(model: str, revision: str | None) -> Path | None:
                 f"revision={revision}: model={model} is a folder, which has no revisions; leave it "
                 f"out."
             )
-        return local_folder("model", model)
+        return require_local_folder("model", model)
     try:
-        cached = cached_model(model, revision)
+        cached = find_cached_model(model, revision)
         if cached is None:
             require_hub()
     except HubUnreachable as error:
-        raise unreachable(model, revision, error) from error
+        raise make_unreachable_error(model, revision, error) from error
     return cached
 
 
-def unreachable(model: str, revision: str | None, error: HubUnreachable) -> ConfigError:
-    wanted = named_revision(model, revision)
+def make_unreachable_error(model: str, revision: str | None, error: HubUnreachable) -> ConfigError:
+    wanted = format_revision(model, revision)
     return ConfigError(f"model={wanted}: is not in the local cache and {error}.")
 
 
-def outputs_of(folder: Path) -> int:
+def count_outputs(folder: Path) -> int:
     """How many outputs the classifier in a folder has."""
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels)
 
 
-def folder_of(model: str, revision: str | None) -> Path:
+def fetch_model_folder(model: str, revision: str | None) -> Path:
     if is_folder(model):
-        return local_folder("model", model)
+        return require_local_folder("model", model)
     try:
-        return hub_model_folder(model, revision)
+        return fetch_hub_model(model, revision)
     except HubUnreachable as error:
-        raise unreachable(model, revision, error) from error
+        raise make_unreachable_error(model, revision, error) from error

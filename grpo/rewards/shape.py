@@ -8,11 +8,11 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from grpo.errors import ConfigError
-from grpo.rewards.options import at_least
+from grpo.rewards.option_checks import require_at_least
 from grpo.types import Sample
 
 # A numbered step, a numbered line or a bullet, a word that orders.
-STEP = re.compile(
+STEP_MARKER = re.compile(
     r"\bstep \d+|^[ \t]*(?:\d+[.)]|[-*•])[ \t]+|\b(?:first|second|third|next|finally)(?:ly)?,",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -52,11 +52,11 @@ class ReasoningSteps:
     """
 
     def __init__(self, target: int = 3) -> None:
-        at_least(1, target=target)
+        require_at_least(1, target=target)
         self.target = target
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        return [min(1.0, len(STEP.findall(s.completion)) / self.target) for s in samples]
+        return [min(1.0, len(STEP_MARKER.findall(s.completion)) / self.target) for s in samples]
 
 
 class Length:
@@ -103,7 +103,7 @@ class Cosine:
         wrong_end: float = 0.0,
         cut_off: float = -10.0,
     ) -> None:
-        at_least(1, max_tokens=max_tokens)
+        require_at_least(1, max_tokens=max_tokens)
         self.max_tokens = max_tokens
         self.right = (right_start, right_end)
         self.wrong = (wrong_start, wrong_end)
@@ -132,7 +132,7 @@ class Repetition:
     """
 
     def __init__(self, ngram: int = 3, max_penalty: float = -1.0, over: str = "words") -> None:
-        at_least(1, ngram=ngram)
+        require_at_least(1, ngram=ngram)
         if max_penalty > 0:
             raise ConfigError(f"max_penalty={max_penalty}: is a penalty, so 0 or less.")
         if over not in ("words", "tokens"):
@@ -142,9 +142,9 @@ class Repetition:
         self.over = over
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        return [self.max_penalty * self.repeated(sample) for sample in samples]
+        return [self.max_penalty * self.repeated_share(sample) for sample in samples]
 
-    def repeated(self, sample: Sample) -> float:
+    def repeated_share(self, sample: Sample) -> float:
         units: Sequence[Hashable] = (
             sample.completion.lower().split() if self.over == "words" else sample.token_ids
         )

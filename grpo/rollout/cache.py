@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.models.attention import Seen, TreePlan, sees, weighted
-from grpo.models.cpu import compiled
-from grpo.models.plan import Scoring
-from grpo.models.tree import Tree, padded
+from grpo.models.attention import KeyMask, TreePlan, attend_with_logsumexp, causal_mask
+from grpo.models.attention_plan import AttentionScoring
+from grpo.models.cpu import kernel
+from grpo.models.tree import Tree, pad_parts
 
 
 @dataclass
-class Layer:
+class LayerCache:
     """What one layer of the model keeps."""
 
     prompt_keys: Tensor  # [B, K, P, d]
@@ -27,7 +27,7 @@ class Layer:
     values: Tensor
 
 
-class Cache:
+class KVCache:
     """The attention of one more token of each row, which sees its prompt and what it wrote so far.
 
     All rows have written the same number of tokens; one that is done can be dropped.
@@ -37,10 +37,10 @@ class Cache:
         self, prompt_lengths: Sequence[int], group: int, longest: int, device: torch.device
     ) -> None:
         """longest: tokens that a completion may have."""
-        self.longest, self.written = longest, 0
+        self.longest, self.num_written = longest, 0
         self.lengths_B = torch.tensor(prompt_lengths, device=device)
         self.prompt_N = torch.arange(len(prompt_lengths), device=device).repeat_interleave(group)
-        self.layers: dict[int, Layer] = {}
+        self.layers: dict[int, LayerCache] = {}
         self._arrange()
 
     def _arrange(self) -> None:
@@ -49,20 +49,22 @@ class Cache:
         slots_S = torch.arange(int(rows_B.max()), device=rows_B.device)
         filled_BS = slots_S < rows_B[:, None]
         first_B1 = (rows_B.cumsum(0) - rows_B)[:, None]
-        self.even = bool(filled_BS.all())
+        self.equal_groups = bool(filled_BS.all())
         # Where a prompt has fewer rows, its first stands in for those that are gone.
         self.row_BS = first_B1 + torch.where(filled_BS, slots_S, 0)
         self.slot_N = filled_BS.flatten().nonzero()[:, 0]
         self.positions_P = torch.arange(int(self.lengths_B.max()), device=rows_B.device)
         there_BP = self.positions_P < self.lengths_B[:, None]
-        self.there = None if bool(there_BP.all()) else Seen(there_BP[:, None, None])
-        self.windows: dict[tuple[int, int], tuple[Seen, Seen]] = {}  # of the newest token alone
+        self.prompt_key_mask = None if bool(there_BP.all()) else KeyMask(there_BP[:, None, None])
+        self.window_masks: dict[
+            tuple[int, int], tuple[KeyMask, KeyMask]
+        ] = {}  # of the newest token alone
 
-    def positions(self) -> Tensor:
+    def next_positions(self) -> Tensor:
         """[N] of the tokens that come next."""
-        return self.lengths_B[self.prompt_N] + self.written
+        return self.lengths_B[self.prompt_N] + self.num_written
 
-    def keep(self, rows: Tensor) -> None:
+    def keep_rows(self, rows: Tensor) -> None:
         """Drops all rows but these, given in order, and the prompts that none of them continues."""
         self.prompt_N = self.prompt_N[rows]
         prompts, self.prompt_N = self.prompt_N.unique(return_inverse=True)
@@ -76,7 +78,7 @@ class Cache:
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 new = old.new_empty(len(rows), *old.shape[1:])
-                new[:, :, : self.written] = old[rows, :, : self.written]
+                new[:, :, : self.num_written] = old[rows, :, : self.num_written]
                 setattr(layer, name, new)
         self._arrange()
 
@@ -88,7 +90,7 @@ class Cache:
             heads, _, width = keys_KTd.shape
             prompts = (len(self.lengths_B), heads, int(self.lengths_B.max()), width)
             rows = (len(self.prompt_N), heads, self.longest, width)
-            self.layers[number] = Layer(
+            self.layers[number] = LayerCache(
                 keys_KTd.new_zeros(prompts),
                 values_KTd.new_zeros(prompts),
                 keys_KTd.new_empty(rows),
@@ -96,86 +98,96 @@ class Cache:
             )
         layer = self.layers[number]
         for whole, part in ((layer.prompt_keys, keys_KTd), (layer.prompt_values, values_KTd)):
-            part_BKPd = padded(part, tree.prompts)
+            part_BKPd = pad_parts(part, tree.prompt_slices)
             whole[first : first + len(part_BKPd), :, : part_BKPd.shape[2]] = part_BKPd
 
     def attend(
-        self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
+        self,
+        layer: int,
+        queries_HTd: Tensor,
+        keys_KTd: Tensor,
+        values_KTd: Tensor,
+        scoring: AttentionScoring,
     ) -> Tensor:
         """[N, H, d] as `Plan.attend` says, for one token a row."""
-        own, column = self.layers[layer], self.written
-        if self._suits_kernel(own, how):
-            keys = compiled.Keys(
+        own, column = self.layers[layer], self.num_written
+        if self._suits_kernel(own, scoring):
+            keys = kernel.KeyValueBuffers(
                 own.prompt_keys, own.prompt_values, own.keys, own.values,
                 self.prompt_N, self.lengths_B,
             )  # fmt: skip
             asked, key, value = (x.transpose(0, 1) for x in (queries_HTd, keys_KTd, values_KTd))
-            return keys.attend(asked, key, value, column, how.scale, how.window)
+            return keys.attend(asked, key, value, column, scoring.scale, scoring.window)
         own.keys[:, :, column] = keys_KTd.transpose(0, 1)
         own.values[:, :, column] = values_KTd.transpose(0, 1)
         count, heads = queries_HTd.shape[1], keys_KTd.shape[0]
         queries_NKrd = queries_HTd.transpose(0, 1).unflatten(1, (heads, -1))
-        of_prompts, of_own = self._seen(how.window)
-        to_prompt, prompt_NKr = weighted(
-            self._blocks(queries_NKrd), own.prompt_keys, own.prompt_values, how, of_prompts
+        of_prompts, of_own = self._key_masks(scoring.window)
+        to_prompt, prompt_NKr = attend_with_logsumexp(
+            self._stack_rows(queries_NKrd), own.prompt_keys, own.prompt_values, scoring, of_prompts
         )
         written = slice(column + 1)
-        to_own, own_NKr = weighted(
-            queries_NKrd, own.keys[:, :, written], own.values[:, :, written], how, of_own
+        to_own, own_NKr = attend_with_logsumexp(
+            queries_NKrd, own.keys[:, :, written], own.values[:, :, written], scoring, of_own
         )
-        share_NKr = torch.sigmoid(self._rows(prompt_NKr[..., None]) - own_NKr[..., None])
-        out = torch.lerp(to_own.float(), self._rows(to_prompt).float(), share_NKr)
+        share_NKr = torch.sigmoid(self._unstack_rows(prompt_NKr[..., None]) - own_NKr[..., None])
+        out = torch.lerp(to_own.float(), self._unstack_rows(to_prompt).float(), share_NKr)
         return out.reshape(count, -1, out.shape[-1]).to(queries_HTd.dtype)
 
     @staticmethod
-    def _suits_kernel(own: Layer, how: Scoring) -> bool:
+    def _suits_kernel(own: LayerCache, scoring: AttentionScoring) -> bool:
         keys = own.keys
         return (
-            (keys.device.type, keys.dtype, how.softcap) == ("cpu", torch.float32, None)
-            and keys.shape[-1] % compiled.MOST_LANES == 0
-            and compiled.kernel() is not None
+            (keys.device.type, keys.dtype, scoring.softcap) == ("cpu", torch.float32, None)
+            and keys.shape[-1] % kernel.MAX_LANES == 0
+            and kernel.load_kernel() is not None
         )
 
-    def _seen(self, window: int | None) -> tuple[Seen | None, Seen | None]:
+    def _key_masks(self, window: int | None) -> tuple[KeyMask | None, KeyMask | None]:
         """Of its prompt and of its own tokens, what the next token of a row sees; None: all."""
         if window is None or window >= self.positions_P.shape[0] + self.longest:
-            return self.there, None
-        if (window, self.written) not in self.windows:
-            from_B111 = (self.lengths_B + self.written)[:, None, None, None]
-            columns_C = torch.arange(self.written + 1, device=self.lengths_B.device)
-            inside = sees(from_B111, self.positions_P, window)
-            within = Seen(inside & (self.positions_P < from_B111 - self.written))
-            own = Seen(sees(columns_C[-1:], columns_C, window)[None, None, None])
-            self.windows = {(window, self.written): (within, own)}
-        return self.windows[window, self.written]
+            return self.prompt_key_mask, None
+        if (window, self.num_written) not in self.window_masks:
+            from_B111 = (self.lengths_B + self.num_written)[:, None, None, None]
+            columns_C = torch.arange(self.num_written + 1, device=self.lengths_B.device)
+            inside = causal_mask(from_B111, self.positions_P, window)
+            within = KeyMask(inside & (self.positions_P < from_B111 - self.num_written))
+            own = KeyMask(causal_mask(columns_C[-1:], columns_C, window)[None, None, None])
+            self.window_masks = {(window, self.num_written): (within, own)}
+        return self.window_masks[window, self.num_written]
 
-    def _blocks(self, x_NKrd: Tensor) -> Tensor:
+    def _stack_rows(self, x_NKrd: Tensor) -> Tensor:
         """[B, K, S·r, d] the rows of each prompt side by side."""
         x_BSKrd: Tensor
-        if self.even:
+        if self.equal_groups:
             x_BSKrd = x_NKrd.unflatten(0, (len(self.lengths_B), -1))
         else:
             x_BSKrd = x_NKrd[self.row_BS]
         return x_BSKrd.transpose(1, 2).flatten(2, 3)
 
-    def _rows(self, x_BKSd: Tensor) -> Tensor:
+    def _unstack_rows(self, x_BKSd: Tensor) -> Tensor:
         """[N, K, r, d] each row by itself again."""
         slots = self.row_BS.shape[1]
         x_NKrd: Tensor = x_BKSd.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)
-        return x_NKrd if self.even else x_NKrd[self.slot_N]
+        return x_NKrd if self.equal_groups else x_NKrd[self.slot_N]
 
 
 @dataclass(frozen=True)
-class Reading:
+class PrefillPlan:
     """A plan of attention for some of the prompts, which leaves its keys and values in a cache."""
 
-    cache: Cache
+    cache: KVCache
     first: int
     tree: Tree
 
     def attend(
-        self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
+        self,
+        layer: int,
+        queries_HTd: Tensor,
+        keys_KTd: Tensor,
+        values_KTd: Tensor,
+        scoring: AttentionScoring,
     ) -> Tensor:
         """As `Plan.attend` says."""
         self.cache.store_prompts(layer, self.first, keys_KTd, values_KTd, self.tree)
-        return TreePlan(self.tree).attend(layer, queries_HTd, keys_KTd, values_KTd, how)
+        return TreePlan(self.tree).attend(layer, queries_HTd, keys_KTd, values_KTd, scoring)

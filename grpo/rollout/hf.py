@@ -20,7 +20,7 @@ from grpo.models.forward import Completions, left_mask
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.padding import pad_left
-from grpo.rollout.engine import NoDistribution, Row, StopStrings, in_shares
+from grpo.rollout.engine import InvalidLogits, SampledCompletion, StopStrings, sample_in_batches
 from grpo.types import Prompt, Rollout, Sampling
 
 
@@ -39,22 +39,22 @@ class HFEngine:
         try:
             with torch.random.fork_rng(), self.policy.device.autocast():
                 torch.manual_seed(seed)
-                return in_shares(
+                return sample_in_batches(
                     self.policy,
                     prompts,
                     num_generation,
                     self.max_new_tokens,
-                    self.budget.cached,
+                    self.budget.cache_limit,
                     lambda share, group: self._sample(
                         [prompts[b] for b in share], len(group), sampling
                     ),
                     # generate penalises the padding before a shorter prompt as if it had been said.
-                    unpadded=self.policy.reads_padding or sampling.repetition_penalty != 1,
+                    same_length_only=self.policy.reads_padding or sampling.repetition_penalty != 1,
                 )
         finally:
             self.policy.model.generation_config = own
 
-    def _neutral(self, group: int, sampling: Sampling) -> GenerationConfig:
+    def _make_generation_config(self, group: int, sampling: Sampling) -> GenerationConfig:
         """A model's own config may cut off top-k or top-p, or penalise repetition, unasked."""
         drawn: dict[str, Any] = {
             "do_sample": True,
@@ -72,11 +72,13 @@ class HFEngine:
             **(drawn if sampling.temperature else {"do_sample": False}),
         )
 
-    def _sample(self, prompts: Sequence[Prompt], group: int, sampling: Sampling) -> list[Row]:
+    def _sample(
+        self, prompts: Sequence[Prompt], group: int, sampling: Sampling
+    ) -> list[SampledCompletion]:
         policy, device = self.policy, self.policy.device.torch_device
         prompts_BP, lengths_B = pad_left([p.token_ids for p in prompts], policy.pad_id, device)
-        ends = Ends(policy, sampling, prompts_BP.shape[1])
-        policy.model.generation_config = self._neutral(group, sampling)
+        ends = EndCriteria(policy, sampling, prompts_BP.shape[1])
+        policy.model.generation_config = self._make_generation_config(group, sampling)
         generated = policy.model.generate(
             input_ids=prompts_BP,
             attention_mask=left_mask(prompts_BP, lengths_B),
@@ -87,15 +89,15 @@ class HFEngine:
         if not sampling.temperature:
             tokens_NC = tokens_NC.repeat_interleave(group, dim=0)
         width = tokens_NC.shape[1]
-        ended_NC = torch.stack([ends.reached(tokens_NC[:, : c + 1]) for c in range(width)], dim=1)
+        ended_NC = torch.stack([ends.find_ended(tokens_NC[:, : c + 1]) for c in range(width)], dim=1)
         ended_N = ended_NC.any(dim=1)
         lengths_N = torch.where(ended_N, ended_NC.int().argmax(dim=1) + 1, width)
         mask_NC = torch.arange(width, device=device) < lengths_N[:, None]
-        scored = policy.score(
+        scored = policy.score_batch(
             Completions(prompts_BP, lengths_B, tokens_NC, mask_NC), Readout(sampling)
         )
         return [
-            Row(tokens_NC[n, :length], scored.logprobs[n, :length], bool(ended_N[n]))
+            SampledCompletion(tokens_NC[n, :length], scored.logprobs[n, :length], bool(ended_N[n]))
             for n, length in enumerate(lengths_N.tolist())
         ]
 
@@ -111,11 +113,11 @@ class CheckedLogits(LogitsProcessor):  # type: ignore[misc]
         if bool(broken_N.any()):
             row = int(broken_N.nonzero()[0, 0])
             prompt = self.prompts[row * len(self.prompts) // len(scores)]
-            raise NoDistribution(prompt, input_ids.shape[1] - self.prompt_width)
+            raise InvalidLogits(prompt, input_ids.shape[1] - self.prompt_width)
         return scores
 
 
-class Ends(StoppingCriteria):  # type: ignore[misc]
+class EndCriteria(StoppingCriteria):  # type: ignore[misc]
     """A row is done with an end-of-sequence token or a stop string."""
 
     def __init__(self, policy: LanguageModel, sampling: Sampling, prompt_width: int) -> None:
@@ -123,9 +125,9 @@ class Ends(StoppingCriteria):  # type: ignore[misc]
         self.stop = StopStrings(policy.tokenizer, sampling.stop)
         self.prompt_width = prompt_width
 
-    def reached(self, tokens_NC: Tensor) -> Tensor:
+    def find_ended(self, tokens_NC: Tensor) -> Tensor:
         """[N] bool: the last token ends the completion."""
-        return torch.isin(tokens_NC[:, -1], self.end_ids) | self.stop.reached(tokens_NC)
+        return torch.isin(tokens_NC[:, -1], self.end_ids) | self.stop.find_stopped(tokens_NC)
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        return self.reached(input_ids[:, self.prompt_width :])
+        return self.find_ended(input_ids[:, self.prompt_width :])

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from grpo.errors import ConfigError
-from grpo.memory.budget import Budget, evenly
-from grpo.models.attention import read
-from grpo.models.cpu.select import decoding
-from grpo.models.forward import shared_prefix
+from grpo.memory.budget import Budget, split_evenly
+from grpo.models.attention import compute_hidden_states
+from grpo.models.cpu.select import fast_decoding
+from grpo.models.forward import forward_shared_prompt
 from grpo.models.load import LanguageModel
 from grpo.models.tree import Tree
-from grpo.rollout.cache import Cache, Reading
-from grpo.rollout.draw import draw, seen_tokens
-from grpo.rollout.engine import NoDistribution, Row, StopStrings, in_shares
+from grpo.rollout.cache import KVCache, PrefillPlan
+from grpo.rollout.engine import InvalidLogits, SampledCompletion, StopStrings, sample_in_batches
+from grpo.rollout.token_sampling import mark_prompt_tokens, sample_tokens
 from grpo.types import Prompt, Rollout, Sampling
 
 COMPACT_AT = 0.85  # drop finished rows once no more than this share is still being written
@@ -30,7 +30,7 @@ class NativeEngine:
         Raises:
             ConfigError: the model can't be read with a prompt shared by its completions.
         """
-        if policy.forward is not shared_prefix:
+        if policy.forward is not forward_shared_prompt:
             raise ConfigError(
                 f"rollout=native: {type(policy.model).__name__} can't continue a shared prompt, or "
                 f"changes its logits after the head; use rollout=hf."
@@ -46,66 +46,70 @@ class NativeEngine:
         shape = (len(prompts), num_generation, self.max_new_tokens)
         uniform_BGC = torch.rand(shape, generator=generator)
 
-        def sample(share: Sequence[int], group: range) -> list[Row]:
+        def sample(share: Sequence[int], group: range) -> list[SampledCompletion]:
             uniform_NC = uniform_BGC[list(share), group.start : group.stop].flatten(0, 1)
             device = self.policy.device.torch_device
             return self._sample([prompts[b] for b in share], uniform_NC.to(device), sampling)
 
         policy, width = self.policy, self.max_new_tokens
         rows = len(prompts) * num_generation
-        with policy.device.autocast(), decoding(policy.model, rows):
-            return in_shares(policy, prompts, num_generation, width, self.budget.cached, sample)
+        with policy.device.autocast(), fast_decoding(policy.model, rows):
+            return sample_in_batches(
+                policy, prompts, num_generation, width, self.budget.cache_limit, sample
+            )
 
     def _sample(
         self, prompts: Sequence[Prompt], uniform_NC: Tensor, sampling: Sampling
-    ) -> list[Row]:
+    ) -> list[SampledCompletion]:
         """The completions of prompts that fit in memory together, in order b*G+g."""
         policy, device = self.policy, self.policy.device.torch_device
         group = len(uniform_NC) // len(prompts)
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        cache = Cache(lengths, group, self.max_new_tokens, device)
-        draft = Draft(policy, sampling, *uniform_NC.shape)
-        logits_NV = policy.head(self._read(prompts, cache)).repeat_interleave(group, dim=0)
+        cache = KVCache(lengths, group, self.max_new_tokens, device)
+        draft = PartialCompletions(policy, sampling, *uniform_NC.shape)
+        logits_NV = policy.head(self._prefill(prompts, cache)).repeat_interleave(group, dim=0)
         seen_NV = None
         if sampling.repetition_penalty != 1:
             tokens = [prompt.token_ids for prompt in prompts]
-            seen_NV = seen_tokens(tokens, logits_NV.shape[-1], group, device)
+            seen_NV = mark_prompt_tokens(tokens, logits_NV.shape[-1], group, device)
         while True:
-            uniform_N = uniform_NC[draft.alive, draft.written]
-            token_N, logprob_N = draw(logits_NV, sampling, seen_NV, uniform_N)
+            uniform_N = uniform_NC[draft.active_rows, draft.num_written]
+            token_N, logprob_N = sample_tokens(logits_NV, sampling, seen_NV, uniform_N)
             if seen_NV is not None:
                 seen_NV.scatter_(1, token_N[:, None], True)
-            draft.add(token_N, logprob_N)
-            complete, broken = draft.state()
+            draft.append_tokens(token_N, logprob_N)
+            complete, broken = draft.check_progress()
             if broken:
                 row = int(draft.broken_N.nonzero()[0, 0])
-                raise NoDistribution(prompts[row // group], draft.written - 1)
+                raise InvalidLogits(prompts[row // group], draft.num_written - 1)
             if complete:
-                return draft.rows()
-            keep = draft.compact()
+                return draft.to_completions()
+            keep = draft.drop_ended()
             if keep is not None:
-                cache.keep(keep)
+                cache.keep_rows(keep)
                 token_N = token_N[keep]
                 seen_NV = None if seen_NV is None else seen_NV[keep]
-            hidden_ND = read(policy.model, token_N, cache.positions(), cache)
-            cache.written += 1
+            hidden_ND = compute_hidden_states(policy.model, token_N, cache.next_positions(), cache)
+            cache.num_written += 1
             logits_NV = policy.head(hidden_ND)
 
-    def _read(self, prompts: Sequence[Prompt], cache: Cache) -> Tensor:
+    def _prefill(self, prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
         """[B, D] the last hidden state of each prompt, whose keys and values go into the cache."""
-        device, budget = self.policy.device.torch_device, self.budget.computed.tokens
+        device, budget = self.policy.device.torch_device, self.budget.forward_limit.tokens
         last: list[Tensor] = []
-        for part in evenly([len(prompt.token_ids) for prompt in prompts], budget):
+        for part in split_evenly([len(prompt.token_ids) for prompt in prompts], budget):
             tokens = [prompt.token_ids for prompt in prompts[part]]
             tree = Tree(tuple(map(len, tokens)), ())
             tokens_T = torch.tensor([token for own in tokens for token in own], device=device)
-            plan = Reading(cache, part.start, tree)
-            hidden_TD = read(self.policy.model, tokens_T, tree.positions(device), plan)
-            last += [hidden_TD[own.stop - 1] for own in tree.prompts]
+            plan = PrefillPlan(cache, part.start, tree)
+            hidden_TD = compute_hidden_states(
+                self.policy.model, tokens_T, tree.positions(device), plan
+            )
+            last += [hidden_TD[own.stop - 1] for own in tree.prompt_slices]
         return torch.stack(last)
 
 
-class Draft:
+class PartialCompletions:
     """Completions while they are written, and which of them still are."""
 
     def __init__(self, policy: LanguageModel, sampling: Sampling, count: int, longest: int) -> None:
@@ -117,39 +121,43 @@ class Draft:
         self.lengths_N = torch.full((count,), longest, device=device)
         self.ended_N = torch.zeros(count, dtype=torch.bool, device=device)
         self.broken_N = torch.zeros(count, dtype=torch.bool, device=device)  # drawn from NaNs
-        self.alive = torch.arange(count, device=device)  # the rows that are still in the batch
-        self.written = 0
+        self.active_rows = torch.arange(
+            count, device=device
+        )  # the rows that are still in the batch
+        self.num_written = 0
 
-    def state(self) -> tuple[bool, bool]:
+    def check_progress(self) -> tuple[bool, bool]:
         """Whether all rows are done, and whether one of them can't be."""
         ended, broken = torch.stack([self.ended_N.all(), self.broken_N.any()]).tolist()
-        return self.written == self.tokens_NC.shape[1] or ended, broken
+        return self.num_written == self.tokens_NC.shape[1] or ended, broken
 
-    def add(self, token_N: Tensor, logprob_N: Tensor) -> None:
+    def append_tokens(self, token_N: Tensor, logprob_N: Tensor) -> None:
         """One more token of each row in the batch; that of a row which has ended is dropped."""
-        writing = ~self.ended_N[self.alive]
-        rows = self.alive[writing]
-        self.tokens_NC[rows, self.written] = token_N[writing]
-        self.logprobs_NC[rows, self.written] = logprob_N[writing]
+        writing = ~self.ended_N[self.active_rows]
+        rows = self.active_rows[writing]
+        self.tokens_NC[rows, self.num_written] = token_N[writing]
+        self.logprobs_NC[rows, self.num_written] = logprob_N[writing]
         self.broken_N[rows] = ~logprob_N[writing].isfinite()
-        self.written += 1
+        self.num_written += 1
         stops = torch.isin(token_N[writing], self.ends)
         if self.stop.stop:
-            stops |= self.stop.reached(self.tokens_NC[rows, : self.written])
-        self.lengths_N[rows[stops]] = self.written
+            stops |= self.stop.find_stopped(self.tokens_NC[rows, : self.num_written])
+        self.lengths_N[rows[stops]] = self.num_written
         self.ended_N[rows[stops]] = True
 
-    def compact(self) -> Tensor | None:
+    def drop_ended(self) -> Tensor | None:
         """Which of the rows in the batch go on alone, where enough have ended."""
-        writing = ~self.ended_N[self.alive]
-        if int(writing.sum()) > COMPACT_AT * len(self.alive):
+        writing = ~self.ended_N[self.active_rows]
+        if int(writing.sum()) > COMPACT_AT * len(self.active_rows):
             return None
         keep = writing.nonzero()[:, 0]
-        self.alive = self.alive[keep]
+        self.active_rows = self.active_rows[keep]
         return keep
 
-    def rows(self) -> list[Row]:
+    def to_completions(self) -> list[SampledCompletion]:
         return [
-            Row(self.tokens_NC[n, :length], self.logprobs_NC[n, :length], bool(self.ended_N[n]))
+            SampledCompletion(
+                self.tokens_NC[n, :length], self.logprobs_NC[n, :length], bool(self.ended_N[n])
+            )
             for n, length in enumerate(self.lengths_N.tolist())
         ]

@@ -19,13 +19,13 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from grpo.errors import ConfigError
 from grpo.memory.budget import Budget
-from grpo.memory.estimate import cached_by_position
-from grpo.models.adapter import has_adapter, merged_weights
+from grpo.memory.estimate import count_cache_bytes
+from grpo.models.adapter import has_adapter, iterate_merged_weights
 from grpo.models.load import LanguageModel
-from grpo.rollout.engine import NoDistribution, Row, assemble
+from grpo.rollout.engine import InvalidLogits, SampledCompletion, assemble_rollout
 from grpo.types import Prompt, Rollout, Sampling
 
-ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where the weights are
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are the training's too
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -47,7 +47,7 @@ class VLLMEngine:
             )
         self.policy, self.max_new_tokens, self.budget = policy, max_new_tokens, budget
         self.sleeps = policy.device.torch_device.type == "cuda"
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(VLLM_ENVIRONMENT)
         try:
             from vllm import LLM
         except ImportError as error:
@@ -56,8 +56,8 @@ class VLLMEngine:
             ) from error
         try:
             with tempfile.TemporaryDirectory() as folder, undisturbed():
-                write_description(policy, folder)
-                self.llm: Any = LLM(folder, **self._settings())
+                write_model_description(policy, folder)
+                self.llm: Any = LLM(folder, **self._build_settings())
         except (ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"rollout=vllm: vLLM can't run {type(policy.model).__name__}: {error}; use "
@@ -65,16 +65,16 @@ class VLLMEngine:
             ) from error
         self._sleep()
 
-    def _settings(self) -> dict[str, Any]:
+    def _build_settings(self) -> dict[str, Any]:
         dtype = self.policy.device.autocast_dtype or torch.float32
-        positions = self.budget.cached.most
-        cache = int(cached_by_position(self.policy) * positions)
-        longest = min(self.policy.context, positions)
+        positions = self.budget.cache_limit.max_at_once
+        cache = int(count_cache_bytes(self.policy) * positions)
+        longest = min(self.policy.context_length, positions)
         beside = {}
         if self.sleeps:
             weights = sum(x.numel() for x in self.policy.model.parameters()) * dtype.itemsize
             free, total = torch.cuda.mem_get_info(self.policy.device.torch_device)
-            beside["gpu_memory_utilization"], room = share_of_gpu(free, total, weights)
+            beside["gpu_memory_utilization"], room = compute_gpu_share(free, total, weights)
             cache = min(cache, room)
         return {
             **beside,
@@ -101,19 +101,19 @@ class VLLMEngine:
         generator = torch.Generator().manual_seed(seed)
         seeds_B = torch.randint(0, 2**31, (len(prompts),), generator=generator).tolist()
         group = num_generation if sampling.temperature else 1  # greedy ones are all the same
-        parameters = [self._parameters(sampling, group, own) for own in seeds_B]
+        parameters = [self._make_sampling_params(sampling, group, own) for own in seeds_B]
         with undisturbed():
-            self._wake()
+            self._load_weights()
             written = self.llm.generate(asked, parameters, use_tqdm=False)
             self._sleep()
         rows = [
-            self._row(prompt, completion)
+            self._make_row(prompt, completion)
             for prompt, request in zip(prompts, written, strict=True)
             for completion in request.outputs * (num_generation // group)
         ]
-        return assemble(self.policy, prompts, rows, exact=False)
+        return assemble_rollout(self.policy, prompts, rows, exact_logprobs=False)
 
-    def _parameters(self, sampling: Sampling, group: int, seed: int) -> Any:
+    def _make_sampling_params(self, sampling: Sampling, group: int, seed: int) -> Any:
         from vllm import SamplingParams
 
         return SamplingParams(
@@ -134,25 +134,25 @@ class VLLMEngine:
             skip_special_tokens=False,
         )
 
-    def _row(self, prompt: Prompt, completion: Any) -> Row:
+    def _make_row(self, prompt: Prompt, completion: Any) -> SampledCompletion:
         device = self.policy.device.torch_device
         tokens = list(completion.token_ids)
         of_each = zip(completion.logprobs, tokens, strict=True)
         logprobs = [choices[token].logprob for choices, token in of_each]
         if not all(map(math.isfinite, logprobs)):
-            raise NoDistribution(prompt, 0)
-        return Row(
+            raise InvalidLogits(prompt, 0)
+        return SampledCompletion(
             torch.tensor(tokens, device=device),
             torch.tensor(logprobs, dtype=torch.float32, device=device),
             completion.finish_reason == "stop",
         )
 
-    def _wake(self) -> None:
+    def _load_weights(self) -> None:
         """Gives it the policy's weights as they are now."""
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
         # Not the model's own `load_weights`: vLLM may have packed its weights since it loaded them.
-        weights = plain_weights(self.policy.model)
+        weights = iterate_plain_weights(self.policy.model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
@@ -163,10 +163,10 @@ class VLLMEngine:
             self.llm.sleep(level=2)
 
 
-WORKING_GB = 2.0  # activations, captured graphs and buffers of vLLM's own
+WORKSPACE_GB = 2.0  # activations, captured graphs and buffers of vLLM's own
 
 
-def share_of_gpu(free: int, total: int, weights: int) -> tuple[float, int]:
+def compute_gpu_share(free: int, total: int, weights: int) -> tuple[float, int]:
     """What vLLM may take of a GPU that the policy is on already, and what of it is for its cache.
 
     vLLM refuses to start where less is free than its share of the whole, 0.9 unless it is told.
@@ -179,17 +179,17 @@ def share_of_gpu(free: int, total: int, weights: int) -> tuple[float, int]:
         ConfigError: there is no room for a cache.
     """
     share = math.floor(95 * free / total) / 100
-    room = int(share * total - weights - WORKING_GB * 1e9)
+    room = int(share * total - weights - WORKSPACE_GB * 1e9)
     if room <= 0:
         raise ConfigError(
             f"rollout=vllm: {free / 1e9:.1f} GB of the GPU are free beside the policy, and vLLM's "
-            f"copy of it takes {weights / 1e9:.1f} GB and {WORKING_GB:g} GB to work with: use "
+            f"copy of it takes {weights / 1e9:.1f} GB and {WORKSPACE_GB:g} GB to work with: use "
             f"rollout=native, adapter=lora or a smaller model."
         )
     return share, room
 
 
-def write_description(policy: LanguageModel, folder: str) -> None:
+def write_model_description(policy: LanguageModel, folder: str) -> None:
     """Writes what says how a model is built, its own code included where that is trusted."""
     model = policy.model
     if policy.trust_remote_code and model._auto_class is not None:
@@ -198,12 +198,12 @@ def write_description(policy: LanguageModel, folder: str) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def plain_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def iterate_plain_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Names and weights as a checkpoint of the model alone has them, one after the other.
 
     An adapter is added into each layer by itself, so that no second model is ever there.
     """
-    yield from merged_weights(model) if has_adapter(model) else model.named_parameters()
+    yield from iterate_merged_weights(model) if has_adapter(model) else model.named_parameters()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo.config.secrets import cross_out
+from grpo.config.secrets import redact
 from grpo.runs.folder import log
 
 RUNNING = "running"  # also of a run that was killed
@@ -31,7 +31,7 @@ def is_finished(run: Path) -> bool:
     return (read_summary(run) or {}).get("status") == "finished"
 
 
-def put(file: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Writes a file at once: a reader, a kill or another writer meets the old one or the new."""
     aside = file.with_name(f"{file.name}.{os.getpid()}")
     write(aside)
@@ -39,14 +39,14 @@ def put(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """As `put`."""
+    """As `write_atomically`."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    put(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def note_failure(run: Path, reason: str) -> None:
     """Says in a run's summary.json that it failed, where it can be written."""
-    content = {**(read_summary(run) or {}), "status": "failed", "error": cross_out(reason)}
+    content = {**(read_summary(run) or {}), "status": "failed", "error": redact(reason)}
     try:
         write_json(run / "summary.json", content)
     except OSError as error:

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
-from grpo.models.files import check_reachable, local_folder, model_folder
+from grpo.models.files import check_reachable, find_model_folder, require_local_folder
 from grpo.models.hub import holds_adapter, holds_model
-from grpo.models.own_code import NeedsCode
+from grpo.models.remote_code import UntrustedCode
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def run_of(folder: Path) -> Path | None:
+def find_run(folder: Path) -> Path | None:
     """The run that a folder is, or is a checkpoint or model of."""
     for candidate in (folder, *folder.absolute().parents[:3]):
         if (candidate / ".hydra" / "overrides.yaml").is_file():
@@ -31,18 +31,18 @@ def run_of(folder: Path) -> Path | None:
     return None
 
 
-def checkpoint_steps(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def newest_step(run: Path) -> Path | None:
-    steps = checkpoint_steps(run)
+def find_newest_checkpoint(run: Path) -> Path | None:
+    steps = list_checkpoints(run)
     return steps[-1] if steps else None
 
 
-def checkpoint_model(
+def locate_checkpoint_model(
     checkpoint: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> Callable[[], Path]:
     """Where a run's, a checkpoint's or a model's folder is; or a hub id, downloaded by the call.
@@ -54,10 +54,10 @@ def checkpoint_model(
     Raises:
         ConfigError: there is no model there.
     """
-    if HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists():
-        return hub_model(checkpoint, revision, trust_remote_code)
-    folder = model_of_checkpoint(checkpoint)
-    if revision is not None and run_of(Path(checkpoint).expanduser()) is None:
+    if MODEL_ID.fullmatch(checkpoint) and not Path(checkpoint).exists():
+        return locate_hub_model(checkpoint, revision, trust_remote_code)
+    folder = find_checkpoint_model(checkpoint)
+    if revision is not None and find_run(Path(checkpoint).expanduser()) is None:
         raise ConfigError(
             f"model.revision={revision}: checkpoint={checkpoint} is a folder, which has no "
             f"revisions; leave it out."
@@ -65,7 +65,9 @@ def checkpoint_model(
     return lambda: folder
 
 
-def hub_model(checkpoint: str, revision: str | None, trust_remote_code: bool) -> Callable[[], Path]:
+def locate_hub_model(
+    checkpoint: str, revision: str | None, trust_remote_code: bool
+) -> Callable[[], Path]:
     """Downloads what is no folder but may be a model on the hub; checks at once that one can ask.
 
     Raises:
@@ -75,7 +77,7 @@ def hub_model(checkpoint: str, revision: str | None, trust_remote_code: bool) ->
     def told(ask: Callable[..., T]) -> T:
         try:
             return ask("as a hub id", checkpoint, None, None, None, revision, trust_remote_code)
-        except NeedsCode:
+        except UntrustedCode:
             raise
         except ConfigError as error:
             raise ConfigError(
@@ -83,24 +85,24 @@ def hub_model(checkpoint: str, revision: str | None, trust_remote_code: bool) ->
             ) from error
 
     told(check_reachable)
-    return partial(told, model_folder)
+    return partial(told, find_model_folder)
 
 
-def model_of_checkpoint(folder: str) -> Path:
+def find_checkpoint_model(folder: str) -> Path:
     """The model's folder in a run, in one of its checkpoints, or the folder itself.
 
     Raises:
         ConfigError: there is no model there.
     """
     path = Path(folder).expanduser()
-    newest = newest_step(path)
+    newest = find_newest_checkpoint(path)
     for candidate in (path / "model", *([newest / "model"] if newest else [])):
         if holds_model(candidate) or holds_adapter(candidate):
             return candidate
-    return local_folder("checkpoint", folder)
+    return require_local_folder("checkpoint", folder)
 
 
-def check_folder(
+def check_run_folder(
     run: Path, resume: str | None, model: Mapping[str, Any], adapter: Mapping[str, Any] | None
 ) -> None:
     """Refuses to write over another run, and to go on with another model or adapter.
@@ -114,7 +116,7 @@ def check_folder(
                 f"hydra.run.dir={run}: holds a run already; resume={run} goes on with it."
             )
         return
-    newest = newest_step(run)
+    newest = find_newest_checkpoint(run)
     if newest is None:
         return
     try:
@@ -134,7 +136,7 @@ def check_folder(
         )
 
 
-def forget_unstarted(run: Path) -> None:
+def remove_unstarted(run: Path) -> None:
     """Removes a run folder that holds nothing but what was written before the run was refused."""
     before = {".hydra", "train.log", "eval.log", "wandb"}
     if {path.name for path in run.iterdir()} <= before:

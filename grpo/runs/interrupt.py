@@ -14,14 +14,14 @@ log = logging.getLogger(__name__)
 class Interrupt:
     """Within it, a first signal is a request that the loop reads; a second one ends at once."""
 
-    def __init__(self, elsewhere: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, also_requested: Callable[[], bool] = lambda: False) -> None:
         """elsewhere: whether the end was asked for in another way."""
-        self.signalled, self.elsewhere = False, elsewhere
+        self.signalled, self.also_requested = False, also_requested
         self.previous: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
-        return self.signalled or self.elsewhere()
+        return self.signalled or self.also_requested()
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():

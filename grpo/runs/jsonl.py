@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from grpo.runs.files import put
+from grpo.runs.files import write_atomically
 
 
 def reopen(path: Path, last_step: int | None = None) -> TextIO:
     """A .jsonl file to append to, with its whole lines, up to a step where they have one."""
     kept = [line for line in read_lines(path) if last_step is None or line["step"] <= last_step]
-    put(path, lambda aside: aside.write_text("".join(map(encode, kept)), encoding="utf-8"))
+    write_atomically(
+        path, lambda aside: aside.write_text("".join(map(encode_line, kept)), encoding="utf-8")
+    )
     return path.open("a", encoding="utf-8")
 
 
@@ -26,7 +28,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def find_last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The last value of each key that has one."""
     found: dict[str, Any] = {}
     for line in lines:
@@ -34,18 +36,22 @@ def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def encode(line: Mapping[str, Any]) -> str:
+def encode_line(line: Mapping[str, Any]) -> str:
     """One JSON line; what JSON has no number for (inf, nan) is null."""
-    return json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(replace_nonfinite(line), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def finite(content: Mapping[str, Any]) -> dict[str, Any]:
+def replace_nonfinite(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content with null for what JSON has no number for."""
     return {
-        key: finite(value) if isinstance(value, Mapping) else None if is_broken(value) else value
+        key: replace_nonfinite(value)
+        if isinstance(value, Mapping)
+        else None
+        if is_nonfinite(value)
+        else value
         for key, value in content.items()
     }
 
 
-def is_broken(value: object) -> bool:
+def is_nonfinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)

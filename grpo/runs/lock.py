@@ -12,11 +12,11 @@ from pathlib import Path
 from grpo.errors import ConfigError
 
 
-class Occupied(ConfigError):
+class RunLocked(ConfigError):
     """Another process is in a run's folder, which is that one's to write."""
 
 
-A_LOOK = 1.0  # seconds that `is_locked` of another process may hold up a lock, at the very most
+LOCK_WAIT = 1.0  # seconds that `is_locked` of another process may hold up a lock, at the very most
 
 
 @contextmanager
@@ -28,10 +28,10 @@ def locked(run: Path) -> Iterator[None]:
     """
     descriptor = os.open(run, os.O_RDONLY)
     try:
-        until = time.monotonic() + A_LOOK
+        until = time.monotonic() + LOCK_WAIT
         while not take_lock(descriptor, fcntl.LOCK_EX):
             if time.monotonic() > until:
-                raise Occupied(f"{run}: another process is running in this folder.")
+                raise RunLocked(f"{run}: another process is running in this folder.")
             time.sleep(0.02)
         yield
     finally:

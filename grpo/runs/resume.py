@@ -9,23 +9,23 @@ from typing import Any
 import yaml
 
 from grpo.config.overrides import (
-    NOT_THE_EXPERIMENT,
-    key_of,
-    names_config_dir,
-    quoted,
+    LOCATION_KEYS,
+    has_config_dir,
+    parse_key,
+    quote_value,
 )
 from grpo.errors import ConfigError
 from grpo.runs.files import is_finished
-from grpo.runs.folder import newest_step, run_of
+from grpo.runs.folder import find_newest_checkpoint, find_run
 from grpo.runs.lock import is_locked, locked
 
 
-def run_dir(run: Path) -> str:
+def format_run_dir(run: Path) -> str:
     """The override that sends a run to a folder, whatever signs are in its name."""
-    return f"hydra.run.dir={quoted(run)}"
+    return f"hydra.run.dir={quote_value(run)}"
 
 
-def resumable(resume: str) -> Path:
+def find_resumable_run(resume: str) -> Path:
     """The run's folder that `resume` names.
 
     Raises:
@@ -34,26 +34,26 @@ def resumable(resume: str) -> Path:
     run = Path(resume).expanduser()
     if not run.is_dir():
         raise ConfigError(f"resume={resume}: there is no such folder.")
-    whole = run_of(run)
+    whole = find_run(run)
     if whole is not None and whole.resolve() != run.resolve():
         raise ConfigError(
             f"resume={resume}: give the run, {whole}; it goes on from its newest checkpoint."
         )
-    if newest_step(run) is None:
+    if find_newest_checkpoint(run) is None:
         raise ConfigError(f"resume={resume}: no checkpoint in it, so nothing to go on from.")
     with locked(run):
         return run
 
 
-def past_overrides(run: Path) -> list[str]:
-    return [*recorded_overrides(run), *kl_of_old_run(run)]
+def read_past_overrides(run: Path) -> list[str]:
+    return [*read_recorded_overrides(run), *read_old_kl(run)]
 
 
-def recorded_overrides(run: Path) -> list[str]:
+def read_recorded_overrides(run: Path) -> list[str]:
     return [str(override) for override in read_yaml(run / ".hydra" / "overrides.yaml") or []]
 
 
-def kl_of_old_run(run: Path) -> list[str]:
+def read_old_kl(run: Path) -> list[str]:
     """What a run's KL was, as overrides, where it began before algorithms brought their own."""
     config = read_yaml(run / ".hydra" / "config.yaml") or {}
     if "kl_weight" in config.get("algorithm", {}) or "kl_weight" not in config:
@@ -61,13 +61,13 @@ def kl_of_old_run(run: Path) -> list[str]:
     hydra = read_yaml(run / ".hydra" / "hydra.yaml") or {"hydra": {}}
     choice = hydra["hydra"].get("runtime", {}).get("choices", {}).get("kl", "k3")
     then = {"kl": choice, "kl_weight": config["kl_weight"], "kl.within": config["kl"]["within"]}
-    given = {key_of(override) for override in recorded_overrides(run)}
+    given = {parse_key(override) for override in read_recorded_overrides(run)}
     return [f"{key}={value}" for key, value in then.items() if key not in given]
 
 
-def past_flags(run: Path, given: Sequence[str]) -> list[str]:
+def read_past_flags(run: Path, given: Sequence[str]) -> list[str]:
     """The --config-dir that a run was started with, unless one is given now."""
-    if names_config_dir(given):
+    if has_config_dir(given):
         return []
     written = read_yaml(run / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
     sources = written["hydra"]["runtime"].get("config_sources", [])
@@ -87,19 +87,19 @@ def read_yaml(file: Path) -> Any:
         raise ConfigError(f"{file}: not YAML, so how this run was started is lost.") from error
 
 
-def newest_unfinished(overrides: Sequence[str]) -> Path | None:
+def find_newest_unfinished(overrides: Sequence[str]) -> Path | None:
     """The newest run under outputs/ of these same overrides that has a checkpoint and no end.
 
     One that another process is running just now is passed over.
     """
-    wanted = experiment(overrides)
+    wanted = drop_location_keys(overrides)
     for run in sorted(Path("outputs").glob("[0-9]*/*"), reverse=True):
-        if newest_step(run) is None or is_finished(run) or is_locked(run):
+        if find_newest_checkpoint(run) is None or is_finished(run) or is_locked(run):
             continue
-        if experiment(recorded_overrides(run)) == wanted:
+        if drop_location_keys(read_recorded_overrides(run)) == wanted:
             return run
     return None
 
 
-def experiment(overrides: Sequence[str]) -> list[str]:
-    return sorted(o for o in overrides if key_of(o) not in NOT_THE_EXPERIMENT)
+def drop_location_keys(overrides: Sequence[str]) -> list[str]:
+    return sorted(o for o in overrides if parse_key(o) not in LOCATION_KEYS)

@@ -23,29 +23,35 @@ from hydra.types import RunMode
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "GRPO_STOP_FILE"  # processes that a launcher starts inherit it
-VIEW = "GRPO_SWEEP_VIEW"  # so too the process that shows the sweep's progress in the terminal
+STOP_FILE_VARIABLE = "GRPO_STOP_FILE"  # processes that a launcher starts inherit it
+VIEW_VARIABLE = (
+    "GRPO_SWEEP_VIEW"  # so too the process that shows the sweep's progress in the terminal
+)
 
 
-def in_sweep() -> bool:
+def is_sweep_job() -> bool:
     """Whether the job under way is one of a sweep."""
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
-def asked_to_stop() -> bool:
+def is_stop_requested() -> bool:
     """Whether the sweep that this job belongs to is to end."""
-    file = os.environ.get(VARIABLE)
+    file = os.environ.get(STOP_FILE_VARIABLE)
     return file is not None and Path(file).exists()
 
 
-def is_viewed() -> bool:
+def has_sweep_view() -> bool:
     """Whether the sweep shows in the terminal how its jobs come along."""
-    return VIEW in os.environ
+    return VIEW_VARIABLE in os.environ
 
 
 def leave_terminal() -> None:
     """In a process of its own, a job leaves the terminal to the sweep's view; its log is whole."""
-    if not is_viewed() or os.environ[VIEW] == str(os.getpid()) or not sys.stdout.isatty():
+    if (
+        not has_sweep_view()
+        or os.environ[VIEW_VARIABLE] == str(os.getpid())
+        or not sys.stdout.isatty()
+    ):
         return
     sys.stdout = nowhere = open(os.devnull, "w")  # noqa: SIM115
     for handler in logging.getLogger().handlers:
@@ -55,9 +61,9 @@ def leave_terminal() -> None:
             handler.setStream(nowhere)
 
 
-def ask_to_stop() -> None:
+def request_stop() -> None:
     """Jobs that run finish their step and save; those that have not begun never do."""
-    if file := os.environ.get(VARIABLE):
+    if file := os.environ.get(STOP_FILE_VARIABLE):
         Path(file).touch()
 
 
@@ -70,7 +76,7 @@ def stoppable(sweep: Path) -> Iterator[None]:
     """
     file = sweep.absolute() / f".stop-{socket.gethostname()}-{os.getpid()}"
     file.unlink(missing_ok=True)
-    os.environ[VARIABLE] = str(file)
+    os.environ[STOP_FILE_VARIABLE] = str(file)
     previous: dict[signal.Signals, object] = {}
 
     def restore() -> None:
@@ -90,5 +96,5 @@ def stoppable(sweep: Path) -> Iterator[None]:
             raise SystemExit(130)
     finally:
         restore()
-        os.environ.pop(VARIABLE, None)
+        os.environ.pop(STOP_FILE_VARIABLE, None)
         file.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grpo.config.secrets import cross_out
+from grpo.config.secrets import redact
 from grpo.device import Device
 from grpo.runs.files import write_json
 from grpo.runs.jsonl import read_lines
@@ -60,19 +60,19 @@ class Summary:
             "wall_seconds": round(progress.seconds, 3),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-            "git_commit": git_commit(),
+            "git_commit": find_git_commit(),
             "hub_commits": self.hub_commits,
             "device": self.device.describe(),
-            "error": cross_out(error) or None,
+            "error": redact(error) or None,
         }
         write_json(self.folder / "summary.json", content)
         return content
 
-    def objective(self, content: dict[str, Any]) -> float | None:
+    def get_objective(self, content: dict[str, Any]) -> float | None:
         value = content["objective"]["value"]
         return None if value is None else float(value)
 
-    def closing(self, content: dict[str, Any]) -> str:
+    def format_closing(self, content: dict[str, Any]) -> str:
         """The last lines in the terminal: what came of it, where it is, what to do next."""
         steps, seconds = content["steps"], content["wall_seconds"]
         lines = [f"{content['status']}: {steps} steps in {seconds / 60:.1f} minutes"]
@@ -80,7 +80,7 @@ class Summary:
         if first and last:
             for label, key in (("greedy", "eval/accuracy"), ("sampled", "eval/sampled_accuracy")):
                 lines.append(f"  {label} accuracy {first[key]:.1%} -> {last[key]:.1%}")
-        folder = relative(self.folder)
+        folder = make_relative(self.folder)
         lines.append(f"  in {folder}: report.html, metrics.jsonl, completions.jsonl, summary.json")
         if content["status"] == "interrupted":
             lines.append(f"  go on:    grpo resume={folder}")
@@ -90,13 +90,13 @@ class Summary:
         return "\n".join(lines)
 
 
-def relative(folder: Path) -> Path:
+def make_relative(folder: Path) -> Path:
     """The folder as one would type it here."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 @cache
-def git_commit() -> str | None:
+def find_git_commit() -> str | None:
     """The commit the package was run from, where it is a checkout; with + if it was changed."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
 from grpo.runs.files import ENDED, RUNNING, read_summary, write_json
-from grpo.runs.folder import newest_step
+from grpo.runs.folder import find_newest_checkpoint
 from grpo.runs.lock import is_locked
 
 RECORD = "sweep.json"
@@ -44,7 +44,7 @@ def read_record(folder: Path) -> Record | None:
         arguments, own_configs, jobs = (content[k] for k in ("arguments", "config_dir", "jobs"))
         return Record(arguments, own_configs, jobs, content.get("objectives") or {})
 
-    return read_file(folder / RECORD, record, "its jobs aren't known")
+    return read_json_file(folder / RECORD, record, "its jobs aren't known")
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ class StudyFile:
         Raises:
             ConfigError: what is there can't be read.
         """
-        return read_file(folder / STUDY, lambda content: cls(**content), "its study isn't known")
+        return read_json_file(
+            folder / STUDY, lambda content: cls(**content), "its study isn't known"
+        )
 
 
-def read_file(file: Path, made: Callable[[dict[str, Any]], T], without: str) -> T | None:
+def read_json_file(file: Path, parse: Callable[[dict[str, Any]], T], consequence: str) -> T | None:
     """What a JSON file holds; None where it is not there.
 
     Args:
@@ -84,13 +86,13 @@ def read_file(file: Path, made: Callable[[dict[str, Any]], T], without: str) -> 
     if not file.is_file():
         return None
     try:
-        return made(json.loads(file.read_text()))
+        return parse(json.loads(file.read_text()))
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: can't be read, so {without}.") from error
+        raise ConfigError(f"{file}: can't be read, so {consequence}.") from error
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobState:
     """What has become of a job, as its folder says."""
 
     number: int
@@ -108,18 +110,18 @@ class Standing:
         return f"job {self.number}: {self.reason or self.status}"
 
 
-def standing(sweep: Path, number: int) -> Standing:
+def read_job_state(sweep: Path, number: int) -> JobState:
     folder = sweep / str(number)
     summary = read_summary(folder) or {}
-    status = status_of(folder, summary)
+    status = infer_status(folder, summary)
     reason = str(summary.get("error") or "")
     if status == "killed":
-        step = newest_step(folder)
+        step = find_newest_checkpoint(folder)
         reason = f"ended from outside; {f'saved at {step.name}' if step else 'nothing saved'}"
-    return Standing(number, folder, status, reason, summary)
+    return JobState(number, folder, status, reason, summary)
 
 
-def status_of(run: Path, summary: Mapping[str, Any]) -> str:
+def infer_status(run: Path, summary: Mapping[str, Any]) -> str:
     """What has become of a run; a killed one still says that it runs."""
     if not summary:
         return "none"
@@ -128,41 +130,45 @@ def status_of(run: Path, summary: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class SweepEnd:
+class SweepResult:
     """What a sweep came to."""
 
     folder: Path
-    jobs: Sequence[Standing]
-    broken: Sequence[Standing]  # those of them that did not end well
+    jobs: Sequence[JobState]
+    unsuccessful: Sequence[JobState]  # those of them that did not end well
 
 
-def numbered(record: Record | None, jobs: Sequence[Sequence[str]], sweep: Path) -> list[list[str]]:
+def number_jobs(
+    record: Record | None, jobs: Sequence[Sequence[str]], sweep: Path
+) -> list[list[str]]:
     """All jobs in order of their numbers: those that are there keep theirs, new ones follow.
 
     Raises:
         ConfigError: what is there is another sweep.
     """
-    wanted = {identity(job): list(job) for job in jobs}
+    wanted = {identify_job(job): list(job) for job in jobs}
     if len(wanted) < len(jobs):
-        twice = next(job for n, job in enumerate(jobs) if identity(job) in map(identity, jobs[:n]))
+        twice = next(
+            job for n, job in enumerate(jobs) if identify_job(job) in map(identify_job, jobs[:n])
+        )
         raise ConfigError(f"{' '.join(twice)}: twice in this sweep; leave one out.")
     past = [] if record is None else record.jobs
-    gone = [job for job in past if identity(job) not in wanted]
+    gone = [job for job in past if identify_job(job) not in wanted]
     if gone:
         raise ConfigError(
             f"sweep_dir={sweep}: holds another sweep, with the job {' '.join(gone[0])}; give more "
             f"values to go on with that one, or another sweep_dir."
         )
-    there = {identity(job) for job in past}
+    there = {identify_job(job) for job in past}
     return [*past, *(job for own, job in wanted.items() if own not in there)]
 
 
-def identity(overrides: Sequence[str]) -> tuple[str, ...]:
+def identify_job(overrides: Sequence[str]) -> tuple[str, ...]:
     """What tells jobs apart, however they were written."""
     return tuple(sorted(overrides))
 
 
-def record_of(sweep: Path) -> Record:
+def require_record(sweep: Path) -> Record:
     """Raises ConfigError where the folder holds no sweep."""
     record = read_record(sweep)
     if record is None:
@@ -170,18 +176,18 @@ def record_of(sweep: Path) -> Record:
     return record
 
 
-def jobs_of(sweep: Path) -> Iterator[Standing]:
+def read_job_states(sweep: Path) -> Iterator[JobState]:
     """Every job that the sweep's record names.
 
     Raises:
         ConfigError: the folder holds no sweep.
     """
-    for number, job in enumerate(record_of(sweep).jobs):
+    for number, job in enumerate(require_record(sweep).jobs):
         if job:
-            yield standing(sweep, number)
+            yield read_job_state(sweep, number)
 
 
-def counted(statuses: Iterable[str]) -> str:
+def count_by_status(statuses: Iterable[str]) -> str:
     """`3 finished, 1 to run`"""
     words = {"none": "to run"}
     counts = Counter(words.get(status, status) for status in statuses)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grpo.errors import ConfigError
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def take_gpu(sweep: Path) -> str | None:
@@ -26,12 +26,12 @@ def take_gpu(sweep: Path) -> str | None:
     Raises:
         ConfigError: more jobs run at once than there are GPUs.
     """
-    devices = visible()
-    return taken(sweep.absolute(), tuple(devices)) if len(devices) > 1 else None
+    devices = list_gpus()
+    return lock_gpu(sweep.absolute(), tuple(devices)) if len(devices) > 1 else None
 
 
 @cache  # a process that runs one job after the other keeps its own
-def taken(sweep: Path, devices: tuple[str, ...]) -> str:
+def lock_gpu(sweep: Path, devices: tuple[str, ...]) -> str:
     slots = sweep / ".gpus"
     slots.mkdir(parents=True, exist_ok=True)
     for device in devices:
@@ -41,16 +41,16 @@ def taken(sweep: Path, devices: tuple[str, ...]) -> str:
         except BlockingIOError:
             os.close(descriptor)
             continue
-        os.environ[VISIBLE] = device  # the descriptor stays open, and with it the lock
+        os.environ[VISIBLE_DEVICES] = device  # the descriptor stays open, and with it the lock
         return device
     raise ConfigError(
         f"hydra.launcher.n_jobs: more jobs at once than there are GPUs ({len(devices)}); lower it."
     )
 
 
-def visible() -> list[str]:
+def list_gpus() -> list[str]:
     """The GPUs that this process may use."""
-    named = os.environ.get(VISIBLE)
+    named = os.environ.get(VISIBLE_DEVICES)
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:

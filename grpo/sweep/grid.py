@@ -8,32 +8,32 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from grpo.config.validation import writable
+from grpo.config.validation import check_writable
 from grpo.errors import ConfigError
 from grpo.runs.files import FINISHED
 from grpo.runs.lock import locked
 from grpo.sweep.folder import (
     STUDY,
+    JobState,
     Record,
-    Standing,
-    SweepEnd,
-    counted,
-    jobs_of,
-    numbered,
+    SweepResult,
+    count_by_status,
+    number_jobs,
+    read_job_states,
     read_record,
 )
-from grpo.sweep.launch import Launch, given
-from grpo.sweep.objectives import check_directions, objectives_of, reached_values
+from grpo.sweep.launch import Launch, combine_overrides
+from grpo.sweep.objectives import check_directions, read_final_values, resolve_objectives
 from grpo.sweep.view import viewed
 
 
-def sweep(
+def run_grid(
     launch: Launch,
     params: Mapping[str, object],
     arguments: Sequence[str],
     objectives: Mapping[str, str] | None,
     direction: str,
-) -> SweepEnd:
+) -> SweepResult:
     """Runs what is left of a grid.
 
     Args:
@@ -50,19 +50,19 @@ def sweep(
     folder = launch.folder
     if (folder / STUDY).is_file():
         raise ConfigError(f"sweep_dir={folder}: holds a search; give another sweep_dir.")
-    jobs = numbered(read_record(folder), combinations(launch, params, arguments), folder)
-    compared = objectives_of(objectives, direction, [launch.compose(job) for job in jobs])
+    jobs = number_jobs(read_record(folder), expand_jobs(launch, params, arguments), folder)
+    compared = resolve_objectives(objectives, direction, [launch.compose(job) for job in jobs])
     first, way = next(iter(compared.items()))
 
-    def value_of(job: Standing) -> float | None:
-        values, _ = reached_values(job.folder, [first])
+    def value_of(job: JobState) -> float | None:
+        values, _ = read_final_values(job.folder, [first])
         return values[0] if values and job.status == FINISHED else None
 
-    writable(folder, "sweep_dir")
+    check_writable(folder, "sweep_dir")
     with locked(folder):
         Record(launch.arguments, launch.config_dir, jobs, compared).write(folder)
-        before = list(jobs_of(folder))
-        counts = counted(own.status for own in before)
+        before = list(read_job_states(folder))
+        counts = count_by_status(own.status for own in before)
         print(f"sweep of {len(jobs)} jobs in {folder}: {counts}", flush=True)
         try:
             with viewed(folder, len(before), value_of, way == "minimize"):
@@ -70,11 +70,11 @@ def sweep(
         except (KeyboardInterrupt, SystemExit):
             print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)
             raise
-        after = list(jobs_of(folder))
-    return SweepEnd(folder, after, [job for job in after if not job.ended])
+        after = list(read_job_states(folder))
+    return SweepResult(folder, after, [job for job in after if not job.ended])
 
 
-def combinations(
+def expand_jobs(
     launch: Launch, params: Mapping[str, object], arguments: Sequence[str]
 ) -> list[list[str]]:
     """The overrides of each job.
@@ -83,7 +83,7 @@ def combinations(
         ConfigError: no key has several values, or some have no end of them.
     """
     parser = OverridesParser.create(launch.context.config_loader)
-    parsed = parser.parse_overrides(given(params, arguments))
+    parsed = parser.parse_overrides(combine_overrides(params, arguments))
     if not any(override.is_sweep_override() for override in parsed):
         raise ConfigError(
             "-m: nothing to sweep; give a key several values (kl_weight=0,0.1), or a sweep=CHOICE."

@@ -15,35 +15,35 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.check import check, check_training
-from grpo.config.overrides import key_of, quoted
-from grpo.config.schema import without_hydra
+from grpo.config.check import check_config, check_training
+from grpo.config.overrides import parse_key, quote_value
+from grpo.config.schema import remove_hydra
 from grpo.config.trust import check_code
 from grpo.errors import ConfigError, RunError
 from grpo.runs.stop import stoppable
-from grpo.sweep.folder import standing
+from grpo.sweep.folder import read_job_state
 
 log = logging.getLogger(__name__)
 
-NOT_THE_JOB = ("sweep_dir", "resume")  # where a sweep goes, not what its jobs are
+SWEEP_ONLY_KEYS = ("sweep_dir", "resume")  # where a sweep goes, not what its jobs are
 
 
-def given(params: Mapping[str, object], arguments: Sequence[str]) -> list[str]:
+def combine_overrides(params: Mapping[str, object], arguments: Sequence[str]) -> list[str]:
     """A sweep's overrides: those of its file, then the command line's.
 
     Raises:
         ConfigError: they say where to resume.
     """
     for argument in arguments:
-        if key_of(argument) == "resume":
+        if parse_key(argument) == "resume":
             raise ConfigError(
                 f"{argument}: a sweep's jobs go on by themselves: grpo -m sweep_dir=FOLDER."
             )
     whole = [*(f"{key}={value}" for key, value in params.items()), *arguments]
-    return [argument for argument in whole if key_of(argument) not in NOT_THE_JOB]
+    return [argument for argument in whole if parse_key(argument) not in SWEEP_ONLY_KEYS]
 
 
-def prepared(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launch:
+def prepare_launch(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launch:
     """What a sweeper's set-up comes to: Hydra's own launcher, ready to run jobs of this task."""
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=config
@@ -52,7 +52,7 @@ def prepared(context: HydraContext, task: TaskFunction, config: DictConfig) -> L
 
 
 @contextmanager
-def outlasting() -> Iterator[None]:
+def waiting_for_all_jobs() -> Iterator[None]:
     """Within it, submitit waits for all jobs of a batch, not only until the first one dies."""
     if "hydra_plugins.hydra_submitit_launcher.submitit_launcher" not in sys.modules:
         yield
@@ -111,7 +111,7 @@ class Launch:
         """
         own = OmegaConf.to_container(self.config.hydra.overrides, resolve=False)
         assert isinstance(own, dict)
-        return [o for o in (*own["hydra"], *own["task"]) if key_of(o) not in NOT_THE_JOB]
+        return [o for o in (*own["hydra"], *own["task"]) if parse_key(o) not in SWEEP_ONLY_KEYS]
 
     def compose(self, job: Sequence[str]) -> DictConfig:
         """The config of a job.
@@ -120,10 +120,10 @@ class Launch:
             ConfigError: it is wrong; or Hydra's own errors, where it can't be composed.
         """
         whole = self.context.config_loader.load_sweep_config(self.config, list(job))
-        own = without_hydra(whole)
+        own = remove_hydra(whole)
         try:
             check_code(own)
-            check(own)
+            check_config(own)
             check_training(own)
         except ConfigError as error:
             raise ConfigError(f"{error} (the job {' '.join(job)})") from error
@@ -138,16 +138,16 @@ class Launch:
             SystemExit: 130, after Ctrl-C and when the jobs that ran are saved.
             RunError: not one of them could be started.
         """
-        folder = quoted(self.folder.absolute())
+        folder = quote_value(self.folder.absolute())
         where = ("resume=auto", f"sweep_dir={folder}", f"hydra.sweep.dir={folder}")
         batch = [[*job, *where, f"hydra.sweep.subdir={number}"] for number, job in jobs]
         if not batch:
             return
         try:
-            with stoppable(self.folder), outlasting():
+            with stoppable(self.folder), waiting_for_all_jobs():
                 self.launcher.launch(batch, initial_job_idx=jobs[0][0])
         except Exception as error:  # each launcher has its own way of losing a worker
-            left = [job for job in jobs if standing(self.folder, job[0]).status == "none"]
+            left = [job for job in jobs if read_job_state(self.folder, job[0]).status == "none"]
             if len(left) == len(jobs):
                 raise RunError(f"hydra/launcher: {type(error).__name__}: {error}") from error
             log.warning("a worker was lost (%s: %s)", type(error).__name__, error)

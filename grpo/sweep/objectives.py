@@ -41,7 +41,7 @@ def check_directions(objectives: Any, direction: str) -> None:
         )
 
 
-def objectives_of(
+def resolve_objectives(
     objectives: Mapping[str, str] | None, direction: str, configs: Sequence[DictConfig]
 ) -> dict[str, str]:
     """Each metric that counts, and which way.
@@ -65,7 +65,7 @@ def objectives_of(
     return found
 
 
-def reached_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:
+def read_final_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:
     """The value of each metric where it was logged last, and the name of one that has none there.
 
     A value that was no number is null in the files, and none; an earlier one doesn't count.

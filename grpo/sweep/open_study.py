@@ -17,23 +17,23 @@ from grpo.errors import ConfigError
 from grpo.sweep.folder import (
     StudyFile,
 )
-from grpo.sweep.objectives import objectives_of
+from grpo.sweep.objectives import resolve_objectives
 from grpo.sweep.space import Space
 from grpo.sweep.study import (
-    Options,
+    SearchOptions,
     open_storage,
-    spelled,
-    told,
+    serialize_space,
+    storage_errors,
 )
 
 
-def check_objectives(options: Options, configs: Sequence[DictConfig]) -> dict[str, str]:
+def check_objectives(options: SearchOptions, configs: Sequence[DictConfig]) -> dict[str, str]:
     """The metrics that count, and which way.
 
     Raises:
         ConfigError: no run logs one, or a pruner has nothing to go by.
     """
-    objectives = objectives_of(options.objectives, options.direction, configs)
+    objectives = resolve_objectives(options.objectives, options.direction, configs)
     if options.pruner != "none":
         (metric,) = objectives
         if not metric.startswith("eval/"):
@@ -49,8 +49,8 @@ def check_objectives(options: Options, configs: Sequence[DictConfig]) -> dict[st
 
 
 def open_study(
-    options: Options,
-    storage_asked: str | None,
+    options: SearchOptions,
+    unresolved_storage: str | None,
     objectives: dict[str, str],
     space: Space,
     fixed: Sequence[str],
@@ -64,7 +64,7 @@ def open_study(
     Raises:
         ConfigError: its storage can't be had, or it is a study of something else.
     """
-    with turn(folder), told(options.storage):
+    with exclusive(folder), storage_errors(options.storage):
         there = StudyFile.read(folder)
         usual = there.study_name if there else f"{folder.absolute().parent.name}/{folder.name}"
         name = options.study_name or usual
@@ -76,22 +76,24 @@ def open_study(
             pruner=options.make_pruner(),
             load_if_exists=True,
         )
-        check_same(study, objectives, space, fixed)
+        check_same_study(study, objectives, space, fixed)
         place = there.folder if there else uuid.uuid4().hex[:8]
         pruner = (options.pruner, dict(options.pruner_options))
-        file = StudyFile(storage_asked, name, objectives, *pruner, place, spelled(space))
+        file = StudyFile(
+            unresolved_storage, name, objectives, *pruner, place, serialize_space(space)
+        )
         file.write(folder)
     return study, place
 
 
-def check_same(
+def check_same_study(
     study: optuna.Study,
     objectives: dict[str, str],
     space: Space,
     fixed: Sequence[str],
 ) -> None:
     """Refuses to go on with a study of another space, objective or experiment."""
-    wanted = {"space": spelled(space), "fixed": sorted(fixed), "objectives": objectives}
+    wanted = {"space": serialize_space(space), "fixed": sorted(fixed), "objectives": objectives}
     there = study.user_attrs
     for what, value in wanted.items():
         if what not in there:
@@ -107,7 +109,7 @@ def check_same(
 
 
 @contextmanager
-def turn(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """One process at a time, the others wait; the system lets go of it when a process dies."""
     descriptor = os.open(folder / "sweep.lock", os.O_CREAT | os.O_RDWR)
     try:

@@ -19,39 +19,39 @@ from omegaconf import OmegaConf
 from optuna.study import StudyDirection as Direction
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from grpo.config.validation import writable
+from grpo.config.validation import check_writable
 from grpo.errors import ConfigError, RunError
 from grpo.runs.files import RUNNING, note_failure
 from grpo.runs.lock import is_locked, locked
 from grpo.sweep.folder import (
     STUDY,
+    JobState,
     Record,
-    Standing,
-    SweepEnd,
-    counted,
+    SweepResult,
+    count_by_status,
+    read_job_state,
     read_record,
-    standing,
 )
-from grpo.sweep.launch import Launch, given
-from grpo.sweep.objectives import reached_values
-from grpo.sweep.open_study import check_objectives, open_study, turn
-from grpo.sweep.space import Space, combinations, corners, space_of, written
+from grpo.sweep.launch import Launch, combine_overrides
+from grpo.sweep.objectives import read_final_values
+from grpo.sweep.open_study import check_objectives, exclusive, open_study
+from grpo.sweep.space import Space, build_space, format_override, list_combinations, list_corners
 from grpo.sweep.study import (
-    LOST,
-    Options,
-    quiet,
-    reach,
-    reason_of,
-    shown,
+    DATABASE_ERRORS,
+    SearchOptions,
+    check_connection,
+    format_reason,
+    hide_password,
+    silence_optuna,
 )
 from grpo.sweep.view import viewed
 
-NOWHERE = ""  # the folder of a trial that came too late to be run
+NO_FOLDER = ""  # the folder of a trial that came too late to be run
 
 
-def search(
-    launch: Launch, params: Mapping[str, object], arguments: Sequence[str], options: Options
-) -> SweepEnd:
+def run_search(
+    launch: Launch, params: Mapping[str, object], arguments: Sequence[str], options: SearchOptions
+) -> SweepResult:
     """Runs trials until there are `n_trials` in all.
 
     Args:
@@ -62,11 +62,11 @@ def search(
         ConfigError: it can't be searched as asked, or the study is another one's.
         RunError: the study can't be reached any more.
     """
-    quiet()
+    silence_optuna()
     overrides = OverridesParser.create(launch.context.config_loader).parse_overrides(
-        given(params, arguments)
+        combine_overrides(params, arguments)
     )
-    space, fixed = space_of(overrides), fixed_of(overrides)
+    space, fixed = build_space(overrides), select_fixed(overrides)
     if not space:
         raise ConfigError(
             "-m: nothing to search; give a key an interval, a range or a choice "
@@ -79,21 +79,23 @@ def search(
             f"hydra/launcher=joblib, or start the same search several times."
         )
     if options.sampler == "grid":
-        combinations(space)  # refuses one without end
-    objectives = check_objectives(options, [launch.compose(jobs) for jobs in ends(fixed, space)])
+        list_combinations(space)  # refuses one without end
+    objectives = check_objectives(
+        options, [launch.compose(jobs) for jobs in list_corner_jobs(fixed, space)]
+    )
     folder = launch.folder
     record = read_record(folder)
     if record is not None and not (folder / STUDY).is_file():
         raise ConfigError(f"sweep_dir={folder}: holds a grid; give another sweep_dir.")
     asked = OmegaConf.to_container(launch.config.hydra.sweeper)["storage"]  # type: ignore[call-overload, index]
     if options.storage is not None:
-        reach(options.storage)
-    writable(folder, "sweep_dir")
+        check_connection(options.storage)
+    check_writable(folder, "sweep_dir")
     study, name = open_study(options, asked, objectives, space, fixed, folder)
     return Search(launch, options, study, space, fixed, list(objectives), folder, name).run()
 
 
-def fixed_of(overrides: Sequence[Override]) -> list[str]:
+def select_fixed(overrides: Sequence[Override]) -> list[str]:
     """The overrides that all trials share."""
     return [
         f"{o.get_key_element()}={o.get_value_element_as_str()}"
@@ -102,13 +104,13 @@ def fixed_of(overrides: Sequence[Override]) -> list[str]:
     ]
 
 
-def ends(fixed: Sequence[str], space: Space) -> Iterator[list[str]]:
-    for values in corners(space):
-        yield job_of(fixed, values)
+def list_corner_jobs(fixed: Sequence[str], space: Space) -> Iterator[list[str]]:
+    for values in list_corners(space):
+        yield build_overrides(fixed, values)
 
 
-def job_of(fixed: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    return [*fixed, *(written(key, value) for key, value in values.items())]
+def build_overrides(fixed: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    return [*fixed, *(format_override(key, value) for key, value in values.items())]
 
 
 @dataclass(frozen=True)
@@ -116,96 +118,100 @@ class Search:
     """One process's part in a search."""
 
     launch: Launch
-    options: Options
+    options: SearchOptions
     study: optuna.Study
     space: Space
     fixed: list[str]
     objectives: list[str]
     folder: Path
-    place: str  # the folder's name in the study
+    folder_id: str  # the folder's name in the study
     tried: set[int] = field(default_factory=set)  # the trials that this process has run
 
-    def run(self) -> SweepEnd:
+    def run(self) -> SweepResult:
         """Raises RunError where the study is lost."""
-        print(f"search of {self.total} trials in {self.folder}: {self.so_far()}", flush=True)
+        print(f"search of {self.total} trials in {self.folder}: {self.describe_jobs()}", flush=True)
         minimized = self.study.directions[0] == Direction.MINIMIZE
         try:
-            with viewed(self.folder, self.total, self.value_of, minimized):
-                while self.some():
+            with viewed(self.folder, self.total, self.read_objective, minimized):
+                while self.run_batch():
                     pass
-            answer = self.answer()
+            answer = self.format_best()
         except (KeyboardInterrupt, SystemExit):
             print(f"search stopped; go on: grpo -m sweep_dir={self.folder}", flush=True)
             raise
-        except LOST as error:
+        except DATABASE_ERRORS as error:
             raise RunError(
-                f"hydra.sweeper.storage={shown(self.options.storage)}: lost ({reason_of(error)}); "
-                f"when it is back: grpo -m sweep_dir={self.folder}"
+                f"hydra.sweeper.storage={hide_password(self.options.storage)}: lost "
+                f"({format_reason(error)}); when it is back: grpo -m sweep_dir={self.folder}"
             ) from error
         print(answer, flush=True)
-        after = self.standings()
-        return SweepEnd(self.folder, after, [job for job in after if self.is_broken(job)])
+        after = self.read_job_states()
+        return SweepResult(self.folder, after, [job for job in after if self.is_unsuccessful(job)])
 
-    def is_broken(self, job: Standing) -> bool:
+    def is_unsuccessful(self, job: JobState) -> bool:
         """Whether it did not end well; one that this process ran and that left nothing is lost."""
         lost = job.status == "none" and job.number in self.tried
         return lost or job.status in ("failed", "killed")
 
-    def value_of(self, job: Standing) -> float | None:
+    def read_objective(self, job: JobState) -> float | None:
         """What a finished job came to, by the first objective."""
-        values, _ = reached_values(job.folder, self.objectives[:1])
+        values, _ = read_final_values(job.folder, self.objectives[:1])
         return values[0] if values and job.status == "finished" else None
 
     @property
     def total(self) -> int:
         total = self.options.n_trials
         return (
-            min(total, len(combinations(self.space))) if self.options.sampler == "grid" else total
+            min(total, len(list_combinations(self.space)))
+            if self.options.sampler == "grid"
+            else total
         )
 
-    def so_far(self) -> str:
-        done = self.standings()
-        return counted(own.status for own in done) if done else "none yet"
+    def describe_jobs(self) -> str:
+        done = self.read_job_states()
+        return count_by_status(own.status for own in done) if done else "none yet"
 
-    def some(self) -> bool:
+    def run_batch(self) -> bool:
         """Runs as many trials as go at once; false where none is left."""
         with ExitStack() as claims:
-            with turn(self.folder):
-                taken = self.take(claims)
+            with exclusive(self.folder):
+                taken = self.claim_trials(claims)
             if not taken:
                 return False
-            jobs = [(trial.number, job_of(self.fixed, trial.params)) for trial in taken]
-            self.launch.run([job for job in jobs if not standing(self.folder, job[0]).ended])
+            jobs = [(trial.number, build_overrides(self.fixed, trial.params)) for trial in taken]
+            self.launch.run([job for job in jobs if not read_job_state(self.folder, job[0]).ended])
             for trial in taken:
                 self.tried.add(trial.number)
                 if not trial.state.is_finished():
-                    self.tell(standing(self.folder, trial.number))
+                    self.tell(read_job_state(self.folder, trial.number))
         return True
 
-    def take(self, claims: ExitStack) -> list[FrozenTrial]:
+    def claim_trials(self, claims: ExitStack) -> list[FrozenTrial]:
         """Trials whose jobs are left to do, then new ones; no other process will take them."""
-        begun = self.begun()
-        taken = [trial for trial in begun if self.is_left(trial)][: self.options.n_jobs]
+        begun = self.list_begun_trials()
+        taken = [trial for trial in begun if self.is_available(trial)][: self.options.n_jobs]
         while len(taken) < self.options.n_jobs and len(begun) < self.total:
-            if own := self.added(self.chosen(begun)):
+            if own := self.add_trial(self.propose_trial(begun)):
                 taken.append(own)
-            begun = self.begun()
+            begun = self.list_begun_trials()
         for trial in taken:
-            self.claim(trial.number).touch()
-            claims.enter_context(locked(self.claim(trial.number)))
+            self.locate_claim(trial.number).touch()
+            claims.enter_context(locked(self.locate_claim(trial.number)))
         trials = self.study.get_trials(deepcopy=False)
-        jobs = [job_of(self.fixed, t.params) if self.is_here(t) else [] for t in trials]
+        jobs = [
+            build_overrides(self.fixed, t.params) if self.is_in_folder(t) else [] for t in trials
+        ]
         Record(self.launch.arguments, self.launch.config_dir, jobs).write(self.folder)
         return taken
 
-    def chosen(self, begun: Sequence[FrozenTrial]) -> FrozenTrial:
+    def propose_trial(self, begun: Sequence[FrozenTrial]) -> FrozenTrial:
         """A new trial with all its values, which the study doesn't know yet.
 
         They are chosen in a copy of it: so no process can end with a trial that has half of them.
         """
         if self.options.sampler == "grid":
             past = [trial.params for trial in begun]
-            values = next(one for one in combinations(self.space) if one not in past)
+            values = next(one for one in list_combinations(self.space) if one not in past)
             return create_trial(state=TrialState.RUNNING, params=values, distributions=self.space)
         copy = optuna.create_study(
             study_name=self.study.study_name,  # by which Hyperband puts trials into brackets
@@ -217,74 +223,81 @@ class Search:
         number = copy.ask(self.space).number
         return copy.trials[number]
 
-    def added(self, chosen: FrozenTrial) -> FrozenTrial | None:
+    def add_trial(self, proposed: FrozenTrial) -> FrozenTrial | None:
         """The same in the study; None where another folder's process was faster."""
         known = {trial.number for trial in self.study.get_trials(deepcopy=False)}
         self.study.add_trial(
             create_trial(
                 state=TrialState.RUNNING,
-                params=chosen.params,
-                distributions=chosen.distributions,
-                system_attrs=chosen.system_attrs,
-                user_attrs={"folder": self.place},
+                params=proposed.params,
+                distributions=proposed.distributions,
+                system_attrs=proposed.system_attrs,
+                user_attrs={"folder": self.folder_id},
             )
         )
-        begun = self.begun()
-        (own,) = [t for t in begun if self.is_here(t) and t.number not in known]
+        begun = self.list_begun_trials()
+        (own,) = [t for t in begun if self.is_in_folder(t) and t.number not in known]
         before = [trial for trial in begun if trial.number < own.number]
         twice = self.options.sampler == "grid" and own.params in [t.params for t in before]
         if len(before) < self.total and not twice:
             return own
-        optuna.trial.Trial(self.study, own._trial_id).set_user_attr("folder", NOWHERE)
+        optuna.trial.Trial(self.study, own._trial_id).set_user_attr("folder", NO_FOLDER)
         self.study.tell(own.number, state=TrialState.FAIL)
         return None
 
-    def begun(self) -> list[FrozenTrial]:
+    def list_begun_trials(self) -> list[FrozenTrial]:
         return [
             trial
             for trial in self.study.get_trials(deepcopy=False)
-            if trial.state != TrialState.WAITING and trial.user_attrs.get("folder") != NOWHERE
+            if trial.state != TrialState.WAITING and trial.user_attrs.get("folder") != NO_FOLDER
         ]
 
-    def is_here(self, trial: FrozenTrial) -> bool:
+    def is_in_folder(self, trial: FrozenTrial) -> bool:
         """Whether its job is in this folder; a study in a database may have several."""
-        return bool(trial.user_attrs.get("folder") == self.place)
+        return bool(trial.user_attrs.get("folder") == self.folder_id)
 
-    def is_left(self, trial: FrozenTrial) -> bool:
+    def is_available(self, trial: FrozenTrial) -> bool:
         """Whether its job is to be run, and nobody is at it.
 
         One that failed stays open in the study and is tried once by each process; one that has
         finished is left to do where its folder was deleted. One of another folder is that folder's.
         """
-        if not self.is_here(trial) or trial.number in self.tried:
+        if not self.is_in_folder(trial) or trial.number in self.tried:
             return False
-        claim, status = self.claim(trial.number), standing(self.folder, trial.number).status
+        claim, status = (
+            self.locate_claim(trial.number),
+            read_job_state(self.folder, trial.number).status,
+        )
         if status == RUNNING or (claim.exists() and is_locked(claim)):
             return False
         gone = trial.state == TrialState.COMPLETE and status == "none"
         return trial.state == TrialState.RUNNING or gone
 
-    def claim(self, number: int) -> Path:
+    def locate_claim(self, number: int) -> Path:
         claims = self.folder / ".claims"
         claims.mkdir(exist_ok=True)
         return claims / str(number)
 
-    def tell(self, job: Standing) -> None:
+    def tell(self, job: JobState) -> None:
         """What became of a trial; one whose job can go on is left open."""
         if job.status == "pruned":
             self.study.tell(job.number, state=TrialState.PRUNED)
         elif job.status == "finished":
-            values, missing = reached_values(job.folder, self.objectives)
+            values, missing = read_final_values(job.folder, self.objectives)
             if missing:
                 note_failure(job.folder, f"{missing}: no value of it at the end")
                 self.study.tell(job.number, state=TrialState.FAIL)
             else:
                 self.study.tell(job.number, values)
 
-    def standings(self) -> list[Standing]:
-        return [standing(self.folder, t.number) for t in self.begun() if self.is_here(t)]
+    def read_job_states(self) -> list[JobState]:
+        return [
+            read_job_state(self.folder, t.number)
+            for t in self.list_begun_trials()
+            if self.is_in_folder(t)
+        ]
 
-    def answer(self) -> str:
+    def format_best(self) -> str:
         """The best of all, or those that no other one beats in everything."""
         try:
             best = self.study.best_trials if len(self.objectives) > 1 else [self.study.best_trial]
@@ -294,7 +307,7 @@ class Search:
             f"  job {trial.number}: "
             + " ".join(f"{m}={v:.4g}" for m, v in zip(self.objectives, trial.values, strict=True))
             + "  "
-            + " ".join(written(key, value) for key, value in trial.params.items())
+            + " ".join(format_override(key, value) for key, value in trial.params.items())
             for trial in best
         ]
         return "\nbest:\n" + "\n".join(lines)

@@ -24,17 +24,17 @@ from grpo.errors import ConfigError
 Space = dict[str, BaseDistribution]
 
 
-def space_of(overrides: Sequence[Override]) -> Space:
+def build_space(overrides: Sequence[Override]) -> Space:
     """The distribution of each key that has several values; a later override of a key wins.
 
     Raises:
         ConfigError: Optuna can't sample one.
     """
     swept = {o.get_key_element(): o for o in overrides}
-    return {key: distribution(o) for key, o in swept.items() if o.is_sweep_override()}
+    return {key: make_distribution(o) for key, o in swept.items() if o.is_sweep_override()}
 
 
-def distribution(override: Override) -> BaseDistribution:
+def make_distribution(override: Override) -> BaseDistribution:
     """Numbers between two ends, or some of them, or a choice.
 
     Raises:
@@ -60,13 +60,13 @@ def distribution(override: Override) -> BaseDistribution:
         raise ConfigError(f"{asked}: can't be sampled ({error}).") from error
     if log:
         raise ConfigError(f"{asked}: only numbers of an interval or a range have a logarithm.")
-    choices = [plain(value) for value in override.sweep_iterator()]
+    choices = [encode_choice(value) for value in override.sweep_iterator()]
     if len(set(map(str, choices))) < len(choices):
         raise ConfigError(f"{asked}: has the same value twice.")
     return CategoricalDistribution(choices)
 
 
-def plain(value: object) -> Any:
+def encode_choice(value: object) -> Any:
     """A choice as Optuna can keep it: what is more than a number or a word, as Hydra writes it."""
     if isinstance(value, QuotedString):
         return value.with_quotes()
@@ -75,14 +75,14 @@ def plain(value: object) -> Any:
     return Transformer.str(value)  # type: ignore[arg-type]
 
 
-def written(key: str, value: object) -> str:
+def format_override(key: str, value: object) -> str:
     """A value as an override."""
     if value is None:
         return f"{key}=null"
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def corners(space: Space) -> list[dict[str, Any]]:
+def list_corners(space: Space) -> list[dict[str, Any]]:
     """The lowest values with every choice, and the highest: if these can be run, the rest can."""
     lowest: dict[str, Any] = {}
     highest: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def corners(space: Space) -> list[dict[str, Any]]:
     return [lowest, *others, highest]
 
 
-def combinations(space: Space) -> list[dict[str, Any]]:
+def list_combinations(space: Space) -> list[dict[str, Any]]:
     """Every combination.
 
     Raises:
@@ -108,16 +108,16 @@ def combinations(space: Space) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = [{}]
     for key, own in space.items():
-        found = [{**some, key: value} for some in found for value in values_of(key, own)]
+        found = [{**some, key: value} for some in found for value in list_values(key, own)]
     return found
 
 
-def values_of(key: str, own: BaseDistribution) -> list[Any]:
-    if isinstance(own, CategoricalDistribution):
-        return list(own.choices)
-    if isinstance(own, IntDistribution) and not own.log:
-        return list(range(own.low, own.high + 1, own.step))
-    if isinstance(own, FloatDistribution) and own.step is not None:
-        count = round((own.high - own.low) / own.step) + 1
-        return [own.low + n * own.step for n in range(count)]
+def list_values(key: str, distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution) and not distribution.log:
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        count = round((distribution.high - distribution.low) / distribution.step) + 1
+        return [distribution.low + n * distribution.step for n in range(count)]
     raise ConfigError(f"{key}: hydra/sweeper.sampler=grid takes choices and ranges alone.")

@@ -19,20 +19,23 @@ from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
-from grpo.config.suggest import nearest
+from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
-from grpo.seeds import SEEDS, stream_seed
+from grpo.seeds import SEED_LIMIT, derive_seed
 from grpo.sweep.objectives import check_directions
 from grpo.sweep.space import Space
 
 JOURNAL = "study.journal"
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
 PRUNERS = ("none", "median", "hyperband")
-LOST = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)  # of a database
+DATABASE_ERRORS = (
+    sqlalchemy.exc.SQLAlchemyError,
+    optuna.exceptions.StorageInternalError,
+)  # of a database
 
 
 @dataclass(frozen=True)
-class Options:
+class SearchOptions:
     """conf/hydra/sweeper/optuna.yaml."""
 
     n_trials: int
@@ -48,16 +51,16 @@ class Options:
     seed: int
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Options:
+    def from_config(cls, given: Mapping[str, Any]) -> SearchOptions:
         """Raises ConfigError where one can't be."""
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
-                raise ConfigError(f"hydra.sweeper.{key}: no such key{nearest(key, known)}")
+                raise ConfigError(f"hydra.sweeper.{key}: no such key{suggest_names(key, known)}")
         options = cls(**given)
         for key in ("n_trials", "n_jobs", "seed"):
             value, least = getattr(options, key), 0 if key == "seed" else 1
-            most = SEEDS - 1 if key == "seed" else 2**31 - 1
+            most = SEED_LIMIT - 1 if key == "seed" else 2**31 - 1
             if type(value) is not int or not least <= value <= most:
                 raise ConfigError(
                     f"hydra.sweeper.{key}={value}: must be a whole number from {least} to {most}."
@@ -67,7 +70,7 @@ class Options:
             if value not in choices:
                 raise ConfigError(
                     f"hydra.sweeper.{key}={value}: use one of {', '.join(choices)}"
-                    f"{nearest(str(value), choices)}"
+                    f"{suggest_names(str(value), choices)}"
                 )
         check_directions(options.objectives, options.direction)
         if "seed" in options.sampler_options:
@@ -83,9 +86,9 @@ class Options:
         options.make_pruner()
         return options
 
-    def make_sampler(self, trials: int) -> optuna.samplers.BaseSampler:
+    def make_sampler(self, num_trials: int) -> optuna.samplers.BaseSampler:
         """Anew for each trial, from how many there were: so a search resumed is the same search."""
-        seed = stream_seed(self.seed, trials) % 2**32  # NumPy takes no more
+        seed = derive_seed(self.seed, num_trials) % 2**32  # NumPy takes no more
         made: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
             "tpe": optuna.samplers.TPESampler,
             "gp": optuna.samplers.GPSampler,
@@ -95,7 +98,9 @@ class Options:
         }
         own = {"constant_liar": True} if self.sampler == "tpe" else {}  # trials that run count too
         options = {**own, **self.sampler_options, "seed": seed}
-        sampler: optuna.samplers.BaseSampler = built(made[self.sampler], options, "sampler_options")
+        sampler: optuna.samplers.BaseSampler = construct(
+            made[self.sampler], options, "sampler_options"
+        )
         return sampler
 
     def make_pruner(self) -> optuna.pruners.BasePruner:
@@ -119,11 +124,11 @@ def make_pruner(name: str, options: Mapping[str, Any]) -> optuna.pruners.BasePru
         "median": optuna.pruners.MedianPruner,
         "hyperband": optuna.pruners.HyperbandPruner,
     }
-    pruner: optuna.pruners.BasePruner = built(made[name], options, "pruner_options")
+    pruner: optuna.pruners.BasePruner = construct(made[name], options, "pruner_options")
     return pruner
 
 
-def built(make: Callable[..., Any], options: Mapping[str, Any], key: str) -> Any:
+def construct(make: Callable[..., Any], options: Mapping[str, Any], key: str) -> Any:
     """Raises ConfigError where Optuna's class doesn't take the options."""
     try:
         return make(**options)
@@ -142,9 +147,9 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """
     if url is None:
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-    url = from_environment(url)
-    options = {"pool_pre_ping": True, **patience(url)}
-    with told(url):
+    url = resolve_url(url)
+    options = {"pool_pre_ping": True, **sqlite_timeout(url)}
+    with storage_errors(url):
         try:
             return RDBStorage(url, engine_kwargs=options)
         except sqlalchemy.exc.SQLAlchemyError:
@@ -152,7 +157,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
             return RDBStorage(url, engine_kwargs=options)
 
 
-def from_environment(url: str) -> str:
+def resolve_url(url: str) -> str:
     """The URL with what it takes from the environment, as `${oc.env:STORAGE}`.
 
     Raises:
@@ -165,13 +170,13 @@ def from_environment(url: str) -> str:
         raise ConfigError(f"hydra.sweeper.storage={url}: {reason}") from error
 
 
-def reach(url: str) -> None:
+def check_connection(url: str) -> None:
     """Refuses a database that doesn't answer; changes nothing in it."""
-    with told(url):
-        sqlalchemy.inspect(sqlalchemy.create_engine(url, **patience(url))).get_table_names()
+    with storage_errors(url):
+        sqlalchemy.inspect(sqlalchemy.create_engine(url, **sqlite_timeout(url))).get_table_names()
 
 
-def patience(url: str) -> dict[str, Any]:
+def sqlite_timeout(url: str) -> dict[str, Any]:
     """How long another writer of a file is waited for."""
     if not url.startswith("sqlite") or "timeout=" in url:
         return {}
@@ -179,28 +184,28 @@ def patience(url: str) -> dict[str, Any]:
 
 
 @contextmanager
-def told(url: str | None) -> Iterator[None]:
+def storage_errors(url: str | None) -> Iterator[None]:
     """A storage's errors in a line: each database has its own."""
     try:
         yield
     except (
-        *LOST,
+        *DATABASE_ERRORS,
         ImportError,
         OSError,
         json.JSONDecodeError,  # a journal that is damaged
         RuntimeError,  # made by another version of Optuna
     ) as error:
         raise ConfigError(
-            f"hydra.sweeper.storage={shown(url)}: can't be opened ({reason_of(error)})."
+            f"hydra.sweeper.storage={hide_password(url)}: can't be opened ({format_reason(error)})."
         ) from error
 
 
-def reason_of(error: Exception) -> str:
+def format_reason(error: Exception) -> str:
     """A storage's error in a line: its database's own words, where it has some."""
     return str(error.__cause__ or error).splitlines()[0]
 
 
-def shown(url: str | None) -> str:
+def hide_password(url: str | None) -> str:
     """A URL without its password."""
     if url is None:
         return "null"
@@ -210,12 +215,12 @@ def shown(url: str | None) -> str:
         return url
 
 
-def spelled(space: Space) -> dict[str, Any]:
+def serialize_space(space: Space) -> dict[str, Any]:
     """A space as it can be kept beside a study, and compared."""
     return {key: json.loads(distribution_to_json(own)) for key, own in sorted(space.items())}
 
 
-def quiet() -> None:
+def silence_optuna() -> None:
     """Optuna's own lines would stand between the jobs'."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)

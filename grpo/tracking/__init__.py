@@ -1,7 +1,7 @@
 """One `log(step, metrics)`, and behind it whatever sinks the run was built with."""
 
 from grpo.tracking.console import Console
-from grpo.tracking.files import JsonlFiles
+from grpo.tracking.jsonl_sink import JsonlFiles
 from grpo.tracking.tracker import CompletionRow, RunInfo, Sink, Tracker
 from grpo.tracking.trackio_sink import Trackio
 from grpo.tracking.wandb_sink import WandB

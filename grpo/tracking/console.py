@@ -18,8 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from grpo.runs.stop import is_viewed
-from grpo.tracking.charts import chart
+from grpo.runs.stop import has_sweep_view
+from grpo.tracking.text_charts import draw_chart
 from grpo.tracking.tracker import Metrics, RunInfo, Sink
 
 SECONDS_BETWEEN_LINES = 1.0  # in a pipe
@@ -28,7 +28,7 @@ CHARTS = {  # drawn where the terminal has this many columns and rows
     "kl": "kl/mean",
     "length": "completion/length_mean",
 }
-WIDE, TALL, CHART_HEIGHT = 100, 16, 4
+MIN_CHART_COLUMNS, MIN_CHART_ROWS, CHART_HEIGHT = 100, 16, 4
 
 
 class Console(Sink):
@@ -38,81 +38,84 @@ class Console(Sink):
         self.total_steps = info.total_steps
         self.console = RichConsole()
         self.live: Live | None = None
-        self.viewed = is_viewed() and self.console.is_terminal
-        self.past: dict[str, list[float]] = defaultdict(list)
+        self.viewed = has_sweep_view() and self.console.is_terminal
+        self.history: dict[str, list[float]] = defaultdict(list)
         if self.console.is_terminal and not self.viewed:
             self.live = Live(console=self.console, auto_refresh=False, transient=True)
             self.live.start()
-        self.last_line = 0.0
+        self.last_line_time = 0.0
         self.seconds_a_step: float | None = None
 
     def log(self, step: int, metrics: Metrics) -> None:
         if self.viewed:
             return
         if "eval/accuracy" in metrics:
-            self._print(f"evaluation at step {step}: {evaluation_line(metrics)}")
+            self._print(f"evaluation at step {step}: {format_evaluation(metrics)}")
         if "time/step" not in metrics:
             return
         seconds = metrics["time/step"]
         previous = self.seconds_a_step or seconds
         self.seconds_a_step = 0.8 * previous + 0.2 * seconds
-        line = step_line(step, self.total_steps, metrics, self.seconds_a_step)
+        line = format_step_line(step, self.total_steps, metrics, self.seconds_a_step)
         if self.live is not None:
             for name, metric in CHARTS.items():
                 if metric in metrics:
-                    self.past[name].append(metrics[metric])
-            self.live.update(self._view(line), refresh=True)
-        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total_steps:
-            self.last_line = time.monotonic()
+                    self.history[name].append(metrics[metric])
+            self.live.update(self._render(line), refresh=True)
+        elif (
+            time.monotonic() - self.last_line_time >= SECONDS_BETWEEN_LINES
+            or step == self.total_steps
+        ):
+            self.last_line_time = time.monotonic()
             self._print(line)
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         if self.live is not None:
             self.live.stop()
 
-    def _view(self, line: str) -> RenderableType:
+    def _render(self, line: str) -> RenderableType:
         below = Text(line, no_wrap=True)
-        if self.console.width < WIDE or self.console.height < TALL:
+        if self.console.width < MIN_CHART_COLUMNS or self.console.height < MIN_CHART_ROWS:
             return below
-        return Group(*charts(self.past, self.console.width), below)
+        return Group(*draw_charts(self.history, self.console.width), below)
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self.console.file.flush()
 
 
-def step_line(step: int, total: int, metrics: Metrics, seconds_a_step: float) -> str:
+def format_step_line(step: int, total: int, metrics: Metrics, seconds_a_step: float) -> str:
     parts = [f"step {step}/{total}", f"reward {metrics['reward/mean']:.3f}"]
     if "kl/mean" in metrics:
         parts.append(f"kl {metrics['kl/mean']:.4f}")
     parts += [
         f"length {metrics['completion/length_mean']:.0f}",
         f"{metrics['perf/completion_tokens_per_second']:.0f} tokens/s",
-        f"{duration((total - step) * seconds_a_step)} left",
+        f"{format_duration((total - step) * seconds_a_step)} left",
     ]
     return "  ".join(parts)
 
 
-def charts(past: Mapping[str, list[float]], width: int) -> list[Text]:
+def draw_charts(history: Mapping[str, list[float]], width: int) -> list[Text]:
     """Curves beside each other, below their names and ends."""
-    each = (width - 2 * (len(past) - 1)) // len(past)
+    each = (width - 2 * (len(history) - 1)) // len(history)
     columns = []
-    for name, values in past.items():
+    for name, values in history.items():
         title = f"{name} {values[0]:.3g} \u2192 {values[-1]:.3g}"
-        rows = chart(values, each, CHART_HEIGHT)
+        rows = draw_chart(values, each, CHART_HEIGHT)
         columns.append([row.ljust(each)[:each] for row in (title, *rows)])
     lines = zip(*columns, strict=True)
     return [Text("  ".join(line), no_wrap=True) for line in lines]
 
 
-def evaluation_line(metrics: Metrics) -> str:
+def format_evaluation(metrics: Metrics) -> str:
     return (
         f"accuracy {metrics['eval/accuracy']:.1%} greedy, "
         f"{metrics['eval/sampled_accuracy']:.1%} sampled, {metrics['eval/pass_at_k']:.1%} pass@k"
     )
 
 
-def figures_table(reports: Mapping[str, Mapping[str, float]]) -> str:
+def format_evaluation_table(reports: Mapping[str, Mapping[str, float]]) -> str:
     """The figures of `grpo eval`: a line for all rows and one for each set of a mix."""
     figures = list(next(iter(reports.values())))
     table = Table("rows", *figures, box=box.SIMPLE)
@@ -124,7 +127,7 @@ def figures_table(reports: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

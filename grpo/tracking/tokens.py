@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from grpo.models.ends import Decoder
+from grpo.models.end_tokens import Decoder
 from grpo.tracking.tracker import CompletionRow
 from grpo.types import Rollout
 
-BROKEN = "\ufffd"  # what a part of a character decodes to
+REPLACEMENT_CHARACTER = "\ufffd"  # what a part of a character decodes to
 
 
-def with_tokens(
+def add_token_fields(
     rows: Sequence[CompletionRow],
     rollout: Rollout,
     log_ratio_NC: Tensor | None,
@@ -32,22 +32,22 @@ def with_tokens(
     return [
         replace(
             row,
-            token_ends=token_ends(decoder, ids[: row.tokens], row.completion),
+            token_ends=find_token_ends(decoder, ids[: row.tokens], row.completion),
             token_kl=[round(x, 3) for x in logs[: row.tokens]],
         )
         for row, ids, logs in zip(rows, rollout.tokens_NC[own].tolist(), kl, strict=True)
     ]
 
 
-def token_ends(decoder: Decoder, ids: Sequence[int], text: str) -> list[int]:
+def find_token_ends(decoder: Decoder, ids: Sequence[int], text: str) -> list[int]:
     """Where in a text each of the tokens that it was decoded from ends.
 
     What the text doesn't show takes no place. Nothing where the tokens don't spell the text: a
     stop string was cut off.
     """
-    pieces = decoder.texts([[one] for one in ids])
+    pieces = decoder.decode_batch([[one] for one in ids])
     if "".join(pieces) != text:  # characters of several tokens, or spaces that depend on neighbours
-        pieces = one_by_one(decoder, ids)
+        pieces = decode_one_by_one(decoder, ids)
     ends, end = [], 0
     for piece in pieces:
         end += len(piece)
@@ -55,12 +55,12 @@ def token_ends(decoder: Decoder, ids: Sequence[int], text: str) -> list[int]:
     return ends if end == len(text) else []
 
 
-def one_by_one(decoder: Decoder, ids: Sequence[int]) -> list[str]:
+def decode_one_by_one(decoder: Decoder, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text of those before it; the last of a character has it all."""
     pieces, start, done = [], 0, 0
     for n in range(1, len(ids) + 1):
-        before, after = decoder.texts([ids[start:end] for end in (done, n)])
-        if after.endswith(BROKEN) and n < len(ids):
+        before, after = decoder.decode_batch([ids[start:end] for end in (done, n)])
+        if after.endswith(REPLACEMENT_CHARACTER) and n < len(ids):
             pieces.append("")
             continue
         pieces.append(after[len(before) :])

@@ -28,7 +28,7 @@ class RunInfo:
     logged_step: int  # the last step whose metrics stand; -1 for a new run
     total_steps: int
     commit: str | None  # of the code it was run with, where that is a checkout
-    job: str = "train"  # or eval
+    job_type: str = "train"  # or eval
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CompletionRow:
     token_ends: Sequence[int] = ()  # where in the completion each of its tokens ends
     token_kl: Sequence[float] = ()  # its log-probability less the reference's, in nats
 
-    def flat(self) -> dict[str, Any]:
+    def to_table_row(self) -> dict[str, Any]:
         """What can stand in a table."""
         row = asdict(self)
         parts = row.pop("rewards")
@@ -62,13 +62,13 @@ class Sink:
     def log(self, step: int, metrics: Metrics) -> None:
         """One step's metrics; step 0 is before training."""
 
-    def completions(self, rows: Sequence[CompletionRow]) -> None:
+    def log_completions(self, rows: Sequence[CompletionRow]) -> None:
         """Some of a step's completions."""
 
-    def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
+    def log_distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
         """All values of a step behind a mean: of each completion, or of each token."""
 
-    def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The greedy completions of an evaluation."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
@@ -85,24 +85,24 @@ class Tracker:
         for sink in self.sinks:
             sink.log(step, metrics)
 
-    def completions(self, rows: Sequence[CompletionRow]) -> None:
+    def log_completions(self, rows: Sequence[CompletionRow]) -> None:
         for sink in self.sinks:
-            sink.completions(rows)
+            sink.log_completions(rows)
 
-    def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
+    def log_distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
         for sink in self.sinks:
-            sink.distributions(step, values)
+            sink.log_distributions(step, values)
 
-    def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for sink in self.sinks:
-            sink.answers(step, rows)
+            sink.log_answers(step, rows)
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         for sink in self.sinks:
             sink.close(status, summary)
 
 
-def values_of(values: Tensor) -> Tensor:
+def select_finite(values: Tensor) -> Tensor:
     """All of them that are numbers, [T] on the CPU, in the precision that NumPy's bins need.
 
     A reward that doesn't apply is none.
@@ -111,11 +111,11 @@ def values_of(values: Tensor) -> Tensor:
     return values_T[values_T.isfinite()]
 
 
-def completion_rows(
-    step: int, rollout: Rollout, scores: Scores, advantages_BG: Any, prompts: int
+def make_completion_rows(
+    step: int, rollout: Rollout, scores: Scores, advantages_BG: Any, num_prompts: int
 ) -> list[CompletionRow]:
     """The completions of a step's first prompts, whole groups."""
-    count = min(prompts, len(rollout.prompts)) * rollout.num_generation
+    count = min(num_prompts, len(rollout.prompts)) * rollout.num_generation
     totals, advantages = scores.total_BG.flatten().tolist(), advantages_BG.flatten().tolist()
     parts = {name: part_N.tolist() for name, part_N in scores.parts.items()}
     lengths, truncated = rollout.lengths_N.tolist(), rollout.truncated_N.tolist()
@@ -138,22 +138,26 @@ def completion_rows(
     ]
 
 
-def evaluation_rows(rollout: Rollout, scores: Scores) -> list[CompletionRow]:
+def make_evaluation_rows(rollout: Rollout, scores: Scores) -> list[CompletionRow]:
     """Each completion of an evaluation, which has no advantage."""
     nothing_BG = scores.total_BG.new_zeros(scores.total_BG.shape)
-    return completion_rows(0, rollout, scores, nothing_BG, len(rollout.prompts))
+    return make_completion_rows(0, rollout, scores, nothing_BG, len(rollout.prompts))
 
 
-def answer_rows(rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
+def make_answer_rows(rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
     """Each completion of an evaluation, as a line of its completions.jsonl."""
     size = rollout.num_generation
-    rows = evaluation_rows(rollout, scores)
+    rows = make_evaluation_rows(rollout, scores)
     return [
         {
             "source": scores.sources[n // size],
             "greedy": size == 1,
             "right": bool(scores.right_BG.flatten()[n]),
-            **{k: value for k, value in row.flat().items() if k not in ("step", "advantage")},
+            **{
+                k: value
+                for k, value in row.to_table_row().items()
+                if k not in ("step", "advantage")
+            },
         }
         for n, row in enumerate(rows)
     ]

@@ -10,10 +10,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config.schema import flat
-from grpo.config.validation import writable
+from grpo.config.schema import flatten_config
+from grpo.config.validation import check_writable
 from grpo.errors import ConfigError
-from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink, values_of
+from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink, select_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ class Trackio(Sink):
             ConfigError: the folder can't be written, or this process has written to another one.
         """
         place = Path(folder).expanduser().absolute()
-        writable(place, "tracking.trackio.folder")
+        check_writable(place, "tracking.trackio.folder")
         os.environ["TRACKIO_DIR"] = str(place)  # which it reads once, when it is imported
         import trackio
 
@@ -46,13 +46,17 @@ class Trackio(Sink):
         self.table_every = table_every
         self.pending: dict[str, Any] = {}  # of the step under way, so that it is logged at once
         name = f"{info.name}-{info.id}"  # Trackio tells runs apart by their names
-        history = forgotten(project, name) if info.first_step else []
+        history = pop_run(project, name) if info.first_step else []
         with redirect_stdout(io.StringIO()):  # what it has to say is said at the end
             self.run = trackio.init(
                 project=project,
                 name=name,
                 group=group or info.group,
-                config={**flat(info.config), "git_commit": info.commit, "folder": str(info.folder)},
+                config={
+                    **flatten_config(info.config),
+                    "git_commit": info.commit,
+                    "folder": str(info.folder),
+                },
                 embed=False,
             )
         for step, line in history:
@@ -63,20 +67,20 @@ class Trackio(Sink):
         self.run.log({**metrics, **self.pending}, step=step)
         self.pending = {}
 
-    def completions(self, rows: Sequence[CompletionRow]) -> None:
+    def log_completions(self, rows: Sequence[CompletionRow]) -> None:
         import trackio
 
         if rows and self.table_every and rows[0].step % self.table_every == 0:
-            flat_rows = [row.flat() for row in rows]
+            flat_rows = [row.to_table_row() for row in rows]
             table = trackio.Table(
                 columns=list(flat_rows[0]), data=[list(row.values()) for row in flat_rows]
             )
             self.pending["completions"] = table
 
-    def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
+    def log_distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
         import trackio
 
-        found = {name: values_of(own) for name, own in values.items()}
+        found = {name: select_finite(own) for name, own in values.items()}
         self.pending |= {name: trackio.Histogram(own.numpy()) for name, own in found.items()}
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
@@ -87,7 +91,7 @@ class Trackio(Sink):
         log.info("Trackio has it; to see it: grpo dashboard")
 
 
-def forgotten(project: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+def pop_run(project: str, name: str) -> list[tuple[int, dict[str, Any]]]:
     """Takes a run out of Trackio and returns what it had logged, by step."""
     from trackio.sqlite_storage import SQLiteStorage
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.errors import ConfigError, one_line
+from grpo.errors import ConfigError, format_error
 from grpo.runs.files import ENDED
-from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink, values_of
+from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink, select_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 PROJECT = "grpo-bench"
 DATA_DIR = "WANDB_DATA_DIR"
 # W&B makes a section of each, with the training's own step below every chart.
-SECTIONS = (
+METRIC_SECTIONS = (
     "reward", "kl", "loss", "policy", "completion", "eval",
     "optim", "sampler", "histogram", "time", "perf", "memory",
 )  # fmt: skip
@@ -54,7 +54,7 @@ class WandB(Sink):
         import wandb
 
         self.info, self.table_every = info, table_every
-        self.log_model = log_model and info.job == "train"
+        self.log_model = log_model and info.job_type == "train"
         try:
             self.run, self.mode = open_run(
                 mode,
@@ -63,7 +63,7 @@ class WandB(Sink):
                     "entity": entity,
                     "id": info.id,
                     "name": info.name,
-                    "job_type": info.job,
+                    "job_type": info.job_type,
                     "group": group or os.environ.get("WANDB_RUN_GROUP") or info.group,
                     "tags": None if tags is None else list(tags),
                     "notes": notes,
@@ -74,9 +74,9 @@ class WandB(Sink):
             )
         except (wandb.errors.Error, ValueError, TypeError) as error:  # of these or WANDB_…
             key = "tracking.wandb.mode=online" if mode == "online" else "tracking.wandb"
-            raise ConfigError(f"{key}: {one_line(error)}") from error
+            raise ConfigError(f"{key}: {format_error(error)}") from error
         self.run.define_metric("step", hidden=True)
-        for section in SECTIONS:
+        for section in METRIC_SECTIONS:
             self.run.define_metric(f"{section}/*", step_metric="step")
         for name in BEST_IS_HIGHEST:
             self.run.define_metric(name, step_metric="step", summary="last,max")
@@ -86,12 +86,12 @@ class WandB(Sink):
     def log(self, step: int, metrics: Metrics) -> None:
         self.run.log({"step": step, **metrics}, step=step)
 
-    def completions(self, rows: Sequence[CompletionRow]) -> None:
+    def log_completions(self, rows: Sequence[CompletionRow]) -> None:
         import wandb
 
         if not rows or not self.table_every or rows[0].step % self.table_every:
             return
-        flat = [row.flat() for row in rows]
+        flat = [row.to_table_row() for row in rows]
         if self.table is None:
             self.table = wandb.Table(columns=list(flat[0]), log_mode="INCREMENTAL")
         for row in flat:
@@ -99,10 +99,10 @@ class WandB(Sink):
         with self.staging():
             self.run.log({"completions": self.table}, step=rows[0].step)
 
-    def distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
+    def log_distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
         import wandb
 
-        found = {name: values_of(own) for name, own in values.items()}
+        found = {name: select_finite(own) for name, own in values.items()}
         drawn = {name: wandb.Histogram(own.tolist()) for name, own in found.items() if len(own)}
         self.run.log(drawn, step=step)
 
@@ -156,6 +156,6 @@ def open_run(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
         raise
     except wandb.errors.Error as error:
         if mode == "online":
-            raise ConfigError(f"tracking.wandb.mode=online: {one_line(error)}") from error
+            raise ConfigError(f"tracking.wandb.mode=online: {format_error(error)}") from error
         log.warning("W&B can't be reached (%s); this run is recorded offline.", error)
         return wandb.init(**arguments, mode="offline", resume="allow", settings=settings), "offline"

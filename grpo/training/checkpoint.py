@@ -16,9 +16,9 @@ import torch
 from grpo.errors import ConfigError
 from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
-from grpo.runs.folder import checkpoint_steps
+from grpo.runs.folder import list_checkpoints
 from grpo.runs.progress import Progress
-from grpo.training.kl_penalty import Pull
+from grpo.training.kl_penalty import NoKL
 from grpo.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,13 @@ class Checkpoints:
         self,
         policy: LanguageModel,
         optimizer: Optimizer,
-        pull: Pull,
+        kl_penalty: NoKL,
         budget: Budget,
         progress: Progress,
     ) -> Path:
         """Writes step_N aside and renames it; a whole one that is there already is left alone."""
         target = self.folder / f"step_{progress.step}"
-        if target.exists() and broken(target) is None:
+        if target.exists() and find_damage(target) is None:
             return target
         for leftover in self.folder.glob(".*"):
             shutil.rmtree(leftover)
@@ -50,13 +50,13 @@ class Checkpoints:
         policy.save(aside / "model")
         state = {
             "optimizer": optimizer.state(),
-            "pull": pull.state(),
+            "pull": kl_penalty.state(),
             "budget": budget.state(),
             **vars(progress),
         }
         torch.save(state, aside / "trainer.pt")
         (aside / "config.json").write_text(json.dumps(self.config, indent=1))
-        (aside / "manifest.json").write_text(json.dumps(digests(aside), indent=1))
+        (aside / "manifest.json").write_text(json.dumps(hash_files(aside), indent=1))
         flush_to_disk(aside)
         if target.exists():
             target.rename(self.folder / f".step_{progress.step}.broken")
@@ -65,27 +65,27 @@ class Checkpoints:
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(self.folder / "latest")
-        sync(self.folder)
-        for old in checkpoint_steps(self.run)[: -self.keep]:
+        sync_path(self.folder)
+        for old in list_checkpoints(self.run)[: -self.keep]:
             shutil.rmtree(old)
         return target
 
     def load(
-        self, policy: LanguageModel, optimizer: Optimizer, pull: Pull, budget: Budget
+        self, policy: LanguageModel, optimizer: Optimizer, kl_penalty: NoKL, budget: Budget
     ) -> Progress:
         """Puts the newest whole checkpoint's state into policy, optimizer, pull and budget.
 
         Raises:
             ConfigError: none is whole.
         """
-        for path in reversed(checkpoint_steps(self.run)):
-            if reason := broken(path):
+        for path in reversed(list_checkpoints(self.run)):
+            if reason := find_damage(path):
                 log.warning("%s is broken (%s); trying the one before.", path, reason)
                 continue
             state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
             policy.restore(path / "model")
             optimizer.load_state(state.pop("optimizer"))
-            pull.load_state(state.pop("pull"))
+            kl_penalty.load_state(state.pop("pull"))
             budget.load_state(state.pop("budget", budget.state()))  # older ones have none
             log.info("going on from %s", path)
             return Progress(**state)
@@ -93,23 +93,23 @@ class Checkpoints:
             f"resume: no whole checkpoint in {self.folder}, so nothing to go on from."
         )
 
-    def saved_config(self, step: int) -> dict[str, Any]:
+    def read_saved_config(self, step: int) -> dict[str, Any]:
         """The config that the run had when it saved this step."""
         file = self.folder / f"step_{step}" / "config.json"
         found: dict[str, Any] = json.loads(file.read_text())
         return found
 
 
-def digests(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     """sha256 of every file, by its path in the folder."""
     return {
-        str(file.relative_to(folder)): digest(file)
+        str(file.relative_to(folder)): hash_file(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != "manifest.json"
     }
 
 
-def digest(file: Path) -> str:
+def hash_file(file: Path) -> str:
     total = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**22):
@@ -117,13 +117,13 @@ def digest(file: Path) -> str:
     return total.hexdigest()
 
 
-def broken(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         expected = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         return "no readable manifest.json"
-    found = digests(folder)
+    found = hash_files(folder)
     wrong = [name for name, sha256 in expected.items() if found.get(name) != sha256]
     return f"{', '.join(wrong)} missing or changed" if wrong else None
 
@@ -131,10 +131,10 @@ def broken(folder: Path) -> str | None:
 def flush_to_disk(folder: Path) -> None:
     """So that a rename never outlives the bytes it names."""
     for path in (folder, *folder.rglob("*")):
-        sync(path)
+        sync_path(path)
 
 
-def sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

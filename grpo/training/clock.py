@@ -8,14 +8,14 @@ import time
 class Clock:
     """Seconds since it was made, plus those before; and since the last lap."""
 
-    def __init__(self, before: float = 0.0) -> None:
-        self.started = self.lapped = time.perf_counter()
-        self.before = before
+    def __init__(self, seconds_before: float = 0.0) -> None:
+        self.started = self.last_lap = time.perf_counter()
+        self.seconds_before = seconds_before
 
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.started
+        return self.seconds_before + time.perf_counter() - self.started
 
     def lap(self) -> float:
         now = time.perf_counter()
-        seconds, self.lapped = now - self.lapped, now
+        seconds, self.last_lap = now - self.last_lap, now
         return seconds

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 
 from grpo.data.order import Order
-from grpo.data.prompts import DrawnPrompts
+from grpo.data.prompts import LazyPrompts
 from grpo.errors import RunError
 from grpo.models.padding import pad_right
-from grpo.objective.advantages import agrees
-from grpo.rewards import WeightedReward, score
-from grpo.rewards.score import stop_where_all_failed
+from grpo.objective.advantages import has_equal_rewards
+from grpo.rewards import WeightedReward, compute_scores
+from grpo.rewards.scoring import raise_if_all_failed
 from grpo.rollout import Engine
-from grpo.seeds import stream_seed
+from grpo.seeds import derive_seed
 from grpo.training.clock import Clock
 from grpo.training.metrics import rollout_metrics, score_metrics
 from grpo.types import Prompt, Rollout, Sampling, Scores
 
-TRIES = 1000  # prompts looked at for one that fits
+MAX_PROMPT_TRIES = 1000  # prompts looked at for one that fits
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Batch:
     rollout: Rollout
     scores: Scores
     metrics: dict[str, float]
-    tokens: int  # sampled for it
-    completions: int
+    sampled_tokens: int  # sampled for it
+    sampled_completions: int
 
 
 @dataclass(frozen=True)
@@ -61,31 +61,33 @@ class Collector:
         scores: list[Scores] = []
 
         def sample(indices: Sequence[int]) -> Scores:
-            seed = stream_seed(self.seed, step + 500_000_003 * len(rollouts))
+            seed = derive_seed(self.seed, step + 500_000_003 * len(rollouts))
             prompts = [self.prompts[i] for i in indices]
             rollouts.append(self.engine.generate(prompts, self.num_generation, self.sampling, seed))
             times["time/rollout"] += clock.lap()
-            scores.append(score(rollouts[-1], self.rewards))
+            scores.append(compute_scores(rollouts[-1], self.rewards))
             times["time/reward"] += clock.lap()
             return scores[-1]
 
         shown: set[int] = set()
-        first_rows = self.fitting(step, 0, self.order.batch(step, self.batch_size), shown)
+        first_rows = self.replace_long_prompts(
+            step, 0, self.order.draw_batch(step, self.batch_size), shown
+        )
         first = sample(first_rows)
         kept = [Group(0, b) for b in range(self.batch_size)]
-        stale = set(kept) - {Group(0, b) for b in informative(first)}
+        stale = set(kept) - {Group(0, b) for b in find_informative_groups(first)}
         for attempt in range(self.resample):
             if not stale:
                 break
             rows = [first_rows[b] for b, group in enumerate(kept) if group in stale]
-            drawn = self.order.extra(step, attempt, rows, shown)
-            again = sample(self.fitting(step, attempt + 1, drawn, shown))
-            kept = refill(kept, len(rollouts) - 1, again, stale, first.sources)
+            drawn = self.order.draw_replacements(step, attempt, rows, shown)
+            again = sample(self.replace_long_prompts(step, attempt + 1, drawn, shown))
+            kept = replace_uninformative(kept, len(rollouts) - 1, again, stale, first.sources)
             stale &= set(kept)
         everything = [Group(k, b) for k, own in enumerate(scores) for b in range(len(own.sources))]
         sampled = join_rollouts(rollouts, everything)
         scored = join_scores(scores, everything)
-        stop_where_all_failed(sampled, scored)
+        raise_if_all_failed(sampled, scored)
         metrics = {**score_metrics(scored), **rollout_metrics(sampled), **times}
         if self.resample:
             metrics["reward/resampled_groups"] = float(len(everything) - self.batch_size)
@@ -93,30 +95,34 @@ class Collector:
             rollout=join_rollouts(rollouts, kept),
             scores=join_scores(scores, kept),
             metrics=metrics,
-            tokens=int(sampled.lengths_N.sum()),
-            completions=len(sampled.texts),
+            sampled_tokens=int(sampled.lengths_N.sum()),
+            sampled_completions=len(sampled.texts),
         )
 
-    def fitting(self, step: int, attempt: int, rows: list[int], shown: set[int]) -> list[int]:
+    def replace_long_prompts(
+        self, step: int, attempt: int, rows: list[int], shown: set[int]
+    ) -> list[int]:
         """The rows, with others of the same set for those whose prompts don't fit; all are `shown`.
 
         Raises:
             RunError: so few fit that none was found.
         """
         shown.update(rows)
-        if not isinstance(self.prompts, DrawnPrompts):
+        if not isinstance(self.prompts, LazyPrompts):
             return rows
         found = []
         for place, row in enumerate(rows):
             own, tries = row, 0
             while not self.prompts.fits(own):
                 tries += 1
-                if tries > TRIES:
+                if tries > MAX_PROMPT_TRIES:
                     raise RunError(
-                        f"step {step}: none of {TRIES} training prompts drawn one after the other "
-                        f"is short enough; raise dataset.max_prompt_tokens."
+                        f"step {step}: none of {MAX_PROMPT_TRIES} training prompts drawn one after "
+                        f"the other is short enough; raise dataset.max_prompt_tokens."
                     )
-                (own,) = self.order.extra(step, f"{attempt} {place} {tries}", [row], shown)
+                (own,) = self.order.draw_replacements(
+                    step, f"{attempt} {place} {tries}", [row], shown
+                )
                 shown.add(own)
             found.append(own)
         return found
@@ -130,24 +136,28 @@ class Group:
     prompt: int
 
 
-def informative(scores: Scores) -> list[int]:
+def find_informative_groups(scores: Scores) -> list[int]:
     """The groups whose rewards differ."""
-    return (~agrees(scores.total_BG))[:, 0].nonzero()[:, 0].tolist()
+    return (~has_equal_rewards(scores.total_BG))[:, 0].nonzero()[:, 0].tolist()
 
 
-def refill(
-    kept: Sequence[Group], rollout: int, scores: Scores, stale: set[Group], sources: Sequence[str]
+def replace_uninformative(
+    kept: Sequence[Group],
+    rollout: int,
+    scores: Scores,
+    uninformative: set[Group],
+    sources: Sequence[str],
 ) -> list[Group]:
     """Puts a new rollout's informative groups in the places of those that taught nothing.
 
     sources: the set of a mix that each place belongs to; it keeps it.
     """
     fresh: dict[str, list[Group]] = {}
-    for b in informative(scores):
+    for b in find_informative_groups(scores):
         fresh.setdefault(scores.sources[b], []).append(Group(rollout, b))
     refilled = []
     for group, source in zip(kept, sources, strict=True):
-        waiting = fresh.get(source, []) if group in stale else []
+        waiting = fresh.get(source, []) if group in uninformative else []
         refilled.append(waiting.pop(0) if waiting else group)
     return refilled
 
@@ -168,7 +178,7 @@ def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollo
         lengths_N=lengths_N,
         truncated_N=torch.stack([r.truncated_N[n] for r, n in rows]),
         texts=tuple(r.texts[n] for r, n in rows),
-        exact=all(own.exact for own in rollouts),
+        exact_logprobs=all(own.exact_logprobs for own in rollouts),
     )
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.rewards.score import is_right, to_samples
+from grpo.rewards.scoring import is_right, to_samples
 from grpo.rollout import Engine
-from grpo.runs.jsonl import encode, read_lines, reopen
+from grpo.runs.jsonl import encode_line, read_lines, reopen
 from grpo.types import Prompt, Sampling
 
 log = logging.getLogger(__name__)
 
-FILE = "difficulty.jsonl"
-SEED = 1  # of the completions: the same however often they are made
-AT_ONCE = 64  # prompts, so that a long measurement says how far it is
+DIFFICULTY_FILE = "difficulty.jsonl"
+DIFFICULTY_SEED = 1  # of the completions: the same however often they are made
+PROMPTS_AT_ONCE = 64  # prompts, so that a long measurement says how far it is
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,32 @@ class Curriculum:
     at_least: float  # share of them that is right
     at_most: float
 
-    def choose(self, prompts: Sequence[Prompt], solved: Sequence[float]) -> list[Prompt]:
+    def choose(self, prompts: Sequence[Prompt], solved_shares: Sequence[float]) -> list[Prompt]:
         """The prompts within the bounds, in order.
 
         Raises:
             ConfigError: there are none.
         """
-        kept = [n for n, share in enumerate(solved) if self.at_least <= share <= self.at_most]
+        kept = [
+            n for n, share in enumerate(solved_shares) if self.at_least <= share <= self.at_most
+        ]
         if not kept:
             raise ConfigError(
                 f"curriculum.at_least={self.at_least} at_most={self.at_most}: no training prompt "
-                f"is solved that often; the shares go from {min(solved):g} to {max(solved):g}."
+                f"is solved that often; the shares go from {min(solved_shares):g} to "
+                f"{max(solved_shares):g}."
             )
         log.info(
             "difficulty: of %d training prompts %d are solved always and %d never; %d are used",
-            len(prompts), sum(s == 1 for s in solved), sum(s == 0 for s in solved), len(kept),
+            len(prompts), sum(share == 1 for share in solved_shares),
+            sum(share == 0 for share in solved_shares), len(kept),
         )  # fmt: skip
         if self.order in ("easy_first", "hard_first"):
-            kept.sort(key=lambda n: solved[n], reverse=self.order == "easy_first")
+            kept.sort(key=lambda n: solved_shares[n], reverse=self.order == "easy_first")
         return [prompts[n] for n in kept]
 
 
-def solved_shares(
+def measure_difficulty(
     run: Path, prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int
 ) -> list[float]:
     """The share of each prompt's completions that are right.
@@ -58,7 +62,7 @@ def solved_shares(
     Written down as it is measured, and read where that was done before, so that no measurement is
     lost to a crash or a refusal.
     """
-    file = run / FILE
+    file = run / DIFFICULTY_FILE
     texts = [prompt.text for prompt in prompts]
     before = read_lines(file)
     same = [(row["prompt"], row["samples"]) for row in before]
@@ -68,18 +72,18 @@ def solved_shares(
         before = []
     solved = [float(row["solved"]) for row in before]
     with reopen(file) as out:
-        for start in range(len(solved), len(prompts), AT_ONCE):
-            part = prompts[start : start + AT_ONCE]
-            shares = measure(part, engine, sampling, samples, SEED + start)
+        for start in range(len(solved), len(prompts), PROMPTS_AT_ONCE):
+            part = prompts[start : start + PROMPTS_AT_ONCE]
+            shares = measure_solved_shares(part, engine, sampling, samples, DIFFICULTY_SEED + start)
             for prompt, share in zip(part, shares, strict=True):
-                out.write(encode({"prompt": prompt.text, "solved": share, "samples": samples}))
+                out.write(encode_line({"prompt": prompt.text, "solved": share, "samples": samples}))
             out.flush()
             solved += shares
             log.info("difficulty: %d of %d prompts measured", len(solved), len(prompts))
     return solved
 
 
-def measure(
+def measure_solved_shares(
     prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int, seed: int
 ) -> list[float]:
     rollout = engine.generate(prompts, samples, sampling, seed)

@@ -7,18 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, fsum
 
-from grpo.data.verify import comparable
-from grpo.rewards import WeightedReward, score
-from grpo.rewards.score import RewardError, explain, stop_where_all_failed, to_samples
+from grpo.data.answers import normalize_answer
+from grpo.rewards import WeightedReward, compute_scores
+from grpo.rewards.scoring import RewardError, format_reward_error, raise_if_all_failed, to_samples
 from grpo.rollout import Engine
 from grpo.types import Example, Prompt, Rollout, Sample, Sampling, Scores
 from grpo.verifiers.numbers import Number
 
-SEED = 0  # of the sampled completions: the same for every evaluation, so that they compare
+EVALUATION_SEED = (
+    0  # of the sampled completions: the same for every evaluation, so that they compare
+)
 
 
 @dataclass(frozen=True)
-class Answers:
+class ScoredRollout:
     """Completions of the evaluation prompts, and what was said of them."""
 
     rollout: Rollout
@@ -38,7 +40,7 @@ class Evaluation:
     overlap: float = 0.0  # the share of its questions that are trained on
 
     @property
-    def trials(self) -> dict[str, int]:
+    def answer_counts(self) -> dict[str, int]:
         """Of each metric that is a share of right answers: of how many answers."""
         counts = Counter(prompt.example.source for prompt in self.prompts)
         found = {}
@@ -47,24 +49,30 @@ class Evaluation:
             found |= {f"eval/{kind}_from_{own}": each * n for own, n in counts.items() if own}
         return {**found, "eval/pass_at_k": len(self.prompts)}
 
-    def answer(self) -> tuple[Answers | None, Answers | None]:
+    def evaluate(self) -> tuple[ScoredRollout | None, ScoredRollout | None]:
         """Greedy and sampled completions, scored."""
-        greedy = self._answers(1, self.sampling.greedy()) if self.greedy else None
-        return greedy, self._answers(self.samples, self.sampling) if self.samples else None
+        greedy = self._sample_and_score(1, self.sampling.as_greedy()) if self.greedy else None
+        return greedy, self._sample_and_score(self.samples, self.sampling) if self.samples else None
 
-    def _answers(self, count: int, sampling: Sampling) -> Answers:
-        rollout = self.engine.generate(self.prompts, count, sampling, SEED)
-        answers = Answers(rollout, score(rollout, self.rewards))
-        stop_where_all_failed(rollout, answers.scores)
+    def _sample_and_score(self, count: int, sampling: Sampling) -> ScoredRollout:
+        rollout = self.engine.generate(self.prompts, count, sampling, EVALUATION_SEED)
+        answers = ScoredRollout(rollout, compute_scores(rollout, self.rewards))
+        raise_if_all_failed(rollout, answers.scores)
         return answers
 
 
-def metrics_of(greedy: Answers | None, sampled: Answers | None) -> dict[str, float]:
+def evaluation_metrics(
+    greedy: ScoredRollout | None, sampled: ScoredRollout | None
+) -> dict[str, float]:
     """The figures of an evaluation under their names in every sink."""
-    return {**greedy_metrics(greedy), **sampled_metrics(sampled), **by_source(greedy, sampled)}
+    return {
+        **greedy_metrics(greedy),
+        **sampled_metrics(sampled),
+        **accuracy_by_source(greedy, sampled),
+    }
 
 
-def greedy_metrics(answers: Answers | None) -> dict[str, float]:
+def greedy_metrics(answers: ScoredRollout | None) -> dict[str, float]:
     """Reward, accuracy and length of the likeliest completion."""
     if answers is None:
         return {}
@@ -75,7 +83,7 @@ def greedy_metrics(answers: Answers | None) -> dict[str, float]:
     }
 
 
-def sampled_metrics(answers: Answers | None) -> dict[str, float]:
+def sampled_metrics(answers: ScoredRollout | None) -> dict[str, float]:
     """Accuracy of all samples, and pass@k with k = all of them."""
     if answers is None:
         return {}
@@ -86,7 +94,9 @@ def sampled_metrics(answers: Answers | None) -> dict[str, float]:
     }
 
 
-def by_source(greedy: Answers | None, sampled: Answers | None) -> dict[str, float]:
+def accuracy_by_source(
+    greedy: ScoredRollout | None, sampled: ScoredRollout | None
+) -> dict[str, float]:
     """The accuracies of each set of a mix."""
     found = {}
     for kind, answers in (("accuracy", greedy), ("sampled_accuracy", sampled)):
@@ -99,7 +109,9 @@ def by_source(greedy: Answers | None, sampled: Answers | None) -> dict[str, floa
     return found
 
 
-def report(greedy: Answers | None, sampled: Answers | None) -> dict[str, dict[str, float]]:
+def summarize_evaluation(
+    greedy: ScoredRollout | None, sampled: ScoredRollout | None
+) -> dict[str, dict[str, float]]:
     """Everything that is said of all rows, and of those of each set of a mix.
 
     The number of prompts; accuracy as the data set's verifier reads it, and leniently; pass@1,
@@ -111,26 +123,26 @@ def report(greedy: Answers | None, sampled: Answers | None) -> dict[str, dict[st
     groups = {"all": list(range(len(sources)))}
     for source in sorted(set(sources) - {""}):
         groups[source] = [b for b, own in enumerate(sources) if own == source]
-    return {name: figures(greedy, sampled, rows) for name, rows in groups.items()}
+    return {name: compute_accuracies(greedy, sampled, rows) for name, rows in groups.items()}
 
 
-def figures(
-    greedy: Answers | None, sampled: Answers | None, rows: Sequence[int]
+def compute_accuracies(
+    greedy: ScoredRollout | None, sampled: ScoredRollout | None, rows: Sequence[int]
 ) -> dict[str, float]:
     found: dict[str, float] = {"prompts": len(rows)}
     if greedy is not None:
         found["greedy"] = mean([float(greedy.scores.right_BG[b, 0]) for b in rows])
-        lenient = lenient_BG(greedy.rollout)
+        lenient = verify_leniently_BG(greedy.rollout)
         found["greedy lenient"] = mean([lenient[b][0] for b in rows])
     if sampled is not None:
         right_BG, count = sampled.scores.right_BG, sampled.rollout.num_generation
         found["sampled"] = mean([float(right_BG[b].float().mean()) for b in rows])
-        lenient = lenient_BG(sampled.rollout)
+        lenient = verify_leniently_BG(sampled.rollout)
         found["sampled lenient"] = mean([mean(lenient[b]) for b in rows])
         for k in powers_of_two(count):
             right_B = [int(right_BG[b].sum()) for b in rows]
             found[f"pass@{k}"] = mean([pass_at_k(count, right, k) for right in right_B])
-        found[f"majority@{count}"] = mean([majority(sampled, b) for b in rows])
+        found[f"majority@{count}"] = mean([majority_accuracy(sampled, b) for b in rows])
     return found
 
 
@@ -144,7 +156,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
-def majority(answers: Answers, b: int) -> float:
+def majority_accuracy(answers: ScoredRollout, b: int) -> float:
     """Whether the answer given most often is right; several as often share the point."""
     example = answers.rollout.prompts[b].example
     size = answers.rollout.num_generation
@@ -152,7 +164,7 @@ def majority(answers: Answers, b: int) -> float:
     votes: Counter[Number | str] = Counter()
     right: dict[Number | str, bool] = {}
     for text, is_right in zip(texts, answers.scores.right_BG[b].tolist(), strict=True):
-        ballot = vote(example, text)
+        ballot = read_vote(example, text)
         if ballot is not None:
             votes[ballot] += 1
             right[ballot] = right.get(ballot, False) or is_right
@@ -160,13 +172,13 @@ def majority(answers: Answers, b: int) -> float:
     return mean([float(right[ballot]) for ballot, count in votes.items() if count == most])
 
 
-def vote(example: Example, text: str) -> Number | str | None:
+def read_vote(example: Example, text: str) -> Number | str | None:
     """What a completion's answer is counted by; None where there is none."""
-    answer = example.read(text)
-    return None if answer is None else comparable(answer)
+    answer = example.extract_answer(text)
+    return None if answer is None else normalize_answer(answer)
 
 
-def lenient_BG(rollout: Rollout) -> list[list[float]]:
+def verify_leniently_BG(rollout: Rollout) -> list[list[float]]:
     """What the verifier says where it takes an answer wherever it stands; else what it says."""
 
     def verdict(sample: Sample) -> float:
@@ -175,7 +187,9 @@ def lenient_BG(rollout: Rollout) -> list[list[float]]:
             return float(check(sample.completion) >= 1)
         except Exception as error:
             what = f"it raised {type(error).__name__}: {error}"
-            raise RewardError(explain("verifier, read leniently", what, sample)) from error
+            raise RewardError(
+                format_reward_error("verifier, read leniently", what, sample)
+            ) from error
 
     size = rollout.num_generation
     verdicts = [verdict(sample) for sample in to_samples(rollout)]

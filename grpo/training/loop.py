@@ -14,17 +14,17 @@ from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
 from grpo.runs.interrupt import Interrupt
 from grpo.runs.progress import Progress
-from grpo.seeds import stream_seed
-from grpo.tracking.tokens import with_tokens
-from grpo.tracking.tracker import Tracker, answer_rows, completion_rows
+from grpo.seeds import derive_seed
+from grpo.tracking.tokens import add_token_fields
+from grpo.tracking.tracker import Tracker, make_answer_rows, make_completion_rows
 from grpo.training.checkpoint import Checkpoints
 from grpo.training.clock import Clock
 from grpo.training.collect import Collector
-from grpo.training.evaluation import Evaluation, metrics_of
-from grpo.training.kl_penalty import Pull
-from grpo.training.loss import Learned, Objective
+from grpo.training.evaluation import Evaluation, evaluation_metrics
+from grpo.training.kl_penalty import NoKL
+from grpo.training.loss import Objective, UpdateInputs
 from grpo.training.optimizer import Optimizer
-from grpo.training.update import old_policy, update
+from grpo.training.update import score_old_policy, update_policy
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Training:
 
     policy: LanguageModel
     collector: Collector
-    pull: Pull
+    kl_penalty: NoKL
     optimizer: Optimizer
     objective: Objective
     advantage: Callable[..., Tensor]  # rewards [R, B, G], weights [R], penalty_BG if any -> [B, G]
@@ -49,17 +49,17 @@ class Training:
     eval_every: int
     checkpoint_every: int
     log_prompts: int
-    hopeless: Callable[[int, dict[str, float]], bool]  # a step and its metrics
+    should_prune: Callable[[int, dict[str, float]], bool]  # a step and its metrics
 
 
 @dataclass
-class Standing:
+class TrainingState:
     """How far a run has come, known however it ends."""
 
     progress: Progress
 
 
-def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
+def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
     """Trains from where it stands to the last step, or to where it is stopped; then saves.
 
     Returns:
@@ -69,19 +69,19 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
         RunError: with the step where it happened. All steps done before are in a checkpoint, unless
             that step had updated the policy already.
     """
-    clock = Clock(standing.progress.seconds)
+    clock = Clock(state.progress.seconds)
 
     updates = run.optimizer.steps_done  # when the last step was done
 
-    def reached(step: int, unlogged: dict[str, float] | None) -> None:
+    def record_progress(step: int, unlogged: dict[str, float] | None) -> None:
         nonlocal updates
         updates = run.optimizer.steps_done
-        standing.progress = replace(
-            standing.progress, step=step, unlogged=unlogged, seconds=clock.seconds()
+        state.progress = replace(
+            state.progress, step=step, unlogged=unlogged, seconds=clock.seconds()
         )
 
     def save() -> None:
-        run.checkpoints.save(run.policy, run.optimizer, run.pull, run.budget, standing.progress)
+        run.checkpoints.save(run.policy, run.optimizer, run.kl_penalty, run.budget, state.progress)
 
     def save_if_whole() -> None:
         taken = run.optimizer.steps_done - updates
@@ -89,28 +89,30 @@ def train(run: Training, standing: Standing, interrupt: Interrupt) -> str:
             log.warning(
                 "step %d ended after %d of %d updates, so it is not saved; resume goes on from the "
                 "newest checkpoint.",
-                standing.progress.step + 1, taken, run.objective.updates,
+                state.progress.step + 1, taken, run.objective.updates,
             )  # fmt: skip
         else:
             save()
 
-    start, owed = standing.progress.step, standing.progress.unlogged
+    start, unlogged_metrics = state.progress.step, state.progress.unlogged
     step = start
     try:
-        if owed is not None:  # the evaluation before training, or one that a failure cut short
-            run.tracker.log(start, owed | evaluated(run, start))
-            reached(start, None)
+        if (
+            unlogged_metrics is not None
+        ):  # the evaluation before training, or one that a failure cut short
+            run.tracker.log(start, unlogged_metrics | evaluate_policy(run, start))
+            record_progress(start, None)
         for step in range(start + 1, run.total_steps + 1):
             metrics = train_step(run, step)
-            reached(step, metrics)
-            if step == run.total_steps or due(step, run.eval_every):
-                metrics = metrics | evaluated(run, step)
+            record_progress(step, metrics)
+            if step == run.total_steps or is_due(step, run.eval_every):
+                metrics = metrics | evaluate_policy(run, step)
             run.tracker.log(step, metrics)
-            reached(step, None)
+            record_progress(step, None)
             done = step == run.total_steps
-            pruned = run.hopeless(step, metrics) and not done
+            pruned = run.should_prune(step, metrics) and not done
             last = done or pruned or interrupt.requested
-            if last or due(step, run.checkpoint_every):
+            if last or is_due(step, run.checkpoint_every):
                 save()
             if last:
                 return "finished" if done else "pruned" if pruned else "interrupted"
@@ -125,38 +127,38 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     clock = Clock()
     batch = run.collector.collect(step)
     clock.lap()
-    pulled = run.pull.read(batch.rollout)
-    old = old_policy(run.policy, run.objective, batch.rollout, run.budget.computed)
-    parts_RBG, weights_R = batch.scores.stacked()
+    pulled = run.kl_penalty.score(batch.rollout)
+    old = score_old_policy(run.policy, run.objective, batch.rollout, run.budget.forward_limit)
+    parts_RBG, weights_R = batch.scores.stack_parts()
     penalty = {}  # of a KL in the reward
     if pulled.divergence_BG is not None:
         penalty["penalty_BG"] = pulled.weight * pulled.divergence_BG.cpu()
     advantages_BG = run.advantage(parts_RBG, weights_R, **penalty)
-    updated = update(
+    updated = update_policy(
         run.policy,
-        run.pull.reference,
+        run.kl_penalty.reference,
         run.optimizer,
         run.objective,
         batch.rollout,
-        Learned(
+        UpdateInputs(
             advantages_BG.flatten().to(run.device.torch_device),
             old,
             pulled.reference_NC,
             0.0 if pulled.divergence_BG is not None else pulled.weight,
             batch.scores.total_BG.isnan().flatten().to(run.device.torch_device),
         ),
-        run.budget.computed,
-        seed=stream_seed(run.seed, step),
+        run.budget.forward_limit,
+        seed=derive_seed(run.seed, step),
     )
     stats = updated.metrics
-    stats |= run.pull.follow(step, stats, len(batch.rollout.texts))
+    stats |= run.kl_penalty.after_update(step, stats, len(batch.rollout.texts))
     run.device.synchronize()
     update_seconds = clock.lap()
 
-    rows = completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
-    spelled = with_tokens(rows, batch.rollout, updated.log_ratio_NC, run.policy.decoder)
-    run.tracker.completions(spelled)
-    run.tracker.distributions(
+    rows = make_completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
+    spelled = add_token_fields(rows, batch.rollout, updated.log_ratio_NC, run.policy.decoder)
+    run.tracker.log_completions(spelled)
+    run.tracker.log_distributions(
         step,
         {
             "histogram/reward": batch.scores.total_BG,
@@ -171,19 +173,19 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         **batch.metrics,
         "time/update": update_seconds,
         "time/step": seconds,
-        "perf/completion_tokens_per_second": batch.tokens / seconds,
-        "perf/samples_per_second": batch.completions / seconds,
-        "memory/peak_gb": run.device.peak_gb(),
+        "perf/completion_tokens_per_second": batch.sampled_tokens / seconds,
+        "perf/samples_per_second": batch.sampled_completions / seconds,
+        "memory/peak_gb": run.device.measure_peak_gb(),
     }
 
 
-def evaluated(run: Training, step: int) -> dict[str, float]:
+def evaluate_policy(run: Training, step: int) -> dict[str, float]:
     """Evaluates the policy; what it answered goes to the tracker."""
-    greedy, sampled = run.evaluation.answer()
+    greedy, sampled = run.evaluation.evaluate()
     if greedy is not None:
-        run.tracker.answers(step, answer_rows(greedy.rollout, greedy.scores))
-    return {**metrics_of(greedy, sampled), "eval/overlap": run.evaluation.overlap}
+        run.tracker.log_answers(step, make_answer_rows(greedy.rollout, greedy.scores))
+    return {**evaluation_metrics(greedy, sampled), "eval/overlap": run.evaluation.overlap}
 
 
-def due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0

@@ -18,7 +18,7 @@ from grpo.objective.ratios import Ratio
 from grpo.objective.weights import Averaging
 from grpo.types import Rollout, Sampling
 
-CHEAP_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on
+LOGGED_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class KLTerm:
     in_reward: bool  # taken off the reward before the advantage, instead of added to the loss
     unbiased_gradient: bool  # weighed by the ratio, with its gradient: DeepSeek-V3.2 (2512.02556)
 
-    def tokens(self, scored: TokenScores, reference_NC: Tensor) -> Tensor:
+    def token_kl(self, scored: TokenScores, reference_NC: Tensor) -> Tensor:
         """[N, C] nats, by token."""
         if self.estimator is None:
             return scored.divergence
-        return self.estimator(scored.plain, reference_NC)
+        return self.estimator(scored.plain_logprobs, reference_NC)
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class OldPolicy(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Learned:
+class UpdateInputs:
     """What an update learns from, [N] or [N, C]."""
 
     advantages_N: Tensor
-    old: OldPolicy | None  # None: the policy has not moved, and each token's ratio is 1
+    old_policy: OldPolicy | None  # None: the policy has not moved, and each token's ratio is 1
     reference_NC: Tensor | None  # the reference's log-probabilities; None where the update has them
     kl_weight: float  # of the KL in the loss
     unscored_N: Tensor | None = None  # bool: without a reward, so only the KL is taken on them
@@ -90,11 +90,13 @@ class Minibatch:
 
     prompts: list[int]  # indices into B
     weights_NC: Tensor  # those of all minibatches sum to their number
-    chosen_NC: Tensor  # in the policy loss it counts so many times that; 0: it isn't taken on it
+    policy_factor_NC: (
+        Tensor  # in the policy loss it counts so many times that; 0: it isn't taken on it
+    )
 
 
 @dataclass(frozen=True)
-class MicroLoss:
+class MicroBatchLoss:
     """Some completions' share of the loss, and what it was made of."""
 
     policy: Tensor
@@ -111,37 +113,37 @@ class MicroLoss:
         return self.policy + self.kl + self.entropy
 
 
-def losses(
+def compute_loss(
     objective: Objective,
     rollout: Rollout,
-    learned: Learned,
+    update_inputs: UpdateInputs,
     minibatch: Minibatch,
     rows: Tensor,
     inputs: Completions,
     scored: TokenScores,
-) -> MicroLoss:
+) -> MicroBatchLoss:
     """The loss of some rows: DeepSeekMath (2402.03300), eq. 3, or what was chosen for its parts."""
     width = inputs.tokens_NC.shape[1]
-    before = learned.old
+    before = update_inputs.old_policy
     old_NC = scored.logprobs.detach() if before is None else before.logprobs_NC[rows, :width]
     weights_NC = minibatch.weights_NC[rows, :width]
-    chosen_NC = weights_NC * minibatch.chosen_NC[rows, :width]
+    chosen_NC = weights_NC * minibatch.policy_factor_NC[rows, :width]
     importance_NC = old_NC - rollout.logprobs_NC[rows, :width]
     policy_NC = chosen_NC * importance_NC.exp().clamp(max=objective.importance_cap)
     ratio = objective.ratio(scored.logprobs, old_NC, inputs.mask_NC)
-    token = objective.policy_loss(ratio, scored.logprobs, learned.advantages_N[rows, None])
+    token = objective.policy_loss(ratio, scored.logprobs, update_inputs.advantages_N[rows, None])
     token_ratio_NC = torch.exp(scored.logprobs - old_NC)
     kl_loss = torch.zeros((), device=old_NC.device)
     kl_NC = reference_NC = None
-    if objective.kl is not None and learned.reference_NC is not None:
-        reference_NC = learned.reference_NC[rows, :width]
+    if objective.kl is not None and update_inputs.reference_NC is not None:
+        reference_NC = update_inputs.reference_NC[rows, :width]
     elif objective.kl is not None and objective.kl.divergence is not None:
         reference_NC = scored.reference
     if objective.kl is not None and reference_NC is not None:
-        kl_NC = objective.kl.tokens(scored, reference_NC)
+        kl_NC = objective.kl.token_kl(scored, reference_NC)
         weighed_NC = kl_NC * token_ratio_NC if objective.kl.unbiased_gradient else kl_NC
-        kl_loss = learned.kl_weight * (weights_NC * weighed_NC).sum()
-    return MicroLoss(
+        kl_loss = update_inputs.kl_weight * (weights_NC * weighed_NC).sum()
+    return MicroBatchLoss(
         policy=(policy_NC * token.loss).sum(),
         kl=kl_loss,
         entropy=-objective.entropy_weight * (chosen_NC * scored.entropy).sum(),

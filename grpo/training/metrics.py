@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo.objective.advantages import agrees
+from grpo.objective.advantages import has_equal_rewards
 from grpo.types import Rollout, Scores
 
 
@@ -21,7 +21,8 @@ def answered_share(rollout: Rollout) -> float:
     """The share of completions that hold an answer, right or wrong."""
     size = rollout.num_generation
     answers = [
-        rollout.prompts[n // size].example.read(text) for n, text in enumerate(rollout.texts)
+        rollout.prompts[n // size].example.extract_answer(text)
+        for n, text in enumerate(rollout.texts)
     ]
     return sum(answer is not None for answer in answers) / len(answers)
 
@@ -39,7 +40,7 @@ def score_metrics(scores: Scores) -> dict[str, float]:
         "reward/failed": float(sum(len(rows) for rows in scores.failures.values())),
         "reward/solved_groups": float((right_B == 1).float().mean()),
         "reward/unsolved_groups": float((right_B == 0).float().mean()),
-        "reward/zero_variance_groups": float(agrees(scores.total_BG).float().mean()),
+        "reward/zero_variance_groups": float(has_equal_rewards(scores.total_BG).float().mean()),
     }
 
 

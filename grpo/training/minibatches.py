@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from grpo.memory.budget import Limit
+from grpo.memory.budget import TokenLimit
 from grpo.memory.microbatch import (
     score_rollout,
 )
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
-from grpo.objective import Tokens, most_uncertain
+from grpo.objective import Tokens, top_entropy_mask
 from grpo.objective.weights import Averaging
-from grpo.seeds import SEEDS
+from grpo.seeds import SEED_LIMIT
 from grpo.training.loss import (
     Minibatch,
     Objective,
@@ -23,11 +23,11 @@ from grpo.training.loss import (
 from grpo.types import Rollout
 
 
-def minibatches(
+def split_minibatches(
     policy: LanguageModel,
     objective: Objective,
     rollout: Rollout,
-    limit: Limit,
+    limit: TokenLimit,
     seed: int,
     unscored_N: Tensor | None = None,
 ) -> Iterator[Minibatch]:
@@ -44,21 +44,23 @@ def minibatches(
     if objective.top_entropy < 1 and mask_NC.any():
         readout = Readout(objective.sampling)
         entropy_NC = score_rollout(policy, rollout, readout, limit).entropy
-        chosen_NC = most_uncertain(entropy_NC, mask_NC, objective.top_entropy)
+        chosen_NC = top_entropy_mask(entropy_NC, mask_NC, objective.top_entropy)
     for iteration in range(objective.num_iterations):
-        minibatch_B = minibatch_of(len(rollout.prompts), objective.minibatches, seed + iteration)
+        minibatch_B = assign_minibatches(
+            len(rollout.prompts), objective.minibatches, seed + iteration
+        )
         minibatch_N = minibatch_B.repeat_interleave(rollout.num_generation).to(mask_NC.device)
         tokens = Tokens(mask_NC, minibatch_N, objective.max_tokens)
         weights_NC = objective.averaging(tokens)
         counts_NC = chosen_NC
         if unscored_N is not None and unscored_N.any():
-            counts_NC = chosen_NC * counts_without(unscored_N, tokens, objective.averaging)
+            counts_NC = chosen_NC * weigh_scored_only(unscored_N, tokens, objective.averaging)
         for own in range(objective.minibatches):
             prompts = (minibatch_B == own).nonzero()[:, 0].tolist()
             yield Minibatch(prompts, weights_NC * objective.minibatches, counts_NC)
 
 
-def counts_without(unscored_N: Tensor, tokens: Tokens, averaging: Averaging) -> Tensor:
+def weigh_scored_only(unscored_N: Tensor, tokens: Tokens, averaging: Averaging) -> Tensor:
     """[N, C] an average over the scored completions alone, in weights of that over all of them."""
     counts_NC = torch.zeros_like(tokens.mask_NC, dtype=torch.float32)
     own_N = ~unscored_N
@@ -69,9 +71,9 @@ def counts_without(unscored_N: Tensor, tokens: Tokens, averaging: Averaging) -> 
     return counts_NC
 
 
-def minibatch_of(prompts: int, count: int, seed: int) -> Tensor:
+def assign_minibatches(prompts: int, count: int, seed: int) -> Tensor:
     """[B] which of `count` minibatches each prompt's group is in: a random split, even to one."""
-    generator = torch.Generator().manual_seed(seed % SEEDS)
+    generator = torch.Generator().manual_seed(seed % SEED_LIMIT)
     share_B = torch.empty(prompts, dtype=torch.int64)
     share_B[torch.randperm(prompts, generator=generator)] = torch.arange(prompts) % count
     return share_B

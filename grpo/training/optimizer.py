@@ -24,11 +24,11 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> Adam:
+def make_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> Adam:
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> Adam:
+def make_adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> Adam:
     from bitsandbytes.optim import AdamW8bit
 
     optimizer: Adam = AdamW8bit(groups, lr=lr, betas=betas)
@@ -36,18 +36,21 @@ def adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, floa
 
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
-WATCHED, MATRICES = 4096, 64  # weights whose moves are counted, and in how many matrices
-OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
+SAMPLED_WEIGHTS, SAMPLED_MATRICES = (
+    4096,
+    64,
+)  # weights whose moves are counted, and in how many matrices
+OPTIMIZERS = {"adamw": make_adamw, "adamw_8bit": make_adamw_8bit}
 
 
-class Bend(NamedTuple):
+class ScheduleStart(NamedTuple):
     """Where a schedule begins, in steps, and at which share of the learning rate."""
 
     start: int
     share: float
 
 
-class Watch:
+class WeightSample:
     """Whether steps as small as these change anything: a sample of the weights, before and after.
 
     Every matrix in it gives as many, whatever its size: the rows of rare tokens, most of the
@@ -56,35 +59,35 @@ class Watch:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         found = [p for p in parameters if p.dim() >= 2] or list(parameters)
-        count = min(MATRICES, len(found))
+        count = min(SAMPLED_MATRICES, len(found))
         chosen = [found[n * len(found) // count] for n in range(count)]
-        self.places = [(p, places_in(p, WATCHED // count)) for p in chosen]
-        self.weights_T = self.graded_T = torch.empty(0)
+        self.sampled_places = [(p, sample_indices(p, SAMPLED_WEIGHTS // count)) for p in chosen]
+        self.weights_T = self.has_gradient_T = torch.empty(0)
 
     @torch.no_grad()
-    def before(self) -> None:
+    def record(self) -> None:
         """Keeps the weights, and which of them have a gradient."""
-        self.weights_T = self._weights()
-        none = [torch.zeros_like(at, dtype=torch.bool) for _, at in self.places]
-        self.graded_T = torch.cat(
+        self.weights_T = self._read_weights()
+        none = [torch.zeros_like(at, dtype=torch.bool) for _, at in self.sampled_places]
+        self.has_gradient_T = torch.cat(
             [
                 own if p.grad is None else torch.take(p.grad, at) != 0
-                for (p, at), own in zip(self.places, none, strict=True)
+                for (p, at), own in zip(self.sampled_places, none, strict=True)
             ]
         )
 
     @torch.no_grad()
-    def moved(self) -> float:
+    def changed_share(self) -> float:
         """The share of those with a gradient that are not what they were; 0 where none has one."""
-        changed_T = (self._weights() != self.weights_T) & self.graded_T
-        changed, graded = torch.stack([changed_T.sum(), self.graded_T.sum()]).tolist()
+        changed_T = (self._read_weights() != self.weights_T) & self.has_gradient_T
+        changed, graded = torch.stack([changed_T.sum(), self.has_gradient_T.sum()]).tolist()
         return float(changed / graded) if graded else 0.0
 
-    def _weights(self) -> Tensor:
-        return torch.cat([torch.take(p, at) for p, at in self.places])
+    def _read_weights(self) -> Tensor:
+        return torch.cat([torch.take(p, at) for p, at in self.sampled_places])
 
 
-def places_in(matrix: Tensor, count: int) -> Tensor:
+def sample_indices(matrix: Tensor, count: int) -> Tensor:
     """At most so many places in a matrix, the same ones each time, without a pattern."""
     generator = torch.Generator().manual_seed(matrix.numel())
     drawn = torch.randint(matrix.numel(), (count,), generator=generator)
@@ -121,15 +124,15 @@ class Optimizer:
         ]
         self.adamw = OPTIMIZERS[name](groups, learning_rate, betas)
         if name == "adamw":
-            self._make_room()
-        self.learning_rate, self.end = learning_rate, total_steps
+            self._allocate_state()
+        self.learning_rate, self.schedule_end = learning_rate, total_steps
         self.schedule, self.warmup_steps = schedule, warmup_steps
-        self.bend = Bend(warmup_steps, 1.0)
+        self.schedule_start = ScheduleStart(warmup_steps, 1.0)
         self.max_grad_norm = max_grad_norm or math.inf
         self.steps_done = 0
-        self.watch = Watch(self.parameters)
+        self.weight_sample = WeightSample(self.parameters)
 
-    def _make_room(self) -> None:
+    def _allocate_state(self) -> None:
         """Makes Adam's state now, beside the weights, and not where activations come and go."""
         state = {
             n: {"step": torch.tensor(0.0), **{name: torch.zeros_like(p) for name in ADAM_STATE}}
@@ -138,41 +141,44 @@ class Optimizer:
         options = self.adamw.state_dict()["param_groups"]
         self.adamw.load_state_dict({"state": state, "param_groups": options})
 
-    def rate(self) -> float:
+    def next_learning_rate(self) -> float:
         """The learning rate of the step that comes next."""
         if self.steps_done < self.warmup_steps:
             return self.learning_rate * (self.steps_done + 1) / self.warmup_steps
-        return self.learning_rate * self._share()
+        return self.learning_rate * self._schedule_factor()
 
-    def _share(self) -> float:
+    def _schedule_factor(self) -> float:
         """Of the learning rate, after warm-up."""
-        after = max(1, self.end - self.bend.start)
-        done = min(1.0, (self.steps_done - self.bend.start) / after)
-        return self.bend.share * self.schedule(done)
+        after = max(1, self.schedule_end - self.schedule_start.start)
+        done = min(1.0, (self.steps_done - self.schedule_start.start) / after)
+        return self.schedule_start.share * self.schedule(done)
 
-    def end_after(self, remaining: int) -> None:
+    def end_schedule_after(self, remaining: int) -> None:
         """Lets the schedule end after so many steps more, where a resumed run has other ones left.
 
         It goes on from the rate that it had come to, so that nothing jumps. Only where that is 0,
         at the end of a run, does it take the place that it would have had in the longer one.
         """
         end = self.steps_done + remaining
-        if end == self.end:
+        if end == self.schedule_end:
             return
-        started = self.steps_done > self.bend.start and self.schedule is not SCHEDULES["constant"]
-        share = self._share() if started else 1.0
-        self.end = end
+        started = (
+            self.steps_done > self.schedule_start.start
+            and self.schedule is not SCHEDULES["constant"]
+        )
+        share = self._schedule_factor() if started else 1.0
+        self.schedule_end = end
         if started and share > 0:
-            self.bend = Bend(self.steps_done, share)
+            self.schedule_start = ScheduleStart(self.steps_done, share)
             log.info(
                 "optim.schedule: from the present learning rate, %g, on to the new end, "
-                "%d updates from here.", self.rate(), remaining,
+                "%d updates from here.", self.next_learning_rate(), remaining,
             )  # fmt: skip
         elif started:
-            self.bend = Bend(self.warmup_steps, 1.0)
+            self.schedule_start = ScheduleStart(self.warmup_steps, 1.0)
             log.warning(
                 "optim.schedule: had come to its end, at 0; the learning rate goes on at %g, as if "
-                "%d updates had been planned from the start.", self.rate(), end,
+                "%d updates had been planned from the start.", self.next_learning_rate(), end,
             )  # fmt: skip
 
     def step(self) -> dict[str, float]:
@@ -180,16 +186,16 @@ class Optimizer:
 
         A gradient that is not finite is thrown away, and counted: the weights stay as they were.
         """
-        rate = self.rate()
+        rate = self.next_learning_rate()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         skipped, moved = not math.isfinite(norm), 0.0
         if not skipped:
             for group in self.adamw.param_groups:
                 group["lr"] = rate
-            self.watch.before()
+            self.weight_sample.record()
             self.adamw.step()
-            moved = self.watch.moved()
-        self.forget()
+            moved = self.weight_sample.changed_share()
+        self.clear_gradients()
         self.steps_done += 1
         return {
             "optim/learning_rate": rate,
@@ -198,17 +204,21 @@ class Optimizer:
             "optim/skipped": float(skipped),
         }
 
-    def forget(self) -> None:
+    def clear_gradients(self) -> None:
         """Frees the gradients that have gathered."""
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        bent = None if self.bend == Bend(self.warmup_steps, 1.0) else tuple(self.bend)
+        bent = (
+            None
+            if self.schedule_start == ScheduleStart(self.warmup_steps, 1.0)
+            else tuple(self.schedule_start)
+        )
         return {
             "name": self.name,
             "adamw": self.adamw.state_dict(),
             "steps_done": self.steps_done,
-            "end": self.end,
+            "end": self.schedule_end,
             "bend": bent,
         }
 
@@ -224,6 +234,6 @@ class Optimizer:
         for group, (betas, weight_decay) in zip(self.adamw.param_groups, now, strict=True):
             group["betas"], group["weight_decay"] = betas, weight_decay
         self.steps_done = state["steps_done"]
-        self.end = state.get("end", self.end)  # older ones have none
+        self.schedule_end = state.get("end", self.schedule_end)  # older ones have none
         if state.get("bend") is not None:
-            self.bend = Bend(*state["bend"])
+            self.schedule_start = ScheduleStart(*state["bend"])

@@ -7,33 +7,33 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from grpo.memory.budget import Limit
+from grpo.memory.budget import TokenLimit
 from grpo.memory.microbatch import (
-    completions,
-    micro_batches,
-    other_side,
-    read_at_once,
+    compute_reference_features,
     score_rollout,
+    select_completions,
+    split_head_chunks,
+    split_into_micro_batches,
 )
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.reference import Reference
 from grpo.models.sampling_filters import KeptTokens
 from grpo.training.loss import (
-    Learned,
     Minibatch,
     Objective,
     OldPolicy,
-    losses,
+    UpdateInputs,
+    compute_loss,
 )
-from grpo.training.minibatches import minibatches
+from grpo.training.minibatches import split_minibatches
 from grpo.training.optimizer import Optimizer
-from grpo.training.totals import Totals, Updated
+from grpo.training.update_metrics import UpdateResult, UpdateTotals
 from grpo.types import Rollout
 
 
-def old_policy(
-    policy: LanguageModel, objective: Objective, rollout: Rollout, limit: Limit
+def score_old_policy(
+    policy: LanguageModel, objective: Objective, rollout: Rollout, limit: TokenLimit
 ) -> OldPolicy | None:
     """What the ratios of a step are taken to; None where that is the update's own forward pass.
 
@@ -43,25 +43,27 @@ def old_policy(
     if objective.updates == 1:
         return None
     if objective.sampling.truncates:
-        kept = KeptTokens.of(rollout.lengths_N, rollout.tokens_NC.shape[1])
+        kept = KeptTokens.create_empty(rollout.lengths_N, rollout.tokens_NC.shape[1])
         readout = Readout(objective.sampling)
-        return OldPolicy(score_rollout(policy, rollout, readout, limit, kept=kept).logprobs, kept)
-    if rollout.exact:
+        return OldPolicy(
+            score_rollout(policy, rollout, readout, limit, kept_tokens=kept).logprobs, kept
+        )
+    if rollout.exact_logprobs:
         return OldPolicy(rollout.logprobs_NC)
     return OldPolicy(score_rollout(policy, rollout, Readout(objective.sampling), limit).logprobs)
 
 
-def update(
+def update_policy(
     policy: LanguageModel,
     reference: Reference | None,
     optimizer: Optimizer,
     objective: Objective,
     rollout: Rollout,
-    learned: Learned,
-    limit: Limit,
+    update_inputs: UpdateInputs,
+    limit: TokenLimit,
     seed: int = 0,
-) -> Updated:
-    """Takes `num_iterations` x `minibatches` optimizer steps and says what they were made of.
+) -> UpdateResult:
+    """Takes `num_iterations` x `split_minibatches` optimizer steps and says what they were made of.
 
     A token counts by how likely the old policy found it, next to its sampler, up to a cap:
     truncated importance weights, as IMPALA's (1802.01561). `sampler/kl` says how far the two were
@@ -70,57 +72,61 @@ def update(
     Args:
         seed: of the split into minibatches.
     """
-    totals = Totals(objective, rollout)
-    for minibatch in minibatches(policy, objective, rollout, limit, seed, learned.unscored_N):
+    totals = UpdateTotals(objective, rollout)
+    for minibatch in split_minibatches(
+        policy, objective, rollout, limit, seed, update_inputs.unscored_N
+    ):
 
-        def work(minibatch: Minibatch = minibatch) -> Totals:
-            return gradients(policy, reference, objective, rollout, learned, minibatch, limit)
+        def work(minibatch: Minibatch = minibatch) -> UpdateTotals:
+            return add_gradients(
+                policy, reference, objective, rollout, update_inputs, minibatch, limit
+            )
 
-        totals.take(limit.fitting(work, undo=optimizer.forget))
-        totals.updates.append(optimizer.step())
-    return totals.updated()
+        totals.merge(limit.retry_smaller(work, undo=optimizer.clear_gradients))
+        totals.optimizer_metrics.append(optimizer.step())
+    return totals.compute_result()
 
 
-def gradients(
+def add_gradients(
     policy: LanguageModel,
     reference: Reference | None,
     objective: Objective,
     rollout: Rollout,
-    learned: Learned,
+    update_inputs: UpdateInputs,
     minibatch: Minibatch,
-    limit: Limit,
-) -> Totals:
+    limit: TokenLimit,
+) -> UpdateTotals:
     """Adds a minibatch's gradients to what the weights have, and says what the loss was made of."""
-    totals = Totals(objective, rollout)
-    kept = None if learned.old is None else learned.old.kept
-    for batch in micro_batches(rollout, limit, minibatch.prompts):
-        limit.starts(batch.tokens)
-        inputs = completions(rollout, batch, policy, kept)
-        against = other_side(reference, objective.readout, inputs)
-        learns = has_gradient(objective, learned, minibatch, batch.rows)
-        if learns:
-            make_room(policy.model)
-        with torch.set_grad_enabled(learns):
-            features = policy.features(inputs)
+    totals = UpdateTotals(objective, rollout)
+    kept = None if update_inputs.old_policy is None else update_inputs.old_policy.kept
+    for batch in split_into_micro_batches(rollout, limit, minibatch.prompts):
+        limit.record_start(batch.tokens)
+        inputs = select_completions(rollout, batch, policy, kept)
+        against = compute_reference_features(reference, objective.readout, inputs)
+        needs_gradient = has_gradient(objective, update_inputs, minibatch, batch.rows)
+        if needs_gradient:
+            allocate_gradients(policy.model)
+        with torch.set_grad_enabled(needs_gradient):
+            features = policy.compute_features(inputs)
             gradient_TX = []
             # Forward and backward through the head by parts, so that a part's logits serve both.
-            for rows, tokens in read_at_once(inputs, features.rows):
-                own, some = features.cut_off(tokens), inputs.part(rows)
-                other = None if against is None else against.part(tokens)
-                scored = policy.read(own, some, objective.readout, other)
-                loss = losses(
-                    objective, rollout, learned, minibatch, batch.rows[rows], some, scored
+            for rows, tokens in split_head_chunks(inputs, features.chunk_size):
+                own, some = features.select_detached(tokens), inputs.select_rows(rows)
+                other = None if against is None else against.select_tokens(tokens)
+                scored = policy.score_features(own, some, objective.readout, other)
+                loss = compute_loss(
+                    objective, rollout, update_inputs, minibatch, batch.rows[rows], some, scored
                 )
-                if learns:
+                if needs_gradient:
                     loss.total.backward()
                     gradient_TX.append(cast(Tensor, own.values_TX.grad))
                 totals.add(batch.rows[rows], loss, some.mask_NC, scored)
-            if learns:
+            if needs_gradient:
                 features.values_TX.backward(torch.cat(gradient_TX))
     return totals
 
 
-def make_room(model: nn.Module) -> None:
+def allocate_gradients(model: nn.Module) -> None:
     """Gives each trained weight a gradient of zeros, where it has none.
 
     Gradients are added up in place; made here, they don't lie scattered among the activations,
@@ -132,9 +138,9 @@ def make_room(model: nn.Module) -> None:
 
 
 def has_gradient(
-    objective: Objective, learned: Learned, minibatch: Minibatch, rows: Tensor
+    objective: Objective, update_inputs: UpdateInputs, minibatch: Minibatch, rows: Tensor
 ) -> bool:
     """Whether anything of the loss depends on the policy at these rows."""
-    everywhere = learned.kl_weight > 0 or objective.entropy_weight > 0
-    taught = bool(learned.advantages_N[rows].any())
-    return (everywhere or taught) and bool((minibatch.weights_NC[rows] > 0).any())
+    regularized = update_inputs.kl_weight > 0 or objective.entropy_weight > 0
+    has_advantage = bool(update_inputs.advantages_N[rows].any())
+    return (regularized or has_advantage) and bool((minibatch.weights_NC[rows] > 0).any())

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-LARGEST = 32 << 20  # bytes of one message
-MOST_NESTED = 50  # questions that wait for each other
+MAX_MESSAGE_BYTES = 32 << 20  # bytes of one message
+MAX_NESTED_QUESTIONS = 50  # questions that wait for each other
 
 
 class Channel:
@@ -42,18 +42,18 @@ class Channel:
         self.incoming, self.outgoing = incoming, outgoing
         self.pack, self.unpack, self.serve = pack, unpack, serve
         self.asks_first = asks_first
-        self.turn = RLock()  # a thread that asks has the channel until it is answered
+        self.lock = RLock()  # a thread that asks has the channel until it is answered
         self.asking = self.answering = 0
-        self.busy: int | None = (
+        self.busy_thread: int | None = (
             None  # the thread that writes or reads values: it can't ask meanwhile
         )
 
     def ask(self, operation: str, *operands: Any, **options: Any) -> Any:
         """What the other side's operation gives; raises what it raises."""
-        with self.turn:
+        with self.lock:
             if self.is_busy() or not (self.answering or self.asks_first):
                 raise RuntimeError("nobody answers now")
-            if self.asking >= MOST_NESTED:
+            if self.asking >= MAX_NESTED_QUESTIONS:
                 raise RecursionError("the program and its tests call each other too often")
             self.asking += 1
             try:
@@ -69,12 +69,12 @@ class Channel:
                 self.asking -= 1
 
     def is_busy(self) -> bool:
-        return self.busy == get_ident()
+        return self.busy_thread == get_ident()
 
     def answer_next(self) -> None:
         kind, content = self.read()
         if kind != "ask":
-            leave()
+            exit_process()
         self.answer(content)
 
     def answer(self, question: Any) -> None:
@@ -85,7 +85,7 @@ class Channel:
             content = self.serve(operation, operands, dict(options))
         except BaseException as error:  # noqa: BLE001 - SystemExit too is for the side that asked
             kind, content = "raise", error
-        with self.turn:
+        with self.lock:
             self.answering -= 1
             try:
                 self.write(kind, content)
@@ -93,44 +93,44 @@ class Channel:
                 self.write("raise", TypeError(f"no answer can be sent ({type(error).__name__})"))
 
     def write(self, kind: str, content: Any) -> None:
-        self.busy = get_ident()
+        self.busy_thread = get_ident()
         try:
             message = self.pack(kind, content)
-            if len(message) > LARGEST:
+            if len(message) > MAX_MESSAGE_BYTES:
                 raise ValueError(f"{len(message)} bytes are too many for one message")
         finally:
-            self.busy = None
+            self.busy_thread = None
         rest = memoryview(len(message).to_bytes(4, "little") + message)
         try:
             while rest:
                 rest = rest[os.write(self.outgoing, rest) :]
         except BaseException:  # noqa: BLE001 - half a message can't be taken back
-            leave()
+            exit_process()
 
     def read(self) -> tuple[str, Any]:
         try:
             size = int.from_bytes(self.read_bytes(4), "little")
-            if size > LARGEST:
-                leave()
-            self.busy = get_ident()
+            if size > MAX_MESSAGE_BYTES:
+                exit_process()
+            self.busy_thread = get_ident()
             kind, content = self.unpack(self.read_bytes(size))
-            self.busy = None
+            self.busy_thread = None
             if kind in ("give", "ask") or (kind == "raise" and isinstance(content, BaseException)):
                 return kind, content
         except BaseException:  # noqa: BLE001 - this is no message
-            leave()
-        return leave()
+            exit_process()
+        return exit_process()
 
     def read_bytes(self, count: int) -> bytes:
         parts = []
         while count:
             part = os.read(self.incoming, min(count, 1 << 20))
             if not part:
-                leave()
+                exit_process()
             parts.append(part)
             count -= len(part)
         return b"".join(parts)
 
 
-def leave() -> NoReturn:
+def exit_process() -> NoReturn:
     os._exit(1)

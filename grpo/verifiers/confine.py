@@ -14,15 +14,15 @@ from contextlib import suppress
 
 TYPE_CHECKING = False  # `typing` takes longer to import than all of this
 if TYPE_CHECKING:
-    from grpo.verifiers.place import Limits, Place
+    from grpo.verifiers.process_spec import ProcessSpec, SandboxLimits
 
-OPEN_FILES = 64
-THREADS = 64
-SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom")
+MAX_OPEN_FILES = 64
+MAX_THREADS = 64
+SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom")
 
 # Linux's numbers of system calls, on x86-64 and arm64.
-Calls = dict[str, tuple[int | None, int | None]]
-REFUSED: Calls = {  # never allowed
+SystemCalls = dict[str, tuple[int | None, int | None]]
+REFUSED_CALLS: SystemCalls = {  # never allowed
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
     "unshare": (272, 97), "setns": (308, 268), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424),
@@ -45,53 +45,53 @@ REFUSED: Calls = {  # never allowed
     "lremovexattr": (198, 15), "fremovexattr": (199, 16), "truncate": (76, 45),
     "open_by_handle_at": (304, 265),
 }  # fmt: skip
-WRITING: Calls = {  # refused where Landlock can't hold them in
+WRITING_CALLS: SystemCalls = {  # refused where Landlock can't hold them in
     "creat": (85, None), "mkdir": (83, None), "mkdirat": (258, 34), "mknod": (133, None),
     "mknodat": (259, 33), "unlink": (87, None), "unlinkat": (263, 35), "rmdir": (84, None),
     "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "link": (86, None),
     "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36), "openat2": (437, 437),
 }  # fmt: skip
-CHECKED: Calls = {  # allowed by their arguments
+CHECKED_CALLS: SystemCalls = {  # allowed by their arguments
     "clone": (56, 220), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),
     "socketpair": (53, 199), "fcntl": (72, 25), "ioctl": (16, 29), "open": (2, None),
     "openat": (257, 56),
 }  # fmt: skip
-UNKNOWN: Calls = {  # answered as a kernel without them would
+UNKNOWN_CALLS: SystemCalls = {  # answered as a kernel without them would
     "clone3": (435, 435),
 }  # fmt: skip
 
-NEWEST = 450  # later calls are answered as unknown: what they might allow is not known here
+NEWEST_CALL = 450  # later calls are answered as unknown: what they might allow is not known here
 
 
-def confine(place: Place, limits: Limits) -> None:
+def confine(spec: ProcessSpec, limits: SandboxLimits) -> None:
     """Everything that the head of `sandbox.py` promises.
 
     Raises:
         OSError: the kernel refuses; nothing must be run.
     """
-    counted = as_nobody(place.folder)
+    counted = drop_privileges(spec.folder)
     set_limits(limits)
-    libc_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    libc_call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
-    libc_call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: its /proc is closed to its own user too
-    if os.getppid() != place.parent:
+    call_libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    call_libc("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
+    call_libc("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: its /proc is closed to its own user too
+    if os.getppid() != spec.parent:
         raise OSError("the process that started it is gone")
     if limits.landlock:
-        hold_in(place.folder, limits.landlock)
-    filter_calls(may_write=holds_writes(limits.landlock), may_thread=counted)
+        restrict_files(spec.folder, limits.landlock)
+    filter_system_calls(may_write=can_restrict_writes(limits.landlock), may_thread=counted)
 
 
-def as_nobody(folder: str) -> bool:
+def drop_privileges(folder: str) -> bool:
     """Gives up who started it. Whether a limit on threads holds: for root it wouldn't."""
     if os.geteuid() != 0:
         with suppress(OSError):
-            libc_call("unshare", 0x10000000)  # CLONE_NEWUSER: threads are counted in there
+            call_libc("unshare", 0x10000000)  # CLONE_NEWUSER: threads are counted in there
         keep_capability(0)
         return True
     for user in (2**30 + os.getpid(), 65534):  # the second where few users are mapped
         with suppress(OSError):
             os.chown(folder, user, user)
-            libc_call("prctl", 8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+            call_libc("prctl", 8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
             os.setgroups([])
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
@@ -104,19 +104,19 @@ def as_nobody(folder: str) -> bool:
 def keep_capability(*choices: int) -> None:
     """Drops every capability but the first of these that there is."""
     header, state = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
-    libc_call("capget", header, state)
+    call_libc("capget", header, state)
     _, permitted, *_ = struct.unpack("=6I", state.raw)
     kept = next((choice for choice in choices if choice & permitted), 0)
-    libc_call("capset", header, struct.pack("=6I", kept, kept, 0, 0, 0, 0))
+    call_libc("capset", header, struct.pack("=6I", kept, kept, 0, 0, 0, 0))
 
 
-def set_limits(limits: Limits) -> None:
+def set_limits(limits: SandboxLimits) -> None:
     for kind, limit in (
         (resource.RLIMIT_CPU, int(limits.seconds) + 1),
         (resource.RLIMIT_AS, limits.memory_mb << 20),
         (resource.RLIMIT_FSIZE, limits.file_mb << 20),
-        (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_NPROC, THREADS),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+        (resource.RLIMIT_NPROC, MAX_THREADS),
         (resource.RLIMIT_CORE, 0),
     ):
         most = resource.getrlimit(kind)[1]
@@ -124,7 +124,7 @@ def set_limits(limits: Limits) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def libc_call(name: str, *arguments: object) -> int:
+def call_libc(name: str, *arguments: object) -> int:
     function = getattr(ctypes.CDLL(None, use_errno=True), name)
     function.restype = ctypes.c_long
     result = function(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
@@ -139,10 +139,10 @@ def libc_call(name: str, *arguments: object) -> int:
 WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (
     1 << bit for bit in (1, 2, 3, 5, 8, 14)
 )
-ON_FILES = WRITE_FILE | READ_FILE | TRUNCATE
+FILE_RIGHTS = WRITE_FILE | READ_FILE | TRUNCATE
 
 
-def landlock_version() -> int:
+def detect_landlock_version() -> int:
     """The kernel's version of Landlock, 0 where there is none.
 
     Raises:
@@ -151,29 +151,29 @@ def landlock_version() -> int:
     if sys.platform != "linux" or os.uname().machine not in ARCHITECTURES:
         raise OSError(f"{sys.platform} on {os.uname().machine}: needs Linux on x86-64 or arm64")
     try:
-        return libc_call("syscall", 444, None, 0, 1)
+        return call_libc("syscall", 444, None, 0, 1)
     except (OSError, AttributeError):
         return 0
 
 
-def holds_writes(version: int) -> bool:
+def can_restrict_writes(version: int) -> bool:
     return version >= 3  # before, it doesn't see a file being cut to nothing
 
 
-def hold_in(folder: str, version: int) -> None:
+def restrict_files(folder: str, version: int) -> None:
     handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    ruleset = libc_call("syscall", 444, struct.pack("=Q", handled), 8, 0)
-    readable = (sys.base_prefix, sys.base_exec_prefix, *SYSTEM)
+    ruleset = call_libc("syscall", 444, struct.pack("=Q", handled), 8, 0)
+    readable = (sys.base_prefix, sys.base_exec_prefix, *SYSTEM_PATHS)
     rights = dict.fromkeys(readable, READ_FILE | READ_DIR)
-    rights[os.devnull] = ON_FILES
-    rights[folder] = ON_FILES | READ_DIR | REMOVE_FILE | MAKE_REG
+    rights[os.devnull] = FILE_RIGHTS
+    rights[folder] = FILE_RIGHTS | READ_DIR | REMOVE_FILE | MAKE_REG
     for path, allowed in rights.items():
         if os.path.exists(path):
             place = os.open(path, os.O_PATH)
-            allowed &= handled if os.path.isdir(path) else handled & ON_FILES
-            libc_call("syscall", 445, ruleset, 1, struct.pack("=Qi", allowed, place), 0)
+            allowed &= handled if os.path.isdir(path) else handled & FILE_RIGHTS
+            call_libc("syscall", 445, ruleset, 1, struct.pack("=Qi", allowed, place), 0)
             os.close(place)
-    libc_call("syscall", 446, ruleset, 0)
+    call_libc("syscall", 446, ruleset, 0)
     os.close(ruleset)
 
 
@@ -186,17 +186,17 @@ DENY, NOT_THERE = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 Instruction = tuple[int, int, int, int]  # operation, jump if true, jump if false, operand
 
 
-def filter_calls(may_write: bool, may_thread: bool) -> None:
+def filter_system_calls(may_write: bool, may_thread: bool) -> None:
     """Has the kernel refuse every call that leads out of this process."""
     column, architecture = ARCHITECTURES[os.uname().machine]
     itself = os.getpid()
     program: list[Instruction] = [
         *((LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)),
-        *((LOAD, 0, 0, 0), (GREATER, 0, 1, NEWEST), (RETURN, 0, 0, NOT_THERE)),
+        *((LOAD, 0, 0, 0), (GREATER, 0, 1, NEWEST_CALL), (RETURN, 0, 0, NOT_THERE)),
     ]
 
     def add(name: str, *then: Instruction) -> None:
-        number = {**REFUSED, **WRITING, **CHECKED, **UNKNOWN}[name][column]
+        number = {**REFUSED_CALLS, **WRITING_CALLS, **CHECKED_CALLS, **UNKNOWN_CALLS}[name][column]
         if number is not None:
             program.extend([(EQUAL, 0, len(then), number), *then])
 
@@ -207,9 +207,9 @@ def filter_calls(may_write: bool, may_thread: bool) -> None:
         load = (LOAD, 0, 0, 16 + 8 * argument)
         add(name, load, *tests, (RETURN, 0, 0, unmet), (RETURN, 0, 0, met))
 
-    for name in REFUSED if may_write else {**REFUSED, **WRITING}:
+    for name in REFUSED_CALLS if may_write else {**REFUSED_CALLS, **WRITING_CALLS}:
         add(name, (RETURN, 0, 0, DENY))
-    for name in UNKNOWN:  # glibc then falls back on clone, whose flags can be looked at
+    for name in UNKNOWN_CALLS:  # glibc then falls back on clone, whose flags can be looked at
         add(name, (RETURN, 0, 0, NOT_THERE))
     check("clone", 0, ANY_BIT, [0x10000] if may_thread else [], allow=True)  # CLONE_THREAD
     check("kill", 0, EQUAL, [itself], allow=True)
@@ -227,4 +227,4 @@ def filter_calls(may_write: bool, may_thread: bool) -> None:
     program.append((RETURN, 0, 0, ALLOW))
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     pointer = struct.pack("@HP", len(program), ctypes.addressof(code))
-    libc_call("prctl", 22, 2, pointer, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    call_libc("prctl", 22, 2, pointer, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER

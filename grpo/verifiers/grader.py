@@ -33,31 +33,33 @@ import io
 import sys
 import types
 
-from grpo.verifiers.mirror import Side
-from grpo.verifiers.operations import OPERATIONS, VALUED
-from grpo.verifiers.standard import (
-    CATCHING,
+from grpo.verifiers.operations import OPERATIONS, VALUE_TYPES
+from grpo.verifiers.proxy import Peer
+from grpo.verifiers.serialization import CONTAINERS, SCALARS
+from grpo.verifiers.standard_library import (
+    CATCH_ALL_EXCEPTIONS,
     find_in_library,
     import_again,
     import_class,
     list_streams,
 )
-from grpo.verifiers.values import CONTAINERS, SCALARS
 
 TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-ARITHMETIC_WITH = {int, float, complex, bool, str, bytes, list, tuple}
-TAKEN = {name for kind in (*VALUED, *CONTAINERS) for name in dir(kind) if name[0] != "_"}
-TAKEN |= {"days", "seconds", "microseconds", "total_seconds", "quantize", "is_zero"}
-NOT_GIVEN = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, Side)
-HARMLESS = {*SCALARS, int, bytes, tuple, frozenset, *CONTAINERS, io.StringIO, io.BytesIO}
-CHANGING = {"setattr", "delattr", "setitem", "delitem"}
+ARITHMETIC_TYPES = {int, float, complex, bool, str, bytes, list, tuple}
+VALUE_ATTRIBUTES = {
+    name for kind in (*VALUE_TYPES, *CONTAINERS) for name in dir(kind) if name[0] != "_"
+}
+VALUE_ATTRIBUTES |= {"days", "seconds", "microseconds", "total_seconds", "quantize", "is_zero"}
+PRIVATE_TYPES = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, Peer)
+HARMLESS_TYPES = {*SCALARS, int, bytes, tuple, frozenset, *CONTAINERS, io.StringIO, io.BytesIO}
+CHANGING_OPERATIONS = {"setattr", "delattr", "setitem", "delitem"}
 
 
-class Grader(Side):
+class Grader(Peer):
     """Lets tests use a program that is somewhere else.
 
     Args:
@@ -76,19 +78,23 @@ class Grader(Side):
     ) -> None:
         super().__init__(0, incoming, outgoing, asks_first=True)
         self.module = module
-        self.mixed: set[int] = set()  # ids of what arithmetic with values of the tests' has given
-        self.given: dict[str, Any] = {}  # the program's names, as they were put into the module
+        self.mixed_results: set[int] = (
+            set()
+        )  # ids of what arithmetic with values of the tests' has given
+        self.given_names: dict[
+            str, Any
+        ] = {}  # the program's names, as they were put into the module
         self.reserved = set(reserved)
         self.passes_errors = passes_errors
         self.streams = list_streams()
-        self.replaced: list[tuple[str, int]] = []
+        self.replaced_streams: list[tuple[str, int]] = []
         for name, how, value in self.ask("names"):
             if how == "import":
-                self.import_for(name, *value)
+                self.import_for_tests(name, *value)
             elif how == "value":
                 self.put_name(name, value)
 
-    def import_for(self, name: Any, module: Any, imported: Any) -> None:
+    def import_for_tests(self, name: Any, module: Any, imported: Any) -> None:
         """Gives the tests what the program has imported: this process's own, by the same name."""
         same = imported in ("", name) and (name == module or name not in sys.stdlib_module_names)
         if same and not name.startswith("__") and not (self.reserved & {name} & set(dir(builtins))):
@@ -98,10 +104,10 @@ class Grader(Side):
         space = vars(self.module)
         if type(name) is not str or name in self.reserved or name.startswith("__"):
             return
-        if name not in space or space[name] is self.given.get(name, self):
-            space[name] = self.given[name] = value
+        if name not in space or space[name] is self.given_names.get(name, self):
+            space[name] = self.given_names[name] = value
 
-    def note_aside(self) -> Any:
+    def collect_extra(self) -> Any:
         """What tests have put in place of a stream, `input` or `print`, if that has changed."""
         replaced = [
             (name, getattr(place, name))
@@ -109,16 +115,16 @@ class Grader(Side):
             if getattr(place, name) is not usual
         ]
         now = [(name, id(value)) for name, value in replaced]
-        before, self.replaced = self.replaced, now
+        before, self.replaced_streams = self.replaced_streams, now
         self.undo.append(lambda: setattr(self, "replaced", before))
         return tuple(replaced) if now != before else None
 
-    def take_aside(self, aside: Any) -> None:
+    def apply_extra(self, aside: Any) -> None:
         for name, value in zip(*[iter(aside or ())] * 2, strict=True):
             self.put_name(name, value)
 
     def import_name(self, module: str, name: str) -> Any:
-        if (module, name) in CATCHING:
+        if (module, name) in CATCH_ALL_EXCEPTIONS:
             raise TypeError(f"{name} under another name")
         return import_class(module, name)
 
@@ -138,7 +144,7 @@ class Grader(Side):
         return bool(result) and not self.passes_errors if operation == "exit" else result
 
     def read(self, owner: Any, name: str) -> Any:
-        if id(owner) in self.mixed and name in TAKEN:
+        if id(owner) in self.mixed_results and name in VALUE_ATTRIBUTES:
             raise AttributeError(f"{name}: of arithmetic with a value of the tests'")
         value = super().read(owner, name)
         if name == "__annotations__" and not self.are_annotations(value):
@@ -153,16 +159,16 @@ class Grader(Side):
         return type(value) is dict and not any(isinstance(v, str) for v in value.values())
 
     def operate(self, operation: str, *operands: Any) -> Any:
-        foreign = [operand for operand in operands if not self.is_theirs(operand)]
+        foreign = [operand for operand in operands if not self.is_proxy(operand)]
         if operation in ("round", "format"):  # to so many digits
             foreign = []
-        if any(type(operand) not in ARITHMETIC_WITH for operand in foreign):
+        if any(type(operand) not in ARITHMETIC_TYPES for operand in foreign):
             return NotImplemented
         result = self.ask(operation, *operands)
-        if foreign or any(id(operand) in self.mixed for operand in operands):
+        if foreign or any(id(operand) in self.mixed_results for operand in operands):
             if not self.is_opaque(result):
                 raise TypeError(f"{operation} of something of the program's and of the tests'")
-            self.mixed.add(id(result))
+            self.mixed_results.add(id(result))
         return result
 
     def is_opaque(self, value: Any) -> bool:
@@ -170,12 +176,12 @@ class Grader(Side):
         kind = type(value)
         if not isinstance(kind, self.metaclass) or self.find_container(kind):
             return False
-        return not any(base in VALUED or base is BaseException for base in kind.__mro__)
+        return not any(base in VALUE_TYPES or base is BaseException for base in kind.__mro__)
 
     def compare(self, operation: str, one: Any, other: Any) -> Any:
-        if self.is_theirs(other):
+        if self.is_proxy(other):
             return super().compare(operation, one, other) is True
-        kind = next((base for base in type(one).__mro__ if base in VALUED), None)
+        kind = next((base for base in type(one).__mro__ if base in VALUE_TYPES), None)
         container = self.find_container(type(one))
         if container and not self.channel.is_busy():
             kind, one = container, self.ask("contents", one)
@@ -184,33 +190,35 @@ class Grader(Side):
         return getattr(kind, f"__{operation}__")(one, other) if kind else NotImplemented
 
     def find_container(self, kind: type) -> type | None:
-        return next((self.contents[k] for k in kind.__mro__ if k in self.contents), None)
+        return next(
+            (self.container_bases[k] for k in kind.__mro__ if k in self.container_bases), None
+        )
 
     def contains(self, container: Any, item: Any) -> Any:
-        if self.is_theirs(item):
+        if self.is_proxy(item):
             return super().contains(container, item) is True
         return any(item is element or item == element for element in container)
 
     # What the program does with what is the tests'
 
-    def refuse(self, value: Any) -> None:
-        if isinstance(value, NOT_GIVEN):
+    def check_shareable(self, value: Any) -> None:
+        if isinstance(value, PRIVATE_TYPES):
             raise TypeError(f"a {type(value).__name__} of the tests' is not for the program")
 
     def serve(self, operation: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Lets the program call, iterate, compare … what it was given, and nothing behind that."""
-        if not any(id(operand) in self.mine_numbers for operand in operands[:2]):
+        if not any(id(operand) in self.exported_numbers for operand in operands[:2]):
             raise TypeError("not given to the program")
         owner = operands[0]
         if operation == "getattr":
-            return self.read_own(*operands)
-        if operation in CHANGING and not self.may_change(owner, *operands[1:]):
+            return self.read_for_program(*operands)
+        if operation in CHANGING_OPERATIONS and not self.may_change(owner, *operands[1:]):
             raise TypeError(f"the program can't change a {type(owner).__name__}")
         if operation == "call" and not self.may_call(owner):
             raise TypeError(f"the program can't call a {type(owner).__name__}")
         return OPERATIONS[operation](*operands, **options)
 
-    def read_own(self, owner: Any, name: Any) -> Any:
+    def read_for_program(self, owner: Any, name: Any) -> Any:
         if type(name) is not str:
             raise TypeError("no name")
         if name in ("__name__", "__qualname__", "__doc__") and self.may_call(owner):
@@ -219,17 +227,17 @@ class Grader(Side):
         hidden = name.startswith("_") or (isinstance(owner, type) and hasattr(type, name))
         if is_mock(owner):  # its own methods would make it say that it was called
             hidden = hidden or hasattr(sys.modules["unittest.mock"].Mock, name)
-        if hidden or not (self.is_own(owner) or is_mock(owner) or streams):
+        if hidden or not (self.is_defined_by_tests(owner) or is_mock(owner) or streams):
             raise AttributeError(name)
         return getattr(owner, name)
 
-    def is_own(self, value: Any) -> bool:
+    def is_defined_by_tests(self, value: Any) -> bool:
         """Whether this is a class that the tests define, or an instance of one."""
         kind = value if isinstance(value, type) else type(value)
         return kind.__module__ == self.module.__name__ and not isinstance(kind, self.metaclass)
 
     def may_change(self, owner: Any, key: Any, *value: Any) -> bool:
-        if isinstance(owner, type) or not self.is_own(owner):
+        if isinstance(owner, type) or not self.is_defined_by_tests(owner):
             return False
         if type(key) is not str:
             return True
@@ -241,12 +249,12 @@ class Grader(Side):
         if isinstance(value, types.MethodType):
             return self.may_call(value.__func__)
         if isinstance(value, types.BuiltinMethodType):
-            return type(value.__self__) in HARMLESS
+            return type(value.__self__) in HARMLESS_TYPES
         if isinstance(value, functools.partial):
             return self.may_call(value.func)
         if isinstance(value, functools._lru_cache_wrapper):
             return self.may_call(value.__wrapped__)
-        return self.is_own(value) or is_mock(value)
+        return self.is_defined_by_tests(value) or is_mock(value)
 
 
 def hide_examples(doc: Any) -> Any:

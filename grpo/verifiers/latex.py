@@ -16,39 +16,43 @@ from functools import lru_cache
 from multiprocessing import connection
 from typing import Any
 
-from grpo.verifiers.numbers import ALIKE, RAISED, split_vulgar
+from grpo.verifiers.numbers import LOOKALIKE_SIGNS, SUPERSCRIPT_DIGITS, split_vulgar_fractions
 
-MEMORY_MB = 4096  # of a worker's address space; past it an answer is as unreadable as any other
+WORKER_MEMORY_MB = (
+    4096  # of a worker's address space; past it an answer is as unreadable as any other
+)
 
-LONGEST = 4000  # characters that are read, from the end: the time grows with their square
+MAX_CHARACTERS = 4000  # characters that are read, from the end: the time grows with their square
 TAG = re.compile(r"</?[A-Za-z][A-Za-z_]{2,}>")
 DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[")
 NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?%?")
 TEXT = re.compile(r"\\(?:text|textbf|mathrm|begin|end)\s*\{([^{}]*)\}")
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|(?<=\d )[A-Za-z]{2}")  # 5 km, but not 2xy
-COMMAND = re.compile(r"(?<![\\A-Za-z])(?=(?:pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp)\b)")
+BARE_COMMAND = re.compile(r"(?<![\\A-Za-z])(?=(?:pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp)\b)")
 ROOT = re.compile(r"\\?sqrt\(([^()]*)\)")
 # Of the signs that look alike, a long dash is punctuation more often than a minus.
-SIGNS = {sign: plain for sign, plain in ALIKE.items() if sign not in (0x2014, 0x2015)} | {
+SIGNS = {sign: plain for sign, plain in LOOKALIKE_SIGNS.items() if sign not in (0x2014, 0x2015)} | {
     ord("∞"): r"\infty "
 }
 ROOT_SIGN = re.compile(r"√(?:\(([^()]*)\)|(\d+|[a-z]))")
-RAISED_SIGNS = re.compile(r"(?<=[\d)}a-ln-z])(?<![A-Za-z]{2})[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")  # not m², a unit
+SUPERSCRIPT_SIGNS = re.compile(
+    r"(?<=[\d)}a-ln-z])(?<![A-Za-z]{2})[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+"
+)  # not m², a unit
 THOUSANDS = re.compile(r"(?<![\w.,])(?<!\d )\d{1,3}(?:(?: |\\[,; ])\d{3})+(?![\d/])(?! \d)")
-AND = re.compile(
+CONJUNCTION = re.compile(
     r"(?<=[\d)}\]])\s{0,9},?\s{0,9}(?:\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)\s*(?=[-\d(\\\[{])"
 )
-WHOLE = re.compile(r"\$[^$]*\$|\\\(.*\\\)|\\\[.*\\\]", re.DOTALL)
+WHOLE_FORMULA = re.compile(r"\$[^$]*\$|\\\(.*\\\)|\\\[.*\\\]", re.DOTALL)
 INDEX = re.compile(r"[_^](?:\d|\{[^{}]*\d)")
 BOX = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
-BETWEEN = re.compile(r"(?:[\s$,;&{}]|\\[\[\](),;: ]|\\q?quad|\\text|and|or)*")
+BETWEEN_BOXES = re.compile(r"(?:[\s$,;&{}]|\\[\[\](),;: ]|\\q?quad|\\text|and|or)*")
 DOLLARS = re.compile(r"(\$\$?)([^$]+)(\$\$?)")
-CLOSING = re.compile(r"\s{0,9}(?<![.\\])[.,;:]\s{0,9}(?=\\[)\]])")
-MIXED = re.compile(r"(?<![\w./,)}])(?<!\d )(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.]\d)")
+CLOSING_PUNCTUATION = re.compile(r"\s{0,9}(?<![.\\])[.,;:]\s{0,9}(?=\\[)\]])")
+MIXED_NUMBER = re.compile(r"(?<![\w./,)}])(?<!\d )(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.]\d)")
 SCIENTIFIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)([-+]?\d+)")
 
 
-def same(gold: str, given: str) -> bool | None:
+def are_same_math(gold: str, given: str) -> bool | None:
     """Whether an answer equals the gold one; None where the gold one says nothing readable.
 
     What math-verify can't read or compare in an answer is not the gold answer.
@@ -58,51 +62,51 @@ def same(gold: str, given: str) -> bool | None:
     golds = read_gold(gold)
     if not golds:
         return None
-    if letters(given) == letters(gold):
+    if normalize_text(given) == normalize_text(gold):
         return True
     options = {"allow_set_relation_comp": True, "timeout_seconds": None}  # 1 < x < 2 is (1, 2)
-    return bool(verify(list(golds), read(given), **options))
+    return bool(verify(list(golds), parse_answer(given), **options))
 
 
-def letters(text: str) -> str:
+def normalize_text(text: str) -> str:
     """A text without `\\text{…}`, dollars and case: East is `$\\text{east}$`."""
     return TEXT.sub(r"\1", text).strip(" $\n").casefold()
 
 
 @lru_cache(maxsize=4096)  # one gold answer meets a whole group, and comes back every epoch
 def read_gold(gold: str) -> tuple[Any, ...]:
-    return tuple(read(gold))
+    return tuple(parse_answer(gold))
 
 
-def read(text: str) -> list[Any]:
+def parse_answer(text: str) -> list[Any]:
     """A text's answer in sympy: what its last boxes hold, without one the last in it."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     plain = TAG.sub(" ", text).rpartition("####")[2].strip()  # GSM8K's mark
-    answers = last_boxes(plain)
+    answers = extract_last_boxes(plain)
     answer = ", ".join(dict.fromkeys(answers)) if answers else plain
-    answer = as_math(with_latex_signs(answer[-LONGEST:]))
+    answer = delimit_math(convert_signs(answer[-MAX_CHARACTERS:]))
     # Where sympy can't read an expression, math-verify takes a number out of it. That is a good
     # guess where there is one (5 cm), but not of an expression's parts, as in \sum_{k=0}^n.
     in_parts = len(re.findall(r"\d+", answer)) > 1 or INDEX.search(answer)
-    whole = WHOLE.fullmatch(answer) and "\n" not in answer.strip("$\n ")
+    whole = WHOLE_FORMULA.fullmatch(answer) and "\n" not in answer.strip("$\n ")
     kinds = [LatexExtractionConfig()] + ([] if whole and in_parts else [ExprExtractionConfig()])
     # math-verify has its own time limits, by signal.alarm; here the process has one.
     return list(parse(answer, kinds, parsing_timeout=None))
 
 
-def boxed(text: str) -> str | None:
+def extract_last_box(text: str) -> str | None:
     """What the last whole `\\boxed{…}` holds, braces inside it included."""
-    found = boxes(text)
+    found = find_boxes(text)
     return found[-1][2] if found else None
 
 
-def last_boxes(text: str) -> list[str]:
+def extract_last_boxes(text: str) -> list[str]:
     """What the last whole boxes hold: several, where no more than an "and" is between them."""
-    *before, (start, _, content) = boxes(text) or [(0, 0, "")]
+    *before, (start, _, content) = find_boxes(text) or [(0, 0, "")]
     contents = [content]
     for begin, end, content in reversed(before):
-        if not BETWEEN.fullmatch(text, end, start):
+        if not BETWEEN_BOXES.fullmatch(text, end, start):
             break
         start = begin
         contents.append(content)
@@ -110,7 +114,7 @@ def last_boxes(text: str) -> list[str]:
     return [content for content in plain if content]
 
 
-def boxes(text: str) -> list[tuple[int, int, str]]:
+def find_boxes(text: str) -> list[tuple[int, int, str]]:
     """Where each whole `\\boxed{…}` begins and ends, and what it holds, by where it begins."""
     opened: list[re.Match[str] | None] = []  # None: a brace of something else
     found = []
@@ -124,38 +128,40 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
     return sorted(found)
 
 
-def with_latex_signs(text: str) -> str:
+def convert_signs(text: str) -> str:
     """A text in signs that math-verify knows, and thousands without spaces between them."""
-    text = split_vulgar(text.translate(SIGNS))
+    text = split_vulgar_fractions(text.translate(SIGNS))
     text = ROOT_SIGN.sub(r"\\sqrt{\1\2}", text)
-    text = RAISED_SIGNS.sub(lambda signs: "^{" + signs[0].translate(RAISED) + "}", text)
+    text = SUPERSCRIPT_SIGNS.sub(
+        lambda signs: "^{" + signs[0].translate(SUPERSCRIPT_DIGITS) + "}", text
+    )
     text = THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text)
-    text = DOLLARS.sub(lambda span: span[1] + without_punctuation(span[2]) + span[3], text)
-    return MIXED.sub(as_fraction, CLOSING.sub("", text))
+    text = DOLLARS.sub(lambda span: span[1] + strip_punctuation(span[2]) + span[3], text)
+    return MIXED_NUMBER.sub(convert_mixed_number, CLOSING_PUNCTUATION.sub("", text))
 
 
-def without_punctuation(text: str) -> str:
+def strip_punctuation(text: str) -> str:
     """A formula without the sentence's full stop, which doesn't belong to it; an ellipsis does."""
     text = text.rstrip()
     is_stop = text.endswith((".", ",", ";", ":")) and not text.endswith(("..", "\\,", "\\;", "\\:"))
     return text[:-1].rstrip() if is_stop else text
 
 
-def as_fraction(mixed: re.Match[str]) -> str:
+def convert_mixed_number(mixed: re.Match[str]) -> str:
     """A mixed number as one fraction, which else is a product or its last part: 2 1/2 is 5/2."""
     whole, above, below = (int(part) for part in mixed.groups())
     return f"{whole * below + above}/{below}" if above < below else mixed[0]
 
 
-def as_math(text: str) -> str:
+def delimit_math(text: str) -> str:
     """Puts bare LaTeX between dollars, without which math-verify sees only the numbers in it.
 
     Plain numbers and prose are left: `10 000` would be a product, and words would be variables.
     """
     text = text.strip().replace(r"\%", "%").replace(r"\$", "")
     if not DELIMITED.search(text):
-        text = without_punctuation(text)
-    bare = AND.sub(", ", COMMAND.sub(r"\\", ROOT.sub(r"\\sqrt{\1}", text)))
+        text = strip_punctuation(text)
+    bare = CONJUNCTION.sub(", ", BARE_COMMAND.sub(r"\\", ROOT.sub(r"\\sqrt{\1}", text)))
     if DELIMITED.search(text) or NUMBER.fullmatch(text) or PROSE.search(TEXT.sub("", bare)):
         return text
     return "$" + SCIENTIFIC.sub(r" \\cdot 10^{\1}", bare) + "$"
@@ -169,17 +175,17 @@ def start_worker() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MB << 20, MEMORY_MB << 20))
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_MB << 20, WORKER_MEMORY_MB << 20))
         # The kernel kills the worker when the pipe from its parent breaks, even in the middle of
         # one long multiplication, which would let no Python code run.
         pipe = parent.sentinel
         fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
-    threading.Thread(target=leave_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent.sentinel,), daemon=True).start()
 
 
-def leave_with(pipe: int) -> None:
+def exit_with_parent(pipe: int) -> None:
     """Elsewhere a thread sees to it, and on Linux where the parent was dead before we asked."""
     connection.wait([pipe])
     os._exit(1)

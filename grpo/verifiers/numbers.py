@@ -12,7 +12,7 @@ Number = Decimal | Fraction
 LONGEST_FRACTION = 1000  # digits above or below the line
 
 # Signs that look like an ASCII one and mean the same.
-ALIKE: dict[int, str | int | None] = {
+LOOKALIKE_SIGNS: dict[int, str | int | None] = {
     **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"), "-"),
     **dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"), " "),
     **dict.fromkeys(map(ord, "\u200a\u202f\u205f\u3000"), " "),
@@ -20,8 +20,8 @@ ALIKE: dict[int, str | int | None] = {
     **str.maketrans("’＇，٬．٫％٪＄＋／⁄∕", "'',,..%%$+///"),
 }
 SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-RAISED = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
-VULGAR = re.compile(r"(\d?)([¼½¾⅐-⅞])")
+SUPERSCRIPT_DIGITS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
+VULGAR_FRACTION = re.compile(r"(\d?)([¼½¾⅐-⅞])")
 LATEX_FRACTION = re.compile(
     r"(\d?)\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
 )
@@ -35,7 +35,7 @@ CURRENCY = (
 )
 # A minus counts where nothing stands before it (12-5 names 12 and 5) or an equals sign does.
 SIGN = r"(?:(?<![^\W_])(?<![-)\]}.%])[-+]|(?<==\ )-\ |(?:±|\\pm)\ ?)"
-POWER = r"(?:\^|\*\*)[{(]?(?P<%s>[-+]?\d+)[)}]?"
+POWER_PATTERN = r"(?:\^|\*\*)[{(]?(?P<%s>[-+]?\d+)[)}]?"
 TOKEN = re.compile(
     rf"""
     (?P<sign>{SIGN})?
@@ -44,8 +44,8 @@ TOKEN = re.compile(
       | (?<![\w.)\]])(?P<bare>\.\d+) )
     (?: (?P<over>(?:/\d+)+)
       | [eE](?P<exponent>[-+]?\d+)
-      | \ ?(?:[x×*·⋅]|\\times|\\cdot)\ ?10{POWER % "times_ten"} )?
-    (?:{POWER % "power"})?
+      | \ ?(?:[x×*·⋅]|\\times|\\cdot)\ ?10{POWER_PATTERN % "times_ten"} )?
+    (?:{POWER_PATTERN % "power"})?
     # No numbers, but what would be read as one: a LaTeX command, so that \approx5 isn't a name;
     | \\[A-Za-z]+
     # a digit that belongs to a name (x2, x_{{2}}), and what is above a name or a bracket (m^2).
@@ -56,46 +56,48 @@ TOKEN = re.compile(
 )
 UNIT = re.compile(rf"\s?(?:%|percent|{CURRENCY})$", re.IGNORECASE)
 
-SIGN_BEHIND = re.compile(rf"^{CURRENCY}\s?(?=[-+])")
+CURRENCY_BEFORE_SIGN = re.compile(rf"^{CURRENCY}\s?(?=[-+])")
 
 
-def last_number(text: str) -> str | None:
+def find_last_number(text: str) -> str | None:
     """The last number that the text names, or None.
 
     As it is written there, but for the signs: `-5` for any kind of minus, `1000` for `1 000`,
     `3/4` for `\\frac{3}{4}`. A power is no number, except of ten: 2^10 names neither 2 nor 10.
     """
-    for token in reversed(list(TOKEN.finditer(with_plain_signs(text)))):
-        named = named_numbers(token)
+    for token in reversed(list(TOKEN.finditer(normalize_signs(text)))):
+        named = extract_numbers(token)
         if named:
             return named[-1]
     return None
 
 
-def as_number(text: str) -> Number | None:
+def parse_number(text: str) -> Number | None:
     """What an answer is worth that is one number and nothing else, exactly; else None.
 
     `1,234.50`, `$12`, `**-7**`, `50%`, `1e3`, `6 \\times 10^{23}` and `2 1/2` are numbers; a sign
     of percent or of a currency says nothing. No exponent is worked out: 1e999999999 costs nothing.
     """
-    token = TOKEN.fullmatch(unwrap(with_plain_signs(text)))
-    named = [] if token is None else named_numbers(token)
-    return value_of(named[0]) if len(named) == 1 else None
+    token = TOKEN.fullmatch(unwrap(normalize_signs(text)))
+    named = [] if token is None else extract_numbers(token)
+    return evaluate_number(named[0]) if len(named) == 1 else None
 
 
-def with_plain_signs(text: str) -> str:
+def normalize_signs(text: str) -> str:
     """A text with one kind of minus, space and fraction, however it was typeset."""
-    text = text.translate(ALIKE)
+    text = text.translate(LOOKALIKE_SIGNS)
     text = LATEX_MARK.sub(lambda mark: LATEX_PLAIN.get(mark[0], mark[1] or " "), text)
     text = LATEX_FRACTION.sub(lambda m: f"{m[1] and m[1] + ' '}{m[2] or m[3]}/{m[4] or m[5]}", text)
-    text = split_vulgar(text)
-    return SUPERSCRIPT.sub(lambda m: "^" + m[0].translate(RAISED), text)
+    text = split_vulgar_fractions(text)
+    return SUPERSCRIPT.sub(lambda m: "^" + m[0].translate(SUPERSCRIPT_DIGITS), text)
 
 
-def split_vulgar(text: str) -> str:
+def split_vulgar_fractions(text: str) -> str:
     """A text with 1/2 for ½, a space apart from a whole number before it."""
-    return VULGAR.sub(
-        lambda m: f"{m[1] and m[1] + ' '}{unicodedata.normalize('NFKC', m[2]).translate(ALIKE)}",
+    return VULGAR_FRACTION.sub(
+        lambda m: (
+            f"{m[1] and m[1] + ' '}{unicodedata.normalize('NFKC', m[2]).translate(LOOKALIKE_SIGNS)}"
+        ),
         text,
     )
 
@@ -109,10 +111,10 @@ def unwrap(text: str) -> str:
         text = text.strip(" \n\t\r*_`").rstrip(".,;:")
         if text.startswith("$") and text.endswith("$"):
             text = text[1:-1].strip()
-    return UNIT.sub("", SIGN_BEHIND.sub("", text.removeprefix("$").strip())).rstrip(".")
+    return UNIT.sub("", CURRENCY_BEFORE_SIGN.sub("", text.removeprefix("$").strip())).rstrip(".")
 
 
-def named_numbers(token: re.Match[str]) -> list[str]:
+def extract_numbers(token: re.Match[str]) -> list[str]:
     """What a token names: one number, the parts of a list, a date or a version, or nothing."""
     sign, run, power = token["sign"] or "", token["run"], token["power"]
     if (run is None and token["bare"] is None) or "±" in sign or "pm" in sign:
@@ -167,20 +169,20 @@ def is_fraction(above: str, below: str) -> bool:
 
 
 def is_mixed(whole: str, above: str, below: str) -> bool:
-    return len(whole) <= LONGEST_FRACTION and int(plain(above)) < int(below)
+    return len(whole) <= LONGEST_FRACTION and int(remove_commas(above)) < int(below)
 
 
-def value_of(number: str) -> Number | None:
-    """What a number of `named_numbers` is worth; None for an exponent that no Decimal holds."""
+def evaluate_number(number: str) -> Number | None:
+    """What a number of `extract_numbers` is worth; None for an exponent that no Decimal holds."""
     if "/" in number:
-        whole, _, part = plain(number).removeprefix("-").rpartition(" ")
+        whole, _, part = remove_commas(number).removeprefix("-").rpartition(" ")
         value = Fraction(int(whole or 0)) + Fraction(part)
         return -value if number.startswith("-") else value
     try:
-        return Decimal(plain(number))
+        return Decimal(remove_commas(number))
     except InvalidOperation:
         return None
 
 
-def plain(number: str) -> str:
+def remove_commas(number: str) -> str:
     return number.replace(",", "")

@@ -6,18 +6,18 @@ import math
 import operator
 from importlib import import_module
 
-from grpo.verifiers.values import CONTAINERS
+from grpo.verifiers.serialization import CONTAINERS
 
 TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol
 
-    class Side(Protocol):
-        """What of `mirror.Side` is used here."""
+    class Peer(Protocol):
+        """What of `mirror.Peer` is used here."""
 
         hashes: dict[int, int]
-        building: bool
+        building_class: bool
 
         def ask(self, operation: str, *operands: Any, **options: Any) -> Any: ...
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 # Of a subclass of one of these an object has its value with it: what makes it one of exactly these.
-VALUED: dict[type, Callable[[Any], Any]] = {
+VALUE_TYPES: dict[type, Callable[[Any], Any]] = {
     int: int.__pos__,
     float: float.__pos__,
     complex: complex.__pos__,
@@ -41,7 +41,7 @@ VALUED: dict[type, Callable[[Any], Any]] = {
     frozenset: lambda value: frozenset.union(frozenset(), value),
 }
 # The attributes with two underscores that a stand-in has; Python's own tools ask for many more.
-READABLE = {
+READABLE_ATTRIBUTES = {
     *("__name__", "__qualname__", "__doc__", "__annotations__", "__dict__", "__members__"),
     "__slots__",
 }
@@ -71,7 +71,7 @@ SPECIAL = {
 }
 
 
-def take_contents(value: Any) -> Any:
+def copy_contents(value: Any) -> Any:
     """A container of exactly its kind, from one of a class that derives from it."""
     kind = next(base for base in type(value).__mro__ if base in CONTAINERS)
     return kind(list(value.items()) if isinstance(value, dict) else list(value))
@@ -112,7 +112,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def make_method(side: Side, name: str) -> Callable[..., Any]:
+def make_method(peer: Peer, name: str) -> Callable[..., Any]:
     """The method of a stand-in's class that asks the other side for an operator.
 
     Raises:
@@ -120,103 +120,103 @@ def make_method(side: Side, name: str) -> Callable[..., Any]:
     """
     if name in UNARY:
         operation = UNARY[name]
-        return lambda self, *digits: side.operate(operation, self, *digits)
+        return lambda self, *digits: peer.operate(operation, self, *digits)
     if name in COMPARISONS:
         operation = COMPARISONS[name]
-        return lambda self, other: side.compare(operation, self, other)
+        return lambda self, other: peer.compare(operation, self, other)
     if name in BINARY:
         operation = BINARY[name]
         if name == f"__r{operation}__":
-            return lambda self, other: side.operate(operation, other, self)
-        return lambda self, other, *modulus: side.operate(operation, self, other, *modulus)
+            return lambda self, other: peer.operate(operation, other, self)
+        return lambda self, other, *modulus: peer.operate(operation, self, other, *modulus)
     operation = SPECIAL[name]
     if name == "__hash__":
-        return lambda self: find_hash(side, self)
+        return lambda self: find_hash(peer, self)
     if name == "__contains__":
-        return lambda self, item: side.contains(self, item)
+        return lambda self, item: peer.contains(self, item)
     if name == "__exit__":
-        return lambda self, kind, error, trace: side.ask("exit", self, kind, error, None)
+        return lambda self, kind, error, trace: peer.ask("exit", self, kind, error, None)
     if name == "__format__":
-        return lambda self, how: side.operate("format", self, how) if how else str(self)
-    return lambda self, /, *operands, **options: side.ask(operation, self, *operands, **options)
+        return lambda self, how: peer.operate("format", self, how) if how else str(self)
+    return lambda self, /, *operands, **options: peer.ask(operation, self, *operands, **options)
 
 
-def find_hash(side: Side, value: Any) -> int:
-    if id(value) not in side.hashes:
+def find_hash(peer: Peer, value: Any) -> int:
+    if id(value) not in peer.hashes:
         raise TypeError(f"unhashable type: {type(value).__name__!r}")
-    return side.hashes[id(value)]
+    return peer.hashes[id(value)]
 
 
-def make_doc(side: Side, doc: Any) -> Any:
+def make_doc(peer: Peer, doc: Any) -> Any:
     """The `__doc__` of a stand-in's class, which is not that of its instances."""
 
     class Doc:
         def __get__(self, instance: Any, owner: Any) -> Any:
-            return doc if instance is None else side.read(instance, "__doc__")
+            return doc if instance is None else peer.read(instance, "__doc__")
 
     return Doc()
 
 
-def make_root(side: Side) -> tuple[Any, type]:
+def make_root(peer: Peer) -> tuple[Any, type]:
     """The metaclass of all stand-ins' classes, and the class that all of them derive from."""
 
     class Class(type):
         def __new__(cls, name: str, bases: tuple[type, ...], space: dict[str, Any]) -> Any:
-            if bases and not side.building:
+            if bases and not peer.building_class:
                 raise TypeError(f"{name}: no class can derive from one of the program's")
             return super().__new__(cls, name, bases, space)
 
         def __call__(cls, *operands: Any, **options: Any) -> Any:
-            return side.ask("call", cls, *operands, **options)
+            return peer.ask("call", cls, *operands, **options)
 
         def __getattr__(cls, name: str) -> Any:
-            return side.read(cls, name)
+            return peer.read(cls, name)
 
         def __setattr__(cls, name: str, value: Any) -> None:
-            side.ask("setattr", cls, name, value)
+            peer.ask("setattr", cls, name, value)
 
         def __delattr__(cls, name: str) -> None:
-            side.ask("delattr", cls, name)
+            peer.ask("delattr", cls, name)
 
         def __getitem__(cls, key: Any) -> Any:
-            return side.ask("getitem", cls, key)
+            return peer.ask("getitem", cls, key)
 
         def __iter__(cls) -> Any:
-            return side.ask("iter", cls)
+            return peer.ask("iter", cls)
 
         def __len__(cls) -> Any:
-            return side.ask("len", cls)
+            return peer.ask("len", cls)
 
         def __bool__(cls) -> bool:
             return True
 
         def __contains__(cls, item: Any) -> Any:
-            return side.contains(cls, item)
+            return peer.contains(cls, item)
 
     class Root(metaclass=Class):
         __slots__ = ()
         __hash__ = object.__hash__
 
         def __getattr__(self, name: str) -> Any:
-            return side.read(self, name)
+            return peer.read(self, name)
 
         def __setattr__(self, name: str, value: Any) -> None:
-            side.ask("setattr", self, name, value)
+            peer.ask("setattr", self, name, value)
 
         def __delattr__(self, name: str) -> None:
-            side.ask("delattr", self, name)
+            peer.ask("delattr", self, name)
 
         def __copy__(self) -> Any:
-            return side.ask("copy", self)
+            return peer.ask("copy", self)
 
         def __deepcopy__(self, memo: Any) -> Any:
-            return side.ask("deepcopy", self)
+            return peer.ask("deepcopy", self)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             raise TypeError("a stand-in can't be pickled")
 
         for operator_ in COMPARISONS:
-            locals()[operator_] = make_method(side, operator_)
+            locals()[operator_] = make_method(peer, operator_)
         del operator_
 
     return Class, Root

@@ -48,33 +48,33 @@ def main() -> None:
     sys.path[0] = os.path.abspath(f"{__file__}/../../..")  # where this package is
     from grpo.verifiers.confine import confine
 
-    place: Any  # as in place.py
+    spec: Any  # as in place.py
     limits: Any
-    place, limits = (types.SimpleNamespace(**given) for given in json.loads(sys.argv[1]))
-    if place.role == "program":  # while there is still a folder to import from
-        from grpo.verifiers.program import serve_program
-    elif place.role == "tests":
-        from grpo.verifiers.exam import run_tests
+    spec, limits = (types.SimpleNamespace(**given) for given in json.loads(sys.argv[1]))
+    if spec.role == "program":  # while there is still a folder to import from
+        from grpo.verifiers.program_process import serve_program
+    elif spec.role == "tests":
+        from grpo.verifiers.grader_process import run_pieces
     try:
-        confine(place, limits)
+        confine(spec, limits)
         os.write(2, b"ready\n")
     except Exception as error:  # noqa: BLE001 - whatever it is, nothing may run then
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
         os._exit(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 2)
     sys.argv = ["answer.py"]
-    sys.path[0] = place.folder  # where the program would be, instead of this script's
+    sys.path[0] = spec.folder  # where the program would be, instead of this script's
     site.setquit()  # exit and quit, which Python without its site-packages leaves out
     site.setcopyright()
     site.sethelper()
-    with open(place.given, "rb") as file:
+    with open(spec.source_fd, "rb") as file:
         given = file.read()
-    if place.role == "script":
-        exec(compile_program(given), new_module("__main__").__dict__)
-    elif place.role == "program":
-        serve_program(compile_program(given), new_module("answer"), place.incoming, place.outgoing)
+    if spec.role == "script":
+        exec(compile_program(given), create_module("__main__").__dict__)
+    elif spec.role == "program":
+        serve_program(compile_program(given), create_module("answer"), spec.incoming, spec.outgoing)
     else:
-        run_tests(**json.loads(given), module=new_module("answer"), place=place)
+        run_pieces(**json.loads(given), module=create_module("answer"), spec=spec)
 
 
 def compile_program(text: bytes) -> types.CodeType:
@@ -82,7 +82,7 @@ def compile_program(text: bytes) -> types.CodeType:
     return compile(text.decode("utf-8-sig"), "answer.py", "exec", dont_inherit=True)
 
 
-def new_module(name: str) -> types.ModuleType:
+def create_module(name: str) -> types.ModuleType:
     sys.modules[name] = module = types.ModuleType(name)
     module.__file__ = os.path.abspath("answer.py")
     return module

@@ -25,14 +25,14 @@ class GridSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from grpo.sweep.launch import prepared
+        from grpo.sweep.launch import prepare_launch
 
-        self.launch = prepared(hydra_context, task_function, config)
+        self.launch = prepare_launch(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
-        from grpo.sweep.grid import sweep
+        from grpo.sweep.grid import run_grid
 
-        end = sweep(self.launch, self.params, arguments, self.objectives, self.direction)
+        end = run_grid(self.launch, self.params, arguments, self.objectives, self.direction)
 
         from grpo.commands.report import report_sweep_end  # only now: it brings the drawing with it
 

@@ -19,15 +19,17 @@ class OptunaSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from grpo.sweep.launch import prepared
+        from grpo.sweep.launch import prepare_launch
 
-        self.launch = prepared(hydra_context, task_function, config)
+        self.launch = prepare_launch(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
-        from grpo.sweep.search import search
-        from grpo.sweep.study import Options
+        from grpo.sweep.search import run_search
+        from grpo.sweep.study import SearchOptions
 
-        end = search(self.launch, self.params, arguments, Options.of(self.options))
+        end = run_search(
+            self.launch, self.params, arguments, SearchOptions.from_config(self.options)
+        )
 
         from grpo.commands.report import report_sweep_end  # only now: it brings the drawing with it
 

@@ -21,12 +21,12 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from grpo.device import open_device
 from grpo.memory import estimate
-from grpo.memory.estimate import SHARE, Held, Work, held_by
+from grpo.memory.estimate import USABLE_SHARE, MemoryNeeds, Workload, estimate_memory
 from grpo.models import attention, head
 from grpo.models.adapter import Adapter, add_adapter
 from grpo.models.cpu import linear
-from grpo.models.files import PACKAGED
-from grpo.models.forward import shared_prefix
+from grpo.models.files import PACKAGE_FOLDER
+from grpo.models.forward import forward_shared_prompt
 from grpo.models.head import Head
 from grpo.models.load import LanguageModel
 from grpo.models.precision import store_frozen_weights
@@ -42,7 +42,7 @@ def as_on_a_gpu() -> None:
     attention.has_fused_kernel = lambda x: False  # type: ignore[assignment]
     linear.HAS_ONEDNN = False
     head.CHUNK_LOGITS["cpu"] = head.CHUNK_LOGITS["cuda"]
-    estimate.HEAP_IN_BF16 = 1.0
+    estimate.HEAP_OVERHEAD_IN_BF16 = 1.0
 
 
 def model_of(name: str, layers: int, vocabulary: int, lora: bool, recompute: bool) -> LanguageModel:
@@ -64,24 +64,26 @@ def model_of(name: str, layers: int, vocabulary: int, lora: bool, recompute: boo
     if lora:
         store_frozen_weights(model.requires_grad_(False), device.autocast_dtype)
         add_adapter(model, LORA, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny")
     own_head = Head(model)
     return LanguageModel(
-        model, tokenizer, own_head, shared_prefix, (0,), 2048, device, recompute=recompute
+        model, tokenizer, own_head, forward_shared_prompt, (0,), 2048, device, recompute=recompute
     )
 
 
-def predicted(name: str, lora: bool, recompute: bool) -> Held:
+def predicted(name: str, lora: bool, recompute: bool) -> MemoryNeeds:
     """Of the whole model, from what a layer more and a token more add to a small one."""
-    work = Work(PROMPT, COMPLETION, GROUP, "adamw", reference=not lora, reference_moves=False)
+    work = Workload(PROMPT, COMPLETION, GROUP, "adamw", reference=not lora, reference_moves=False)
     found = []
     for layers, tokens in ((1, 1024), (2, 1024), (1, 2048)):
-        found.append(astuple(held_by(model_of(name, layers, tokens, lora, recompute), work)))
+        found.append(
+            astuple(estimate_memory(model_of(name, layers, tokens, lora, recompute), work))
+        )
         gc.collect()  # a model is a circle of references, and these are large
     small, deeper, wider = found
     layers, tokens = QWEN[name][0] - 1, (VOCABULARY - 1024) / 1024
     each = zip(small, deeper, wider, strict=True)
-    return Held(*(a + layers * (b - a) + tokens * (c - a) for a, b, c in each))
+    return MemoryNeeds(*(a + layers * (b - a) + tokens * (c - a) for a, b, c in each))
 
 
 def by_hand(name: str, lora: bool) -> float:
@@ -113,7 +115,8 @@ def main(name: str, lora: bool, out: Path) -> None:
         "weights_gb": kept.training,
         "needed_gb": needed,
         "fits": {
-            key: [gpu for gpu in GPUS if own <= SHARE["cuda"] * gpu] for key, own in needed.items()
+            key: [gpu for gpu in GPUS if own <= USABLE_SHARE["cuda"] * gpu]
+            for key, own in needed.items()
         },
     }
     out.write_text(json.dumps(found, indent=1))

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from grpo.memory.allocator import LARGEST, LARGEST_IN_BF16, keep_freed_memory
+from grpo.memory.allocator import LARGEST_KEPT_BLOCK, LARGEST_KEPT_BLOCK_IN_BF16, keep_freed_memory
 
 keep_freed_memory()
 
@@ -15,21 +15,21 @@ import torch
 from settings import SHAPES
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from grpo.device import forget_peak, open_device
+from grpo.device import open_device, reset_peak_memory
 from grpo.memory.budget import Budget
-from grpo.memory.estimate import LIBRARIES_GB, Work, held_by
+from grpo.memory.estimate import LIBRARIES_GB, Workload, estimate_memory
 from grpo.memory.microbatch import score_rollout
-from grpo.models.files import PACKAGED
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.head import Head, Readout
 from grpo.models.load import LanguageModel, choose_forward
-from grpo.models.reference import reference_of
+from grpo.models.reference import make_reference
 from grpo.objective.kl import k3
 from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
-from grpo.training.loss import KLTerm, Learned, Objective
+from grpo.training.loss import KLTerm, Objective, UpdateInputs
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import update
+from grpo.training.update import update_policy
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 PROMPT, COMPLETION, GROUP = 128, 128, 8  # tokens of a group: 1152
@@ -42,7 +42,7 @@ def random_model(shape: str, precision: str) -> LanguageModel:
     head = Head(model)
     return LanguageModel(
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(PACKAGED / "tiny"),
+        tokenizer=AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny"),
         head=head,
         forward=choose_forward(model, head),
         end_ids=(2,),
@@ -66,23 +66,25 @@ def written(groups: int) -> Rollout:
 
 def main(shape: str, precision: str, out: Path) -> None:
     torch.manual_seed(0)
-    keep_freed_memory(LARGEST_IN_BF16 if precision == "bf16" else LARGEST)  # as a run does
+    keep_freed_memory(
+        LARGEST_KEPT_BLOCK_IN_BF16 if precision == "bf16" else LARGEST_KEPT_BLOCK
+    )  # as a run does
     policy = random_model(shape, precision)
-    work = Work(PROMPT, COMPLETION, GROUP, "adamw", reference=True, reference_moves=False)
-    held, rollout = held_by(policy, work), written(2)
+    work = Workload(PROMPT, COMPLETION, GROUP, "adamw", reference=True, reference_moves=False)
+    held, rollout = estimate_memory(policy, work), written(2)
     tokens = GROUP * COMPLETION + PROMPT  # a group at once
     limit, sampling = Budget.of(tokens).computed, Sampling(1.0)
     term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
     objective = Objective(token_ratio, clipped_surrogate, sequence_mean, term, sampling, COMPLETION)
-    reference = reference_of(policy, moves=False)
+    reference = make_reference(policy, moves=False)
     optimizer = Optimizer(
         policy.model, "adamw", 1e-6, 9, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
     )
-    forget_peak("cpu")
+    reset_peak_memory("cpu")
     reference_NC = score_rollout(reference.model, rollout, Readout(sampling), limit).plain
-    learned = Learned(torch.randn(len(rollout.texts)), None, reference_NC, 0.1)
+    learned = UpdateInputs(torch.randn(len(rollout.texts)), None, reference_NC, 0.1)
     for _ in range(2):
-        update(policy, reference, optimizer, objective, rollout, learned, limit)
+        update_policy(policy, reference, optimizer, objective, rollout, learned, limit)
     predicted = LIBRARIES_GB["cpu"] + held.training + held.token * tokens / 1e9
     found = {
         "tokens": tokens,

@@ -21,20 +21,20 @@ from transformers import GenerationConfig
 
 from grpo.device import Device, open_device
 from grpo.memory.budget import Budget
-from grpo.memory.estimate import Work, budget_of, held_by
+from grpo.memory.estimate import Workload, choose_budget, estimate_memory
 from grpo.memory.microbatch import score_rollout
 from grpo.models.head import Readout
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.padding import pad_left
-from grpo.models.reference import reference_of
+from grpo.models.reference import make_reference
 from grpo.objective.kl import k3
 from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
 from grpo.rollout import NativeEngine
-from grpo.training.loss import KLTerm, Learned, Objective
+from grpo.training.loss import KLTerm, Objective, UpdateInputs
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import update
+from grpo.training.update import update_policy
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 ROWS = 32  # at which decoding is measured
@@ -176,7 +176,7 @@ class Update:
         )
         self.advantages_N = torch.randn(count, generator=generator).to(device)
         term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
-        self.reference = reference_of(policy, moves=False) if setting.kl_weight else None
+        self.reference = make_reference(policy, moves=False) if setting.kl_weight else None
         self.objective = Objective(
             token_ratio, clipped_surrogate, sequence_mean, term if self.reference else None,
             Sampling(setting.temperature), width,
@@ -185,9 +185,9 @@ class Update:
             policy.model, "adamw", 1e-6, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
         )
         longest = max(len(p.token_ids) for p in self.prompts)
-        own = Work(longest, width, setting.group, "adamw", self.reference is not None, False)
-        held = held_by(policy, own)
-        self.limit = budget_of(device, None, None, None, held, own.longest).computed
+        own = Workload(longest, width, setting.group, "adamw", self.reference is not None, False)
+        held = estimate_memory(policy, own)
+        self.limit = choose_budget(device, None, None, None, held, own.longest).computed
         self.reference_NC = self.refer()
 
     def refer(self) -> torch.Tensor | None:
@@ -197,8 +197,8 @@ class Update:
         return score_rollout(self.reference.model, self.written, readout, self.limit).plain
 
     def step(self) -> None:
-        learned = Learned(self.advantages_N, None, self.reference_NC, self.setting.kl_weight)
-        update(
+        learned = UpdateInputs(self.advantages_N, None, self.reference_NC, self.setting.kl_weight)
+        update_policy(
             self.policy, self.reference, self.optimizer, self.objective, self.written, learned,
             self.limit,
         )  # fmt: skip
@@ -261,7 +261,7 @@ def lengths(setting: Setting, work: Path) -> dict[str, Any]:
 
 def roofline(setting: Setting, work: Path) -> dict[str, Any]:
     """What the machine can do: matrix products by rows, as plain and as laid out, and copying."""
-    from grpo.models.cpu.linear import computed_as, laid_out_for
+    from grpo.models.cpu.linear import computed_as, make_packed_forwards
 
     policy = loaded(setting, work)
     device, linear = policy.device, policy.head.linear
@@ -273,7 +273,7 @@ def roofline(setting: Setting, work: Path) -> dict[str, Any]:
             work_done = 2.0 * rows * layer.weight.numel() / 1e9
             with torch.no_grad(), device.autocast():
                 plain = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
-                with computed_as(laid_out_for(rows, [layer])):
+                with computed_as(make_packed_forwards(rows, [layer])):
                     packed = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
             shape = "x".join(map(str, layer.weight.shape))
             rates = {"plain": work_done / plain, "laid_out": work_done / packed}

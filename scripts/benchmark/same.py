@@ -16,14 +16,14 @@ from grpo.device import open_device
 from grpo.memory.budget import Budget
 from grpo.memory.microbatch import score_rollout
 from grpo.models.load import load_language_model
-from grpo.models.reference import reference_of
+from grpo.models.reference import make_reference
 from grpo.objective.kl import k3
 from grpo.objective.losses import clipped_surrogate
 from grpo.objective.ratios import token_ratio
 from grpo.objective.weights import sequence_mean
-from grpo.training.loss import KLTerm, Learned, Objective
+from grpo.training.loss import KLTerm, Objective, UpdateInputs
 from grpo.training.optimizer import SCHEDULES, Optimizer
-from grpo.training.update import update
+from grpo.training.update import update_policy
 from grpo.types import Example, Prompt, Rollout, Sampling
 
 LIMIT = Budget.of(2048).computed
@@ -34,7 +34,7 @@ def main(work: Path, name: str, precision: str, peer: Path, out: Path) -> None:
     batches = torch.load(peer.with_suffix(".pt"))
     device = open_device(setting.device, precision)
     policy = load_language_model(work / "model", device)
-    reference = reference_of(policy, moves=False)
+    reference = make_reference(policy, moves=False)
     rows = [
         (ids[mask.bool()].tolist(), completion, advantage)
         for batch in batches
@@ -66,8 +66,8 @@ def main(work: Path, name: str, precision: str, peer: Path, out: Path) -> None:
         policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.999), 1.0
     )
     advantages_N = torch.stack([row[2] for row in rows]).to(device.torch_device)
-    learned = Learned(advantages_N, None, scored.plain if kl else None, setting.kl_weight)
-    stats = update(policy, reference, optimizer, objective, rollout, learned, LIMIT).metrics
+    learned = UpdateInputs(advantages_N, None, scored.plain if kl else None, setting.kl_weight)
+    stats = update_policy(policy, reference, optimizer, objective, rollout, learned, LIMIT).metrics
     out.write_text(json.dumps({"loss": stats["loss/total"], "grad_norm": stats["optim/grad_norm"]}))
 
 

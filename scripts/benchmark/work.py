@@ -45,14 +45,14 @@ def base_model(name: str, folder: Path) -> Path:
     """A folder with the model: packaged, from PyPI or the hub, or with random weights."""
     from omegaconf import OmegaConf
 
-    from grpo.models.files import PACKAGED, model_folder
+    from grpo.models.files import PACKAGE_FOLDER, find_model_folder
 
     if name == "tiny":
-        return PACKAGED / "tiny"
+        return PACKAGE_FOLDER / "tiny"
     if name == "qwen2":
-        return random_qwen2(PACKAGED / "tiny", folder / "base")
+        return random_qwen2(PACKAGE_FOLDER / "tiny", folder / "base")
     own = OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml")
-    return model_folder(own.name, own.id, None, None, OmegaConf.to_container(own.wheel))
+    return find_model_folder(own.name, own.id, None, None, OmegaConf.to_container(own.wheel))
 
 
 def random_qwen2(tokenizer: Path, folder: Path) -> Path:

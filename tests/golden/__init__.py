@@ -38,7 +38,7 @@ RUNS: dict[str, list[tuple[str, ...]]] = {  # each command goes on in the folder
 }  # fmt: skip
 
 
-def machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """What the last bit of a sum depends on."""
     import torch
 
@@ -77,5 +77,5 @@ def record(name: str, cwd: Path) -> list[dict[str, Any]]:
     ]
 
 
-def golden_file(name: str) -> Path:
+def locate_golden_file(name: str) -> Path:
     return HERE / f"{name}.jsonl"

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.cpu.compiled import Packed
+from grpo.models.cpu.kernel import PackedWeight
 
-Forward = Callable[..., Tensor]  # of a module
+ModuleForward = Callable[..., Tensor]  # of a module
 
 _mkldnn = torch.ops.mkldnn
 HAS_ONEDNN = (
@@ -27,7 +27,7 @@ HAS_ONEDNN = (
 )
 
 
-def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
     y: Tensor = _mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
@@ -42,10 +42,10 @@ def suits_onednn(*tensors: Tensor) -> bool:
     )
 
 
-def in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
+def linear_in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     """[T, V] x · weightᵀ summed and given in fp32, from fp32 or from bf16; without gradient."""
     if suits_onednn(x_TD, weight_VD):
-        return by_onednn(x_TD, weight_VD)
+        return linear_onednn(x_TD, weight_VD)
     with torch.autocast(x_TD.device.type, enabled=False):
         if x_TD.device.type == "cuda" and x_TD.dtype != torch.float32:
             return torch.mm(x_TD, weight_VD.t(), out_dtype=torch.float32)
@@ -57,7 +57,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def batched_in_fp32(x: Tensor, y: Tensor) -> Tensor:
+def matmul_in_fp32(x: Tensor, y: Tensor) -> Tensor:
     """[..., M, N] x [..., M, K] · y [..., K, N], summed and given in fp32 or better."""
     with torch.autocast(x.device.type, enabled=False):
         return x.to(sum_dtype(x)) @ y.to(sum_dtype(y))
@@ -73,11 +73,11 @@ class WideProduct(torch.autograd.Function):
     """x · weightᵀ in fp32 from factors of a lower precision; the weight's gradient is in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, factors: torch.dtype) -> Tensor:
-        factor_TD, factor_VD = x_TD.to(factors), weight_VD.to(factors)
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, factor_dtype: torch.dtype) -> Tensor:
+        factor_TD, factor_VD = x_TD.to(factor_dtype), weight_VD.to(factor_dtype)
         ctx.save_for_backward(factor_TD, factor_VD)
         ctx.dtypes = x_TD.dtype, weight_VD.dtype
-        return in_fp32(factor_TD, factor_VD)
+        return linear_in_fp32(factor_TD, factor_VD)
 
     @staticmethod
     def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,9 +85,9 @@ class WideProduct(torch.autograd.Function):
         grad_TV = grad_TV.to(factor_VD.dtype)
         to_x = to_weight = None
         if ctx.needs_input_grad[0]:
-            to_x = in_fp32(grad_TV, factor_VD.t()).to(ctx.dtypes[0])
+            to_x = linear_in_fp32(grad_TV, factor_VD.t()).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            to_weight = in_fp32(grad_TV.t(), factor_TD.t()).to(ctx.dtypes[1])
+            to_weight = linear_in_fp32(grad_TV.t(), factor_TD.t()).to(ctx.dtypes[1])
         return to_x, to_weight, None
 
 
@@ -104,16 +104,18 @@ def add_to_gradient(grad_VD: Tensor, grad_TV: Tensor, x_TD: Tensor) -> None:
     if grad_TV.dtype == torch.float32:
         grad_VD.addmm_(grad_TV.t(), x_TD)
     else:
-        grad_VD.add_(in_fp32(grad_TV.t(), x_TD.t()))
+        grad_VD.add_(linear_in_fp32(grad_TV.t(), x_TD.t()))
 
 
-def plus(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_add_onednn(
+    total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """total + x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
     y: Tensor = _mkldnn._linear_pointwise.binary(x, total, weight, bias, "add")
     return y
 
 
-def to_weight(weight: Tensor, grad_TO: Tensor, x_TI: Tensor) -> Tensor | None:
+def accumulate_weight_gradient(weight: Tensor, grad_TO: Tensor, x_TI: Tensor) -> Tensor | None:
     """The gradient by a weight; None where it has been added to what the weight has already.
 
     Micro-batches add up their gradients; in place, none is written out first.
@@ -124,13 +126,13 @@ def to_weight(weight: Tensor, grad_TO: Tensor, x_TI: Tensor) -> Tensor | None:
     return None
 
 
-class Product(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     """A linear layer's product by oneDNN, forward and to its input; to its weight by torch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return by_onednn(x, weight, bias)
+        return linear_onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,26 +140,28 @@ class Product(torch.autograd.Function):
         to_x, weight_needs, to_bias = ctx.needs_input_grad
         grad_TO = grad.reshape(-1, grad.shape[-1])
         return (
-            by_onednn(grad_TO, weight.t()).view(x.shape) if to_x else None,
-            to_weight(weight, grad_TO, x.reshape(-1, x.shape[-1])) if weight_needs else None,
+            linear_onednn(grad_TO, weight.t()).view(x.shape) if to_x else None,
+            accumulate_weight_gradient(weight, grad_TO, x.reshape(-1, x.shape[-1]))
+            if weight_needs
+            else None,
             grad_TO.sum(dim=0) if to_bias else None,
         )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+def linear_with_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = LinearFunction.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 
-def fast_products(model: nn.Module) -> dict[nn.Module, Forward]:
+def make_linear_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
     """For each fp32 linear layer on a CPU, its forward by oneDNN, with gradient."""
     return {
-        layer: partial(product, weight=layer.weight, bias=layer.bias)
-        for layer in linear_layers(model)
+        layer: partial(linear_with_gradient, weight=layer.weight, bias=layer.bias)
+        for layer in find_linear_layers(model)
     }
 
 
-class LaidOut:
+class PackedLinear:
     """Linear layers' product with the same rows, from one copy of their weights, made here.
 
     A product of a few rows, as decoding has them, is bound by how the weights are read; they can be
@@ -172,33 +176,33 @@ class LaidOut:
             none = whole.new_zeros
             biases = [none(x.out_features) if x.bias is None else x.bias.detach() for x in layers]
             bias = torch.cat(biases)
-        self.packed = Packed(whole, bias) if Packed.fits(whole) else None
+        self.packed = PackedWeight(whole, bias) if PackedWeight.can_pack(whole) else None
         if self.packed is None:
             self.weight, self.bias = _mkldnn._reorder_linear_weight(whole, rows), bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """What each of the layers would give, end to end."""
-        return by_onednn(x, self.weight, self.bias) if self.packed is None else self.packed(x)
+        return linear_onednn(x, self.weight, self.bias) if self.packed is None else self.packed(x)
 
-    def plus(self, total: Tensor, x: Tensor) -> Tensor:
+    def add_product(self, total: Tensor, x: Tensor) -> Tensor:
         if self.packed is None:
-            return plus(total, x, self.weight, self.bias)
+            return linear_add_onednn(total, x, self.weight, self.bias)
         return self.packed(x, total)
 
 
-def laid_out_for(rows: int, layers: Iterable[nn.Linear]) -> dict[nn.Module, Forward]:
-    """For each layer, its forward from a copy of its weights; see `LaidOut`."""
-    return {layer: LaidOut(rows, layer) for layer in layers}
+def make_packed_forwards(rows: int, layers: Iterable[nn.Linear]) -> dict[nn.Module, ModuleForward]:
+    """For each layer, its forward from a copy of its weights; see `PackedLinear`."""
+    return {layer: PackedLinear(rows, layer) for layer in layers}
 
 
-def linear_layers(model: nn.Module) -> list[nn.Linear]:
+def find_linear_layers(model: nn.Module) -> list[nn.Linear]:
     """Those whose product can be computed here; a subclass may compute something else."""
     linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
     return [layer for layer in linear if suits_onednn(layer.weight)]
 
 
 @contextmanager
-def computed_as(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+def computed_as(forwards: Mapping[nn.Module, ModuleForward]) -> Iterator[None]:
     """Within it, these modules compute by these functions."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:

@@ -14,9 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.cpu.linear import Forward, by_onednn, suits_onednn, to_weight
+from grpo.models.cpu.linear import (
+    ModuleForward,
+    accumulate_weight_gradient,
+    linear_onednn,
+    suits_onednn,
+)
 
-_computes: dict[tuple[type, type], bool] = {}  # by class, and its activation's
+_matches: dict[tuple[type, type], bool] = {}  # by class, and its activation's
 
 
 def rms_factor(x: Tensor, epsilon: float) -> Tensor:
@@ -25,13 +30,13 @@ def rms_factor(x: Tensor, epsilon: float) -> Tensor:
     return torch.rsqrt_(length.square_().div_(x.shape[-1]).add_(epsilon))
 
 
-def normed(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+def scale_by_rms(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
     return (x * factor).mul_(weight)
 
 
-def normed_by(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm_no_grad(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) · weight (1910.07467), without gradient."""
-    return normed(x, rms_factor(x, epsilon), weight)
+    return scale_by_rms(x, rms_factor(x, epsilon), weight)
 
 
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,13 +49,13 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> tu
 
 
 class RMSNorm(torch.autograd.Function):
-    """As `normed_by`; keeps x, the weight and a factor a token."""
+    """As `rms_norm_no_grad`; keeps x, the weight and a factor a token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         factor = rms_factor(x, epsilon)
         ctx.save_for_backward(x, weight, factor)
-        return normed(x, factor, weight)
+        return scale_by_rms(x, factor, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,8 +67,10 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradient of (silu(gate) · up) · weightᵀ by gate, up and the weight."""
     opened = F.silu(gate_TF)
-    of_weight = to_weight(weight, grad_TD, opened * up_TF) if weight_needs else None
-    back = by_onednn(grad_TD, weight.t())
+    of_weight = (
+        accumulate_weight_gradient(weight, grad_TD, opened * up_TF) if weight_needs else None
+    )
+    back = linear_onednn(grad_TD, weight.t())
     to_up = opened.mul_(back)
     return torch.ops.aten.silu_backward(back.mul_(up_TF), gate_TF), to_up, of_weight
 
@@ -74,7 +81,7 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return by_onednn(F.silu(gate).mul_(up), weight)
+        return linear_onednn(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,7 +92,7 @@ class GatedProduct(torch.autograd.Function):
         return to_gate.view(gate.shape), to_up.view(up.shape), of_weight
 
 
-class Lookup(torch.autograd.Function):
+class EmbeddingLookup(torch.autograd.Function):
     """An embedding's rows.
 
     Their gradient is added up in what the weight has of it already; torch makes one of the
@@ -117,22 +124,22 @@ class Lookup(torch.autograd.Function):
         return None, None, None
 
 
-def looked_up(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+def look_up_embedding(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
     padding = -1 if embedding.padding_idx is None else embedding.padding_idx
-    y: Tensor = Lookup.apply(tokens, embedding.weight, padding)  # type: ignore[no-untyped-call]
+    y: Tensor = EmbeddingLookup.apply(tokens, embedding.weight, padding)  # type: ignore[no-untyped-call]
     return y
 
 
 def rms_norm(x: Tensor, norm: Any) -> Tensor:
-    y: Tensor = RMSNorm.apply(x, norm.weight, epsilon_of(norm))  # type: ignore[no-untyped-call]
+    y: Tensor = RMSNorm.apply(x, norm.weight, get_epsilon(norm))  # type: ignore[no-untyped-call]
     return y
 
 
-def epsilon_of(norm: Any) -> Any:
+def get_epsilon(norm: Any) -> Any:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
-def gated(x: Tensor, block: Any) -> Tensor:
+def gated_mlp(x: Tensor, block: Any) -> Tensor:
     """A gated feed-forward block; its parts may be wrapped, by an adapter say."""
     y: Tensor = GatedProduct.apply(  # type: ignore[no-untyped-call]
         block.gate_proj(x), block.up_proj(x), block.down_proj.weight
@@ -146,7 +153,7 @@ def looks_like_norm(module: Any) -> bool:
         type(module).__name__.endswith("RMSNorm")
         and isinstance(weight, Tensor)
         and weight.dim() == 1
-        and isinstance(epsilon_of(module), float)
+        and isinstance(get_epsilon(module), float)
         and suits_onednn(weight)
     )
 
@@ -162,43 +169,43 @@ def looks_gated(module: Any) -> bool:
     )
 
 
-def lean_norms(model: nn.Module) -> dict[nn.Module, Forward]:
+def make_norm_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
     """Its root-mean-square norms, and what computes them."""
     return {
         module: partial(rms_norm, norm=module)
         for module in filter(looks_like_norm, model.modules())
-        if is_usual_norm(module)
+        if is_standard_rms_norm(module)
     }
 
 
 @torch.no_grad()
-def is_usual_norm(module: Any) -> bool:
+def is_standard_rms_norm(module: Any) -> bool:
     """Whether `rms_norm` does what norms of this class do, tried with a weight that is not ones.
 
     FalconMamba's have a weight and don't use it.
     """
     kind = (type(module), type(None))
-    if kind not in _computes:
+    if kind not in _matches:
         tried = copy.deepcopy(module)
         tried.weight.copy_(torch.linspace(0.5, 2.0, len(tried.weight)))
-        computes(tried, partial(rms_norm, norm=tried), len(tried.weight))
-    return _computes[kind]
+        matches_module(tried, partial(rms_norm, norm=tried), len(tried.weight))
+    return _matches[kind]
 
 
-def lean_blocks(model: nn.Module) -> dict[nn.Module, Forward]:
+def make_mlp_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
     """Its gated feed-forward blocks, and what computes them."""
-    found: dict[nn.Module, Forward] = {}
+    found: dict[nn.Module, ModuleForward] = {}
     for module in filter(looks_gated, model.modules()):
-        forward = partial(gated, block=module)
-        if computes(module, forward, module.down_proj.out_features):  # type: ignore[union-attr,arg-type]
+        forward = partial(gated_mlp, block=module)
+        if matches_module(module, forward, module.down_proj.out_features):  # type: ignore[union-attr,arg-type]
             found[module] = forward
     return found
 
 
-def lean_lookups(model: nn.Module) -> dict[nn.Module, Forward]:
+def make_embedding_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
     """Its embeddings; a class of its own may scale them, and is left alone."""
     return {
-        module: partial(looked_up, embedding=module)
+        module: partial(look_up_embedding, embedding=module)
         for module in model.modules()
         if type(module) is nn.Embedding
         and module.max_norm is None
@@ -208,11 +215,11 @@ def lean_lookups(model: nn.Module) -> dict[nn.Module, Forward]:
 
 
 @torch.no_grad()
-def computes(module: Any, forward: Forward, width: int) -> bool:
+def matches_module(module: Any, forward: ModuleForward, width: int) -> bool:
     """Whether a function does what modules of this class do, tried on random numbers."""
     kind = (type(module), type(getattr(module, "act_fn", None)))
-    if kind not in _computes:
+    if kind not in _matches:
         x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
         own = type(module).forward(module, x)
-        _computes[kind] = bool((own - forward(x)).abs().max() <= 1e-4 * own.abs().max())
-    return _computes[kind]
+        _matches[kind] = bool((own - forward(x)).abs().max() <= 1e-4 * own.abs().max())
+    return _matches[kind]

@@ -14,25 +14,30 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from grpo.models.cpu.layer import ForFewRows, Layer, Rotations, WithGradient
+from grpo.models.attention_plan import ATTENTION_NAME, AttentionScoring, attention_as
+from grpo.models.cpu.layer import DecodeForward, DecoderLayer, RotationCache, TrainingForward
 from grpo.models.cpu.linear import (
     computed_as,
-    fast_products,
-    laid_out_for,
-    linear_layers,
+    find_linear_layers,
+    make_linear_forwards,
+    make_packed_forwards,
     suits_onednn,
 )
-from grpo.models.cpu.modules import lean_blocks, lean_lookups, lean_norms, looks_like_norm
-from grpo.models.cpu.tree_attention import split
-from grpo.models.plan import NAME, Scoring, attention_as
+from grpo.models.cpu.modules import (
+    looks_like_norm,
+    make_embedding_forwards,
+    make_mlp_forwards,
+    make_norm_forwards,
+)
+from grpo.models.cpu.tree_attention import attend_split
 from grpo.models.tree import Tree
 
-LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-BLOCK = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-def in_place_of(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def dispatch_on_plan(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A layer's forward that is written out where a tree is read, and the class's own elsewhere."""
 
     def chosen(hidden: Tensor, **named: Any) -> Tensor:
@@ -45,31 +50,31 @@ def in_place_of(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Te
     return chosen
 
 
-_layers: WeakKeyDictionary[nn.Module, Scoring | None] = WeakKeyDictionary()
+_scorings: WeakKeyDictionary[nn.Module, AttentionScoring | None] = WeakKeyDictionary()
 
 
-def usual_layers(model: nn.Module) -> list[Layer]:
+def find_supported_layers(model: nn.Module) -> list[DecoderLayer]:
     """The model's layers that can be computed here."""
     found = []
-    for module in filter(looks_usual, model.modules()):
-        if module not in _layers:
-            _layers[module] = scoring_of(module)
-        how = _layers[module]
+    for module in filter(has_supported_parts, model.modules()):
+        if module not in _scorings:
+            _scorings[module] = find_scoring(module)
+        how = _scorings[module]
         if how is not None:
-            found.append(Layer(module, how))
+            found.append(DecoderLayer(module, how))
     return found
 
 
-def looks_usual(module: Any) -> bool:
+def has_supported_parts(module: Any) -> bool:
     """Whether it has the parts of such a layer, all of them plain."""
-    if {name for name, _ in module.named_children()} != LAYER:
+    if {name for name, _ in module.named_children()} != LAYER_PARTS:
         return False
     attention, block = module.self_attn, module.mlp
-    if {name for name, _ in attention.named_children()} != ATTENTION:
+    if {name for name, _ in attention.named_children()} != ATTENTION_PARTS:
         return False
-    if {name for name, _ in block.named_children()} != BLOCK:
+    if {name for name, _ in block.named_children()} != MLP_PARTS:
         return False
-    linear = [getattr(attention, name) for name in sorted(ATTENTION)]
+    linear = [getattr(attention, name) for name in sorted(ATTENTION_PARTS)]
     linear += [block.gate_proj, block.up_proj, block.down_proj]
     return (
         looks_like_norm(module.input_layernorm)
@@ -80,22 +85,27 @@ def looks_usual(module: Any) -> bool:
     )
 
 
-class Overheard:
+class RecordingPlan:
     """A plan that notes how a layer scores its keys, and scores them all alike."""
 
     def __init__(self, tree: Tree) -> None:
-        self.tree, self.how = tree, Scoring(0.0)
+        self.tree, self.scoring = tree, AttentionScoring(0.0)
 
     def attend(
-        self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
+        self,
+        layer: int,
+        queries_HTd: Tensor,
+        keys_KTd: Tensor,
+        values_KTd: Tensor,
+        scoring: AttentionScoring,
     ) -> Tensor:
         """As `Plan.attend` says."""
-        self.how = how
-        return split(queries_HTd, keys_KTd, values_KTd, self.tree, how.scale)
+        self.scoring = scoring
+        return attend_split(queries_HTd, keys_KTd, values_KTd, self.tree, scoring.scale)
 
 
 @torch.no_grad()
-def scoring_of(module: Any) -> Scoring | None:
+def find_scoring(module: Any) -> AttentionScoring | None:
     """How a layer scores its keys, if what is written here gives its numbers; else None.
 
     Tried on random numbers: a layer may leave out its positions, or scale what it adds, and
@@ -106,42 +116,43 @@ def scoring_of(module: Any) -> Scoring | None:
     x = torch.randn(1, 4, attention.q_proj.in_features, generator=generator)
     angles = torch.rand(1, 4, attention.head_dim // 2, generator=generator).repeat(1, 1, 2)
     positions = (angles.cos(), angles.sin())
-    plan = Overheard(Tree((4,), ()))
+    plan = RecordingPlan(Tree((4,), ()))
     try:
-        with attention_as(attention.config, NAME):
+        with attention_as(attention.config, ATTENTION_NAME):
             own = type(module).forward(module, x, position_embeddings=positions, plan=plan)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # it wants something else than such layers do
-    forward = WithGradient(Layer(module, plan.how), Rotations())
+    forward = TrainingForward(DecoderLayer(module, plan.scoring), RotationCache())
     written = forward(x, plan=plan, position_embeddings=positions)
     same = isinstance(own, Tensor) and torch.allclose(own, written, rtol=1e-4, atol=1e-4)
-    return plan.how if same else None
+    return plan.scoring if same else None
 
 
-def lean(model: nn.Module) -> AbstractContextManager[None]:
+def fast_forward_pass(model: nn.Module) -> AbstractContextManager[None]:
     """Within it, a forward pass keeps little for its backward, and its products are fast."""
-    rotations = Rotations()
+    rotations = RotationCache()
     whole = {
-        x.module: in_place_of(x.module, WithGradient(x, rotations)) for x in usual_layers(model)
+        x.module: dispatch_on_plan(x.module, TrainingForward(x, rotations))
+        for x in find_supported_layers(model)
     }
     return computed_as(
         {
-            **fast_products(model),
-            **lean_norms(model),
-            **lean_blocks(model),
-            **lean_lookups(model),
+            **make_linear_forwards(model),
+            **make_norm_forwards(model),
+            **make_mlp_forwards(model),
+            **make_embedding_forwards(model),
             **whole,
         }
     )
 
 
-def decoding(model: nn.Module, rows: int) -> AbstractContextManager[None]:
+def fast_decoding(model: nn.Module, rows: int) -> AbstractContextManager[None]:
     """Within it, a forward pass of few tokens is fast, and without gradient.
 
     rows: how many tokens there will mostly be. The weights must not change meanwhile.
     """
-    whole, rotations = usual_layers(model), Rotations()
+    whole, rotations = find_supported_layers(model), RotationCache()
     inside = {part for layer in whole for part in layer.module.modules()}
-    rest = [part for part in linear_layers(model) if part not in inside]
-    few = {x.module: in_place_of(x.module, ForFewRows(x, rotations, rows)) for x in whole}
-    return computed_as({**laid_out_for(rows, rest), **lean_norms(model), **few})
+    rest = [part for part in find_linear_layers(model) if part not in inside]
+    few = {x.module: dispatch_on_plan(x.module, DecodeForward(x, rotations, rows)) for x in whole}
+    return computed_as({**make_packed_forwards(rows, rest), **make_norm_forwards(model), **few})

@@ -7,29 +7,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from grpo.report.html import Page, pack_text
 from grpo.report.run.read import Run
-from grpo.report.shell import Page, packed
 
-Row = Mapping[str, Any]  # a line of completions.jsonl
+CompletionLine = Mapping[str, Any]  # a line of completions.jsonl
 
-FIRST = ord("#")  # the letter of a width of 0
-KL_STEP, MOST = 0.05, 40  # nats, and so many steps up or down: the colours end there
-LEVELS = {step: chr(ord("P") + step) for step in range(-MOST, MOST + 1)}
-BLOCK = 1_000_000  # characters that the page unpacks at once
-LARGEST = 14_900_000  # characters of a page; the completions have what the rest leaves
-SAMPLED = 8  # blocks, to tell how well a large run packs
+ZERO_WIDTH = ord("#")  # the letter of a width of 0
+KL_STEP, MAX_KL_STEPS = 0.05, 40  # nats, and so many steps up or down: the colours end there
+KL_LETTERS = {step: chr(ord("P") + step) for step in range(-MAX_KL_STEPS, MAX_KL_STEPS + 1)}
+BLOCK_CHARACTERS = 1_000_000  # characters that the page unpacks at once
+MAX_PAGE_CHARACTERS = 14_900_000  # characters of a page; the completions have what the rest leaves
+SAMPLED_BLOCKS = 8  # blocks, to tell how well a large run packs
 
 T = TypeVar("T")
 
 
-def browser(page: Page, run: Run) -> str:
+def render_browser(page: Page, run: Run) -> str:
     """Its place in the page; the texts go into the page's data."""
-    page.payload["answers"] = before_and_after(run.evaluations)
-    steps = by_step(run.completions)
-    blocks = packed_blocks(steps, LARGEST - len(page.html()))
+    page.payload["answers"] = pair_answers(run.evaluations)
+    steps = group_by_step(run.completions)
+    blocks = pack_blocks(steps, MAX_PAGE_CHARACTERS - len(page.render_html()))
     page.blocks = [block.packed for block in blocks]
     page.payload["completions"] = {
-        "parts": parts_of(run.completions),
+        "parts": list_reward_parts(run.completions),
         "blocks": [block.steps for block in blocks],
         "groups": sum(block.groups for block in blocks),
     }
@@ -65,33 +65,35 @@ class Block:
     packed: str
 
 
-def by_step(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    found: dict[int, list[Row]] = {}
+def group_by_step(rows: Sequence[CompletionLine]) -> dict[int, list[CompletionLine]]:
+    found: dict[int, list[CompletionLine]] = {}
     for row in rows:
         found.setdefault(row["step"], []).append(row)
     return found
 
 
-def packed_blocks(steps: Mapping[int, Sequence[Row]], room: int) -> list[Block]:
+def pack_blocks(steps: Mapping[int, Sequence[CompletionLine]], max_size: int) -> list[Block]:
     """Every step's completions, or as many steps, evenly spread, as there is room for.
 
     Args:
         room: characters that all of them may have, packed.
     """
-    share, whole = 1.0, portions(list(steps), steps)
-    if len(whole) > SAMPLED:  # packing all of a large run to find it too large takes long
-        sampled = sum(len(packed_block(own, steps).packed) for own in spread(whole, SAMPLED))
-        share = min(1.0, room / (sampled * len(whole) / SAMPLED))
+    share, whole = 1.0, group_into_blocks(list(steps), steps)
+    if len(whole) > SAMPLED_BLOCKS:  # packing all of a large run to find it too large takes long
+        sampled = sum(
+            len(pack_block(own, steps).packed) for own in pick_evenly(whole, SAMPLED_BLOCKS)
+        )
+        share = min(1.0, max_size / (sampled * len(whole) / SAMPLED_BLOCKS))
     while True:
-        wanted = spread(list(steps), round(share * len(steps)))
-        blocks = [packed_block(own, steps) for own in portions(wanted, steps)]
+        wanted = pick_evenly(list(steps), round(share * len(steps)))
+        blocks = [pack_block(own, steps) for own in group_into_blocks(wanted, steps)]
         size = sum(len(block.packed) for block in blocks)
-        if size <= room or len(wanted) <= 2:
+        if size <= max_size or len(wanted) <= 2:
             return blocks
-        share *= 0.97 * room / size
+        share *= 0.97 * max_size / size
 
 
-def spread(items: list[T], count: int) -> list[T]:
+def pick_evenly(items: list[T], count: int) -> list[T]:
     """So many, but at least two, evenly from the first to the last."""
     count = min(len(items), max(2, count))
     if count < 2:
@@ -99,12 +101,14 @@ def spread(items: list[T], count: int) -> list[T]:
     return [items[n * (len(items) - 1) // (count - 1)] for n in range(count)]
 
 
-def portions(wanted: Sequence[int], steps: Mapping[int, Sequence[Row]]) -> list[list[int]]:
+def group_into_blocks(
+    wanted: Sequence[int], steps: Mapping[int, Sequence[CompletionLine]]
+) -> list[list[int]]:
     """Steps that are unpacked together."""
     found: list[list[int]] = []
-    size = BLOCK
+    size = BLOCK_CHARACTERS
     for step in wanted:
-        if size >= BLOCK:
+        if size >= BLOCK_CHARACTERS:
             found.append([])
             size = 0
         found[-1].append(step)
@@ -112,21 +116,25 @@ def portions(wanted: Sequence[int], steps: Mapping[int, Sequence[Row]]) -> list[
     return found
 
 
-def packed_block(own: Sequence[int], steps: Mapping[int, Sequence[Row]]) -> Block:
-    rows = [row for step in own for row in steps[step]]
+def pack_block(block_steps: Sequence[int], steps: Mapping[int, Sequence[CompletionLine]]) -> Block:
+    rows = [row for step in block_steps for row in steps[step]]
     groups = len({(row["step"], row["prompt"]) for row in rows})
-    return Block(list(own), groups, packed(json.dumps(samples(rows), ensure_ascii=False)))
+    return Block(
+        list(block_steps),
+        groups,
+        pack_text(json.dumps(encode_completions(rows), ensure_ascii=False)),
+    )
 
 
-def parts_of(rows: Sequence[Row]) -> list[str]:
+def list_reward_parts(rows: Sequence[CompletionLine]) -> list[str]:
     """The rewards that were summed."""
     return [key for key in (rows[0] if rows else {}) if key.startswith("reward/")]
 
 
-def samples(rows: Sequence[Row]) -> dict[str, Any]:
+def encode_completions(rows: Sequence[CompletionLine]) -> dict[str, Any]:
     """Columns, since like packs well with like, and each prompt once."""
     prompts = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
-    parts = parts_of(rows)
+    parts = list_reward_parts(rows)
     return {
         "prompts": list(prompts),
         "facts": [
@@ -138,23 +146,27 @@ def samples(rows: Sequence[Row]) -> dict[str, Any]:
             for row in rows
         ],
         "texts": [row["completion"] for row in rows],
-        "widths": [widths(row.get("token_ends") or []) for row in rows],
-        "kl": [levels(row.get("token_kl") or []) for row in rows],
+        "widths": [encode_widths(row.get("token_ends") or []) for row in rows],
+        "kl": [encode_kl(row.get("token_kl") or []) for row in rows],
     }  # fmt: skip
 
 
-def widths(ends: Sequence[int]) -> str:
+def encode_widths(ends: Sequence[int]) -> str:
     """How many characters each token has, as a letter each."""
     starts = [0, *ends]
-    return "".join([chr(FIRST + end - start) for start, end in zip(starts, ends, strict=False)])
+    return "".join(
+        [chr(ZERO_WIDTH + end - start) for start, end in zip(starts, ends, strict=False)]
+    )
 
 
-def levels(kl: Sequence[float]) -> str:
+def encode_kl(kl: Sequence[float]) -> str:
     """The KL of each token in steps as fine as the colours, as a letter each."""
-    return "".join([LEVELS[max(-MOST, min(MOST, round(x / KL_STEP)))] for x in kl])
+    return "".join(
+        [KL_LETTERS[max(-MAX_KL_STEPS, min(MAX_KL_STEPS, round(x / KL_STEP)))] for x in kl]
+    )
 
 
-def before_and_after(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def pair_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The first and the last answer to each evaluation prompt; None where there are no two."""
     steps = sorted({row["step"] for row in rows})
     if len(steps) < 2:

@@ -8,13 +8,13 @@ from itertools import cycle
 from typing import Any
 
 from grpo.config.metric_names import REWARD_METRICS
+from grpo.report.html import COLORS, Figure
 from grpo.report.run.read import Run
-from grpo.report.shell import COLORS, Figure
-from grpo.tracking.charts import averaged, shares
+from grpo.tracking.text_charts import average_bins, split_into_bins
 
-MOST_POINTS = 1000  # of a line: beyond, each point is the mean of several steps
+MAX_POINTS = 1000  # of a line: beyond, each point is the mean of several steps
 DASHES = ("solid", "dot", "dash", "dashdot")
-SMOOTH = 50  # steps from which a noisy line gets its running mean
+MIN_SMOOTHED_STEPS = 50  # steps from which a noisy line gets its running mean
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Chart:
     compared: tuple[str, ...] = ()  # where several runs lie over each other; none: the first metric
 
 
-SECTIONS: dict[str, tuple[Chart, ...]] = {
+CHART_SECTIONS: dict[str, tuple[Chart, ...]] = {
     "Did it learn": (
         Chart("Reward", "Mean over a step's completions.", ("reward/mean",)),
         Chart(
@@ -97,26 +97,28 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
 }
 
 
-def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[tuple[Chart, Figure]]]]:
+def build_sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[tuple[Chart, Figure]]]]:
     """Each section's charts, those for which there is something to draw."""
-    for title, charts in SECTIONS.items():
+    for title, charts in CHART_SECTIONS.items():
         drawn = []
         for chart in charts:
-            metrics = metrics_of(chart, runs)
+            metrics = select_metrics(chart, runs)
             lone = chart.metrics == ("reward/*",) and len(metrics) == 1  # is the reward itself
             if not metrics or lone:
                 continue
             drawn.append(
                 (
                     chart,
-                    over(runs, chart, metrics) if len(runs) > 1 else alone(runs[0], chart, metrics),
+                    draw_runs(runs, chart, metrics)
+                    if len(runs) > 1
+                    else draw_one_run(runs[0], chart, metrics),
                 )
             )
         if drawn:
             yield title, drawn
 
 
-def metrics_of(chart: Chart, runs: Sequence[Run]) -> list[str]:
+def select_metrics(chart: Chart, runs: Sequence[Run]) -> list[str]:
     """Those of a chart that some run has."""
     there = list(dict.fromkeys(name for run in runs for name in run.metrics))
     found = []
@@ -129,17 +131,17 @@ def metrics_of(chart: Chart, runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def alone(run: Run, chart: Chart, metrics: Sequence[str]) -> Figure:
+def draw_one_run(run: Run, chart: Chart, metrics: Sequence[str]) -> Figure:
     """A line for each metric of one run."""
     traces = []
     names = [metric.partition("/")[2] for metric in metrics]
     for n, (metric, name) in enumerate(zip(metrics, names, strict=True)):
         named = name if names.count(name) == 1 else metric
-        traces += lines(run, chart, metric, COLORS[n % len(COLORS)], named)
-    return {"data": traces, "layout": layout(chart, legend=len(metrics) > 1)}
+        traces += make_traces(run, chart, metric, COLORS[n % len(COLORS)], named)
+    return {"data": traces, "layout": make_layout(chart, legend=len(metrics) > 1)}
 
 
-def over(runs: Sequence[Run], chart: Chart, metrics: Sequence[str]) -> Figure:
+def draw_runs(runs: Sequence[Run], chart: Chart, metrics: Sequence[str]) -> Figure:
     """A color for each run and a dash for each metric, of those that are compared."""
     compared = [metric for metric in chart.compared if any(metric in run.metrics for run in runs)]
     if chart.metrics == ("reward/*",):
@@ -150,16 +152,16 @@ def over(runs: Sequence[Run], chart: Chart, metrics: Sequence[str]) -> Figure:
         for metric, dash in zip(compared or metrics[:1], cycle(DASHES), strict=False):
             own = metric.partition("/")[2]
             name = f"{run.name}: {own}" if len(compared) > 1 else run.name
-            for trace in lines(run, beside, metric, COLORS[n % len(COLORS)], name):
+            for trace in make_traces(run, beside, metric, COLORS[n % len(COLORS)], name):
                 traces.append({**trace, "line": {**trace["line"], "dash": dash}})
-    shown = layout(chart, legend=True)
+    shown = make_layout(chart, legend=True)
     if len(compared) < 2:
         shown["yaxis"]["title"] = {"text": (compared or metrics)[0], "font": {"size": 10}}
     return {"data": traces, "layout": shown}
 
 
-def lines(run: Run, chart: Chart, metric: str, color: str, name: str) -> list[dict[str, Any]]:
-    steps, values = thinned(*run.series(metric))
+def make_traces(run: Run, chart: Chart, metric: str, color: str, name: str) -> list[dict[str, Any]]:
+    steps, values = downsample(*run.series(metric))
     is_point = metric.startswith("eval/")
     trace = {
         "type": "scatter", "x": steps, "y": values, "name": name,
@@ -169,30 +171,32 @@ def lines(run: Run, chart: Chart, metric: str, color: str, name: str) -> list[di
     }  # fmt: skip
     if chart.stacked:
         return [{**trace, "stackgroup": "all", "mode": "none", "fillcolor": color}]
-    if is_point or len(steps) < SMOOTH:
+    if is_point or len(steps) < MIN_SMOOTHED_STEPS:
         return [trace]
     noisy = {**trace, "opacity": 0.3, "line": {"color": color, "width": 1}, "showlegend": False}
-    return [noisy, {**trace, "y": smoothed(values), "hoverinfo": "skip", "hovertemplate": None}]
+    return [noisy, {**trace, "y": smooth(values), "hoverinfo": "skip", "hovertemplate": None}]
 
 
-def thinned(steps: list[int], values: list[float | None]) -> tuple[list[int], list[float | None]]:
+def downsample(
+    steps: list[int], values: list[float | None]
+) -> tuple[list[int], list[float | None]]:
     """At most as many points as a line needs: means of neighbours, at the first one's step."""
-    firsts = [steps[start] for start, _ in shares(len(steps), MOST_POINTS)]
-    return firsts, averaged(values, MOST_POINTS)
+    firsts = [steps[start] for start, _ in split_into_bins(len(steps), MAX_POINTS)]
+    return firsts, average_bins(values, MAX_POINTS)
 
 
-def smoothed(values: Sequence[float | None], keep: float = 0.8) -> list[float | None]:
+def smooth(values: Sequence[float | None], decay: float = 0.8) -> list[float | None]:
     """Exponential running means, unbiased at their start."""
     total = weight = 0.0
     found: list[float | None] = []
     for value in values:
         if value is not None:
-            total, weight = keep * total + value, keep * weight + 1
+            total, weight = decay * total + value, decay * weight + 1
         found.append(float(f"{total / weight:.9g}") if weight else None)  # as a constant stays one
     return found
 
 
-def layout(chart: Chart, legend: bool) -> dict[str, Any]:
+def make_layout(chart: Chart, legend: bool) -> dict[str, Any]:
     y: dict[str, Any] = {"automargin": True, "zeroline": False, "exponentformat": "e"}
     if chart.percent:
         y |= {"tickformat": ".0%", "range": [-0.03, 1.03]}

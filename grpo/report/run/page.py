@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from grpo.report.run.browser import browser
-from grpo.report.run.charts import sections
-from grpo.report.run.read import Run, differences, read_run, shipped_config
-from grpo.report.shell import COLORS, Page, row, table
-from grpo.runs.files import put
+from grpo.report.html import COLORS, Page, render_row, render_table
+from grpo.report.run.browser import render_browser
+from grpo.report.run.charts import build_sections
+from grpo.report.run.read import Run, diff_configs, load_default_config, read_run
+from grpo.runs.files import write_atomically
 
 
 def write_run_page(folder: Path) -> Path:
@@ -19,49 +19,52 @@ def write_run_page(folder: Path) -> Path:
     Raises:
         ConfigError: there is no run, or nothing to show of it.
     """
-    html = run_page(read_run(folder))
-    put(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
+    html = render_run_page(read_run(folder))
+    write_atomically(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
     return folder / "report.html"
 
 
-def run_page(run: Run) -> str:
+def render_run_page(run: Run) -> str:
     """HTML of one run."""
     page = Page(run.name)
-    page.add(f"<h1>{escape(run.name)}</h1><p class=lead>{escape(verdict(run))}</p>")
-    page.add(f"<p class=facts>{escape(facts(run))}</p>")
-    page.add(doctor(run))
+    page.add(f"<h1>{escape(run.name)}</h1><p class=lead>{escape(describe_result(run))}</p>")
+    page.add(f"<p class=facts>{escape(format_facts(run))}</p>")
+    page.add(render_diagnoses(run))
     add_charts(page, [run])
-    page.add(browser(page, run))
-    page.add(changed(run))
-    return page.html(["browser.js"])
+    page.add(render_browser(page, run))
+    page.add(render_config(run))
+    return page.render_html(["browser.js"])
 
 
-def runs_page(runs: Sequence[Run]) -> str:
+def render_runs_page(runs: Sequence[Run]) -> str:
     """HTML of several runs over each other."""
     page = Page(", ".join(run.name for run in runs))
     page.add(f"<h1>{len(runs)} runs</h1>")
     heads = ["", "run", "verdict"]
     rows = [
         f"<tr><td><i class=key style='background:{COLORS[n % len(COLORS)]}'></i></td>"
-        f"<td>{escape(run.name)}</td><td class=long>{escape(verdict(run))}</td></tr>"
+        f"<td>{escape(run.name)}</td><td class=long>{escape(describe_result(run))}</td></tr>"
         for n, run in enumerate(runs)
     ]
-    page.add(f"<section>{table(heads, rows)}</section>")
-    found = differences([run.config for run in runs])
-    body = [row([key, *(written(value) for value in values)]) for key, values in found.items()]
-    what = table(["key", *(run.name for run in runs)], body) if body else "<p>Nothing.</p>"
+    page.add(f"<section>{render_table(heads, rows)}</section>")
+    found = diff_configs([run.config for run in runs])
+    body = [
+        render_row([key, *(format_config_value(value) for value in values)])
+        for key, values in found.items()
+    ]
+    what = render_table(["key", *(run.name for run in runs)], body) if body else "<p>Nothing.</p>"
     page.add(f"<section><h2>In what they differ</h2>{what}</section>")
     add_charts(page, runs)
-    return page.html()
+    return page.render_html()
 
 
 def add_charts(page: Page, runs: Sequence[Run]) -> None:
-    for title, drawn in sections(runs):
-        figures = "".join(page.figure(c.name, c.meaning, figure) for c, figure in drawn)
+    for title, drawn in build_sections(runs):
+        figures = "".join(page.add_figure(c.name, c.meaning, figure) for c, figure in drawn)
         page.add(f"<section><h2>{escape(title)}</h2><div class=charts>{figures}</div></section>")
 
 
-def verdict(run: Run) -> str:
+def describe_result(run: Run) -> str:
     """What came of it, in a sentence or three."""
     status = str(run.summary.get("status", "unknown"))
     done = run.lines[-1]["step"]
@@ -84,7 +87,7 @@ def verdict(run: Run) -> str:
     return " ".join(parts)
 
 
-def facts(run: Run) -> str:
+def format_facts(run: Run) -> str:
     seconds = run.summary.get("wall_seconds") or sum(line["time/step"] for line in run.steps)
     shape = f"{run.config['batch_size']} \u00d7 {run.config['num_generation']} completions a step"
     made = [
@@ -95,7 +98,7 @@ def facts(run: Run) -> str:
     return " \u00b7 ".join(part for part in made if part)
 
 
-def doctor(run: Run) -> str:
+def render_diagnoses(run: Run) -> str:
     """What is wrong with it, or that nothing was found."""
     if not run.config.get("doctor"):
         return ""
@@ -111,17 +114,20 @@ def doctor(run: Run) -> str:
     return f"<section class=trouble><h2>Diagnoses</h2><ul>{''.join(rows)}</ul></section>"
 
 
-def changed(run: Run) -> str:
+def render_config(run: Run) -> str:
     """What was asked for, and in which keys the config differs from the shipped one."""
-    found = differences([shipped_config(), run.config])
-    rows = [row([key, written(own), written(theirs)]) for key, (theirs, own) in found.items()]
+    found = diff_configs([load_default_config(), run.config])
+    rows = [
+        render_row([key, format_config_value(own), format_config_value(theirs)])
+        for key, (theirs, own) in found.items()
+    ]
     typed = " ".join(run.overrides)
     return (
         f"<section><h2>Config</h2><pre>grpo {escape(typed)}</pre>"
         f"<p>{'In these keys it differs from the shipped config.' if rows else 'As shipped.'}</p>"
-        f"{table(['key', 'here', 'as shipped'], rows) if rows else ''}</section>"
+        f"{render_table(['key', 'here', 'as shipped'], rows) if rows else ''}</section>"
     )
 
 
-def written(value: object) -> str:
+def format_config_value(value: object) -> str:
     return "null" if value is None else str(value)

@@ -12,8 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config.schema import DoctorConfig, flat
-from grpo.config.secrets import hide, texts_of_environment
+from grpo.config.schema import DoctorConfig, flatten_config
+from grpo.config.secrets import find_environment_texts, hide_texts
 from grpo.doctor.diagnoses import Diagnosis, diagnose
 from grpo.errors import ConfigError
 from grpo.runs.files import read_summary
@@ -63,7 +63,7 @@ def read_run(folder: Path) -> Run:
     lines = read_lines(folder / "metrics.jsonl")
     if not lines:
         raise ConfigError(f"{folder}: this run has logged nothing yet.")
-    config = resolved(config)
+    config = resolve_config(config)
     return Run(
         name=str(config.get("name") or folder.absolute().name),
         folder=folder,
@@ -73,17 +73,17 @@ def read_run(folder: Path) -> Run:
         lines=lines,
         completions=read_lines(folder / "completions.jsonl"),
         evaluations=read_lines(folder / "evaluations.jsonl"),
-        diagnoses=diagnosed(lines, config),
+        diagnoses=diagnose_run(lines, config),
     )
 
 
-def diagnosed(lines: list[dict[str, Any]], config: Mapping[str, Any]) -> list[Diagnosis]:
+def diagnose_run(lines: list[dict[str, Any]], config: Mapping[str, Any]) -> list[Diagnosis]:
     """What the doctor says of a run, by the limits in its config; nothing at doctor=none."""
     limits = config.get("doctor")
     return diagnose(lines, config, DoctorConfig(**limits)) if limits else []
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
+def make_names_unique(runs: Sequence[Run]) -> list[Run]:
     """The same, those that share a name with where they lie behind it."""
     counts = Counter(run.name for run in runs)
     return [
@@ -92,18 +92,18 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def resolved(config: Any) -> dict[str, Any]:
+def resolve_config(config: Any) -> dict[str, Any]:
     """The config with what its keys refer to in their place, and without what is not compared.
 
     Texts of the environment stay as they are written.
     """
     content = OmegaConf.create({k: v for k, v in config.items() if k != "hydra"})
-    written, made = OmegaConf.to_container(content), values_of(content)
-    made = hide(written, made, set(texts_of_environment(written, made)))
+    written, made = OmegaConf.to_container(content), resolve_values(content)
+    made = hide_texts(written, made, set(find_environment_texts(written, made)))
     return {key: value for key, value in made.items() if key == "name" or key not in NOT_COMPARED}
 
 
-def values_of(config: DictConfig) -> dict[str, Any]:
+def resolve_values(config: DictConfig) -> dict[str, Any]:
     """What can't be known any more, as ${now:…} may be, stays as it was written."""
     found: dict[str, Any] = {}
     written: Any = OmegaConf.to_container(config)
@@ -114,29 +114,29 @@ def values_of(config: DictConfig) -> dict[str, Any]:
                 value = OmegaConf.to_container(value, resolve=True)
         except OmegaConfBaseException:
             value = written[key]
-        found[str(key)] = values_of(value) if isinstance(value, DictConfig) else value
+        found[str(key)] = resolve_values(value) if isinstance(value, DictConfig) else value
     return found
 
 
-def differences(configs: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def diff_configs(configs: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The keys in which configs differ, with the value in each; missing is null."""
-    flats = [flat(config) for config in configs]
+    flats = [flatten_config(config) for config in configs]
     keys = dict.fromkeys(key for own in flats for key in own)
     values = {key: [own.get(key) for own in flats] for key in keys if key not in NOT_COMPARED}
     return {key: own for key, own in values.items() if any(value != own[0] for value in own)}
 
 
 @cache
-def shipped_config() -> dict[str, Any]:
+def load_default_config() -> dict[str, Any]:
     """The config of `grpo` without an override."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode
 
-    from grpo.config.schema import conf_folder, register
+    from grpo.config.schema import find_conf_folder, register_schema
 
-    register()
-    loader = ConfigLoaderImpl(create_config_search_path(str(conf_folder())))
+    register_schema()
+    loader = ConfigLoaderImpl(create_config_search_path(str(find_conf_folder())))
     config = loader.load_configuration("config", [], RunMode.RUN)
     content = {str(k): v for k, v in config.items_ex(resolve=False) if k != "hydra"}
-    return resolved(content)
+    return resolve_config(content)

@@ -13,13 +13,19 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from grpo.config.schema import conf_folder
+from grpo.config.schema import find_conf_folder
 
-LEFT_OUT = ("sweep", "sweep_dir", "resume", "name", "tracking")  # change nothing that is measured
+EXCLUDED_KEYS = (
+    "sweep",
+    "sweep_dir",
+    "resume",
+    "name",
+    "tracking",
+)  # change nothing that is measured
 
 
 @dataclass(frozen=True)
-class Best:
+class BestSetting:
     """The best setting as a file, and the command that runs it."""
 
     file: Path
@@ -31,7 +37,9 @@ class Best:
         self.file.write_text(self.content)
 
 
-def best_setting(sweep: Path, overrides: Sequence[str], why: str, own_configs: str | None) -> Best:
+def build_best_setting(
+    sweep: Path, overrides: Sequence[str], why: str, config_dir: str | None
+) -> BestSetting:
     """SWEEP/experiment/best.yaml, and the command that runs it.
 
     Where the sweep's own experiments have one of this name, it is best_2.yaml, and so on. What an
@@ -41,29 +49,29 @@ def best_setting(sweep: Path, overrides: Sequence[str], why: str, own_configs: s
         overrides: those of the best job, its seed among them.
         own_configs: the --config-dir that the sweep was started with.
     """
-    name = free_name(Path(own_configs)) if own_configs else "best"
+    name = find_free_name(Path(config_dir)) if config_dir else "best"
     file = sweep / "experiment" / f"{name}.yaml"
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     deleted = [quote(f"~{one.key_or_group}") for one in parsed if one.is_delete()]
     if deleted:
         why += f"\nThe command that runs it must say {' '.join(deleted)} too."
     comment = "\n".join(f"# {line}" for line in why.splitlines())
-    content = f"# @package _global_\n{comment}\n{experiment(parsed, own_configs)}"
-    where = ["--config-dir", quote(own_configs or str(sweep))]
-    if own_configs is not None:
+    content = f"# @package _global_\n{comment}\n{format_experiment(parsed, config_dir)}"
+    where = ["--config-dir", quote(config_dir or str(sweep))]
+    if config_dir is not None:
         where.append(quote(f"hydra.searchpath=[file://{sweep.absolute()}]"))
-    return Best(file, content, " ".join(["grpo", *where, f"experiment={name}", *deleted]))
+    return BestSetting(file, content, " ".join(["grpo", *where, f"experiment={name}", *deleted]))
 
 
-def free_name(own_configs: Path) -> str:
-    taken = {file.stem for file in (own_configs / "experiment").glob("*.yaml")}
+def find_free_name(config_dir: Path) -> str:
+    taken = {file.stem for file in (config_dir / "experiment").glob("*.yaml")}
     names = chain(["best"], (f"best_{n}" for n in count(2)))
     return next(name for name in names if name not in taken)
 
 
-def experiment(overrides: Sequence[Override], own_configs: str | None) -> str:
+def format_experiment(overrides: Sequence[Override], config_dir: str | None) -> str:
     """Overrides as YAML: choices of groups as a defaults list, values as keys."""
-    folders = [conf_folder(), *([Path(own_configs)] if own_configs else [])]
+    folders = [find_conf_folder(), *([Path(config_dir)] if config_dir else [])]
     base: list[Any] = []
     defaults: list[Any] = []  # those that override, which Hydra wants last
     keys: dict[str, Any] = {}
@@ -71,8 +79,8 @@ def experiment(overrides: Sequence[Override], own_configs: str | None) -> str:
     for one in study_first:
         name = one.key_or_group
         if name == "sweep":
-            of_study(str(one.value()), folders, defaults, keys)
-        if name.partition(".")[0] in LEFT_OUT or one.is_delete():
+            apply_sweep_file(str(one.value()), folders, defaults, keys)
+        if name.partition(".")[0] in EXCLUDED_KEYS or one.is_delete():
             continue
         if any((folder / name).is_dir() for folder in folders):
             if name == "experiment":
@@ -81,19 +89,19 @@ def experiment(overrides: Sequence[Override], own_configs: str | None) -> str:
             else:
                 defaults.append({f"override /{name}": one.value()})
             continue
-        put(keys, name, one.value())
+        set_key(keys, name, one.value())
     whole = {"defaults": [*base, "_self_", *defaults], **keys}
     return str(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
 
 
-def put(keys: dict[str, Any], name: str, value: Any) -> None:
+def set_key(keys: dict[str, Any], name: str, value: Any) -> None:
     *sections, last = name.split(".")
     for section in sections:
         keys = keys.setdefault(section, {})
     keys[last] = value
 
 
-def of_study(
+def apply_sweep_file(
     choice: str, folders: Sequence[Path], defaults: list[Any], keys: dict[str, Any]
 ) -> None:
     """What a file in conf/sweep/ says of the experiment, and not of the sweep."""

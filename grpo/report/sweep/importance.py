@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo.report.sweep.by_key import is_number, over_magnitudes
+from grpo.report.sweep.key_figures import is_number, spans_magnitudes
 from grpo.report.sweep.read import Sweep
 
 
-def importances(sweep: Sweep) -> dict[str, float]:
+def compute_importances(sweep: Sweep) -> dict[str, float]:
     """Shares of the variance by key, seed included, most important first; empty where unknown.
 
     fANOVA (Hutter et al. 2014), by Optuna. Jobs of different seeds are jobs of their own, so the
@@ -28,7 +28,7 @@ def importances(sweep: Sweep) -> dict[str, float]:
 def fanova(
     rows: Sequence[Mapping[str, Any]],
     outcomes: Sequence[float],
-    searched: Mapping[str, Any],
+    searched_space: Mapping[str, Any],
 ) -> dict[str, float]:
     """searched: the distributions of a search's numbers, as JSON; other numbers are a grid's.
 
@@ -47,8 +47,8 @@ def fanova(
         values = [row[key] for row in rows]
         if all(map(is_number, values)):
             low, high = min(values), max(values)
-            drawn = searched.get(key, {}).get("attributes", {})
-            log = drawn.get("log", key not in searched and over_magnitudes(values))
+            drawn = searched_space.get(key, {}).get("attributes", {})
+            log = drawn.get("log", key not in searched_space and spans_magnitudes(values))
             low, high = min(low, drawn.get("low", low)), max(high, drawn.get("high", high))
             space[key] = FloatDistribution(low, high, log=log)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 
-def layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
+def apply_layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
     figure.update_layout(
         template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 40, "b": 50},
         font={"family": "system-ui, sans-serif", "size": 13},

@@ -8,13 +8,13 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from grpo.report.shell import Page, row, table
-from grpo.report.sweep.ranking import Ranking, shown
+from grpo.report.html import Page, render_row, render_table
+from grpo.report.sweep.ranking import Ranking, format_value
 from grpo.report.sweep.read import Job, Sweep
-from grpo.sweep.folder import counted
+from grpo.sweep.folder import count_by_status
 
 
-def page(
+def render_page(
     sweep: Sweep,
     ranking: Ranking,
     command: str,
@@ -22,21 +22,23 @@ def page(
 ) -> str:
     """HTML. command: what runs the best setting again; empty where there is none."""
     made = Page(f"Sweep {', '.join(folder.name for folder in sweep.folders)}")
-    counts = counted(job.status for job in sweep.jobs)
-    made.add(f"<h1>{escape(made.title)}</h1><p class=lead>{escape(ranking.verdict)}</p>")
-    made.add(f"<p class=facts>{len(sweep.jobs)} jobs: {escape(counts)}. {objectives(sweep)}</p>")
+    counts = count_by_status(job.status for job in sweep.jobs)
+    made.add(f"<h1>{escape(made.title)}</h1><p class=lead>{escape(ranking.conclusion)}</p>")
+    made.add(
+        f"<p class=facts>{len(sweep.jobs)} jobs: {escape(counts)}. {format_objectives(sweep)}</p>"
+    )
     if command:
         made.add(f"<p>The best setting again:</p><pre>{escape(command)}</pre>")
-    made.add(troubles(sweep.jobs))
-    made.add(ranking_table(sweep, ranking))
+    made.add(render_failures(sweep.jobs))
+    made.add(render_ranking(sweep, ranking))
     for name, meaning, figure in figures:
-        drawn = made.figure(name, meaning, json.loads(figure.to_json()))
+        drawn = made.add_figure(name, meaning, json.loads(figure.to_json()))
         made.add(f"<section>{drawn}</section>")
-    made.add(jobs_table(sweep))
-    return made.html()
+    made.add(render_jobs(sweep))
+    return made.render_html()
 
 
-def objectives(sweep: Sweep) -> str:
+def format_objectives(sweep: Sweep) -> str:
     own = [
         f"<code>{escape(name)}</code>{', minimized' if direction == 'minimize' else ''}"
         for name, direction in sweep.objectives.items()
@@ -46,7 +48,7 @@ def objectives(sweep: Sweep) -> str:
     return f"Objectives: {'; '.join(own)}. Settings are ranked by the first."
 
 
-def troubles(jobs: Sequence[Job]) -> str:
+def render_failures(jobs: Sequence[Job]) -> str:
     """Why jobs failed; nothing where none did."""
     rows = [
         f"<li>job {job.number}: {escape(job.reason or job.status)}</li>"
@@ -58,7 +60,7 @@ def troubles(jobs: Sequence[Job]) -> str:
     )
 
 
-def ranking_table(sweep: Sweep, ranking: Ranking) -> str:
+def render_ranking(sweep: Sweep, ranking: Ranking) -> str:
     """What only several seeds can say is left out where each setting has one."""
     if not ranking.settings:
         return ""
@@ -72,25 +74,33 @@ def ranking_table(sweep: Sweep, ranking: Ranking) -> str:
         if repeated and spread is not None:
             cells["95% interval"] = f"{spread.low:.4g} to {spread.high:.4g}"
         if place:
-            cells["behind the best"] = f"{ranking.behind[place - 1]:.3g}"
+            cells["behind the best"] = f"{ranking.gaps_to_best[place - 1]:.3g}"
             if len(setting.by_seed) > 1:
                 cells["p"] = f"{ranking.p[place - 1]:.3f}"
-                sure = "sure" if ranking.told[place - 1] else ""
-        first = [*map(shown, setting.values), str(len(setting.by_seed)), f"{setting.mean:.4g}"]
-        rows.append(row([*first, *cells.values()], sure))
+                sure = "sure" if ranking.significant[place - 1] else ""
+        first = [
+            *map(format_value, setting.values),
+            str(len(setting.by_seed)),
+            f"{setting.mean:.4g}",
+        ]
+        rows.append(render_row([*first, *cells.values()], sure))
     heads = [*ranking.keys, "seeds", f"mean {sweep.objective}" if repeated else sweep.objective]
-    note = note_of(ranking) if repeated else "One seed each, so small differences may be noise."
-    return f"<section><h2>Ranking</h2><p>{note}</p>{table([*heads, *more], rows)}</section>"
+    note = (
+        explain_ranking(ranking)
+        if repeated
+        else "One seed each, so small differences may be noise."
+    )
+    return f"<section><h2>Ranking</h2><p>{note}</p>{render_table([*heads, *more], rows)}</section>"
 
 
-def note_of(ranking: Ranking) -> str:
+def explain_ranking(ranking: Ranking) -> str:
     """How to read the table."""
     text = (
         "Intervals are Student's, of one setting's mean over seeds. p compares with the best, for "
         "all pairs of settings together (Tukey's range test and each pair's own t-test, see "
         "docs/statistics.md); a bold p is a difference that the data supports. "
     )
-    if ranking.unequal:
+    if ranking.has_missing_seeds:
         text += (
             "Not all settings have the same seeds: they are ranked by means from which a model of "
             "settings and seeds takes out what the missing seeds would change. "
@@ -101,7 +111,7 @@ def note_of(ranking: Ranking) -> str:
     )
 
 
-def jobs_table(sweep: Sweep) -> str:
+def render_jobs(sweep: Sweep) -> str:
     keys = sweep.keys_and_seed
     heads = ["job", "status", *keys, sweep.objective, "steps", "minutes"]
     rows = []
@@ -109,10 +119,10 @@ def jobs_table(sweep: Sweep) -> str:
         cells = [
             f"{job.sweep} {job.number}".strip(),
             job.status,
-            *(shown(job.values[key]) for key in keys),
+            *(format_value(job.values[key]) for key in keys),
             "" if job.value is None else f"{job.value:.4g}",
-            str(int(job.last.get("step", 0))),
+            str(int(job.last_values.get("step", 0))),
             f"{job.seconds / 60:.1f}",
         ]
-        rows.append(row(cells))
-    return f"<section><h2>Jobs</h2>{table(heads, rows)}</section>"
+        rows.append(render_row(cells))
+    return f"<section><h2>Jobs</h2>{render_table(heads, rows)}</section>"

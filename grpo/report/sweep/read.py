@@ -10,12 +10,12 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.errors import ConfigError
-from grpo.report.run.read import resolved
-from grpo.runs.jsonl import last_values, read_lines
+from grpo.report.run.read import resolve_config
+from grpo.runs.jsonl import find_last_values, read_lines
 from grpo.runs.resume import read_yaml
-from grpo.sweep.folder import StudyFile, record_of, standing
+from grpo.sweep.folder import StudyFile, read_job_state, require_record
 
-UNMARKED = ("seed", "sweep", "name")  # overrides that don't make a setting
+NOT_SETTING_KEYS = ("seed", "sweep", "name")  # overrides that don't make a setting
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Job:
     objective: str
     lines: list[dict[str, Any]]  # of metrics.jsonl
     seconds: float
-    trials: int = 0  # of how many right or wrong answers the objective is the share; 0: of none
+    answer_count: int = (
+        0  # of how many right or wrong answers the objective is the share; 0: of none
+    )
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -47,9 +49,9 @@ class Job:
         return float(logged[-1])
 
     @property
-    def last(self) -> dict[str, float]:
+    def last_values(self) -> dict[str, float]:
         """The last value of each metric."""
-        return last_values(self.lines)
+        return find_last_values(self.lines)
 
     @property
     def tokens(self) -> float:
@@ -81,7 +83,7 @@ class Sweep:
     @property
     def keys(self) -> list[str]:
         """Those in which jobs differ, the seed aside."""
-        keys = [key for key in self.jobs[0].values if key not in UNMARKED]
+        keys = [key for key in self.jobs[0].values if key not in NOT_SETTING_KEYS]
         return [key for key in keys if len({str(job.values[key]) for job in self.jobs}) > 1]
 
     @property
@@ -90,7 +92,7 @@ class Sweep:
         seeds = {str(job.values.get("seed")) for job in self.jobs}
         return [*self.keys, *(["seed"] if len(seeds) > 1 else [])]
 
-    def setting(self, job: Job) -> tuple[Any, ...]:
+    def get_setting_values(self, job: Job) -> tuple[Any, ...]:
         """What jobs have in common that differ in the seed alone."""
         return tuple(job.values[key] for key in self.keys)
 
@@ -102,11 +104,11 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
         ConfigError: one is no sweep, none has a job, or their objectives differ.
     """
     found: list[tuple[str, int, Path, list[str]]] = []
-    records = {folder: record_of(folder) for folder in folders}
+    records = {folder: require_record(folder) for folder in folders}
     for folder, record in records.items():
         name = folder.name if len(folders) > 1 else ""
         found += [(name, n, folder, own) for n, own in enumerate(record.jobs) if own]
-    given = [parsed(overrides) for _, _, _, overrides in found]
+    given = [parse_override_values(overrides) for _, _, _, overrides in found]
     keys = list(dict.fromkeys(key for one in given for key in one))
     studies = {folder: StudyFile.read(folder) for folder in folders}
     searched = {
@@ -131,7 +133,7 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
     return Sweep(list(folders), jobs, directions[0], spaces[0] if spaces else {})
 
 
-def parsed(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_override_values(overrides: Sequence[str]) -> dict[str, Any]:
     """The value that each override gives."""
     given = OverridesParser.create().parse_overrides(list(overrides))
     return {one.key_or_group: one.value() for one in given}
@@ -142,17 +144,17 @@ def read_job(
     number: int,
     folder: Path,
     overrides: list[str],
-    own: dict[str, Any],
+    given_values: dict[str, Any],
     keys: list[str],
-    searched: str,
+    search_metric: str,
 ) -> Job:
     """searched: the metric that a search went by, if it is a job of one."""
-    where = standing(folder, number)
-    config = resolved(read_yaml(where.folder / ".hydra" / "config.yaml") or {})
+    where = read_job_state(folder, number)
+    config = resolve_config(read_yaml(where.folder / ".hydra" / "config.yaml") or {})
     hydra = read_yaml(where.folder / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
     choices = hydra["hydra"]["runtime"].get("choices", {})
     metric = (where.summary.get("objective") or {}).get("name") or config.get("objective")
-    objective = str(searched or metric or "")  # one that hasn't begun has none of its own
+    objective = str(search_metric or metric or "")  # one that hasn't begun has none of its own
     return Job(
         sweep=sweep,
         number=number,
@@ -161,22 +163,24 @@ def read_job(
         reason=where.reason,
         overrides=overrides,
         values={
-            key: plain_number(own[key] if key in own else choices.get(key, looked_up(config, key)))
+            key: normalize_number(
+                given_values[key] if key in given_values else choices.get(key, look_up(config, key))
+            )
             for key in keys
         },
         objective=objective,
         lines=read_lines(where.folder / "metrics.jsonl"),
         seconds=float(where.summary.get("wall_seconds") or 0.0),
-        trials=int((where.summary.get("trials") or {}).get(objective, 0)),
+        answer_count=int((where.summary.get("trials") or {}).get(objective, 0)),
     )
 
 
-def plain_number(value: Any) -> Any:
+def normalize_number(value: Any) -> Any:
     """A whole float as an int: 1.0 and 1 are one setting, whoever wrote it how."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def looked_up(config: Any, key: str) -> Any:
+def look_up(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 POWER = 0.8
 # Where there are more than two settings, a pair's own test counts up to so much more strictly: one
 # that varies more than the others must not be told apart by their small spread.
-STRICTER = 2.5
+MAX_STRICTNESS = 2.5
 
 Floats = NDArray[np.float64]
 BySeed = Mapping[int, float]  # a setting's objective on each of its seeds
@@ -31,8 +31,8 @@ class Interval:
     high: float
 
 
-def mean_interval(values: Sequence[float], trials: int = 0) -> Interval | None:
-    """Where a setting's mean over all seeds lies, at `LEVEL`; None for fewer than two seeds.
+def mean_interval(values: Sequence[float], answer_count: int = 0) -> Interval | None:
+    """Where a setting's mean over all seeds lies, at `CONFIDENCE`; None for fewer than two seeds.
 
     Student's t. Where each value is a share of `trials` right answers, it is never narrower than
     two thirds of the evaluation's own standard error and half a step of the scale: two seeds that
@@ -42,23 +42,23 @@ def mean_interval(values: Sequence[float], trials: int = 0) -> Interval | None:
     if count < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
-    if trials:
-        evaluation = math.sqrt(evaluation_variance(mean, trials * count))
-        half = max(half, 2 / 3 * evaluation + 1 / (2 * trials))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    if answer_count:
+        evaluation = math.sqrt(evaluation_variance(mean, answer_count * count))
+        half = max(half, 2 / 3 * evaluation + 1 / (2 * answer_count))
         return Interval(max(0.0, mean - half), min(1.0, mean + half))
     return Interval(mean - half, mean + half)
 
 
-def evaluation_variance(share: float, trials: int) -> float:
+def evaluation_variance(share: float, answer_count: int) -> float:
     """The variance of a share of right answers out of `trials`; 0 where there are none.
 
     Agresti and Coull (1998): as of two more right and two more wrong, so that it is never 0.
     """
-    if not trials:
+    if not answer_count:
         return 0.0
-    smoothed = (share * trials + 2) / (trials + 4)
-    return smoothed * (1 - smoothed) / trials
+    smoothed = (share * answer_count + 2) / (answer_count + 4)
+    return smoothed * (1 - smoothed) / answer_count
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Comparison:
     """
 
     settings: Sequence[BySeed]
-    levels: Floats
+    adjusted_means: Floats
     inverse: Floats
     variance: float
     freedom: int
-    trials: int
+    answer_count: int
 
     def p(self, a: int, b: int) -> float:
         """That two settings are equal, for all pairs of settings together; 1: nothing is known.
@@ -89,34 +89,41 @@ class Comparison:
         variance, and that of the two settings' own t-test, `strictness` times. Where they see the
         two in a different order, it is 1.
         """
-        alone, ahead = p_of_pair(self.settings[a], self.settings[b], self.trials)
-        if self.freedom < 1 or ahead * (self.levels[a] - self.levels[b]) <= 0:
+        alone, ahead = p_of_pair(self.settings[a], self.settings[b], self.answer_count)
+        if self.freedom < 1 or ahead * (self.adjusted_means[a] - self.adjusted_means[b]) <= 0:
             return 1.0
         own = min(1.0, strictness(len(self.settings)) * alone)
-        return max(float(stats.studentized_range.sf(self.apart(a, b), *self.range)), own)
-
-    def told(self, a: int, b: int) -> bool:
-        """The same as p <= 1 - `LEVEL`, sooner."""
-        alone, ahead = p_of_pair(self.settings[a], self.settings[b], self.trials)
-        return (
-            self.freedom > 0
-            and ahead * (self.levels[a] - self.levels[b]) > 0
-            and strictness(len(self.settings)) * alone <= 1 - LEVEL
-            and self.apart(a, b) >= critical_range(*self.range)
+        return max(
+            float(
+                stats.studentized_range.sf(
+                    self.studentized_difference(a, b), *self.range_parameters
+                )
+            ),
+            own,
         )
 
-    def apart(self, a: int, b: int) -> float:
+    def is_significant(self, a: int, b: int) -> bool:
+        """The same as p <= 1 - `CONFIDENCE`, sooner."""
+        alone, ahead = p_of_pair(self.settings[a], self.settings[b], self.answer_count)
+        return (
+            self.freedom > 0
+            and ahead * (self.adjusted_means[a] - self.adjusted_means[b]) > 0
+            and strictness(len(self.settings)) * alone <= 1 - CONFIDENCE
+            and self.studentized_difference(a, b) >= critical_range(*self.range_parameters)
+        )
+
+    def studentized_difference(self, a: int, b: int) -> float:
         """The difference in units of the studentized range."""
         unit = self.inverse[a, a] + self.inverse[b, b] - 2 * self.inverse[a, b]
         error = math.sqrt(self.variance * unit / 2)
-        return abs(float(self.levels[a] - self.levels[b])) / error if error else 0.0
+        return abs(float(self.adjusted_means[a] - self.adjusted_means[b])) / error if error else 0.0
 
     @property
-    def range(self) -> tuple[int, int]:
+    def range_parameters(self) -> tuple[int, int]:
         return len(self.settings), self.freedom
 
 
-def compare(settings: Sequence[BySeed], trials: int = 0) -> Comparison:
+def compare_settings(settings: Sequence[BySeed], answer_count: int = 0) -> Comparison:
     """Fits settings, each on two seeds at least; with seeds' effects where these can be told.
 
     They can't where settings share too few seeds, as where each has seeds of its own.
@@ -137,35 +144,36 @@ def compare(settings: Sequence[BySeed], trials: int = 0) -> Comparison:
     found, *_ = np.linalg.lstsq(design, values)
     freedom = len(rows) - design.shape[1]
     rest = float(np.sum((values - design @ found) ** 2))
-    least = float(np.mean([evaluation_variance(y, trials) for y in values]))
+    least = float(np.mean([evaluation_variance(y, answer_count) for y in values]))
     variance = max(rest / freedom if freedom else 0.0, least)
     inverse = np.linalg.inv(design.T @ design)[:count, :count]
-    return Comparison(list(settings), found[:count], inverse, variance, freedom, trials)
+    return Comparison(list(settings), found[:count], inverse, variance, freedom, answer_count)
 
 
 def strictness(settings: int) -> float:
     """How much more strictly a pair's own test counts: of two settings, it is all there is."""
-    return min(settings - 1.0, STRICTER)
+    return min(settings - 1.0, MAX_STRICTNESS)
 
 
 @cache
 def critical_range(settings: int, freedom: int) -> float:
-    return float(stats.studentized_range.ppf(LEVEL, settings, freedom))
+    return float(stats.studentized_range.ppf(CONFIDENCE, settings, freedom))
 
 
-def p_of_pair(one: BySeed, other: BySeed, trials: int) -> tuple[float, float]:
+def p_of_pair(one: BySeed, other: BySeed, answer_count: int) -> tuple[float, float]:
     """Two-sided p of two settings alone, and how much the first is ahead."""
     common = sorted(set(one) & set(other))
     if len(common) > 1:
         apart = [one[seed] - other[seed] for seed in common]
         means = [float(np.mean([own[seed] for seed in common])) for own in (one, other)]
-        least = sum(evaluation_variance(mean, trials) for mean in means)
+        least = sum(evaluation_variance(mean, answer_count) for mean in means)
         variance = max(float(np.var(apart, ddof=1)), least)
         ahead, error, freedom = float(np.mean(apart)), variance / len(common), len(common) - 1.0
     else:
         sides = [np.array(list(own.values())) for own in (one, other)]
         errors = [
-            max(float(np.var(y, ddof=1)), evaluation_variance(float(y.mean()), trials)) / len(y)
+            max(float(np.var(y, ddof=1)), evaluation_variance(float(y.mean()), answer_count))
+            / len(y)
             for y in sides
         ]
         ahead, error = float(sides[0].mean() - sides[1].mean()), sum(errors)
@@ -176,22 +184,22 @@ def p_of_pair(one: BySeed, other: BySeed, trials: int) -> tuple[float, float]:
     return float(2 * stats.t.sf(abs(ahead) / math.sqrt(error), freedom)), ahead
 
 
-def least_difference(spread: float, settings: int, seeds: int) -> float:
+def detectable_difference(seed_std: float, settings: int, seeds: int) -> float:
     """The true difference of two settings that so many seeds tell with a chance of `POWER`.
 
-    By the harder of the two tests that `compare` asks, each setting on the same seeds.
+    By the harder of the two tests that `compare_settings` asks, each setting on the same seeds.
 
     Args:
         spread: the standard deviation of a result, seeds' own effects taken out.
     """
     freedom = (settings - 1) * (seeds - 1)
     together = critical_range(settings, freedom) / math.sqrt(2)
-    alone = float(stats.t.ppf(1 - (1 - LEVEL) / strictness(settings) / 2, seeds - 1))
-    shift = max(shift_told(together, freedom), shift_told(alone, seeds - 1))
-    return spread * math.sqrt(2 / seeds) * shift
+    alone = float(stats.t.ppf(1 - (1 - CONFIDENCE) / strictness(settings) / 2, seeds - 1))
+    shift = max(detectable_shift(together, freedom), detectable_shift(alone, seeds - 1))
+    return seed_std * math.sqrt(2 / seeds) * shift
 
 
-def shift_told(critical: float, freedom: int) -> float:
+def detectable_shift(critical: float, freedom: int) -> float:
     """How many standard errors a mean has to be off for its t to pass `critical`, at `POWER`."""
     shown = stats.chi.ppf((np.arange(2000) + 0.5) / 2000, freedom) / math.sqrt(freedom)
 

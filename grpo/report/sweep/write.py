@@ -7,72 +7,76 @@ from pathlib import Path
 
 import pandas as pd
 
-from grpo.report.sweep.best import Best, best_setting
-from grpo.report.sweep.importance import importances
-from grpo.report.sweep.page import page
-from grpo.report.sweep.pictures import pictures
-from grpo.report.sweep.ranking import Ranking, rank
+from grpo.report.sweep.best import BestSetting, build_best_setting
+from grpo.report.sweep.figures import draw_figures
+from grpo.report.sweep.importance import compute_importances
+from grpo.report.sweep.page import render_page
+from grpo.report.sweep.ranking import Ranking, rank_settings
 from grpo.report.sweep.read import Sweep, read_sweeps
-from grpo.runs.files import put
+from grpo.runs.files import write_atomically
 from grpo.sweep.folder import read_record
 
 
 def write_report(folders: Sequence[Path]) -> str:
     """Writes the report, and returns the last lines for the terminal."""
     sweep = read_sweeps(folders)
-    ranking = rank(sweep)
+    ranking = rank_settings(sweep)
     folder = folders[0]
-    best = best_of(sweep, ranking, folder)
+    best = choose_best(sweep, ranking, folder)
     if best is not None:
         best.write()
     command = best.command if best else ""
-    html = page_of(sweep, ranking, command)
-    rows = results(sweep)
-    put(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
-    put(folder / "results.csv", lambda file: rows.to_csv(file, index=False))
-    put(folder / "results.parquet", lambda file: rows.to_parquet(file, index=False))
-    lines = [ranking.verdict, f"  report: {folder}/report.html, results.csv"]
+    html = build_page(sweep, ranking, command)
+    rows = tabulate_results(sweep)
+    write_atomically(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
+    write_atomically(folder / "results.csv", lambda file: rows.to_csv(file, index=False))
+    write_atomically(folder / "results.parquet", lambda file: rows.to_parquet(file, index=False))
+    lines = [ranking.conclusion, f"  report: {folder}/report.html, results.csv"]
     return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
 
 
-def sweep_page(folder: Path) -> str:
+def render_sweep_page(folder: Path) -> str:
     """The HTML that `write_report` would write of one sweep; nothing is written."""
     sweep = read_sweeps([folder])
-    ranking = rank(sweep)
-    best = best_of(sweep, ranking, folder)
-    return page_of(sweep, ranking, best.command if best and best.file.is_file() else "")
+    ranking = rank_settings(sweep)
+    best = choose_best(sweep, ranking, folder)
+    return build_page(sweep, ranking, best.command if best and best.file.is_file() else "")
 
 
-def page_of(sweep: Sweep, ranking: Ranking, command: str) -> str:
-    return page(sweep, ranking, command, list(pictures(sweep, ranking, importances(sweep))))
+def build_page(sweep: Sweep, ranking: Ranking, command: str) -> str:
+    return render_page(
+        sweep, ranking, command, list(draw_figures(sweep, ranking, compute_importances(sweep)))
+    )
 
 
-def best_of(sweep: Sweep, ranking: Ranking, folder: Path) -> Best | None:
+def choose_best(sweep: Sweep, ranking: Ranking, folder: Path) -> BestSetting | None:
     """None where no setting has come to anything."""
     if not ranking.settings:
         return None
     best = ranking.settings[0]
     job = min(best.jobs, key=lambda job: int(job.values.get("seed") or 0))
     why = f"The best setting of {folder}: {sweep.objective} {best.mean:.4g}\n"
-    why += f"on {len(best.by_seed)} seed{'s' if len(best.by_seed) > 1 else ''}. {ranking.verdict}"
+    why += (
+        f"on {len(best.by_seed)} seed{'s' if len(best.by_seed) > 1 else ''}. {ranking.conclusion}"
+    )
     record = read_record(job.folder.parent)
-    return best_setting(folder, job.overrides, why, record.config_dir if record else None)
+    return build_best_setting(folder, job.overrides, why, record.config_dir if record else None)
 
 
-def results(sweep: Sweep) -> pd.DataFrame:
+def tabulate_results(sweep: Sweep) -> pd.DataFrame:
     """A row a job: overrides, status, objective, last metrics, time."""
     rows = []
     for job in sweep.jobs:
-        last = {key: value for key, value in job.last.items() if key != "step"}
+        last = {key: value for key, value in job.last_values.items() if key != "step"}
         rows.append(
             {
                 "sweep": job.sweep,
                 "job": job.number,
                 "status": job.status,
                 "reason": job.reason,
-                **{key: cell(own) for key, own in job.values.items() if key != "sweep"},
+                **{key: convert_cell(own) for key, own in job.values.items() if key != "sweep"},
                 "objective": job.value,
-                "steps": int(job.last.get("step", 0)),
+                "steps": int(job.last_values.get("step", 0)),
                 "seconds": job.seconds,
                 **{f"last/{key}": value for key, value in last.items()},
                 "folder": str(job.folder),
@@ -85,5 +89,5 @@ def results(sweep: Sweep) -> pd.DataFrame:
     return table
 
 
-def cell(value: object) -> object:
+def convert_cell(value: object) -> object:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -8,12 +8,12 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from grpo.report.shell import COLORS, GRAY
-from grpo.report.sweep.layout import layout
+from grpo.report.html import COLORS, GRAY
+from grpo.report.sweep.layout import apply_layout
 from grpo.report.sweep.read import Job, Sweep
 
 
-def unbeaten(points: Sequence[Sequence[float]], minimized: Sequence[bool]) -> list[bool]:
+def pareto_mask(points: Sequence[Sequence[float]], minimized: Sequence[bool]) -> list[bool]:
     """Of each point, whether none is as good in every objective and better in one.
 
     Args:
@@ -27,20 +27,21 @@ def unbeaten(points: Sequence[Sequence[float]], minimized: Sequence[bool]) -> li
     return [not own for own in beaten.tolist()]
 
 
-def fronts(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
+def draw_pareto_fronts(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
     """The first objective over each of the others; of two, the front is joined."""
     first, *others = sweep.objectives
-    known = [job for job in done if all(name in job.last for name in sweep.objectives)]
-    points = [[job.last[name] for name in sweep.objectives] for job in known]
+    known = [job for job in done if all(name in job.last_values for name in sweep.objectives)]
+    points = [[job.last_values[name] for name in sweep.objectives] for job in known]
     minimized = [direction == "minimize" for direction in sweep.objectives.values()]
-    best = unbeaten(points, minimized) if points else []
+    best = pareto_mask(points, minimized) if points else []
     figure = make_subplots(1, len(others), horizontal_spacing=0.08)
     for column, other in enumerate(others, start=1):
         for chosen, color in ((False, GRAY), (True, COLORS[0])):
             own = [job for job, is_best in zip(known, best, strict=True) if is_best == chosen]
-            own.sort(key=lambda job: job.last[other])
+            own.sort(key=lambda job: job.last_values[other])
             figure.add_scatter(
-                x=[job.last[other] for job in own], y=[job.last[first] for job in own],
+                x=[job.last_values[other] for job in own],
+                y=[job.last_values[first] for job in own],
                 mode="lines+markers" if chosen and len(others) == 1 else "markers",
                 line={"color": color, "dash": "dot"}, marker={"color": color, "size": 10},
                 showlegend=False, text=[f"job {job.number}" for job in own],
@@ -48,4 +49,4 @@ def fronts(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
             )  # fmt: skip
         figure.update_xaxes(title=other, row=1, col=column)
     figure.update_yaxes(title=first, col=1)
-    return layout(figure, 420)
+    return apply_layout(figure, 420)

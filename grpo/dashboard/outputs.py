@@ -12,7 +12,7 @@ from grpo.errors import ConfigError
 from grpo.report.run.read import is_run
 from grpo.runs.files import read_summary
 from grpo.runs.resume import read_yaml
-from grpo.sweep.folder import RECORD, STUDY, Standing, jobs_of, read_file, status_of
+from grpo.sweep.folder import RECORD, STUDY, JobState, infer_status, read_job_states, read_json_file
 
 EVALUATION = "evaluation.json"
 
@@ -32,10 +32,10 @@ class SweepFolder:
     """A sweep and what has become of its jobs."""
 
     folder: Path
-    jobs: list[Standing]
+    jobs: list[JobState]
 
     @property
-    def searches(self) -> bool:
+    def is_search(self) -> bool:
         return (self.folder / STUDY).is_file()
 
 
@@ -44,7 +44,7 @@ class EvaluationFolder:
     """What `grpo eval` found."""
 
     folder: Path
-    found: Mapping[str, Any]  # evaluation.json
+    result: Mapping[str, Any]  # evaluation.json
     overrides: list[str]
 
 
@@ -53,17 +53,17 @@ class Outputs:
     runs: list[RunFolder]
     evaluations: list[EvaluationFolder]
     sweeps: list[SweepFolder]
-    broken: list[str]  # why a sweep can't be read
+    errors: list[str]  # why a sweep can't be read
 
 
-def outputs_in(root: Path) -> Outputs:
+def find_outputs(root: Path) -> Outputs:
     """Runs, evaluations and sweeps at any depth; the jobs of a sweep are the sweep's."""
     runs, evaluations, sweeps, broken = [], [], [], []
     for name, inside, files in os.walk(root):
         folder = Path(name)
         if RECORD in files:
             try:
-                sweeps.append(SweepFolder(folder, list(jobs_of(folder))))
+                sweeps.append(SweepFolder(folder, list(read_job_states(folder))))
             except ConfigError as error:
                 broken.append(str(error))  # and it hides no other
         elif is_run(folder):
@@ -74,13 +74,13 @@ def outputs_in(root: Path) -> Outputs:
             overrides: list[str] = []
             try:
                 overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
-                found = read_file(folder / EVALUATION, dict, "what it found isn't known")
+                found = read_json_file(folder / EVALUATION, dict, "what it found isn't known")
             except ConfigError as error:
                 broken.append(str(error))
             if found is not None:
                 evaluations.append(EvaluationFolder(folder, found, overrides))
             elif summary is not None:
-                runs.append(RunFolder(folder, status_of(folder, summary), summary, overrides))
+                runs.append(RunFolder(folder, infer_status(folder, summary), summary, overrides))
         else:
             continue
         inside.clear()  # what is within it is its own

@@ -7,23 +7,23 @@ from pathlib import Path
 
 from grpo.sweep.folder import StudyFile
 
-Watcher = Callable[[int, Mapping[str, float]], bool]  # step, metrics -> whether to give up
+PruneCheck = Callable[[int, Mapping[str, float]], bool]  # step, metrics -> whether to give up
 
 
-def never(step: int, metrics: Mapping[str, float]) -> bool:
+def never_prune(step: int, metrics: Mapping[str, float]) -> bool:
     return False
 
 
-def watcher_of(job: Path) -> Watcher:
+def make_prune_check(job: Path) -> PruneCheck:
     """What a job in this folder asks after each step."""
     file = StudyFile.read(job.parent)
     if file is None or len(file.objectives) > 1:  # Optuna takes no values on the way to several
-        return never
+        return never_prune
     import optuna  # takes seconds, which a grid's jobs don't need
 
-    from grpo.sweep.study import make_pruner, open_storage, quiet
+    from grpo.sweep.study import make_pruner, open_storage, silence_optuna
 
-    quiet()
+    silence_optuna()
     study = optuna.load_study(
         study_name=file.study_name,
         storage=open_storage(file.storage, job.parent),
@@ -31,7 +31,7 @@ def watcher_of(job: Path) -> Watcher:
     )
     number = int(job.name)
     if study.trials[number].state.is_finished():  # its folder was deleted, and is filled again
-        return never
+        return never_prune
     trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
     reported = set(study.trials[number].intermediate_values)  # before it was resumed
     (metric,) = file.objectives

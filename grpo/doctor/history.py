@@ -10,35 +10,35 @@ from typing import Any
 
 from grpo.config.schema import DoctorConfig
 
-Line = Mapping[str, Any]  # of metrics.jsonl
+MetricsLine = Mapping[str, Any]  # of metrics.jsonl
 
 
 @dataclass(frozen=True)
-class Course:
+class RunHistory:
     """A run as far as it has come."""
 
-    lines: Sequence[Line]
+    lines: Sequence[MetricsLine]
     config: Mapping[str, Any]
     limits: DoctorConfig
 
     @cached_property
-    def steps(self) -> list[Line]:
+    def steps(self) -> list[MetricsLine]:
         return [line for line in self.lines if "time/step" in line]
 
     @cached_property
-    def evaluations(self) -> list[Line]:
+    def evaluations(self) -> list[MetricsLine]:
         return [line for line in self.lines if "eval/accuracy" in line]
 
     def values(self, metric: str) -> list[float]:
         """A metric over the steps that have it."""
         return [line[metric] for line in self.steps if line.get(metric) is not None]
 
-    def lately(self, metric: str) -> float | None:
+    def recent_mean(self, metric: str) -> float | None:
         """Its mean over the last steps; None where it isn't logged."""
         values = self.values(metric)[-self.limits.window :]
         return fmean(values) if values else None
 
-    def change(self, metric: str) -> tuple[float, float] | None:
+    def first_and_last_means(self, metric: str) -> tuple[float, float] | None:
         """Its mean over the first steps, and over the last; None where it isn't logged."""
         values, window = self.values(metric), self.limits.window
         return (fmean(values[:window]), fmean(values[-window:])) if values else None

@@ -18,7 +18,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from grpo.verifiers.latex import start_worker
 
-SECONDS = 5.0  # of one answer, on the clock
+SCORING_SECONDS = 5.0  # of one answer, on the clock
 ENDLESS = re.compile(r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}")  # what may never end
 
 
@@ -26,18 +26,20 @@ def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
     """A task's own score of an answer; 0 where that takes too long or too much memory."""
     if not ENDLESS.search(answer):
         return float(problems.score_answer(answer, entry))
-    future = open_pool().schedule(score_here, (problems, answer, entry), timeout=SECONDS)
+    future = open_pool().schedule(
+        score_in_worker, (problems, answer, entry), timeout=SCORING_SECONDS
+    )
     try:
         return float(future.result())
     except (TimeoutError, ProcessExpired):
         return 0.0
 
 
-def score_here(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
+def score_in_worker(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
     return float(problems.score_answer(answer, entry))
 
 
-def start() -> None:
+def start_scoring_worker() -> None:
     """Imports what is slow before the first answer's time begins."""
     import reasoning_gym  # noqa: F401
 
@@ -48,11 +50,11 @@ def start() -> None:
 def open_pool() -> ProcessPool:
     """One process, started by the first answer that needs it, which ends with this one."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPool(max_workers=1, initializer=start, context=context)
-    atexit.register(close, pool)
+    pool = ProcessPool(max_workers=1, initializer=start_scoring_worker, context=context)
+    atexit.register(close_pool, pool)
     return pool
 
 
-def close(pool: ProcessPool) -> None:
+def close_pool(pool: ProcessPool) -> None:
     pool.stop()
     pool.join()

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.models.sampling_filters import warp
+from grpo.models.sampling_filters import scale_and_filter
 from grpo.types import Sampling
 
-BLOCK = 128  # tokens
+BLOCK_TOKENS = 128  # tokens
 
 
-def draw(
+def sample_tokens(
     logits_NV: Tensor, sampling: Sampling, seen_NV: Tensor | None, uniform_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability under the distribution that it is drawn from.
@@ -25,33 +25,37 @@ def draw(
         seen_NV: bool, the tokens before, for a penalty.
         uniform_N: in [0, 1).
     """
-    logits_NV = warp(logits_NV, sampling, seen_NV)
+    logits_NV = scale_and_filter(logits_NV, sampling, seen_NV)
     probs_NV = torch.softmax(logits_NV, dim=-1)
     if sampling.temperature == 0:
         token_N1 = logits_NV.argmax(dim=-1, keepdim=True)
     else:
-        token_N1 = at(uniform_N[:, None], probs_NV)
+        token_N1 = find_token_at(uniform_N[:, None], probs_NV)
     return token_N1[:, 0], probs_NV.gather(1, token_N1)[:, 0].log()
 
 
-def at(share_N1: Tensor, probs_NV: Tensor) -> Tensor:
+def find_token_at(share_N1: Tensor, probs_NV: Tensor) -> Tensor:
     """[N, 1] the first token with which the probabilities pass this share of their sum.
 
     First the block it is in, then which of the block: a sum over blocks is fast, and a cumulated
     one is not.
     """
-    blocks_NKW = F.pad(probs_NV, (0, -probs_NV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks_NKW = F.pad(probs_NV, (0, -probs_NV.shape[1] % BLOCK_TOKENS)).unflatten(
+        1, (-1, BLOCK_TOKENS)
+    )
     sums_NK = blocks_NKW.sum(dim=-1)
     passed_NK = sums_NK.cumsum(dim=-1)
     point_N1 = share_N1 * passed_NK[:, -1:]
-    block_N1 = first_past(point_N1, passed_NK)
+    block_N1 = find_first_past(point_N1, passed_NK)
     before_N1 = passed_NK.gather(1, block_N1) - sums_NK.gather(1, block_N1)
     inside_NW = blocks_NKW[torch.arange(len(block_N1), device=block_N1.device), block_N1[:, 0]]
-    token_N1 = block_N1 * BLOCK + first_past(point_N1 - before_N1, inside_NW.cumsum(dim=-1))
+    token_N1 = block_N1 * BLOCK_TOKENS + find_first_past(
+        point_N1 - before_N1, inside_NW.cumsum(dim=-1)
+    )
     return token_N1.clamp(max=probs_NV.shape[1] - 1)  # NaNs are past no point
 
 
-def first_past(point_N1: Tensor, passed_NK: Tensor) -> Tensor:
+def find_first_past(point_N1: Tensor, passed_NK: Tensor) -> Tensor:
     """[N, 1] the first place past the point; it has a share of its own, whatever rounding does."""
     total_N1 = passed_NK[:, -1:]
     below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
@@ -60,7 +64,7 @@ def first_past(point_N1: Tensor, passed_NK: Tensor) -> Tensor:
     return place_N1.clamp(max=passed_NK.shape[1] - 1)
 
 
-def seen_tokens(
+def mark_prompt_tokens(
     prompts: list[tuple[int, ...]], vocabulary: int, group: int, device: torch.device
 ) -> Tensor:
     """[N, V] bool: the tokens of each row's prompt."""

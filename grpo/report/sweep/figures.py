@@ -9,10 +9,10 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from grpo.report.shell import COLORS, GRAY
-from grpo.report.sweep.by_key import heat, marginals, parallel
-from grpo.report.sweep.front import fronts
-from grpo.report.sweep.layout import layout
+from grpo.report.html import COLORS, GRAY
+from grpo.report.sweep.key_figures import draw_heatmaps, draw_marginals, draw_parallel_coordinates
+from grpo.report.sweep.layout import apply_layout
+from grpo.report.sweep.pareto import draw_pareto_fronts
 from grpo.report.sweep.ranking import Ranking, Setting
 from grpo.report.sweep.read import Job, Sweep
 
@@ -22,11 +22,11 @@ STATUS_COLORS = {
     "failed": "#dc2626",
     "killed": "#7f1d1d",
 }
-MOST_SETTINGS = 8  # that have a colour of their own; the rest is gray
-MOST_BARS = 25
+MAX_COLORED_SETTINGS = 8  # that have a colour of their own; the rest is gray
+MAX_RANKED_SETTINGS = 25
 
 
-def pictures(
+def draw_figures(
     sweep: Sweep, ranking: Ranking, importances: dict[str, float]
 ) -> Iterator[tuple[str, str, go.Figure]]:
     """Title, what it shows, and the figure; those for which there is something to draw."""
@@ -35,70 +35,70 @@ def pictures(
         yield (
             "Settings, best first",
             "Mean over seeds, its 95% interval, and each seed.",
-            ranked(sweep, ranking),
+            draw_ranking(sweep, ranking),
         )
     if sweep.keys and done:
         yield (
             "The objective by each key",
             "A point a job; the line joins the means.",
-            marginals(sweep, done),
+            draw_marginals(sweep, done),
         )
     pairs = list(itertools.combinations(sweep.keys, 2))
     if pairs and done:
         yield (
             "Two keys at a time",
             "The mean objective of each pair of values.",
-            heat(sweep, done, pairs),
+            draw_heatmaps(sweep, done, pairs),
         )
     if importances:
         yield (
             "What matters",
             "The share of the objective's variance that each key explains (fANOVA). The seed's is "
             "luck.",
-            bars(importances),
+            draw_importances(importances),
         )
     if len(sweep.keys) > 1 and len(done) > 1:
         yield (
             "All keys at once",
             "A line a job; drag along an axis to choose some.",
-            parallel(sweep, done),
+            draw_parallel_coordinates(sweep, done),
         )
     if any(len(job.evaluations) > 1 for job in sweep.jobs):
         yield (
             "Learning curves",
             "The objective at each evaluation: mean and range over a setting's seeds.",
-            curves(sweep, ranking),
+            draw_learning_curves(sweep, ranking),
         )
     if len(sweep.objectives) > 1 and done:
         yield (
             "The objectives against each other",
             "A point a job. In blue, those that no other one beats in everything.",
-            fronts(sweep, done),
+            draw_pareto_fronts(sweep, done),
         )
-    if any("kl/mean" in job.last for job in done) and not sweep.minimized:
+    if any("kl/mean" in job.last_values for job in done) and not sweep.minimized:
         yield (
             "Reward against KL",
             "Where each job ended. Up and to the left is better: more reward, nearer to the "
             "reference. Without a reference, at kl_weight=0, the KL is not known.",
-            frontier(sweep, ranking, done),
+            draw_kl_frontier(sweep, ranking, done),
         )
     yield (
         "Time and tokens",
         "What each job took; pruned and failed ones too.",
-        spent(sweep),
+        draw_costs(sweep),
     )
 
 
-def color_of(ranking: Ranking, setting: Setting) -> str:
+def choose_color(ranking: Ranking, setting: Setting) -> str:
     place = ranking.settings.index(setting)
-    return COLORS[place] if place < MOST_SETTINGS else GRAY
+    return COLORS[place] if place < MAX_COLORED_SETTINGS else GRAY
 
 
-def ranked(sweep: Sweep, ranking: Ranking) -> go.Figure:
-    shown_ones = ranking.settings[:MOST_BARS][::-1]
+def draw_ranking(sweep: Sweep, ranking: Ranking) -> go.Figure:
+    shown_ones = ranking.settings[:MAX_RANKED_SETTINGS][::-1]
     figure = go.Figure()
     for setting in shown_ones:
-        name, color = ranking.named(setting), color_of(ranking, setting)
+        name, color = ranking.format_setting(setting), choose_color(ranking, setting)
         values = list(setting.by_seed.values())
         figure.add_scatter(
             x=values, y=[name] * len(values), mode="markers", showlegend=False,
@@ -116,10 +116,10 @@ def ranked(sweep: Sweep, ranking: Ranking) -> go.Figure:
         )  # fmt: skip
     figure.update_xaxes(title=sweep.objective)
     figure.update_yaxes(automargin=True)
-    return layout(figure, 120 + 34 * len(shown_ones))
+    return apply_layout(figure, 120 + 34 * len(shown_ones))
 
 
-def bars(importances: dict[str, float]) -> go.Figure:
+def draw_importances(importances: dict[str, float]) -> go.Figure:
     names = list(importances)[::-1]
     figure = go.Figure(
         go.Bar(
@@ -132,13 +132,13 @@ def bars(importances: dict[str, float]) -> go.Figure:
     )
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(automargin=True)
-    return layout(figure, 110 + 34 * len(names))
+    return apply_layout(figure, 110 + 34 * len(names))
 
 
-def curves(sweep: Sweep, ranking: Ranking) -> go.Figure:
+def draw_learning_curves(sweep: Sweep, ranking: Ranking) -> go.Figure:
     """Settings that have finished in their colours, everything else behind them in gray."""
     figure = go.Figure()
-    colored = {id(job) for one in ranking.settings[:MOST_SETTINGS] for job in one.jobs}
+    colored = {id(job) for one in ranking.settings[:MAX_COLORED_SETTINGS] for job in one.jobs}
     for job in sweep.jobs:
         if id(job) in colored or len(job.evaluations) < 2:
             continue
@@ -149,8 +149,8 @@ def curves(sweep: Sweep, ranking: Ranking) -> go.Figure:
             line={"color": GRAY, "width": 1, "dash": "dot" if job.status == "pruned" else "solid"},
             hovertemplate=f"job {job.number}, {job.status}: %{{y:.4g}}",
         )  # fmt: skip
-    for setting in ranking.settings[:MOST_SETTINGS]:
-        color = color_of(ranking, setting)
+    for setting in ranking.settings[:MAX_COLORED_SETTINGS]:
+        color = choose_color(ranking, setting)
         by_step: dict[int, list[float]] = {}
         for job in setting.jobs:
             for line in job.evaluations:
@@ -164,16 +164,16 @@ def curves(sweep: Sweep, ranking: Ranking) -> go.Figure:
             )  # fmt: skip
         figure.add_scatter(
             x=steps, y=[float(np.mean(by_step[step])) for step in steps], mode="lines+markers",
-            line={"color": color}, name=ranking.named(setting), hovertemplate="%{y:.4g}",
+            line={"color": color}, name=ranking.format_setting(setting), hovertemplate="%{y:.4g}",
         )  # fmt: skip
     figure.update_xaxes(title="step")
     figure.update_yaxes(title=sweep.objective)
-    return layout(figure, 520, legend={"orientation": "h", "y": -0.18})
+    return apply_layout(figure, 520, legend={"orientation": "h", "y": -0.18})
 
 
-def frontier(sweep: Sweep, ranking: Ranking, done: Sequence[Job]) -> go.Figure:
+def draw_kl_frontier(sweep: Sweep, ranking: Ranking, done: Sequence[Job]) -> go.Figure:
     figure = go.Figure()
-    points = [(job.last["kl/mean"], job) for job in done if "kl/mean" in job.last]
+    points = [(job.last_values["kl/mean"], job) for job in done if "kl/mean" in job.last_values]
     edge: list[tuple[float, float]] = []
     for kl, job in sorted(points, key=lambda point: (point[0], -(point[1].value or 0))):
         if not edge or (job.value or 0) > edge[-1][1]:
@@ -189,17 +189,17 @@ def frontier(sweep: Sweep, ranking: Ranking, done: Sequence[Job]) -> go.Figure:
         place = ranking.settings.index(setting)
         figure.add_scatter(
             x=[kl for kl, _ in own], y=[job.value for _, job in own], mode="markers",
-            marker={"color": color_of(ranking, setting), "size": 10},
-            name=ranking.named(setting), showlegend=place < MOST_SETTINGS,
+            marker={"color": choose_color(ranking, setting), "size": 10},
+            name=ranking.format_setting(setting), showlegend=place < MAX_COLORED_SETTINGS,
             text=[f"job {job.number}" for _, job in own],
             hovertemplate="%{text}: KL %{x:.4g}, %{y:.4g}",
         )  # fmt: skip
     figure.update_xaxes(title="KL from the reference at the last step (nats a token)")
     figure.update_yaxes(title=sweep.objective)
-    return layout(figure, 520, legend={"orientation": "h", "y": -0.18})
+    return apply_layout(figure, 520, legend={"orientation": "h", "y": -0.18})
 
 
-def spent(sweep: Sweep) -> go.Figure:
+def draw_costs(sweep: Sweep) -> go.Figure:
     figure = make_subplots(1, 2, subplot_titles=("minutes", "completion tokens"))
     names = [f"{job.sweep} {job.number}".strip() for job in sweep.jobs]
     for status in dict.fromkeys(job.status for job in sweep.jobs):
@@ -212,9 +212,9 @@ def spent(sweep: Sweep) -> go.Figure:
             figure.add_bar(
                 x=[name for name, _ in own], y=amounts, name=status, legendgroup=status,
                 showlegend=column == 1, marker={"color": STATUS_COLORS.get(status, GRAY)},
-                text=[f"{int(job.last.get('step', 0))} steps" for _, job in own],
+                text=[f"{int(job.last_values.get('step', 0))} steps" for _, job in own],
                 textposition="none",
                 hovertemplate="job %{x}: %{y:.3g}, %{text}", row=1, col=column,
             )  # fmt: skip
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=names, title="job")
-    return layout(figure, 360, legend={"orientation": "h", "y": -0.25})
+    return apply_layout(figure, 360, legend={"orientation": "h", "y": -0.25})

@@ -22,20 +22,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.models.cache import cache_folder
+from grpo.models.cache import get_cache_folder
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernel.c")
-FLAGS = (
+KERNEL_SOURCE = Path(__file__).with_name("kernel.c")
+COMPILER_FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-fPIC", "-shared",
 )  # fmt: skip
-MOST_LANES = 16  # a head's width is a multiple of it
-EVERYTHING = 2**62  # a window that hides nothing
+MAX_LANES = 16  # a head's width is a multiple of it
+NO_WINDOW = 2**62  # a window that hides nothing
 
 P, N, X, C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-FUNCTIONS = {
+KERNEL_SIGNATURES = {
     "product": (P, P, N, P, P, N, N, N, N, C),
     "norm": (P, P, P, N, N, X, C),
     "gate": (P, P, N, N, C),
@@ -44,7 +44,7 @@ FUNCTIONS = {
 
 
 @cache
-def kernel() -> Any:
+def load_kernel() -> Any:
     """The library made of kernel.c; None where it can't be compiled. Compiled once a machine."""
     if os.name != "posix":
         return None
@@ -52,40 +52,46 @@ def kernel() -> Any:
     if compiler is None:
         return None
     try:
-        library = ctypes.CDLL(str(compiled_by(compiler)))
+        library = ctypes.CDLL(str(compile_kernel(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         log.info("rollout=native goes on without compiled code: %s", said.strip())
         return None
     library.wide.restype = N
-    for name, arguments in FUNCTIONS.items():
+    for name, arguments in KERNEL_SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
 
 
-def compiled_by(compiler: str) -> Path:
+def compile_kernel(compiler: str) -> Path:
     """The library's file in the user's cache.
 
     Raises:
         OSError, subprocess.SubprocessError: it could not be made.
     """
     # A home may be shared by machines with other processors, on which this one's code is illegal.
-    made_of = [SOURCE.read_text(), compiler, *FLAGS, platform.machine(), processor()]
+    made_of = [
+        KERNEL_SOURCE.read_text(),
+        compiler,
+        *COMPILER_FLAGS,
+        platform.machine(),
+        read_cpu_flags(),
+    ]
     name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    target = cache_folder() / f"kernel-{name}.so"
+    target = get_cache_folder() / f"kernel-{name}.so"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        command = [compiler, *COMPILER_FLAGS, "-o", str(made), str(KERNEL_SOURCE)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         made.replace(target)  # at once: another process may be waiting for it
     return target
 
 
-def processor() -> str:
+def read_cpu_flags() -> str:
     """What its processor can do, as Linux says."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -94,33 +100,33 @@ def processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def in_rows(x: Tensor) -> Tensor:
+def make_rows_contiguous(x: Tensor) -> Tensor:
     """[N, ...] the same, each row's numbers one behind the other."""
     return x if x[0].is_contiguous() else x.contiguous()
 
 
-class Packed:
+class PackedWeight:
     """A weight [O, I] as the kernel reads it, copied; `fits` says which ones it can."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        laid_out = weight_OI.unflatten(0, (-1, kernel().wide())).transpose(1, 2)
+        laid_out = weight_OI.unflatten(0, (-1, load_kernel().wide())).transpose(1, 2)
         self.weight, self.bias_O = laid_out.contiguous(), bias_O
         self.outputs, self.inputs = weight_OI.shape
 
     @staticmethod
-    def fits(weight_OI: Tensor) -> bool:
-        return kernel() is not None and len(weight_OI) % kernel().wide() == 0
+    def can_pack(weight_OI: Tensor) -> bool:
+        return load_kernel() is not None and len(weight_OI) % load_kernel().wide() == 0
 
     def __call__(self, x: Tensor, total: Tensor | None = None) -> Tensor:
         """[..., O] total + x · weightᵀ + bias."""
-        x_TI = in_rows(x.reshape(-1, self.inputs))
+        x_TI = make_rows_contiguous(x.reshape(-1, self.inputs))
         start, apart = self.bias_O, 0
         if total is not None:
-            start = in_rows(total.reshape(-1, self.outputs))
+            start = make_rows_contiguous(total.reshape(-1, self.outputs))
             start = start if self.bias_O is None else start + self.bias_O
             apart = start.stride(0)
         y_TO = x.new_empty(len(x_TI), self.outputs)
-        kernel().product(
+        load_kernel().product(
             y_TO.data_ptr(), x_TI.data_ptr(), x_TI.stride(0), self.weight.data_ptr(),
             None if start is None else start.data_ptr(), apart,
             len(x_TI), self.inputs, self.outputs, torch.get_num_threads(),
@@ -128,26 +134,26 @@ class Packed:
         return y_TO.view(*x.shape[:-1], self.outputs)
 
 
-def normed(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+def rms_norm_compiled(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """[T, D] x / rms(x) · weight (1910.07467)."""
     x_TD = x_TD.contiguous()
     y_TD = torch.empty_like(x_TD)
-    kernel().norm(
+    load_kernel().norm(
         y_TD.data_ptr(), x_TD.data_ptr(), weight_D.data_ptr(), *x_TD.shape, epsilon,
         torch.get_num_threads(),
     )  # fmt: skip
     return y_TD
 
 
-def gated(gate_up: Tensor) -> Tensor:
+def swiglu_compiled(gate_up: Tensor) -> Tensor:
     """[T, F] silu(gate) · up (2002.05202), which stand side by side in [T, 2F]."""
     count, width = gate_up.shape[0], gate_up.shape[1] // 2
     y_TF, gate_up = gate_up.new_empty(count, width), gate_up.contiguous()
-    kernel().gate(y_TF.data_ptr(), gate_up.data_ptr(), count, width, torch.get_num_threads())
+    load_kernel().gate(y_TF.data_ptr(), gate_up.data_ptr(), count, width, torch.get_num_threads())
     return y_TF
 
 
-class Keys(NamedTuple):
+class KeyValueBuffers(NamedTuple):
     """Where keys and values are, and are written to; shape letters as in `rollout/cache.py`."""
 
     prompt_keys: Tensor  # [B, K, P, d], contiguous
@@ -159,7 +165,7 @@ class Keys(NamedTuple):
 
     def attend(
         self, asked_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
-        written: int, scale: float, window: int | None,
+        num_written: int, scale: float, window: int | None,
     ) -> Tensor:  # fmt: skip
         """[N, H, d] for one more token of each row, whose key and value become the next ones.
 
@@ -167,21 +173,21 @@ class Keys(NamedTuple):
             written: how many of its own a row has already.
             window: a token sees this many, itself among them.
         """
-        asked_NHd, key_NKd, value_NKd = map(in_rows, (asked_NHd, key_NKd, value_NKd))
+        asked_NHd, key_NKd, value_NKd = map(make_rows_contiguous, (asked_NHd, key_NKd, value_NKd))
         if key_NKd.stride(0) != value_NKd.stride(0):
             key_NKd, value_NKd = key_NKd.contiguous(), value_NKd.contiguous()
         count, heads, width = asked_NHd.shape
         kv_heads, prompt_longest = self.prompt_keys.shape[1:3]
         repeats, longest, threads = heads // kv_heads, self.keys.shape[2], torch.get_num_threads()
-        scratch = asked_NHd.new_empty(threads, repeats, prompt_longest + longest + MOST_LANES)
+        scratch = asked_NHd.new_empty(threads, repeats, prompt_longest + longest + MAX_LANES)
         out_NHd = asked_NHd.new_empty(count, heads, width)
-        kernel().attend(
+        load_kernel().attend(
             out_NHd.data_ptr(), asked_NHd.data_ptr(), asked_NHd.stride(0),
             key_NKd.data_ptr(), value_NKd.data_ptr(), key_NKd.stride(0),
             self.keys.data_ptr(), self.values.data_ptr(),
             self.prompt_keys.data_ptr(), self.prompt_values.data_ptr(),
             self.prompt_N.data_ptr(), self.lengths_B.data_ptr(), scratch.data_ptr(),
-            count, kv_heads, repeats, width, longest, prompt_longest, written,
-            window or EVERYTHING, scale, threads,
+            count, kv_heads, repeats, width, longest, prompt_longest, num_written,
+            window or NO_WINDOW, scale, threads,
         )  # fmt: skip
         return out_NHd

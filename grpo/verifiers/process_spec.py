@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Place(NamedTuple):
+class ProcessSpec(NamedTuple):
     """Where and as what a process runs."""
 
     parent: int  # the process that started this one
     folder: str  # the one that files can be written in
     role: str  # script, program or tests, see `sandbox.py`
-    given: int  # descriptor: the program, or the tests
+    source_fd: int  # descriptor: the program, or the tests
     incoming: int = -1  # descriptor: the pipe from the other process
     outgoing: int = -1  # descriptor: the pipe to it
     results: int = -1  # descriptor: a byte for each test that passes
 
 
-class Limits(NamedTuple):
+class SandboxLimits(NamedTuple):
     """What every process is held to."""
 
     seconds: float

@@ -6,15 +6,20 @@ from collections.abc import Callable
 
 import torch
 
-from grpo.errors import ConfigError, one_line
+from grpo.errors import ConfigError, format_error
 from grpo.memory.budget import Budget
-from grpo.memory.microbatch import MicroBatch, completions
-from grpo.models.forward import UNSUITED, computes_in_fp32, random_completions, shared_prefix
+from grpo.memory.microbatch import MicroBatch, select_completions
+from grpo.models.forward import (
+    FORWARD_ERRORS,
+    computes_in_fp32,
+    forward_shared_prompt,
+    make_random_completions,
+)
 from grpo.models.load import LanguageModel
 from grpo.rollout.engine import Engine
 from grpo.types import Example, Prompt, Rollout, Sampling
 
-TRIED = 4  # tokens a completion
+CHECK_TOKENS = 4  # tokens a completion
 
 
 @torch.no_grad()
@@ -27,27 +32,29 @@ def check_sampler(make_engine: Callable[..., Engine], policy: LanguageModel) -> 
     Raises:
         ConfigError: it samples from something else than the model, or can't.
     """
-    batch = random_completions(policy.head.vocabulary, policy.model.device)
+    batch = make_random_completions(policy.head.vocabulary, policy.model.device)
     prompts = [
         Prompt("", tuple(row[-length:]), Example("", "", lambda _: 0.0))
         for row, length in zip(
             batch.prompts_BP.tolist(), batch.prompt_lengths_B.tolist(), strict=True
         )
     ]
-    engine = make_engine(policy=policy, max_new_tokens=TRIED, budget=Budget.of(1024))
+    engine = make_engine(
+        policy=policy, max_new_tokens=CHECK_TOKENS, budget=Budget.from_tokens(1024)
+    )
     choice = "native" if type(engine).__name__ == "NativeEngine" else "hf"
     instead = "use rollout=hf"
     if choice == "hf":
-        shared = policy.forward is shared_prefix
+        shared = policy.forward is forward_shared_prompt
         instead = "use rollout=native" if shared else "use another model"
     name = type(policy.model).__name__
     try:
         rollout = engine.generate(prompts, 1, Sampling(temperature=0.0), seed=0)
-    except UNSUITED as error:
+    except FORWARD_ERRORS as error:
         raise ConfigError(
-            f"rollout={choice}: it can't sample from {name}: {one_line(error)}; {instead}."
+            f"rollout={choice}: it can't sample from {name}: {format_error(error)}; {instead}."
         ) from error
-    off = most_off(policy, rollout)
+    off = measure_deviation(policy, rollout)
     with policy.device.autocast():
         most = 1e-2 if computes_in_fp32(policy.model) else 0.5
     if off > most:
@@ -58,13 +65,15 @@ def check_sampler(make_engine: Callable[..., Engine], policy: LanguageModel) -> 
         )
 
 
-def most_off(policy: LanguageModel, rollout: Rollout) -> float:
+def measure_deviation(policy: LanguageModel, rollout: Rollout) -> float:
     """How far greedy tokens and their log-probabilities are from the policy's own, in nats."""
     rows = torch.arange(len(rollout.texts))
-    batch = completions(rollout, MicroBatch(list(range(len(rollout.prompts))), rows, 0), policy)
-    features = policy.features(batch)
+    batch = select_completions(
+        rollout, MicroBatch(list(range(len(rollout.prompts))), rows, 0), policy
+    )
+    features = policy.compute_features(batch)
     with policy.device.autocast():
-        logprobs_TV = features.logits(features.values_TX).float().log_softmax(dim=-1)
+        logprobs_TV = features.to_logits(features.values_TX).float().log_softmax(dim=-1)
     own_T = logprobs_TV.gather(1, batch.tokens_NC[batch.mask_NC][:, None])[:, 0]
     behind_T = logprobs_TV.amax(dim=-1) - own_T
     sampled_T = rollout.logprobs_NC[rollout.mask_NC]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from grpo.errors import ConfigError
 
 
-def at_least(least: int, **options: int) -> None:
+def require_at_least(least: int, **options: int) -> None:
     """Raises ConfigError naming the first option that is less."""
     for option, value in options.items():
         if value < least:
             raise ConfigError(f"{option}={value}: must be {least} or more.")
 
 
-def more_than_nothing(**options: float) -> None:
+def require_positive(**options: float) -> None:
     """Raises ConfigError naming the first option that is not above 0."""
     for option, value in options.items():
         if not value > 0:

@@ -10,61 +10,64 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo.errors import ConfigError
-from grpo.types import Example, whole_text
-from grpo.verifiers.latex import boxed
-from grpo.verifiers.numbers import ALIKE, Number, as_number, last_number
+from grpo.types import Example, strip_or_none
+from grpo.verifiers.latex import extract_last_box
+from grpo.verifiers.numbers import LOOKALIKE_SIGNS, Number, find_last_number, parse_number
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
-def tagged_answer(text: str) -> str | None:
+def extract_tagged_answer(text: str) -> str | None:
     """The text of the last `<answer>…</answer>` (the innermost, where they nest), or None."""
     found = ANSWER_TAG.findall(text)
     return found[-1].strip() if found else None
 
 
-def boxed_answer(text: str) -> str | None:
+def extract_boxed_answer(text: str) -> str | None:
     """The content of the last whole `\\boxed{…}`, braces in it and all, or None."""
-    found = boxed(text)
+    found = extract_last_box(text)
     return None if found is None else found.strip()
 
 
-def likely_answer(text: str) -> str | None:
+def extract_likely_answer(text: str) -> str | None:
     """The answer wherever it stands: in a tag, in a box, the last number, or all of the text."""
-    found = (read(text) for read in (tagged_answer, boxed_answer, last_number, whole_text))
+    found = (
+        read(text)
+        for read in (extract_tagged_answer, extract_boxed_answer, find_last_number, strip_or_none)
+    )
     return next((answer for answer in found if answer is not None), None)
 
 
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {
-    "tag": tagged_answer,
-    "boxed": boxed_answer,
-    "number": last_number,
-    "text": whole_text,
-    "lenient": likely_answer,
+    "tag": extract_tagged_answer,
+    "boxed": extract_boxed_answer,
+    "number": find_last_number,
+    "text": strip_or_none,
+    "lenient": extract_likely_answer,
 }
 
 
-def comparable(answer: str) -> Number | str:
+def normalize_answer(answer: str) -> Number | str:
     """What two answers must have in common to be the same one.
 
     The value of a number; of anything else its text, without case, outer spaces and typography.
     """
-    number = as_number(answer)
+    number = parse_number(answer)
     if number is not None:
         return number
     box = BOXED.fullmatch(answer.strip())
     text = box[1] if box else answer
-    return unicodedata.normalize("NFC", text.translate(ALIKE).strip().casefold())
+    return unicodedata.normalize("NFC", text.translate(LOOKALIKE_SIGNS).strip().casefold())
 
 
-def same_answer(given: str, gold: str) -> bool:
+def is_same_answer(given: str, gold: str) -> bool:
     """Whether two answers are the same number or, where they aren't numbers, the same text."""
-    return comparable(given) == comparable(gold)
+    return normalize_answer(given) == normalize_answer(gold)
 
 
-def extractor(name: str) -> Callable[[str], str | None]:
+def choose_extractor(name: str) -> Callable[[str], str | None]:
     """What reads the answer out of a completion.
 
     Raises:
@@ -75,10 +78,10 @@ def extractor(name: str) -> Callable[[str], str | None]:
     return EXTRACTORS[name]
 
 
-def same_as(gold: str, read: Callable[[str], str | None], completion: str) -> float:
+def verify_answer(gold: str, read: Callable[[str], str | None], completion: str) -> float:
     """1 where the answer that is read out of a completion equals the gold answer, else 0."""
     given = read(completion)
-    return float(given is not None and same_answer(given, gold))
+    return float(given is not None and is_same_answer(given, gold))
 
 
 def answered(
@@ -93,13 +96,13 @@ def answered(
     extract: where a completion's answer stands: in the last `tag` (`<answer>`), `boxed`, the last
         `number`, all of the `text`, or `lenient`: the first of these that there is.
     """
-    read = extractor(extract)
+    read = choose_extractor(extract)
     return Example(
         question=question,
         answer=gold,
-        verify=partial(same_as, gold, read),
+        verify=partial(verify_answer, gold, read),
         columns=columns,
         messages=messages,
-        read=read,
-        lenient=partial(same_as, gold, likely_answer),
+        extract_answer=read,
+        lenient=partial(verify_answer, gold, extract_likely_answer),
     )

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.config.secrets import cross_out
+from grpo.config.secrets import redact
 from grpo.errors import RunError
 from grpo.objective.advantages import weighted_sum
 from grpo.types import Failure, Rollout, Sample, Scores
 
 log = logging.getLogger(__name__)
 
-Value = float | None | Failure  # None: the reward doesn't apply to this completion
-Reward = Callable[[Sequence[Sample]], Sequence[Value]]
+RewardValue = float | None | Failure  # None: the reward doesn't apply to this completion
+Reward = Callable[[Sequence[Sample]], Sequence[RewardValue]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class WeightedReward:
         """Whether it waits for others rather than computes, and so may run beside the rest."""
         return bool(getattr(self.function, "concurrent", False))
 
-    def applies(self, sample: Sample) -> bool:
+    def applies_to(self, sample: Sample) -> bool:
         return self.sources is None or sample.example.source in self.sources
 
     def close(self) -> None:
@@ -46,20 +46,20 @@ class RewardError(RunError):
     """A reward raised, failed everywhere, or gave what is not one finite number a sample."""
 
 
-def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
+def compute_scores(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
     """Every reward of every completion, and their weighted sum; none where a reward failed.
 
     Raises:
         RewardError: naming the reward and showing the prompt and the completion that did it.
     """
     samples = to_samples(rollout)
-    values = all_values(rewards, samples)
+    values = compute_all_rewards(rewards, samples)
     failures = {
-        name: {n: cross_out(one.reason) for n, one in enumerate(own) if isinstance(one, Failure)}
+        name: {n: redact(one.reason) for n, one in enumerate(own) if isinstance(one, Failure)}
         for name, own in values.items()
     }
     for name, rows in failures.items():
-        tell_failures(name, rows, len(samples))
+        warn_failures(name, rows, len(samples))
     parts = {name: as_tensor(own) for name, own in values.items()}
     weights = {name: reward.weight for name, reward in rewards.items()}
     stacked_R1N = torch.stack(list(parts.values()))[:, None]
@@ -67,7 +67,7 @@ def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
     total_N[sorted(set().union(*failures.values()))] = torch.nan
     for sample, total in zip(samples, total_N.tolist(), strict=True):
         if math.isinf(total):
-            raise RewardError(explain("*", f"the weighted sum is {total}", sample))
+            raise RewardError(format_reward_error("*", f"the weighted sum is {total}", sample))
     right_N = torch.tensor([is_right(sample) for sample in samples])
     return Scores(
         parts=parts,
@@ -79,18 +79,18 @@ def score(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
     )
 
 
-def all_values(
+def compute_all_rewards(
     rewards: Mapping[str, WeightedReward], samples: Sequence[Sample]
-) -> dict[str, list[Value]]:
+) -> dict[str, list[RewardValue]]:
     """Each reward's values; those that wait for others do so at the same time."""
     waiting = {name: reward for name, reward in rewards.items() if reward.concurrent}
     with ThreadPoolExecutor(max_workers=max(1, len(waiting))) as threads:
         promised = {
-            name: threads.submit(reward_values, name, reward, samples)
+            name: threads.submit(compute_reward, name, reward, samples)
             for name, reward in waiting.items()
         }
         computed = {
-            name: reward_values(name, reward, samples)
+            name: compute_reward(name, reward, samples)
             for name, reward in rewards.items()
             if name not in waiting
         }
@@ -117,25 +117,29 @@ def to_samples(rollout: Rollout) -> list[Sample]:
     return samples
 
 
-def reward_values(name: str, reward: WeightedReward, samples: Sequence[Sample]) -> list[Value]:
+def compute_reward(
+    name: str, reward: WeightedReward, samples: Sequence[Sample]
+) -> list[RewardValue]:
     """One reward's value of every sample, checked; None for those it is not for."""
-    rows = [n for n, sample in enumerate(samples) if reward.applies(sample)]
+    rows = [n for n, sample in enumerate(samples) if reward.applies_to(sample)]
     own = [samples[n] for n in rows]
     if not own:
         return [None] * len(samples)
     try:
         values = list(reward.function(own))
     except Exception as error:
-        culprit = first_to_raise(reward.function, own)
+        culprit = find_raising_sample(reward.function, own)
         raise RewardError(
-            explain(name, f"it raised {type(error).__name__}: {error}", culprit)
+            format_reward_error(name, f"it raised {type(error).__name__}: {error}", culprit)
         ) from error
     if len(values) != len(own):
         what = f"it gave {len(values)} values for {len(own)} completions"
-        raise RewardError(explain(name, what, own[0]))
+        raise RewardError(format_reward_error(name, what, own[0]))
     for value, sample in zip(values, own, strict=True):
         if not (value is None or isinstance(value, Failure) or is_finite_number(value)):
-            raise RewardError(explain(name, f"it gave {value!r}, not a finite number", sample))
+            raise RewardError(
+                format_reward_error(name, f"it gave {value!r}, not a finite number", sample)
+            )
     by_row = dict(zip(rows, values, strict=True))
     return [by_row.get(n) for n in range(len(samples))]
 
@@ -145,10 +149,12 @@ def is_right(sample: Sample) -> bool:
         return sample.verdict >= 1
     except Exception as error:
         what = f"it raised {type(error).__name__}: {error}"
-        raise RewardError(explain("verifier (the data set's own)", what, sample)) from error
+        raise RewardError(
+            format_reward_error("verifier (the data set's own)", what, sample)
+        ) from error
 
 
-def tell_failures(name: str, rows: Mapping[int, str], count: int) -> None:
+def warn_failures(name: str, rows: Mapping[int, str], count: int) -> None:
     """Says that a reward could not be worked out for some completions."""
     if rows:
         log.warning(
@@ -157,7 +163,7 @@ def tell_failures(name: str, rows: Mapping[int, str], count: int) -> None:
         )  # fmt: skip
 
 
-def stop_where_all_failed(rollout: Rollout, scores: Scores) -> None:
+def raise_if_all_failed(rollout: Rollout, scores: Scores) -> None:
     """Raises RewardError where a reward failed for every completion that it is for.
 
     And where the failures of several rewards leave no completion with a total.
@@ -166,16 +172,16 @@ def stop_where_all_failed(rollout: Rollout, scores: Scores) -> None:
         if rows and scores.parts[name].isnan().all():
             first = min(rows)
             what = f"it failed for all {len(rows)} completions, the first one with: {rows[first]}"
-            raise RewardError(explain(name, what, to_samples(rollout)[first]))
+            raise RewardError(format_reward_error(name, what, to_samples(rollout)[first]))
     failed = {n: name for name, rows in scores.failures.items() for n in rows}
     if failed and scores.total_BG.isnan().all():
         first = min(failed)
         reason = scores.failures[failed[first]][first]
         what = f"failures leave no completion with a reward, the first one with: {reason}"
-        raise RewardError(explain(failed[first], what, to_samples(rollout)[first]))
+        raise RewardError(format_reward_error(failed[first], what, to_samples(rollout)[first]))
 
 
-def as_tensor(values: Sequence[Value]) -> Tensor:
+def as_tensor(values: Sequence[RewardValue]) -> Tensor:
     """[N] float32, NaN where the reward doesn't apply or failed."""
     return torch.tensor(
         [math.nan if v is None or isinstance(v, Failure) else float(v) for v in values]
@@ -189,7 +195,7 @@ def is_finite_number(value: object) -> bool:
         return False
 
 
-def first_to_raise(function: Reward, samples: Sequence[Sample]) -> Sample:
+def find_raising_sample(function: Reward, samples: Sequence[Sample]) -> Sample:
     """The sample that makes a reward raise on its own; the first where none does."""
     for sample in samples:
         try:
@@ -199,7 +205,7 @@ def first_to_raise(function: Reward, samples: Sequence[Sample]) -> Sample:
     return samples[0]
 
 
-def explain(name: str, what: str, sample: Sample) -> str:
+def format_reward_error(name: str, what: str, sample: Sample) -> str:
     return (
         f"reward.{name}: {what}.\n"
         f"  prompt:     {sample.prompt!r}\n"

@@ -6,24 +6,24 @@ import os
 import sys
 import types
 
-from grpo.verifiers.channel import leave
+from grpo.verifiers.channel import exit_process
 from grpo.verifiers.grader import Grader
-from grpo.verifiers.standard import CLASSES
+from grpo.verifiers.standard_library import SHARED_CLASSES
 
 TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
-    from grpo.verifiers.place import Place
+    from grpo.verifiers.process_spec import ProcessSpec
 
 
-def run_tests(
+def run_pieces(
     pieces: Sequence[str],
     reserved: Sequence[str],
     passes_errors: bool,
     module: types.ModuleType,
-    place: Place,
+    spec: ProcessSpec,
 ) -> NoReturn:
     """Runs each piece of the tests, and writes a byte for each that runs to its end.
 
@@ -36,15 +36,15 @@ def run_tests(
     """
     sys.modules["solution"] = module  # what many tests import it as
     sys.setrecursionlimit(4000)  # a test that calls the program that calls a test … needs more
-    Grader(module, reserved, passes_errors, place.incoming, place.outgoing)
+    Grader(module, reserved, passes_errors, spec.incoming, spec.outgoing)
     guard_texts(module, "\n".join(pieces))
     for number, piece in enumerate(pieces):
         try:
             exec(compile(piece, "test.py", "exec", dont_inherit=True), vars(module))
         except BaseException:  # noqa: BLE001 - sys.exit too is no way to pass
             continue
-        os.pwrite(place.results, b"\1", number)
-    leave()
+        os.pwrite(spec.results, b"\1", number)
+    exit_process()
 
 
 def guard_texts(module: types.ModuleType, tests: str) -> None:
@@ -69,7 +69,7 @@ def guard_texts(module: types.ModuleType, tests: str) -> None:
         return compile(text, *options, **named)
 
     def check_pickle(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "pickle.find_class" and tuple(arguments) not in CLASSES:
+        if event == "pickle.find_class" and tuple(arguments) not in SHARED_CLASSES:
             space, name = arguments
             own = vars(module).get(name) if space == module.__name__ else None
             if not isinstance(own, type):

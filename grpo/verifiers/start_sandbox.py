@@ -13,23 +13,23 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from grpo.verifiers import sandbox
-from grpo.verifiers.place import Limits, Place
+from grpo.verifiers.process_spec import ProcessSpec, SandboxLimits
 
 INTERPRETER = (sys.executable, "-s", "-S", "-X", "utf8")  # no packages but Python's own
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # a set's order decides no reward
+SANDBOX_ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # a set's order decides no reward
 
 
-class CannotRun(Exception):
+class SandboxError(Exception):
     """A program could not be run, which is not its fault."""
 
 
-class Run(NamedTuple):
+class ScriptResult(NamedTuple):
     exit_code: int  # negative: the signal that ended it
     printed: bytes
 
 
-class Exam(NamedTuple):
-    """The arguments of `exam.run_tests`."""
+class GraderArguments(NamedTuple):
+    """The arguments of `exam.run_pieces`."""
 
     pieces: Sequence[str]
     reserved: Sequence[str]
@@ -41,7 +41,7 @@ class Sandbox(NamedTuple):
     folder: str
 
 
-def run_script(program: bytes, given: bytes, limits: Limits) -> Run:
+def run_script(program: bytes, script_input: bytes, limits: SandboxLimits) -> ScriptResult:
     """Runs a program by itself, which reads what is given and prints.
 
     Raises:
@@ -49,16 +49,16 @@ def run_script(program: bytes, given: bytes, limits: Limits) -> Run:
     """
     try:
         with ExitStack() as held:
-            files = [held.enter_context(memory_file(text)) for text in (program, given, b"")]
+            files = [held.enter_context(memory_file(text)) for text in (program, script_input, b"")]
             source, stdin, printed = files
-            script = held.enter_context(start("script", source, limits, stdin, printed))
-            exit_code = wait(script, [script], limits)
-            return Run(exit_code, os.pread(printed, limits.file_mb << 20, 0))
+            script = held.enter_context(running_sandbox("script", source, limits, stdin, printed))
+            exit_code = wait_for_exit(script, [script], limits)
+            return ScriptResult(exit_code, os.pread(printed, limits.file_mb << 20, 0))
     except OSError as error:
-        raise CannotRun(f"{type(error).__name__}: {error}") from error
+        raise SandboxError(f"{type(error).__name__}: {error}") from error
 
 
-def run_tests(program: bytes, exam: Exam, limits: Limits) -> list[bool]:
+def run_tests(program: bytes, arguments: GraderArguments, limits: SandboxLimits) -> list[bool]:
     """Whether each piece of an exam passed: in one process, of a program in another.
 
     They have two pipes between them and nothing else.
@@ -66,51 +66,53 @@ def run_tests(program: bytes, exam: Exam, limits: Limits) -> list[bool]:
     Raises:
         CannotRun: a process could not be started, or could not be confined.
     """
-    pieces = len(exam.pieces)
-    written = json.dumps(exam._asdict()).encode()
+    pieces = len(arguments.pieces)
+    written = json.dumps(arguments._asdict()).encode()
     try:
         with ExitStack() as held:
             files = [held.enter_context(memory_file(text)) for text in (program, written, b"")]
             source, questions, results = files
-            with pipe() as asked, pipe() as answered:
+            with open_pipe() as asked, open_pipe() as answered:
                 tested = held.enter_context(
-                    start("program", source, limits, incoming=asked[0], outgoing=answered[1])
+                    running_sandbox(
+                        "program", source, limits, incoming=asked[0], outgoing=answered[1]
+                    )
                 )
                 tests = held.enter_context(
-                    start(
+                    running_sandbox(
                         *("tests", questions, limits),
                         incoming=answered[0],
                         outgoing=asked[1],
                         results=results,
                     )
                 )
-            wait(tests, [tested, tests], limits)
+            wait_for_exit(tests, [tested, tests], limits)
             passed = os.pread(results, pieces, 0).ljust(pieces, b"\0")
             return [byte == 1 for byte in passed]
     except OSError as error:
-        raise CannotRun(f"{type(error).__name__}: {error}") from error
+        raise SandboxError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
-def start(
+def running_sandbox(
     role: str,
-    given: int,
-    limits: Limits,
+    source_fd: int,
+    limits: SandboxLimits,
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
     **descriptors: int,
 ) -> Iterator[Sandbox]:
     """A process in a folder of its own, both gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="grpo-code-") as folder:
-        place = Place(os.getpid(), folder, role, given, **descriptors)
+        spec = ProcessSpec(os.getpid(), folder, role, source_fd, **descriptors)
         process = subprocess.Popen(
-            [*INTERPRETER, sandbox.__file__, json.dumps([place._asdict(), limits._asdict()])],
+            [*INTERPRETER, sandbox.__file__, json.dumps([spec._asdict(), limits._asdict()])],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.PIPE,
-            pass_fds=[given, *descriptors.values()],
+            pass_fds=[source_fd, *descriptors.values()],
             cwd=folder,
-            env=ENVIRONMENT,
+            env=SANDBOX_ENVIRONMENT,
             start_new_session=True,
         )
         assert process.stderr is not None
@@ -122,7 +124,7 @@ def start(
                 process.wait()
 
 
-def wait(last: Sandbox, started: Sequence[Sandbox], limits: Limits) -> int:
+def wait_for_exit(last: Sandbox, started: Sequence[Sandbox], limits: SandboxLimits) -> int:
     """The exit code of the last one; that of a killed one, if their time or space is over first.
 
     Raises:
@@ -132,17 +134,19 @@ def wait(last: Sandbox, started: Sequence[Sandbox], limits: Limits) -> int:
         assert process.stderr is not None
         status = process.stderr.readline()
         if status != b"ready\n":
-            raise CannotRun(status.decode(errors="replace").strip() or "no word from it")
+            raise SandboxError(status.decode(errors="replace").strip() or "no word from it")
     deadline = time.monotonic() + limits.seconds
     most = limits.file_mb << 20
-    while time.monotonic() < deadline and all(size(folder) <= most for _, folder in started):
+    while time.monotonic() < deadline and all(
+        count_folder_bytes(folder) <= most for _, folder in started
+    ):
         with suppress(subprocess.TimeoutExpired):
             return last.process.wait(0.05)
     last.process.kill()
     return last.process.wait()
 
 
-def size(folder: str) -> int:
+def count_folder_bytes(folder: str) -> int:
     """Bytes that a flat folder's files take, a block each at least."""
     total = 0
     for entry in os.scandir(folder):
@@ -152,7 +156,7 @@ def size(folder: str) -> int:
 
 
 @contextmanager
-def pipe() -> Iterator[tuple[int, int]]:
+def open_pipe() -> Iterator[tuple[int, int]]:
     """A pipe's ends, to read and to write, here only until both are with who uses them."""
     ends = os.pipe()
     try:

@@ -11,15 +11,15 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from grpo.report.shell import COLORS, GRAY
-from grpo.report.sweep.layout import layout
-from grpo.report.sweep.ranking import shown
+from grpo.report.html import COLORS, GRAY
+from grpo.report.sweep.layout import apply_layout
+from grpo.report.sweep.ranking import format_value
 from grpo.report.sweep.read import Job, Sweep
 
 WORST_TO_BEST = [[0, COLORS[1]], [0.5, GRAY], [1, COLORS[0]]]  # to be seen on light and on dark
 
 
-def marginals(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
+def draw_marginals(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
     columns = min(3, len(sweep.keys))
     rows = -(-len(sweep.keys) // columns)
     figure = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.05)
@@ -28,19 +28,19 @@ def marginals(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
         values = [job.values[key] for job in done]
         continuous = all(map(is_number, values)) and len(set(values)) > 8
         figure.add_scatter(
-            x=values if continuous else [shown(value) for value in values],
+            x=values if continuous else [format_value(value) for value in values],
             y=[job.value for job in done], mode="markers", showlegend=False,
             marker={"color": COLORS[0], "opacity": 0.5, "size": 8},
             text=[f"job {job.number}" for job in done], hovertemplate="%{text}: %{y:.4g}",
             row=row, col=column,
         )  # fmt: skip
         if not continuous:
-            order = in_order(values)
+            order = sort_distinct(values)
             means = [
                 np.mean([job.value for job in done if str(job.values[key]) == str(value)])
                 for value in order
             ]
-            names = [shown(value) for value in order]
+            names = [format_value(value) for value in order]
             figure.add_scatter(
                 x=names, y=means, mode="lines+markers", showlegend=False,
                 line={"color": COLORS[1]}, hovertemplate="mean: %{y:.4g}", row=row, col=column,
@@ -48,14 +48,14 @@ def marginals(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
             figure.update_xaxes(
                 type="category", categoryorder="array", categoryarray=names, row=row, col=column
             )
-        elif over_magnitudes(values):
+        elif spans_magnitudes(values):
             figure.update_xaxes(type="log", dtick="D2", exponentformat="e", row=row, col=column)
         figure.update_xaxes(title=key, row=row, col=column)
     figure.update_yaxes(title=sweep.objective, col=1)
-    return layout(figure, 80 + 260 * rows)
+    return apply_layout(figure, 80 + 260 * rows)
 
 
-def heat(sweep: Sweep, done: Sequence[Job], pairs: Sequence[tuple[str, str]]) -> go.Figure:
+def draw_heatmaps(sweep: Sweep, done: Sequence[Job], pairs: Sequence[tuple[str, str]]) -> go.Figure:
     pairs = pairs[:6]
     columns = min(2, len(pairs))
     rows = -(-len(pairs) // columns)
@@ -63,8 +63,8 @@ def heat(sweep: Sweep, done: Sequence[Job], pairs: Sequence[tuple[str, str]]) ->
     low, high = (pick(float(job.value or 0) for job in done) for pick in (min, max))
     for n, (across, down) in enumerate(pairs):
         row, column = n // columns + 1, n % columns + 1
-        x_bins, x_of = binned([job.values[across] for job in done])
-        y_bins, y_of = binned([job.values[down] for job in done])
+        x_bins, x_of = bin_values([job.values[across] for job in done])
+        y_bins, y_of = bin_values([job.values[down] for job in done])
         cells: list[list[list[float]]] = [[[] for _ in x_bins] for _ in y_bins]
         for job, x, y in zip(done, x_of, y_of, strict=True):
             cells[y][x].append(float(job.value or 0))
@@ -78,14 +78,14 @@ def heat(sweep: Sweep, done: Sequence[Job], pairs: Sequence[tuple[str, str]]) ->
         )  # fmt: skip
         figure.update_xaxes(title=across, type="category", row=row, col=column)
         figure.update_yaxes(title=down, type="category", row=row, col=column)
-    return layout(figure, 80 + 300 * rows)
+    return apply_layout(figure, 80 + 300 * rows)
 
 
-def binned(values: Sequence[Any], most: int = 8) -> tuple[list[str], list[int]]:
+def bin_values(values: Sequence[Any], max_values: int = 8) -> tuple[list[str], list[int]]:
     """Names of the values, or of ranges of them where they are many; and which one each is in."""
-    order = in_order(values)
-    if len(order) <= most or not all(map(is_number, order)):
-        names = [shown(value) for value in order]
+    order = sort_distinct(values)
+    if len(order) <= max_values or not all(map(is_number, order)):
+        names = [format_value(value) for value in order]
         places = {str(value): n for n, value in enumerate(order)}
         return names, [places[str(value)] for value in values]
     edges = np.unique(np.quantile([float(value) for value in values], np.linspace(0, 1, 6)))
@@ -94,13 +94,13 @@ def binned(values: Sequence[Any], most: int = 8) -> tuple[list[str], list[int]]:
     return names, [int(n) for n in inside]
 
 
-def parallel(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
+def draw_parallel_coordinates(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
     dimensions = []
     for key in sweep.keys:
         values = [job.values[key] for job in done]
-        order = in_order(values)
+        order = sort_distinct(values)
         if all(map(is_number, values)) and len(order) > 8:
-            dimensions.append({"label": key, **along(values)})
+            dimensions.append({"label": key, **make_dimension(values)})
             continue
         place = {str(value): n for n, value in enumerate(order)}
         dimensions.append(
@@ -108,7 +108,7 @@ def parallel(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
                 "label": key,
                 "values": [place[str(value)] for value in values],
                 "tickvals": list(range(len(order))),
-                "ticktext": [shown(value) for value in order],
+                "ticktext": [format_value(value) for value in order],
             }
         )
     outcomes = [job.value for job in done]
@@ -122,14 +122,14 @@ def parallel(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
             },
         )
     )  # fmt: skip
-    layout(figure, 420)
+    apply_layout(figure, 420)
     figure.update_layout(margin={"l": 80, "r": 40, "t": 70, "b": 30})
     return figure
 
 
-def along(values: Sequence[float]) -> dict[str, Any]:
+def make_dimension(values: Sequence[float]) -> dict[str, Any]:
     """Numbers on an axis, by their logarithms where they are of several magnitudes."""
-    if not over_magnitudes(values):
+    if not spans_magnitudes(values):
         return {"values": list(values)}
     low, high = min(values), max(values)
     powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
@@ -140,11 +140,11 @@ def along(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def over_magnitudes(values: Sequence[float]) -> bool:
+def spans_magnitudes(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) > 10
 
 
-def in_order(values: Sequence[Any]) -> list[Any]:
+def sort_distinct(values: Sequence[Any]) -> list[Any]:
     """Distinct values, numbers by size, then the rest by name."""
     distinct = {str(value): value for value in values}.values()
     return sorted(distinct, key=lambda v: (not is_number(v), v if is_number(v) else 0, str(v)))

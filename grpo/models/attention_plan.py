@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-NAME = "grpo_tree"  # under which transformers finds `attend`
+ATTENTION_NAME = "grpo_tree"  # under which transformers finds `attend`
 
 
 @dataclass(frozen=True)
-class Scoring:
+class AttentionScoring:
     """How a layer scores a key."""
 
     scale: float
@@ -30,11 +30,16 @@ class Scoring:
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
 
-class Plan(Protocol):
+class AttentionPlan(Protocol):
     """What the tokens of a forward pass see of each other, and of what came before."""
 
     def attend(
-        self, layer: int, queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, how: Scoring
+        self,
+        layer: int,
+        queries_HTd: Tensor,
+        keys_KTd: Tensor,
+        values_KTd: Tensor,
+        scoring: AttentionScoring,
     ) -> Tensor:
         """[T, H, d] what each token takes from those it sees."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo.runs.jsonl import encode, reopen
+from grpo.runs.jsonl import encode_line, reopen
 from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
 
 
@@ -18,17 +18,17 @@ class JsonlFiles(Sink):
         self.answers_file = reopen(info.folder / "evaluations.jsonl", info.logged_step)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        self.metrics_file.write(encode({"step": step, **metrics}))
+        self.metrics_file.write(encode_line({"step": step, **metrics}))
         self.metrics_file.flush()
 
-    def completions(self, rows: Sequence[CompletionRow]) -> None:
+    def log_completions(self, rows: Sequence[CompletionRow]) -> None:
         for row in rows:
             tokens = {"token_ends": list(row.token_ends), "token_kl": list(row.token_kl)}
-            self.completions_file.write(encode({**row.flat(), **tokens}))
+            self.completions_file.write(encode_line({**row.to_table_row(), **tokens}))
         self.completions_file.flush()
 
-    def answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.answers_file.writelines(encode({"step": step, **row}) for row in rows)
+    def log_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.answers_file.writelines(encode_line({"step": step, **row}) for row in rows)
         self.answers_file.flush()
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:

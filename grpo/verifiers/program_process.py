@@ -7,11 +7,11 @@ from __future__ import annotations
 import sys
 import types
 
-from grpo.verifiers.channel import leave
-from grpo.verifiers.mirror import Side
-from grpo.verifiers.operations import OPERATIONS, take_contents
-from grpo.verifiers.standard import (
-    CATCHING,
+from grpo.verifiers.channel import exit_process
+from grpo.verifiers.operations import OPERATIONS, copy_contents
+from grpo.verifiers.proxy import Peer
+from grpo.verifiers.standard_library import (
+    CATCH_ALL_EXCEPTIONS,
     find_class,
     find_import,
     import_from_library,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Names = list[tuple[str, str, Any]]
 
 
-class Program(Side):
+class ProgramServer(Peer):
     """Serves an imported program to the grader."""
 
     def __init__(
@@ -34,14 +34,14 @@ class Program(Side):
     ) -> None:
         super().__init__(1, incoming, outgoing, asks_first=False)
         self.code, self.module = code, module
-        self.names: dict[str, Any] | None = None  # as the grader knows them
+        self.known_names: dict[str, Any] | None = None  # as the grader knows them
         self.loop: Any = None
         self.streams = list_streams()
         self.operations: dict[str, Callable[..., Any]] = {
             **OPERATIONS,
             "names": self.import_program,
-            "run": self.run,
-            "contents": take_contents,
+            "run": self.run_coroutine,
+            "contents": copy_contents,
         }
 
     def serve(self, operation: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -49,7 +49,7 @@ class Program(Side):
 
     def find_name(self, value: Any) -> tuple[str, str] | None:
         place = find_class(value)
-        return None if place in CATCHING else place
+        return None if place in CATCH_ALL_EXCEPTIONS else place
 
     def import_name(self, module: str, name: str) -> Any:
         return import_from_library(module, name)
@@ -63,43 +63,43 @@ class Program(Side):
         try:
             exec(self.code, vars(self.module))
         except BaseException:  # noqa: BLE001 - sys.exit too: one that leaves has passed nothing
-            leave()
-        self.names = {}
+            exit_process()
+        self.known_names = {}
         names: Names = []
-        for name, value in self.public().items():
+        for name, value in self.collect_names().items():
             place = find_import(name, value)
             if place:
                 names.append((name, "import", place))
             elif not isinstance(value, types.ModuleType):
                 names.append((name, "value", value))
-            self.names[name] = value
+            self.known_names[name] = value
         return names
 
-    def note_aside(self) -> Any:
+    def collect_extra(self) -> Any:
         """The names that have got another value since the last message."""
-        if self.names is None:
+        if self.known_names is None:
             return None
         changed: list[Any] = []
-        for name, value in self.public().items():
-            known = name in self.names and self.names[name] is value
+        for name, value in self.collect_names().items():
+            known = name in self.known_names and self.known_names[name] is value
             if not known and not isinstance(value, types.ModuleType):
-                self.names[name] = value
+                self.known_names[name] = value
                 changed += (name, value)
         return tuple(changed) or None
 
-    def take_aside(self, aside: Any) -> None:
+    def apply_extra(self, aside: Any) -> None:
         if aside is not None:
             for name, (place, usual) in self.streams.items():
                 setattr(place, name, dict(aside).get(name, usual))
 
-    def public(self) -> dict[str, Any]:
+    def collect_names(self) -> dict[str, Any]:
         return {
             name: value
             for name, value in vars(self.module).items()
             if not (name.startswith("__") and name.endswith("__"))
         }
 
-    def run(self, coroutine: Any) -> Any:
+    def run_coroutine(self, coroutine: Any) -> Any:
         """The end of a coroutine, in one loop, which what the program has made may belong to."""
         import asyncio  # only a few programs need it, and it takes long
 
@@ -113,6 +113,6 @@ def serve_program(
     code: types.CodeType, module: types.ModuleType, incoming: int, outgoing: int
 ) -> None:
     """Imports the program and does what it is asked for, until the grader has gone."""
-    program = Program(code, module, incoming, outgoing)
+    program = ProgramServer(code, module, incoming, outgoing)
     while True:
         program.channel.answer_next()

@@ -10,31 +10,34 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.errors import ConfigError, one_line
+from grpo.errors import ConfigError, format_error
 from grpo.models.adapter import has_adapter
 from grpo.models.forward import (
-    UNSUITED,
+    FORWARD_ERRORS,
     Completions,
     computes_in_fp32,
-    plain,
-    same_logprobs,
+    forward_plain,
+    forward_shared_prompt,
+    match_logprobs,
     score_completions,
-    shared_prefix,
 )
 from grpo.models.head import Features, Readout
 from grpo.models.load import LanguageModel
 from grpo.types import Sampling
 
 log = logging.getLogger(__name__)
-HELD = "held"  # in the place of a rope type that transformers computes anew at each length
+FROZEN_ROPE_TYPE = (
+    "held"  # in the place of a rope type that transformers computes anew at each length
+)
 
 
-def suited_to_lengths(
+def prepare_for_lengths(
     policy: LanguageModel, prompt_tokens: int, max_new_tokens: int
 ) -> LanguageModel:
     """The model as it is used for prompts and completions of up to so many tokens.
@@ -48,7 +51,7 @@ def suited_to_lengths(
     """
     longest = prompt_tokens + max_new_tokens
     name = type(policy.model).__name__
-    change = hold_positions(policy.model, longest, policy.context)
+    change = freeze_positions(policy.model, longest, policy.context_length)
     if change is not None and change < longest:
         log.warning(
             "%s: its positions change beyond %d tokens, which a prompt and its completion may "
@@ -57,18 +60,18 @@ def suited_to_lengths(
             name, change, prompt_tokens, max_new_tokens,
         )  # fmt: skip
     elif change is not None:
-        policy = replace(policy, context=change)
+        policy = replace(policy, context_length=change)
     try:
         agrees = agrees_at_length(policy, prompt_tokens, max_new_tokens)
-    except UNSUITED as error:
-        if not reads(policy, 2):
+    except FORWARD_ERRORS as error:
+        if not can_read_length(policy, 2):
             adapted = " with this adapter" if has_adapter(policy.model) else ""
             raise ConfigError(
-                f"{name}{adapted}: its forward pass fails: {one_line(error)}"
+                f"{name}{adapted}: its forward pass fails: {format_error(error)}"
             ) from error
         raise ConfigError(
             f"max_new_tokens={max_new_tokens}: {name} can't read {longest} tokens, a prompt of "
-            f"{prompt_tokens} and its completion ({one_line(error)}); lower it or "
+            f"{prompt_tokens} and its completion ({format_error(error)}); lower it or "
             f"dataset.max_prompt_tokens."
         ) from error
     if agrees:
@@ -77,17 +80,17 @@ def suited_to_lengths(
         "%s: with a shared prompt it gives other log-probabilities at %d tokens; using the plain "
         "forward, which is slower and needs more memory.", name, longest,
     )  # fmt: skip
-    return replace(policy, forward=plain)
+    return replace(policy, forward=forward_plain)
 
 
 @dataclass(frozen=True)
-class Rotations:
+class RotaryModule:
     """A module of transformers that makes the angles of positions, for one kind of layer."""
 
     module: nn.Module
     layer_type: str | None
 
-    def at(self, length: int) -> Tensor:
+    def compute_cosines(self, length: int) -> Tensor:
         """The cosines of the second position in a text of this length."""
         # Beyond its original length a dynamic one remembers the longest; a short text resets it.
         self._angles(2)
@@ -101,22 +104,24 @@ class Rotations:
         cosines: Tensor = self.module(x, positions, **options)[0][0, 0]
         return cosines.clone()
 
-    def hold(self) -> None:
+    def freeze_angles(self) -> None:
         """From here on it gives what it gave last, whatever the length."""
         kinds = self.module.rope_type
-        kept = HELD if self.layer_type is None else {**kinds, self.layer_type: HELD}  # type: ignore[dict-item]
-        self.module.rope_type = kept  # type: ignore[assignment]
+        kept: Any = FROZEN_ROPE_TYPE
+        if self.layer_type is not None:
+            kept = {**kinds, self.layer_type: FROZEN_ROPE_TYPE}  # type: ignore[dict-item]
+        self.module.rope_type = kept
 
 
-def length_dependent(model: nn.Module) -> Iterator[Rotations]:
+def find_length_dependent(model: nn.Module) -> Iterator[RotaryModule]:
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
             if isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind):
-                yield Rotations(module, layer_type)
+                yield RotaryModule(module, layer_type)
 
 
-def hold_positions(model: PreTrainedModel, longest: int, context: int) -> int | None:
+def freeze_positions(model: PreTrainedModel, longest: int, context: int) -> int | None:
     """Fixes positions that change with length at those of the longest text.
 
     Args:
@@ -127,22 +132,22 @@ def hold_positions(model: PreTrainedModel, longest: int, context: int) -> int | 
         The most tokens that a text may have before they change; None if they never do.
     """
     changes = []
-    for rotations in list(length_dependent(model)):
-        changes.append(first_change(rotations, max(longest, context)))
-        rotations.at(max(longest, 2))
-        rotations.hold()
+    for rotations in list(find_length_dependent(model)):
+        changes.append(find_first_change(rotations, max(longest, context)))
+        rotations.compute_cosines(max(longest, 2))
+        rotations.freeze_angles()
     return min((change for change in changes if change is not None), default=None)
 
 
-def first_change(rotations: Rotations, most: int) -> int | None:
+def find_first_change(rotations: RotaryModule, most: int) -> int | None:
     """The greatest length up to which the angles are those of a short text, found by halving."""
-    short = rotations.at(2)
-    if torch.equal(rotations.at(most), short):
+    short = rotations.compute_cosines(2)
+    if torch.equal(rotations.compute_cosines(most), short):
         return None
     same, other = 2, most
     while other - same > 1:
         middle = (same + other) // 2
-        if torch.equal(rotations.at(middle), short):
+        if torch.equal(rotations.compute_cosines(middle), short):
             same = middle
         else:
             other = middle
@@ -150,12 +155,12 @@ def first_change(rotations: Rotations, most: int) -> int | None:
 
 
 @torch.no_grad()
-def reads(policy: LanguageModel, length: int) -> bool:
+def can_read_length(policy: LanguageModel, length: int) -> bool:
     """Whether the model can be run on a text of so many tokens at all."""
     tokens = torch.zeros(1, length, dtype=torch.int64, device=policy.model.device)
     try:
         policy.model(input_ids=tokens, use_cache=False)
-    except UNSUITED:
+    except FORWARD_ERRORS:
         return False
     return True
 
@@ -173,7 +178,7 @@ def agrees_at_length(policy: LanguageModel, prompt_tokens: int, max_new_tokens: 
     tokens = torch.randint(0, head.vocabulary, shape, generator=generator).to(device)
     with policy.device.autocast():
         hidden = model.base_model(input_ids=tokens, use_cache=False)[0]
-        if policy.forward is not shared_prefix:
+        if policy.forward is not forward_shared_prompt:
             return True
         completion = tokens[:, prompt_tokens:]
         batch = Completions(
@@ -185,5 +190,5 @@ def agrees_at_length(policy: LanguageModel, prompt_tokens: int, max_new_tokens: 
         readout = Readout(Sampling(temperature=1.0))
         own = Features(hidden[0, prompt_tokens - 1 : -1], head, head.vocabulary)
         expected = score_completions(own, batch, readout).logprobs
-        ours = score_completions(shared_prefix(model, head, batch), batch, readout).logprobs
-        return same_logprobs(ours, expected, computes_in_fp32(model))
+        ours = score_completions(forward_shared_prompt(model, head, batch), batch, readout).logprobs
+        return match_logprobs(ours, expected, computes_in_fp32(model))

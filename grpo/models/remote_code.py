@@ -15,11 +15,11 @@ NEEDS_CODE = (
 )
 
 
-class NeedsCode(ConfigError):
+class UntrustedCode(ConfigError):
     """A model can't be loaded without running code that comes with it."""
 
 
-def check_own_code(folder: Path, trusted: bool, name: str = "") -> None:
+def check_remote_code(folder: Path, trusted: bool, name: str = "") -> None:
     """Refuses a model that transformers can't run without the code in its folder.
 
     Args:
@@ -29,51 +29,51 @@ def check_own_code(folder: Path, trusted: bool, name: str = "") -> None:
     Raises:
         NeedsCode: naming the model, its files and the key.
     """
-    if trusted or not named_classes(folder, "config.json") or is_known(folder):
+    if trusted or not list_auto_classes(folder, "config.json") or has_builtin_class(folder):
         return
-    files = ", ".join(own_files(folder)) or "in another repository of the hub"
-    raise NeedsCode(f"{name or folder}: this model {NEEDS_CODE}. The code: {files}.")
+    files = ", ".join(list_code_files(folder)) or "in another repository of the hub"
+    raise UntrustedCode(f"{name or folder}: this model {NEEDS_CODE}. The code: {files}.")
 
 
-def has_own_code(folder: Path) -> bool:
+def has_remote_code(folder: Path) -> bool:
     """Whether the configs in a model's folder name classes of its own, or of another repository."""
-    return any(named_classes(folder, name) for name in ("config.json", "tokenizer_config.json"))
+    return any(list_auto_classes(folder, name) for name in ("config.json", "tokenizer_config.json"))
 
 
-def own_files(folder: Path) -> list[str]:
+def list_code_files(folder: Path) -> list[str]:
     """The Python files in a model's folder that its configs name."""
     named = {
         path
         for name in ("config.json", "tokenizer_config.json")
-        for path in named_classes(folder, name)
+        for path in list_auto_classes(folder, name)
     }
     return sorted({f"{path.partition('.')[0]}.py" for path in named if "--" not in path})
 
 
-def is_known(folder: Path) -> bool:
+def has_builtin_class(folder: Path) -> bool:
     """Whether transformers has code of its own for the causal model in a folder."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = read_config(folder / "config.json").get("model_type")
+    kind = read_model_config(folder / "config.json").get("model_type")
     return kind in CONFIG_MAPPING_NAMES and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def named_classes(folder: Path, name: str) -> list[str]:
+def list_auto_classes(folder: Path, name: str) -> list[str]:
     """What `auto_map` in a config names: module.Class, or ORG/NAME--module.Class."""
-    return list(texts_in(read_config(folder / name).get("auto_map")))
+    return list(find_strings(read_model_config(folder / name).get("auto_map")))
 
 
-def texts_in(node: Any) -> Iterator[str]:
+def find_strings(node: Any) -> Iterator[str]:
     """A tokenizer's is a pair, of which one may be null."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, dict | list):
         for value in node.values() if isinstance(node, dict) else node:
-            yield from texts_in(value)
+            yield from find_strings(value)
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_model_config(file: Path) -> dict[str, Any]:
     """A config of transformers; empty where it can't be read, which loading the model says."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import builtins
 import importlib
 import sys
 
-from grpo.verifiers.values import CONTAINERS, FROZEN
+from grpo.verifiers.serialization import CONTAINERS, IMMUTABLE_TYPES
 
 TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 # Classes that do no more than hold a value, and exceptions. A function is never taken by its name:
 # one of `eval` and `pickle.loads` would run in the grader what the program wrote.
-CLASSES = {
+SHARED_CLASSES = {
     *((kind.__module__, kind.__qualname__) for kind in (*CONTAINERS, object, int, float, str)),
     ("builtins", "bool"),
-    *FROZEN,
+    *IMMUTABLE_TYPES,
 }
-EXCEPTIONS_OF = {
+EXCEPTION_MODULES = {
     *("builtins", "json.decoder", "decimal", "dataclasses", "statistics", "_queue", "queue"),
     *("asyncio.exceptions", "struct", "binascii", "zlib", "_csv", "configparser", "re", "copy"),
     *("sre_constants", "re._constants", "concurrent.futures._base"),
 }
 # What a test's own `except` catches its own failed assert by: no name of the program's is one.
-CATCHING = {
+CATCH_ALL_EXCEPTIONS = {
     ("builtins", "BaseException"),
     ("builtins", "Exception"),
     ("builtins", "AssertionError"),
 }
 # Modules that tests use because the program imports them. None runs a text, or opens anything.
-MODULES = {
+SHARED_MODULES = {
     *("math", "cmath", "string", "itertools", "functools", "collections", "collections.abc"),
     *("heapq", "bisect", "random", "statistics", "fractions", "decimal", "datetime", "re", "json"),
     *("copy", "typing", "time"),
@@ -52,7 +52,9 @@ def find_class(value: Any) -> tuple[str, str] | None:
     if not isinstance(value, type):
         return None
     place = (value.__module__, value.__qualname__)
-    known = place in CLASSES or (place[0] in EXCEPTIONS_OF and issubclass(value, BaseException))
+    known = place in SHARED_CLASSES or (
+        place[0] in EXCEPTION_MODULES and issubclass(value, BaseException)
+    )
     found = getattr(sys.modules.get(place[0]), place[1], None)
     return place if known and found is value else None
 
@@ -63,9 +65,9 @@ def import_class(module: Any, name: Any) -> type:
     Raises:
         Exception: of any kind, where none of these classes is there.
     """
-    if (module, name) in CLASSES:
+    if (module, name) in SHARED_CLASSES:
         found = getattr(importlib.import_module(module), name)
-    elif module in EXCEPTIONS_OF:
+    elif module in EXCEPTION_MODULES:
         found = getattr(importlib.import_module(module), name)
         if not issubclass(found, BaseException):
             raise TypeError("no exception")
@@ -78,15 +80,15 @@ def import_class(module: Any, name: Any) -> type:
 def find_import(name: str, value: Any) -> tuple[str, str] | None:
     """Where `name` was imported from: a module, or the same name in one; None if it wasn't."""
     if isinstance(value, type(sys)):
-        return (value.__name__, "") if value.__name__ in MODULES else None
-    for module in sorted(MODULES & set(sys.modules)):
+        return (value.__name__, "") if value.__name__ in SHARED_MODULES else None
+    for module in sorted(SHARED_MODULES & set(sys.modules)):
         if may_import(module, name) and getattr(sys.modules[module], name, None) is value:
             return (module, name)
     return None
 
 
 def may_import(module: Any, name: Any) -> bool:
-    if module not in MODULES or name.startswith("_"):
+    if module not in SHARED_MODULES or name.startswith("_"):
         return False
     return bool(module != "typing" or name == "" or name[0].isupper())  # get_type_hints runs texts
 

@@ -14,45 +14,45 @@ from grpo.verifiers.channel import Channel
 from grpo.verifiers.operations import (
     BINARY,
     COMPARISONS,
-    READABLE,
+    READABLE_ATTRIBUTES,
     SPECIAL,
     UNARY,
-    VALUED,
+    VALUE_TYPES,
     make_doc,
     make_method,
     make_root,
 )
-from grpo.verifiers.standard import find_class, import_class
-from grpo.verifiers.values import CONTAINER_NAMES, CONTAINERS, DEEPEST, Values
+from grpo.verifiers.serialization import CONTAINER_NAMES, CONTAINERS, MAX_DEPTH, ValueCodec
+from grpo.verifiers.standard_library import find_class, import_class
 
 TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any
 
-PLAIN_HASHES = {None, object.__hash__, *(kind.__hash__ for kind in VALUED)}
+PLAIN_HASHES = {None, object.__hash__, *(kind.__hash__ for kind in VALUE_TYPES)}
 
 
-class Side(Values):
+class Peer(ValueCodec):
     """One of the two processes: what it has given out, and the stand-ins it has been given.
 
     Args:
-        first: 0 or 1, each side another, see `Values`.
+        first: 0 or 1, each side another, see `ValueCodec`.
         incoming: descriptor of the pipe to read.
         outgoing: descriptor of the pipe to write.
         asks_first: whether this side may ask while it answers nothing.
     """
 
-    def __init__(self, first: int, incoming: int, outgoing: int, asks_first: bool) -> None:
-        super().__init__(first)
-        self.mine: dict[int, Any] = {}  # what the other side has stand-ins for, by number
-        self.mine_numbers: dict[int, int] = {}  # by id
-        self.theirs: dict[int, Any] = {}  # the stand-ins here; kept, so that their ids stay
-        self.theirs_numbers: dict[int, int] = {}
+    def __init__(self, first_number: int, incoming: int, outgoing: int, asks_first: bool) -> None:
+        super().__init__(first_number)
+        self.exported: dict[int, Any] = {}  # what the other side has stand-ins for, by number
+        self.exported_numbers: dict[int, int] = {}  # by id
+        self.proxies: dict[int, Any] = {}  # the stand-ins here; kept, so that their ids stay
+        self.proxy_numbers: dict[int, int] = {}
         self.handles: list[Any] = []  # kept for the same reason
         self.hashes: dict[int, int] = {}  # of the stand-ins whose class has its own, by id
-        self.contents: dict[type, type] = {}  # of classes: the container they derive from
-        self.building = False
+        self.container_bases: dict[type, type] = {}  # of classes: the container they derive from
+        self.building_class = False
         self.metaclass, self.root = make_root(self)
         self.channel = Channel(
             incoming, outgoing, self.pack, self.unpack, self.serve, asks_first=asks_first
@@ -70,7 +70,7 @@ class Side(Values):
     def import_name(self, module: str, name: str) -> Any:
         raise NotImplementedError
 
-    def refuse(self, value: Any) -> None:
+    def check_shareable(self, value: Any) -> None:
         """Raises TypeError where the other side may not have a stand-in for a value."""
 
     def ask(self, operation: str, *operands: Any, **options: Any) -> Any:
@@ -78,7 +78,7 @@ class Side(Values):
 
     def read(self, owner: Any, name: str) -> Any:
         """An attribute of a stand-in."""
-        if name.startswith("__") and name.endswith("__") and name not in READABLE:
+        if name.startswith("__") and name.endswith("__") and name not in READABLE_ATTRIBUTES:
             raise AttributeError(name)
         return self.ask("getattr", owner, name)
 
@@ -93,15 +93,15 @@ class Side(Values):
     def contains(self, container: Any, item: Any) -> Any:
         return self.ask("contains", container, item)
 
-    def is_theirs(self, value: Any) -> bool:
-        return id(value) in self.theirs_numbers
+    def is_proxy(self, value: Any) -> bool:
+        return id(value) in self.proxy_numbers
 
     # Messages
 
     def pack(self, kind: str, content: Any) -> bytes:
         self.undo.clear()
         try:
-            changes, aside = self.encode_changes(), self.encode(self.note_aside())
+            changes, aside = self.encode_changes(), self.encode(self.collect_extra())
             message = json.dumps([kind, changes, aside, self.encode(content)]).encode()
         except BaseException:
             for take_back in reversed(self.undo):
@@ -114,43 +114,48 @@ class Side(Values):
     def unpack(self, message: bytes) -> tuple[str, Any]:
         kind, changes, aside, content = json.loads(message)
         self.decode_changes(changes)
-        self.take_aside(self.decode(aside))
+        self.apply_extra(self.decode(aside))
         return kind, self.decode(content)
 
-    def note_aside(self) -> Any:
+    def collect_extra(self) -> Any:
         """What else the other side has to know."""
         return None
 
-    def take_aside(self, aside: Any) -> None:
+    def apply_extra(self, aside: Any) -> None:
         pass
 
     # What is given out
 
     def encode_object(self, value: Any, depth: int) -> Any:
-        if id(value) in self.theirs_numbers:
-            return ["yours", self.theirs_numbers[id(value)]]
+        if id(value) in self.proxy_numbers:
+            return ["yours", self.proxy_numbers[id(value)]]
         named = self.find_name(value)
         if named:
             return ["named", *named]
-        if id(value) in self.mine_numbers:
-            return ["mine", self.mine_numbers[id(value)]]
+        if id(value) in self.exported_numbers:
+            return ["mine", self.exported_numbers[id(value)]]
         kind = type(value)
         if isinstance(value, BaseException):
             if self.find_kind(kind):
                 return ["error", self.encode_kind(kind, depth), self.encode(value.args, depth + 1)]
             value.__traceback__ = None  # its frames would keep all that they know
-        self.refuse(value)
+        self.check_shareable(value)
         if isinstance(value, type):
             return self.encode_class(value, depth)
-        number = self.give_out(value)
+        number = self.export(value)
         if kind is types.CoroutineType or kind is types.GeneratorType:
             return [kind.__name__, number]
-        return ["object", number, self.encode_kind(kind, depth), *self.describe(value, depth)]
+        return [
+            "object",
+            number,
+            self.encode_kind(kind, depth),
+            *self.describe_object(value, depth),
+        ]
 
-    def give_out(self, value: Any) -> int:
+    def export(self, value: Any) -> int:
         number = self.take_number()
-        self.mine[number], self.mine_numbers[id(value)] = value, number
-        self.undo.append(lambda: self.mine_numbers.pop(id(self.mine.pop(number))))
+        self.exported[number], self.exported_numbers[id(value)] = value, number
+        self.undo.append(lambda: self.exported_numbers.pop(id(self.exported.pop(number))))
         return number
 
     def encode_kind(self, kind: type, depth: int) -> Any:
@@ -158,23 +163,23 @@ class Side(Values):
         named = self.find_kind(kind)
         if named:
             return ["named", *named]
-        for known, numbers in ("yours", self.theirs_numbers), ("mine", self.mine_numbers):
+        for known, numbers in ("yours", self.proxy_numbers), ("mine", self.exported_numbers):
             if id(kind) in numbers:
                 return [known, numbers[id(kind)]]
         return self.encode_class(kind, depth + 1)
 
     def find_kind(self, kind: type) -> tuple[str, str] | None:
         """Module and name of a class that objects on both sides can be of, or derive from."""
-        plain = kind is object or kind in VALUED or kind in CONTAINERS
+        plain = kind is object or kind in VALUE_TYPES or kind in CONTAINERS
         return find_class(kind) if plain or issubclass(kind, BaseException) else None
 
     def decode_kind(self, code: Any) -> Any:
         return import_class(*code[1:]) if code[0] == "named" else self.decode(code)
 
     def encode_class(self, value: type, depth: int) -> Any:
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise RecursionError("too many classes within each other")
-        return ["class", self.give_out(value), *self.describe_class(value, depth)]
+        return ["class", self.export(value), *self.describe_class(value, depth)]
 
     def describe_class(self, value: type, depth: int) -> list[Any]:
         own = dict(vars(value))
@@ -191,13 +196,13 @@ class Side(Values):
             next((base.__name__ for base in value.__mro__ if base in CONTAINERS), None),
         ]
 
-    def describe(self, value: Any, depth: int) -> list[Any]:
+    def describe_object(self, value: Any, depth: int) -> list[Any]:
         """What never changes of an object: its value or arguments, and its hash."""
         kind = type(value)
         if isinstance(value, BaseException):
             base: Any = value.args
         else:
-            base = next((VALUED[b](value) for b in kind.__mro__ if b in VALUED), None)
+            base = next((VALUE_TYPES[b](value) for b in kind.__mro__ if b in VALUE_TYPES), None)
         hashed = None
         if kind.__hash__ not in PLAIN_HASHES:
             try:
@@ -210,15 +215,15 @@ class Side(Values):
 
     def decode_object(self, name: str, parts: list[Any]) -> Any:
         if name == "yours":
-            return self.mine[parts[0]]
+            return self.exported[parts[0]]
         if name == "mine":
-            return self.theirs[parts[0]]
+            return self.proxies[parts[0]]
         if name == "named":
             return self.import_name(*parts)
         if name == "error":
             return self.make_error(self.decode_kind(parts[0]), self.decode(parts[1]))
         number, *rest = parts
-        if type(number) is not int or number in self.theirs:
+        if type(number) is not int or number in self.proxies:
             raise ValueError("no number for an object")
         if name == "object":
             made = self.make_object(self.decode_kind(rest[0]), *map(self.decode, rest[1:]))
@@ -226,10 +231,10 @@ class Side(Values):
             made = self.make_class(*rest)
         else:
             handle: Any = object.__new__(self.root)
-            self.theirs_numbers[id(handle)] = number
+            self.proxy_numbers[id(handle)] = number
             self.handles.append(handle)
-            made = (self.relay if name == "generator" else self.await_)(handle)
-        self.theirs[number], self.theirs_numbers[id(made)] = made, number
+            made = (self.relay_generator if name == "generator" else self.relay_coroutine)(handle)
+        self.proxies[number], self.proxy_numbers[id(made)] = made, number
         return made
 
     def make_error(self, kind: Any, arguments: Any) -> BaseException:
@@ -251,7 +256,7 @@ class Side(Values):
         elif base is None:
             made = object.__new__(kind)
         else:
-            made = next(b for b in kind.__mro__ if b in VALUED).__new__(kind, base)
+            made = next(b for b in kind.__mro__ if b in VALUE_TYPES).__new__(kind, base)
         if type(hashed) is int:
             self.hashes[id(made)] = hashed
         return made
@@ -262,7 +267,7 @@ class Side(Values):
         local = []
         for base in map(self.decode_kind, bases):
             mirrored = isinstance(base, self.metaclass) and base is not self.root
-            if mirrored or base in VALUED or issubclass(base, BaseException):
+            if mirrored or base in VALUE_TYPES or issubclass(base, BaseException):
                 local.append(base)
         space: dict[str, Any] = {"__slots__": (), "__module__": "answer"}
         space["__doc__"] = make_doc(self, doc)
@@ -272,16 +277,16 @@ class Side(Values):
             # Python itself sets what is behind an exception, on the stand-in alone.
             space["__setattr__"] = BaseException.__setattr__
             space["__delattr__"] = BaseException.__delattr__
-        self.building = True
+        self.building_class = True
         try:
             made: type = self.metaclass(name, (*local, self.root), space)
         finally:
-            self.building = False
+            self.building_class = False
         if container is not None:
-            self.contents[made] = CONTAINER_NAMES[container]
+            self.container_bases[made] = CONTAINER_NAMES[container]
         return made
 
-    def relay(self, handle: Any) -> Generator[Any, Any, Any]:
+    def relay_generator(self, handle: Any) -> Generator[Any, Any, Any]:
         """A generator of the other side's, which a test may want to be one."""
         operation, argument = "send", None
         while True:
@@ -294,6 +299,6 @@ class Side(Values):
             except BaseException as error:  # noqa: BLE001 - GeneratorExit too is for the other
                 operation, argument = "throw", error
 
-    async def await_(self, handle: Any) -> Any:
+    async def relay_coroutine(self, handle: Any) -> Any:
         """A coroutine of the other side's, which runs there from its start to its end."""
         return self.ask("run", handle)

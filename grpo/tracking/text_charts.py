@@ -9,13 +9,13 @@ from itertools import pairwise
 LEVELS = " ▁▂▃▄▅▆▇█"
 
 
-def chart(values: Sequence[float], width: int, height: int = 1) -> list[str]:
+def draw_chart(values: Sequence[float], width: int, height: int = 1) -> list[str]:
     """Lines from the top, the newest value at the right end, the lowest a single mark high.
 
     Where there are more values than columns, a column is the mean of its share of them; where
     there are fewer, the curve is shorter. What is no number leaves its column empty.
     """
-    columns = averaged(values, width)
+    columns = average_bins(values, width)
     known = [value for value in columns if value is not None]
     if not known:
         return [""] * height
@@ -32,16 +32,16 @@ def chart(values: Sequence[float], width: int, height: int = 1) -> list[str]:
     return rows
 
 
-def averaged(values: Sequence[float | None], count: int) -> list[float | None]:
+def average_bins(values: Sequence[float | None], count: int) -> list[float | None]:
     """At most so many, each the mean of its share; none where a share holds no number."""
     found: list[float | None] = []
-    for start, end in shares(len(values), count):
+    for start, end in split_into_bins(len(values), count):
         own = [value for value in values[start:end] if value is not None and math.isfinite(value)]
         found.append(sum(own) / len(own) if own else None)
     return found
 
 
-def shares(length: int, count: int) -> Iterable[tuple[int, int]]:
+def split_into_bins(length: int, count: int) -> Iterable[tuple[int, int]]:
     """Where each of at most so many shares, alike in size, starts and ends."""
     count = min(count, length)
     return pairwise([length * n // count for n in range(count + 1)] if count else [])

@@ -37,7 +37,7 @@ class Page:
         """The browser fetches it anew after this time."""
         self.head = f"<meta http-equiv=refresh content={seconds}>"
 
-    def figure(self, name: str, meaning: str, figure: Figure) -> str:
+    def add_figure(self, name: str, meaning: str, figure: Figure) -> str:
         """A figure's place; the browser draws it when it comes into view."""
         self.figures.append(figure)
         height = int(figure["layout"].get("height", 260))
@@ -47,38 +47,39 @@ class Page:
             f"</figure>"
         )
 
-    def html(self, scripts: Sequence[str] = ()) -> str:
+    def render_html(self, scripts: Sequence[str] = ()) -> str:
         """scripts: files beside this one that the page needs, after page.js."""
         code = "\n".join((HERE / name).read_text() for name in ("page.js", *scripts))
         blocks = "".join(
             f"<script type=text/plain class=block>{own}</script>" for own in self.blocks
         )
-        data = packed(json.dumps({"figures": self.figures, **self.payload}, allow_nan=False))
+        data = pack_text(json.dumps({"figures": self.figures, **self.payload}, allow_nan=False))
+        plotly = load_plotly_script() if self.figures else ""
         return (
             "<!doctype html><html lang=en><head><meta charset=utf-8>"
             "<meta name=viewport content='width=device-width, initial-scale=1'>"
             f"{self.head}<title>{escape(self.title)}</title>"
             f"<style>{(HERE / 'page.css').read_text()}</style>"
             f"</head><body><main>{''.join(self.parts)}</main>"
-            f"<script type=text/plain id=plotly>{plotly() if self.figures else ''}</script>"
+            f"<script type=text/plain id=plotly>{plotly}</script>"
             f"<script type=text/plain id=content>{data}</script>"
             f"{blocks}"
             f"<script>{code}</script></body></html>\n"
         )
 
 
-def packed(text: str) -> str:
+def pack_text(text: str) -> str:
     """Compressed, in letters that mean nothing to a page."""
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 @cache
-def plotly() -> str:
+def load_plotly_script() -> str:
     """Plotly's own script, packed. Its package is not imported, which would take a second."""
-    return packed(files("plotly").joinpath("package_data/plotly.min.js").read_text("utf-8"))
+    return pack_text(files("plotly").joinpath("package_data/plotly.min.js").read_text("utf-8"))
 
 
-def table(heads: Sequence[str], rows: Iterable[str]) -> str:
+def render_table(heads: Sequence[str], rows: Iterable[str]) -> str:
     """rows: <tr>…</tr>"""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     return (
@@ -87,6 +88,6 @@ def table(heads: Sequence[str], rows: Iterable[str]) -> str:
     )
 
 
-def row(cells: Iterable[str], kind: str = "") -> str:
+def render_row(cells: Iterable[str], kind: str = "") -> str:
     inside = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
     return f"<tr{f' class={kind}' if kind else ''}>{inside}</tr>"

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     Take = Callable[[Any], list[Any]]
     Refill = Callable[[Any, list[Any]], None]
 
-DEEPEST = 200  # lists in lists
-LARGE = 2**63  # beyond, an int's decimal digits take long, and Python refuses more than 4300
+MAX_DEPTH = 200  # lists in lists
+LARGE_INT = 2**63  # beyond, an int's decimal digits take long, and Python refuses more than 4300
 SCALARS = frozenset({str, float, bool, type(None)})
 READ_AS_IS = SCALARS | {int}
 
@@ -77,9 +77,9 @@ CONTAINERS: dict[type, tuple[Take, Refill]] = {
 CONTAINER_NAMES = {kind.__name__: kind for kind in CONTAINERS}
 
 # What doesn't change, by where its type is: only a program that has imported it has values of it.
-WHEN = ("hour", "minute", "second", "microsecond", "tzinfo", "fold")
-DAY = ("year", "month", "day")
-FROZEN: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
+TIME_FIELDS = ("hour", "minute", "second", "microsecond", "tzinfo", "fold")
+DATE_FIELDS = ("year", "month", "day")
+IMMUTABLE_TYPES: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
     ("builtins", "complex"): lambda value: (value.real, value.imag),
     ("builtins", "bytes"): lambda value: (value.hex(),),
     ("builtins", "range"): lambda value: (value.start, value.stop, value.step),
@@ -87,9 +87,11 @@ FROZEN: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
     ("builtins", "tuple"): list,
     ("decimal", "Decimal"): lambda value: (str(value),),
     ("fractions", "Fraction"): lambda value: (value.numerator, value.denominator),
-    ("datetime", "date"): lambda value: [getattr(value, name) for name in DAY],
-    ("datetime", "time"): lambda value: [getattr(value, name) for name in WHEN],
-    ("datetime", "datetime"): lambda value: [getattr(value, name) for name in (*DAY, *WHEN)],
+    ("datetime", "date"): lambda value: [getattr(value, name) for name in DATE_FIELDS],
+    ("datetime", "time"): lambda value: [getattr(value, name) for name in TIME_FIELDS],
+    ("datetime", "datetime"): lambda value: [
+        getattr(value, name) for name in (*DATE_FIELDS, *TIME_FIELDS)
+    ],
     ("datetime", "timedelta"): lambda value: (value.days, value.seconds, value.microseconds),
     ("datetime", "timezone"): lambda value: (value.utcoffset(None),),
 }
@@ -103,28 +105,28 @@ def make_with_fold(name: str) -> Callable[..., Any]:
     return make
 
 
-MAKE: dict[str, Callable[..., Any]] = {
+CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "bytes": bytes.fromhex,
     "frozenset": lambda *parts: frozenset(parts),
     "tuple": lambda *parts: parts,
     "time": make_with_fold("time"),
     "datetime": make_with_fold("datetime"),
 }
-PLACES = {name: module for module, name in FROZEN}
+TYPE_MODULES = {name: module for module, name in IMMUTABLE_TYPES}
 
 
 def is_plain(kind: type) -> bool:
     """Whether values of this type travel by value."""
     known = kind in SCALARS or kind is int or kind in CONTAINERS
-    return known or is_frozen(kind)
+    return known or is_immutable_type(kind)
 
 
-def is_frozen(kind: type) -> bool:
+def is_immutable_type(kind: type) -> bool:
     place = (kind.__module__, kind.__qualname__)
-    return place in FROZEN and getattr(sys.modules.get(place[0]), place[1], None) is kind
+    return place in IMMUTABLE_TYPES and getattr(sys.modules.get(place[0]), place[1], None) is kind
 
 
-class Shared:
+class SharedContainer:
     """A container that both sides have, and what was in it when they last agreed."""
 
     __slots__ = ("container", "parts")
@@ -134,19 +136,19 @@ class Shared:
         self.parts: list[Any] | None = None  # None: what is in it is not known yet
 
 
-class Values:
+class ValueCodec:
     """One side's half of what both know.
 
     Args:
         first: of the numbers that this side gives out, 0 or 1; the other has those between.
     """
 
-    def __init__(self, first: int) -> None:
-        self.next_number = first
-        self.shared: dict[int, Shared] = {}
+    def __init__(self, first_number: int) -> None:
+        self.next_number = first_number
+        self.shared: dict[int, SharedContainer] = {}
         self.shared_numbers: dict[int, int] = {}  # by the container's id
         self.undo: list[Callable[[], Any]] = []  # what to take back where a message can't be sent
-        self.alone = count_references(Shared([]))
+        self.unshared_references = count_references(SharedContainer([]))
 
     def take_number(self) -> int:
         self.next_number += 2
@@ -159,19 +161,21 @@ class Values:
         if kind in SCALARS:
             return value
         if kind is int:
-            return value if -LARGE < value < LARGE else ["int", hex(value)]
-        if depth > DEEPEST:
+            return value if -LARGE_INT < value < LARGE_INT else ["int", hex(value)]
+        if depth > MAX_DEPTH:
             raise RecursionError("too many values within each other")
         if kind in CONTAINERS:
             return self.encode_container(value, depth)
-        if is_frozen(kind):
-            parts = FROZEN[kind.__module__, kind.__qualname__](value)
+        if is_immutable_type(kind):
+            parts = IMMUTABLE_TYPES[kind.__module__, kind.__qualname__](value)
             return [kind.__name__, *self.encode_all(list(parts), depth)]
         return self.encode_object(value, depth)
 
     def encode_all(self, values: Sequence[Any], depth: int) -> list[Any]:
         kinds = set(map(type, values))
-        small = kinds <= SCALARS or (kinds == {int} and -LARGE < min(values) <= max(values) < LARGE)
+        small = kinds <= SCALARS or (
+            kinds == {int} and -LARGE_INT < min(values) <= max(values) < LARGE_INT
+        )
         return list(values) if small else [self.encode(value, depth + 1) for value in values]
 
     def encode_container(self, value: Any, depth: int) -> Any:
@@ -208,8 +212,10 @@ class Values:
             return self.shared[parts[0]].container
         if name in CONTAINER_NAMES:
             return self.decode_container(CONTAINER_NAMES[name], parts)
-        if name in PLACES:
-            make = MAKE.get(name) or getattr(importlib.import_module(PLACES[name]), name)
+        if name in TYPE_MODULES:
+            make = CONSTRUCTORS.get(name) or getattr(
+                importlib.import_module(TYPE_MODULES[name]), name
+            )
             return make(*self.decode_all(parts))
         return self.decode_object(name, parts)
 
@@ -239,7 +245,7 @@ class Values:
     # What both have
 
     def share(self, number: int, container: Any) -> None:
-        self.shared[number] = Shared(container)
+        self.shared[number] = SharedContainer(container)
         self.shared_numbers[id(container)] = number
 
     def forget(self, number: int) -> None:
@@ -259,7 +265,7 @@ class Values:
                 self.undo.append(partial(setattr, shared, "parts", shared.parts))
                 shared.parts = parts
                 changed.append([number, self.encode_all(parts, 0)])
-            elif count_references(shared) == self.alone:
+            elif count_references(shared) == self.unshared_references:
                 dropped.append(number)
         return [changed, dropped]
 
@@ -272,6 +278,6 @@ class Values:
             self.forget(number)
 
 
-def count_references(shared: Shared) -> int:
+def count_references(shared: SharedContainer) -> int:
     """How many hold a container: as many as of one that nothing else holds, or more."""
     return sys.getrefcount(shared.container)
