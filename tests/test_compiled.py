@@ -153,7 +153,7 @@ def test_no_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_disturb_each_other(fresh: Path) -> None:
-    program = "from grpo.models.cpu.kernel import kernel; assert kernel().wide() > 0"
+    program = "from grpo.models.cpu.kernel import load_kernel; assert load_kernel().wide() > 0"
     running = [
         subprocess.Popen([sys.executable, "-c", program], env=os.environ.copy()) for _ in range(3)
     ]

@@ -275,9 +275,9 @@ def test_what_is_downloaded_is_the_revision(
 ) -> None:
     """And nothing but its config, where it can't be used."""
     program = (
-        "from grpo.errors import ConfigError; from grpo.models.files import model_folder\n"
+        "from grpo.errors import ConfigError; from grpo.models.files import find_model_folder\n"
         f"where = 'model=hub', 'org/name', None, None, None, {revision!r}, {trusted}\n"
-        "try: print(model_folder(*where))\n"
+        "try: print(find_model_folder(*where))\n"
         "except ConfigError as error: print(error)\n"
     )
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home")}

@@ -832,7 +832,7 @@ policy = wrap(Qwen2ForCausalLM(config).eval(), open_device("cpu", "auto"))
 rollout = fake_rollout([20] * groups, [[256] * 8] * groups)
 objective = replace(OBJECTIVE, kl=None)
 update(policy, None, optimizer(policy), objective, rollout, torch.randn(groups, 8), tokens)
-print(policy.device.peak_gb())
+print(policy.device.measure_peak_gb())
 """
 
 
