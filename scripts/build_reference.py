@@ -326,7 +326,7 @@ def read_comment(file: Path) -> str:
 
 
 def take_first_sentence(text: str) -> str:
-    return re.split(r"(?<!Dr)(?<=[.?]) (?=[A-Z])", text, maxsplit=1)[0]
+    return re.split(r"(?<!Dr\.)(?<=[.?]) (?=[A-Z])", text, maxsplit=1)[0]
 
 
 def link_papers(text: str) -> str:
