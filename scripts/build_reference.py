@@ -298,7 +298,8 @@ def build_group(group: str) -> Iterator[str]:
         yield ""
     if group == "reward":
         yield from [
-            "### Keys of every reward", "", "| key | type | default | meaning |", "|---|---|---|---|",
+            "### Keys of every reward", "",
+            "| key | type | default | meaning |", "|---|---|---|---|",
             "| `reward.NAME._target_` | text | | the dotted path of a function or class |",
             "| `reward.NAME.weight` | number | none for your own: it must be given "
             "| the reward is multiplied by this in the sum |",
@@ -375,12 +376,12 @@ def build_algorithms() -> str:
     }
     files = sorted((CONF / "algorithm").glob("*.yaml"), key=lambda f: (f.stem != "grpo", f.stem))
     for file in files:
-        meanings.append(
-            f"| `{file.stem}` | {link_papers(take_first_sentence(read_comment(file)))} |"
-        )
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("config", [f"algorithm={file.stem}"])
+        sentence = take_first_sentence(read_comment(file))
+        meanings.append(f"| `{file.stem}` | {link_papers(sentence)} |")
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = [hydra.compose("config", [f"algorithm={file.stem}"]) for file in files]
+    for file, cfg in zip(files, composed, strict=True):
         own = cfg.algorithm
         kl = (
             f"`{cfg.kl.estimator}` in the {cfg.kl.within}, weight {cfg.kl_weight:g}"
