@@ -62,6 +62,16 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    """Of the pages the strict build says it."""
+    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", own).lower().replace(" ", "-") for own in headings]
+        assert not anchor or anchor in slugs, link
+
+
 def test_the_generated_parts_are_up_to_date() -> None:
     """If not: scripts/build_reference.py."""
     spec = importlib.util.spec_from_file_location("build", ROOT / "scripts/build_reference.py")
