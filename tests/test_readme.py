@@ -34,7 +34,7 @@ FILES = {
     for text in PAGES.values()
     for title, block in re.findall(r'^```yaml title="(.*)"\n(.*?)^```', text, re.DOTALL | re.M)
 }
-COMMANDS = [text.strip() for kind, text in BLOCKS if kind == "bash"]
+COMMANDS = [re.sub(r"\\\n\s*", "", text).strip() for kind, text in BLOCKS if kind == "bash"]
 PARTS = {
     "a reward": (["my_rewards.py"], "my_rewards"),
     "a data set": (["my_data.py", "conf/dataset/capitals.yaml"], "capitals"),
