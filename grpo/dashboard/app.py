@@ -1,9 +1,12 @@
-"""The pages behind one address: home, reports, Trackio, optuna-dashboard. All of it only reads."""
+"""The pages behind one address: home, reports, Trackio, optuna-dashboard.
+
+No request changes a run, a sweep, a study or what was logged. Trackio opens its database to write:
+when its pages are first asked for, it brings the files in outputs/trackio to its current form.
+"""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,11 +26,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from grpo.dashboard.home import render_home
 from grpo.dashboard.outputs import find_outputs
 from grpo.dashboard.studies import Studies
+from grpo.dashboard.wsgi import WSGIApp
 from grpo.errors import ConfigError
 from grpo.report.run.page import render_run_page
 from grpo.report.run.read import read_run
 from grpo.report.sweep.write import render_sweep_page
 
+TRACKIO_READING = ("get_", "list_", "query_project")  # how the names of such functions begin
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -55,7 +60,7 @@ def build_app(root: Path, host: str) -> Starlette:
         sources = ["sweep.json", "*/summary.json", "*/metrics.jsonl"]
         return pages.serve_report(find_requested_folder(root, request), sources, render_sweep_page)
 
-    runs = LazyApp(lambda: build_trackio_app(root / "trackio"))
+    runs = ReadOnlyApp(LazyApp(lambda: build_trackio_app(root / "trackio")), is_trackio_reading)
     routes = [
         Route("/", front),
         Route("/run/{path:path}", run),
@@ -128,20 +133,31 @@ class LazyApp:
 
 
 class ReadOnlyApp:
-    """Lets nothing through that could change a study."""
+    """Lets nothing through that could change what is shown.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Args:
+        reads: whether a request by another method than GET and HEAD only reads; None: none does.
+    """
+
+    def __init__(self, app: ASGIApp, reads: Callable[[Scope], bool] | None = None) -> None:
+        self.app, self.reads = app, reads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+        writing = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD")
+        if writing and not (self.reads and self.reads(scope)):
             await Response("This dashboard only shows.", 405)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
 
+def is_trackio_reading(scope: Scope) -> bool:
+    """Whether a request asks one of Trackio's functions that read; its page asks them by POST."""
+    called = str(scope["path"]).rpartition("/api/")[2]
+    return scope["method"] == "POST" and called.startswith(TRACKIO_READING)
+
+
 def build_trackio_app(folder: Path) -> ASGIApp:
-    """Trackio's own app, which asks for a token before it changes anything."""
+    """Trackio's own app."""
     os.environ["TRACKIO_DIR"] = str(folder)  # read when it is imported
     from trackio.server import build_starlette_app_only
 
@@ -153,10 +169,6 @@ def build_trackio_app(folder: Path) -> ASGIApp:
 def build_optuna_app(studies: Studies) -> ASGIApp:
     from optuna_dashboard import wsgi
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from starlette.middleware.wsgi import WSGIMiddleware
-
     shown = wsgi(studies.storage)
 
     def current(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -164,4 +176,4 @@ def build_optuna_app(studies: Studies) -> ASGIApp:
         answer: Iterable[bytes] = shown(environ, start)
         return answer
 
-    return WSGIMiddleware(current)
+    return WSGIApp(current)
