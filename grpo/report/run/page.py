@@ -66,6 +66,11 @@ def add_charts(page: Page, runs: Sequence[Run]) -> None:
 
 def describe_result(run: Run) -> str:
     """What came of it, in a sentence or three."""
+    return describe_end(run, str(run.summary.get("error") or ""))
+
+
+def describe_end(run: Run, error: str) -> str:
+    """The same with this text, or none, for the error that ended it."""
     status = str(run.summary.get("status", "unknown"))
     done = run.lines[-1]["step"]
     first, last = run.summary.get("first_evaluation"), run.summary.get("last_evaluation")
@@ -79,8 +84,8 @@ def describe_result(run: Run) -> str:
         parts.append(f"{', '.join(both)} in {last['step']} steps.".capitalize())
     if status != "finished" or not parts:
         parts.append(f"{status.capitalize()} at step {done}.")
-    if run.summary.get("error"):
-        parts.append(str(run.summary["error"]))
+    if error:
+        parts.append(error)
     kl = next((line["kl/mean"] for line in reversed(run.steps) if line.get("kl/mean")), None)
     if kl is not None:
         parts.append(f"It ended {kl:.2g} nats a token from its reference.")
