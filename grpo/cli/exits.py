@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from grpo.config.secrets import redact
 from grpo.errors import ConfigError, RunError
 
 
@@ -28,10 +29,10 @@ def command_errors() -> Iterator[None]:
 
 
 def refuse(error: ConfigError) -> NoReturn:
-    print(f"grpo: {error}", file=sys.stderr)
+    print(f"grpo: {redact(str(error))}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def fail(message: str) -> NoReturn:
-    print(f"grpo: {message}", file=sys.stderr)
+    print(f"grpo: {redact(message)}", file=sys.stderr)
     raise SystemExit(1)
