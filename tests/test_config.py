@@ -14,10 +14,13 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from grpo import objective
 from grpo.build.objective import warn_unused_kl
 from grpo.cli.explain import flatten_keys
 from grpo.config import schema
 from grpo.config.check import check_config
+from grpo.config.check_algorithm import FUNCTION_NAMES
+from grpo.config.objective_names import ESTIMATOR_NAMES
 from grpo.config.overrides import merge_overrides
 from grpo.config.suggest import suggest_names
 from grpo.config.unused_keys import Facts, explain_unused_keys
@@ -170,6 +173,19 @@ def test_every_key_of_the_schema_is_read() -> None:
             continue
         read = rf'(cfg|config)\.{key}\b|"{name}"|(model|algorithm|kl)\.{name}\b'
         assert re.search(read, code), key
+
+
+def test_the_names_known_without_torch_are_those_of_the_tables() -> None:
+    tables = {
+        "baseline": objective.BASELINES,
+        "scale": objective.SCALES,
+        "aggregate": objective.AGGREGATES,
+        "ratio": objective.RATIOS,
+        "averaging": objective.AVERAGINGS,
+    }
+    assert {key: tuple(table) for key, table in tables.items()} == FUNCTION_NAMES
+    for direction in objective.ESTIMATORS.values():
+        assert ESTIMATOR_NAMES == (*direction, "full")
 
 
 def test_unknown_keys_name_the_nearest() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 
 import hydra
 import yaml
@@ -59,9 +60,7 @@ def explain_hydra_error(error: Exception, config_name: str, overrides: Sequence[
         )
         if unknown:
             key = unknown[1]
-            return (
-                f"{key}: no such key{suggest_names(key, list_known_keys(config_name, overrides))}"
-            )
+            return f"{key}: no such key{suggest_keys(key, config_name, overrides)}"
         if text.startswith("Error merging override ") and error.__cause__ is not None:
             reason = str(error.__cause__).splitlines()[0]
             return f"{text.removeprefix('Error merging override ')}: {reason}"
@@ -88,9 +87,39 @@ def explain_wrong_value(error: BaseException) -> str | None:
     while cause is not None:
         if type(cause).__name__ == "ValidationError":
             key = getattr(cause, "full_key", None)
-            return f"{key}: {str(cause).splitlines()[0]}"
+            reason = str(cause).splitlines()[0]
+            if key and re.search(r"is not a subclass of \w+Config\b", reason):
+                return explain_section(key, reason.rpartition("value: ")[2])
+            return f"{key}: {reason}"
         cause = cause.__cause__
     return None
+
+
+def explain_section(section: str, value: str) -> str:
+    """Says that a key holds keys, one of which may have been meant."""
+    known = getattr(schema.Config(), section, None)
+    own = [field.name for field in fields(known)] if is_dataclass(known) else []
+    meant = f"; did you mean {section}.{own[0]}={value}?" if own[:1] == ["name"] else "."
+    return f"{section}={value}: {section} holds keys: {', '.join(own)}{meant}"
+
+
+def suggest_keys(key: str, config_name: str, overrides: Sequence[str]) -> str:
+    """The nearest keys to one that isn't there; of Hydra's own, those of the choices made."""
+    if key.partition(".")[0] != "hydra":
+        return suggest_names(key, list_known_keys(config_name, overrides))
+    chosen = [own for own in overrides if parse_key(own).startswith("hydra/")]
+    own = list_hydra_keys(config_name, chosen)
+    search = "hydra/sweeper=optuna"
+    of_search = set(list_hydra_keys(config_name, [search])) - set(own)
+    nearest = suggest_names(key, [*own, *of_search])
+    for name in of_search:
+        if nearest.startswith(f"; did you mean {name}") or key == name:
+            return f"; did you mean {search} {name}?"
+    return nearest
+
+
+def list_hydra_keys(config_name: str, choices: list[str]) -> list[str]:
+    return flatten_keys(compose(config_name, choices, with_hydra=True).hydra, "hydra.")
 
 
 def list_known_choices(group: str) -> list[str]:
@@ -138,12 +167,17 @@ def list_known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
 def compose_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The config with the groups chosen and the keys added, and nothing else that was asked for."""
     chosen = [o for o in overrides if o.partition("=")[0] in list_groups() or o.startswith("+")]
+    return compose(config_name, chosen)
+
+
+def compose(config_name: str, chosen: list[str], *, with_hydra: bool = False) -> DictConfig:
+    """The config with these overrides; without them where they are wrong themselves."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(schema.find_conf_folder()), version_base="1.3"):
         try:
-            return hydra.compose(config_name, chosen)
+            return hydra.compose(config_name, chosen, return_hydra_config=with_hydra)
         except HydraException:
-            return hydra.compose(config_name)
+            return hydra.compose(config_name, return_hydra_config=with_hydra)
 
 
 def list_groups() -> list[str]:

@@ -30,6 +30,7 @@ from grpo.cli.help import format_help, format_version
 from grpo.cli.jobs import eval_job, prepare_process, train_job
 from grpo.cli.past_overrides import add_past_overrides, unchanged_if_refused
 from grpo.config import schema
+from grpo.config.overrides import split_arguments
 from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
 
@@ -59,7 +60,8 @@ def main() -> None:
         trusted = "--trust" in overrides
         overrides = [own for own in overrides if own != "--trust"]
         overrides = add_past_overrides(job, overrides, trusted)
-        sys.argv = ["grpo", *overrides]
+        given, flags = split_arguments(overrides)
+        sys.argv = ["grpo", *given, *flags]  # Hydra reads no override that follows a flag
         command = hydra.main(
             version_base="1.3", config_path=str(schema.find_conf_folder()), config_name=JOBS[job]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -32,6 +33,15 @@ def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(
             f"{key}={value}: use one of {', '.join(choices)}{suggest_names(value, choices)}"
+        )
+
+
+def check_function_name(name: str, known: Collection[str], key: str) -> None:
+    """Refuses a bare name that is not known; a dotted one is a function of the user's own."""
+    if name not in known and "." not in name:
+        raise ConfigError(
+            f"{key}={name}: use one of {', '.join(known)}, or a function of your own as "
+            f"module.function{suggest_names(name, known)}"
         )
 
 

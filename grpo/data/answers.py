@@ -9,6 +9,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
 from grpo.types import Example, strip_or_none
 from grpo.verifiers.latex import extract_last_box
@@ -74,7 +75,10 @@ def choose_extractor(name: str) -> Callable[[str], str | None]:
         ConfigError: there is none of this name.
     """
     if name not in EXTRACTORS:
-        raise ConfigError(f"dataset.extract={name!r}: use one of {', '.join(EXTRACTORS)}.")
+        raise ConfigError(
+            f"dataset.extract={name!r}: use one of {', '.join(EXTRACTORS)}"
+            f"{suggest_names(name, EXTRACTORS)}"
+        )
     return EXTRACTORS[name]
 
 
