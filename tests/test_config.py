@@ -213,6 +213,7 @@ def test_unknown_keys_name_the_nearest() -> None:
             [
                 "kl_weight: ${algorithm.kl_weight}",
                 "  model: hub, local",
+                "  hydra/launcher: basic, joblib, ray, slurm, submitit_local",
                 "grpo eval checkpoint=DIR",
             ],
         ),

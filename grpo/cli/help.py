@@ -30,6 +30,12 @@ grpo: train a language model by group-relative policy optimization (GRPO)
 """
 
 
+PLUGIN_CHOICES = {  # that come with Hydra and its launchers, and not from a file in conf/
+    "hydra/launcher": ("basic", "joblib", "ray", "submitit_local"),
+}
+CHOICE_NOTES = {"hydra/launcher": "  (ray: extra [ray]; slurm, submitit_local: extra [slurm])"}
+
+
 JOB_HELP = {
     "report": """\
 grpo report DIR…: a page of what runs left
@@ -83,7 +89,8 @@ def format_help(arguments: Sequence[str]) -> str:
     }
     lines = [USAGE, "Choices: group=choice, several rewards: reward=[answer,length]", ""]
     for group in sorted(groups - {"hydra"}):
-        lines.append(f"  {group}: {', '.join(list_choices(folders, group))}")
+        own = sorted({*list_choices(folders, group), *PLUGIN_CHOICES.get(group, ())})
+        lines.append(f"  {group}: {', '.join(own)}{CHOICE_NOTES.get(group, '')}")
     page = (find_conf_folder() / "config.yaml").read_text().rstrip()
     lines += ["", "Config: key=value, and section.key=value", "", page]
     return "\n".join(lines)
