@@ -137,7 +137,6 @@ CASES = {
         "algorithm.aggregate=sum_normalize",
         "did you mean sum_then_normalize",
     ),
-    "unknown estimator": (["kl.estimator=k4"], "kl.estimator=k4", "k1, k2, k3, full"),
     "unknown key of a search": (
         ["-m", "hydra/sweeper=optuna", "kl_weight=interval(0,1)", "hydra.sweeper.prunr=median"],
         "hydra.sweeper.prunr: no such key",

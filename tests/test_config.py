@@ -185,7 +185,7 @@ def test_the_names_known_without_torch_are_those_of_the_tables() -> None:
     }
     assert {key: tuple(table) for key, table in tables.items()} == FUNCTION_NAMES
     for direction in objective.ESTIMATORS.values():
-        assert ESTIMATOR_NAMES == (*direction, "full")
+        assert (*direction, "full") == ESTIMATOR_NAMES
 
 
 def test_unknown_keys_name_the_nearest() -> None:

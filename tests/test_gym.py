@@ -13,6 +13,7 @@ import reasoning_gym
 
 from grpo.data import ReasoningGym
 from grpo.data.answers import EXTRACTORS
+from grpo.data.gym import compute_credit
 from grpo.errors import ConfigError
 from grpo.rewards import Answer
 from grpo.training.evaluation import read_vote
@@ -84,18 +85,31 @@ def test_a_composite_is_of_the_tasks_that_are_named() -> None:
 
 
 @pytest.mark.slow
-def test_an_answer_that_never_ends_is_wrong_and_holds_nothing_up() -> None:
+def test_an_answer_that_never_ends_is_a_failure_and_holds_nothing_up() -> None:
     """Of the task whose answers are worked out; powers that end are."""
     example = first("countdown")
     gold = example.answer
     assert example.verify(f"<answer>({gold}) * 1^0</answer>") == 0.0  # other numbers
     start = time.monotonic()
-    assert example.verify("<answer>9**9**9**9</answer>") == 0.0
+    assert example.verify("<answer>9**9**9**9</answer>") == Failure("no verdict within 5 s")
     assert time.monotonic() - start < 60
     assert example.verify(f"<answer>{gold}</answer>") == 1.0
     power = first("polynomial_multiplication")
     assert "**" in power.answer
     assert power.verify(f"<answer>{power.answer}</answer>") == 1.0
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, ValueError])
+def test_what_says_nothing_of_an_answer_is_no_zero(error: type[Exception]) -> None:
+    class Scorer:
+        def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
+            raise error
+
+    credit = compute_credit(Scorer(), "1", {"answer": "1"})
+    if error is ValueError:  # it has not the form that the task expects
+        assert credit == 0.0
+    else:
+        assert credit == Failure(f"the task's scorer raised {error.__name__}")
 
 
 @pytest.mark.parametrize("extract", EXTRACTORS)

@@ -26,7 +26,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         ConfigError: there is no such flag, or it doesn't take this value.
     """
     parser = get_args_parser()
-    parser.error = refuse_flag  # type: ignore[assignment,method-assign]
+    parser.error = refuse_flag  # type: ignore[method-assign]
     known, unknown = parser.parse_known_args(list(arguments))
     for word in unknown:
         if word.startswith("-"):

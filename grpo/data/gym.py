@@ -13,7 +13,7 @@ from grpo.data.arithmetic import check_count, get_size_key
 from grpo.data.rows import GeneratedRows
 from grpo.data.source import Source
 from grpo.errors import ConfigError
-from grpo.types import Example
+from grpo.types import Example, Failure
 from grpo.verifiers.isolated_scoring import score_answer
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 # What the tasks' scorers raise over an answer that has not the form they expect: it is wrong.
 SCORER_ERRORS = (
     *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError),
-    *(AssertionError, RecursionError, MemoryError, TokenError),
+    *(AssertionError, TokenError),
 )
+# What they raise where they could not come to a verdict: that says nothing of the answer.
+SCORER_LIMITS = (RecursionError, MemoryError)
 # What is right nowhere, but which some of the scorers take for right everywhere.
 NO_ANSWER = "I do not know."
 NON_ANSWERS = (NO_ANSWER, "0", "nan")
@@ -96,7 +98,8 @@ class ReasoningGym(Source):
         refused = []
         for answer in NON_ANSWERS:
             wrongly = [
-                compute_credit(problems, answer, entry) >= 1.0 and not is_gold(answer, entry)
+                is_full_credit(compute_credit(problems, answer, entry))
+                and not is_gold(answer, entry)
                 for entry in entries
             ]
             if 2 * sum(wrongly) > len(wrongly):
@@ -119,15 +122,17 @@ class ReasoningGym(Source):
         entry: dict[str, Any],
         read: Callable[[str], str | None],
         refused: set[object],
-    ) -> Callable[[str], float]:
-        def verify(completion: str) -> float:
+    ) -> Callable[[str], float | Failure]:
+        def verify(completion: str) -> float | Failure:
             answer = read(completion)
             if answer is None or (
                 normalize_answer(answer) in refused and not is_gold(answer, entry)
             ):
                 return 0.0
             credit = compute_credit(problems, answer, entry)
-            return float(credit >= 1.0) if self.strict else credit
+            if isinstance(credit, Failure) or not self.strict:
+                return credit
+            return float(is_full_credit(credit))
 
         return verify
 
@@ -143,10 +148,17 @@ def is_gold(answer: str, entry: Mapping[str, Any]) -> bool:
     )
 
 
-def compute_credit(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
-    """What the task's scorer gives an answer, 0 where it can't read it."""
+def is_full_credit(credit: float | Failure) -> bool:
+    return not isinstance(credit, Failure) and credit >= 1.0
+
+
+def compute_credit(problems: Any, answer: str, entry: Mapping[str, Any]) -> float | Failure:
+    """What the task's scorer gives an answer: 0 where it can't read it, a failure where it is past
+    a limit of time, memory or depth."""
     try:
         return score_answer(problems, answer, entry)
+    except SCORER_LIMITS as error:
+        return Failure(f"the task's scorer raised {type(error).__name__}")
     except SCORER_ERRORS:
         return 0.0
 

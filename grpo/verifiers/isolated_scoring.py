@@ -16,14 +16,15 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
+from grpo.types import Failure
 from grpo.verifiers.latex import start_worker
 
 SCORING_SECONDS = 5.0  # of one answer, on the clock
 ENDLESS = re.compile(r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}")  # what may never end
 
 
-def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
-    """A task's own score of an answer; 0 where that takes too long or too much memory."""
+def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float | Failure:
+    """A task's own score of an answer; a failure where that takes too long or its process dies."""
     if not ENDLESS.search(answer):
         return float(problems.score_answer(answer, entry))
     future = open_pool().schedule(
@@ -31,8 +32,10 @@ def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
     )
     try:
         return float(future.result())
-    except (TimeoutError, ProcessExpired):
-        return 0.0
+    except TimeoutError:
+        return Failure(f"no verdict within {SCORING_SECONDS:g} s")
+    except ProcessExpired as error:
+        return Failure(f"its worker died, exit code {error.exitcode}")
 
 
 def score_in_worker(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
