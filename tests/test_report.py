@@ -26,7 +26,7 @@ from grpo.report.sweep.best import build_best_setting, format_experiment
 from grpo.report.sweep.importance import fanova
 from grpo.report.sweep.ranking import rank_settings
 from grpo.report.sweep.read import Job, Sweep, read_sweeps
-from grpo.report.sweep.write import write_report
+from grpo.report.sweep.write import choose_best, write_report
 from grpo.sweep.study import serialize_space
 from tests.conftest import read_metrics, run_grpo
 from tests.test_sweep import TWO_STEPS, Grpo
@@ -293,6 +293,29 @@ def test_the_setting_that_is_worse_on_the_shared_seeds_is_not_the_best() -> None
     assert found.settings[0].values == ("b",)
     assert found.gaps_to_best == pytest.approx([0.105])
     assert found.has_missing_seeds
+
+
+def test_a_setting_with_one_seed_left_does_not_win_by_lacking_the_hard_one(tmp_path: Path) -> None:
+    """By hand: on seeds 0 and 1, a and c come to 0.475 and 0.85 on average, and to 0.6625 in all.
+
+    So seed 1 adds 0.1875, and b, which has that one alone, stands at 0.85 - 0.1875.
+    """
+    values = {"a": {0: 0.5, 1: 0.9}, "b": {1: 0.85}, "c": {0: 0.45, 1: 0.8}}
+    sweep = made(values)
+    found = rank_settings(sweep)
+    assert [setting.values for setting in found.settings] == [("a",), ("b",), ("c",)]
+    assert found.adjusted_means == pytest.approx([0.7, 0.6625, 0.625])
+    assert found.p[0] == 1.0  # nothing is told of a single seed
+    best = choose_best(sweep, found, tmp_path)
+    assert best is not None
+    assert "eval/accuracy 0.7\n" in best.content
+    without = rank_settings(made({key: values[key] for key in "ac"}))
+    assert found.p[1] == without.p[0]  # a single seed changes nothing for the others
+
+
+def test_a_single_seed_that_no_other_setting_has_is_taken_as_it_is() -> None:
+    found = rank_settings(made({"a": {0: 0.5, 1: 0.9}, "b": {2: 0.85}}))
+    assert found.adjusted_means == pytest.approx([0.85, 0.7])
 
 
 def test_a_value_that_is_no_number_is_no_earlier_one() -> None:

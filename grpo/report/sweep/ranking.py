@@ -145,6 +145,9 @@ def rank_settings(sweep: Sweep) -> Ranking:
         found = compare_settings([settings[n].by_seed for n in repeated], trials)
         for n, level in zip(repeated, found.adjusted_means, strict=True):
             levels[n] = float(level)
+        for n in set(range(len(settings))) - set(repeated):
+            ((seed, value),) = settings[n].by_seed.items()
+            levels[n] = value - found.seed_effects.get(seed, 0.0)
     levels = [round(level, 12) for level in levels]  # so that a tie is one
     sign = -1.0 if sweep.minimized else 1.0
     order = sorted(range(len(settings)), key=lambda n: -sign * levels[n])

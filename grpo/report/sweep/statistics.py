@@ -73,6 +73,7 @@ class Comparison:
         variance: of what settings and seeds leave; never below the evaluation's own.
         freedom: the degrees of freedom that it is known by.
         trials: of how many right or wrong answers a value is the share; 0: of none.
+        seed_effects: what each seed adds, 0 on average; empty where that can't be told.
     """
 
     settings: Sequence[BySeed]
@@ -81,6 +82,7 @@ class Comparison:
     variance: float
     freedom: int
     answer_count: int
+    seed_effects: BySeed
 
     def p(self, a: int, b: int) -> float:
         """That two settings are equal, for all pairs of settings together; 1: nothing is known.
@@ -147,7 +149,11 @@ def compare_settings(settings: Sequence[BySeed], answer_count: int = 0) -> Compa
     least = float(np.mean([evaluation_variance(y, answer_count) for y in values]))
     variance = max(rest / freedom if freedom else 0.0, least)
     inverse = np.linalg.inv(design.T @ design)[:count, :count]
-    return Comparison(list(settings), found[:count], inverse, variance, freedom, answer_count)
+    told = [float(effect) for effect in found[count:]]
+    effects = dict(zip(seeds, [*told, -sum(told)], strict=True)) if told else {}
+    return Comparison(
+        list(settings), found[:count], inverse, variance, freedom, answer_count, effects
+    )
 
 
 def strictness(settings: int) -> float:

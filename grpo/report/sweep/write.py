@@ -55,7 +55,7 @@ def choose_best(sweep: Sweep, ranking: Ranking, folder: Path) -> BestSetting | N
         return None
     best = ranking.settings[0]
     job = min(best.jobs, key=lambda job: int(job.values.get("seed") or 0))
-    why = f"The best setting of {folder}: {sweep.objective} {best.mean:.4g}\n"
+    why = f"The best setting of {folder}: {sweep.objective} {ranking.adjusted_means[0]:.4g}\n"
     why += (
         f"on {len(best.by_seed)} seed{'s' if len(best.by_seed) > 1 else ''}. {ranking.conclusion}"
     )
