@@ -52,8 +52,8 @@ def copy(sweep: Path, tmp_path: Path) -> Path:
     return tmp_path / "sweep"
 
 
-def rows(sweep: Path) -> list[dict[str, str]]:
-    with (sweep / "results.csv").open() as file:
+def rows(sweep: Path, table: str = "results") -> list[dict[str, str]]:
+    with (sweep / f"{table}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -356,9 +356,16 @@ def test_sweeps_are_reported_together(sweep: Path, copy: Path, grpo: Grpo) -> No
         for job in record["jobs"]
     ]  # the same numbers, written another way
     (copy / "sweep.json").write_text(json.dumps(record))
+    own = [copy / name for name in ("report.html", "results.csv", "results.parquet")]
+    own.append(copy / "experiment/best.yaml")
+    before = [file.read_bytes() for file in own]
     code, printed = grpo("report", "sweep", str(sweep))
     assert code == 0, printed
-    assert len(rows(copy)) == 16
+    assert [file.read_bytes() for file in own] == before
+    assert "16 finished" in (copy / "sweeps.html").read_text()
+    assert len(parquet.read_table(copy / "sweeps.parquet")) == len(rows(copy, "sweeps")) == 16
+    assert "  best:   grpo --config-dir sweep experiment=sweeps_best" in printed
+    assert yaml.safe_load((copy / "experiment/sweeps_best.yaml").read_text())
     found = rank_settings(read_sweeps([copy, sweep]))
     assert [sorted(setting.by_seed) for setting in found.settings] == [[0, 1, 10, 11]] * 4
 

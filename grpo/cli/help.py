@@ -42,8 +42,10 @@ grpo report DIR…: a page of what runs left
 
   grpo report RUN         RUN/report.html: curves, completions, diagnoses
   grpo report RUN RUN…    runs.html in the first: the runs side by side
-  grpo report SWEEP…      SWEEP/report.html, results.csv, experiment/best.yaml: the ranking, and
+  grpo report SWEEP       SWEEP/report.html, results.csv, experiment/best.yaml: the ranking, and
                           which differences the data supports (docs/statistics.md)
+  grpo report SWEEP SWEEP…   sweeps.html, sweeps.csv, experiment/sweeps_best.yaml in the first: the
+                          same of all their jobs together
 """,
     "dashboard": """\
 grpo dashboard [FOLDER]: runs, sweeps and studies in the browser

@@ -38,18 +38,18 @@ class BestSetting:
 
 
 def build_best_setting(
-    sweep: Path, overrides: Sequence[str], why: str, config_dir: str | None
+    sweep: Path, overrides: Sequence[str], why: str, config_dir: str | None, name: str = "best"
 ) -> BestSetting:
-    """SWEEP/experiment/best.yaml, and the command that runs it.
+    """SWEEP/experiment/NAME.yaml, and the command that runs it.
 
-    Where the sweep's own experiments have one of this name, it is best_2.yaml, and so on. What an
+    Where the sweep's own experiments have one of this name, it is NAME_2.yaml, and so on. What an
     override takes away (~reward.answer) a file can't: that goes into the command.
 
     Args:
         overrides: those of the best job, its seed among them.
         own_configs: the --config-dir that the sweep was started with.
     """
-    name = find_free_name(Path(config_dir)) if config_dir else "best"
+    name = find_free_name(Path(config_dir), name) if config_dir else name
     file = sweep / "experiment" / f"{name}.yaml"
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     deleted = [quote(f"~{one.key_or_group}") for one in parsed if one.is_delete()]
@@ -63,10 +63,10 @@ def build_best_setting(
     return BestSetting(file, content, " ".join(["grpo", *where, f"experiment={name}", *deleted]))
 
 
-def find_free_name(config_dir: Path) -> str:
+def find_free_name(config_dir: Path, name: str) -> str:
     taken = {file.stem for file in (config_dir / "experiment").glob("*.yaml")}
-    names = chain(["best"], (f"best_{n}" for n in count(2)))
-    return next(name for name in names if name not in taken)
+    names = chain([name], (f"{name}_{n}" for n in count(2)))
+    return next(own for own in names if own not in taken)
 
 
 def format_experiment(overrides: Sequence[Override], config_dir: str | None) -> str:
