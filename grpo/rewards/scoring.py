@@ -184,6 +184,17 @@ def warn_failures(name: str, rows: Mapping[int, str], count: int) -> None:
         )  # fmt: skip
 
 
+def explain_no_rewards(scores: Scores) -> str:
+    """What to say where no completion has any reward and none failed; empty where one has."""
+    if not scores.total_BG.isnan().all():
+        return ""
+    names = ", ".join(f"reward.{name}" for name in scores.parts)
+    return (
+        f"no completion has any reward, so nothing is learnt: {names} gave None for all "
+        f"{scores.total_BG.numel()}, which means that a reward does not apply."
+    )
+
+
 def raise_if_all_failed(rollout: Rollout, scores: Scores) -> None:
     """Raises RewardError where a reward failed for every completion that it is for.
 
