@@ -19,6 +19,7 @@ from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
+from grpo.config.extras import require_extra
 from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
 from grpo.seeds import SEED_LIMIT, derive_seed
@@ -72,6 +73,8 @@ class SearchOptions:
                     f"hydra.sweeper.{key}={value}: use one of {', '.join(choices)}"
                     f"{suggest_names(str(value), choices)}"
                 )
+        if options.sampler == "cmaes":
+            require_extra("hydra.sweeper.sampler=cmaes", "cmaes", "cmaes")
         check_directions(options.objectives, options.direction)
         if "seed" in options.sampler_options:
             raise ConfigError(

@@ -12,12 +12,13 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import TimeoutError
 from functools import cache
-from typing import Any
-
-from pebble import ProcessExpired, ProcessPool
+from typing import TYPE_CHECKING, Any
 
 from grpo.types import Failure
 from grpo.verifiers.latex import start_worker
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 SCORING_SECONDS = 5.0  # of one answer, on the clock
 ENDLESS = re.compile(r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}")  # what may never end
@@ -27,6 +28,8 @@ def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float 
     """A task's own score of an answer; a failure where that takes too long or its process dies."""
     if not ENDLESS.search(answer):
         return float(problems.score_answer(answer, entry))
+    from pebble import ProcessExpired  # the extra [gym] brings it
+
     future = open_pool().schedule(
         score_in_worker, (problems, answer, entry), timeout=SCORING_SECONDS
     )
@@ -52,6 +55,8 @@ def start_scoring_worker() -> None:
 @cache
 def open_pool() -> ProcessPool:
     """One process, started by the first answer that needs it, which ends with this one."""
+    from pebble import ProcessPool
+
     context = multiprocessing.get_context("spawn")
     pool = ProcessPool(max_workers=1, initializer=start_scoring_worker, context=context)
     atexit.register(close_pool, pool)
