@@ -67,15 +67,15 @@ def main() -> None:
             with unchanged_if_refused(overrides):
                 command(train_job if job == "train" else eval_job)()
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-            refuse(ConfigError(explain_hydra_error(error, JOBS[job], overrides)))
+            refuse(explain_hydra_error(error, JOBS[job], overrides))
         except AssertionError as error:
             if not str(error).startswith("Unexpected type for root"):  # OmegaConf's, of `none.key`
                 raise
-            refuse(ConfigError(explain_key_of_none(JOBS[job], overrides)))
+            refuse(explain_key_of_none(JOBS[job], overrides))
         except ValueError as error:
             if not str(error).startswith("Config group override must be"):
                 raise
-            refuse(ConfigError(explain_wrong_choice(overrides)))
+            refuse(explain_wrong_choice(overrides))
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"

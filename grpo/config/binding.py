@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.suggest import suggest_names
+from grpo.config.suggest import find_nearest, format_suggestion
 from grpo.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
         found: Callable[..., Any] = instantiate({"_target_": path, "_partial_": True}).func
     except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
         raise ConfigError(
-            f"{key}={path}: can't be imported ({format_root_cause(error)})."
+            f"{key}={path}: can't be imported ({format_root_cause(error)}).", key=key, value=path
         ) from error
     return found
 
@@ -59,10 +59,12 @@ def resolve_name(name: str, table: Mapping[str, Any], key: str) -> Any:
     if name in table:
         return table[name]
     if "." not in name:
+        near = find_nearest(name, table)
         raise ConfigError(
             f"{key}={name}: use one of {', '.join(table)}, or a function of your own as "
-            f"module.function{suggest_names(name, table)}"
-        )
+            f"module.function{format_suggestion(near)}",
+            key=key, value=name, choices=table, nearest=near,
+        )  # fmt: skip
     return import_callable(name, key)
 
 
@@ -77,13 +79,17 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: s
     for option, value in options.items():
         if option not in known and not takes_any:
             name = getattr(target, "__qualname__", target)
+            near = find_nearest(option, known)
             raise ConfigError(
-                f"{key}.{option}: {name} takes no such key{suggest_names(option, known)}"
-            )
+                f"{key}.{option}: {name} takes no such key{format_suggestion(near)}",
+                key=f"{key}.{option}", value=value, choices=known, nearest=near,
+            )  # fmt: skip
         if not fits(value, hints.get(option, Any)):
             hint = hints[option]
             expected = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise ConfigError(f"{key}.{option}={value}: should be {expected}.")
+            raise ConfigError(
+                f"{key}.{option}={value}: should be {expected}.", key=f"{key}.{option}", value=value
+            )
 
 
 def read_type_hints(target: Callable[..., Any]) -> dict[str, Any]:
