@@ -42,7 +42,7 @@ TOP_LEVEL_PATH = re.compile(rf"{START}/[\w.-]+")
 CARD_METRICS = ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/reward")
 
 
-def export(arguments: Sequence[str]) -> None:
+def export(arguments: Sequence[str]) -> dict[str, Any]:
     """Writes the model of a run, or of one of its checkpoints, merged with its adapter.
 
     Raises:
@@ -77,6 +77,7 @@ def export(arguments: Sequence[str]) -> None:
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:
         push_model(folder, hub_id, private)
+    return {"export": {"source": str(model), "folder": str(folder), "hub_id": hub_id}}
 
 
 def cut_to_checkpoint(run: Run, model: Path) -> Run:

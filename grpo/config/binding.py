@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.suggest import suggest_names
+from grpo.config.suggest import find_nearest, format_suggestion
 from grpo.config.validation import check_function_name
 from grpo.errors import ConfigError
 
@@ -51,7 +51,7 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
         found: Callable[..., Any] = instantiate({"_target_": path, "_partial_": True}).func
     except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
         raise ConfigError(
-            f"{key}={path}: can't be imported ({format_root_cause(error)})."
+            f"{key}={path}: can't be imported ({format_root_cause(error)}).", key=key, value=path
         ) from error
     return found
 
@@ -84,14 +84,17 @@ def check_options(
     for option, value in options.items():
         if option not in known and not takes_any:
             name = getattr(target, "__qualname__", target)
-            near = [*known, *other_keys]
+            near = find_nearest(option, [*known, *other_keys])
             raise ConfigError(
-                f"{key}.{option}: {name} takes no such key{suggest_names(option, near)}"
-            )
+                f"{key}.{option}: {name} takes no such key{format_suggestion(near)}",
+                key=f"{key}.{option}", value=value, choices=known, nearest=near,
+            )  # fmt: skip
         if not fits(value, hints.get(option, Any)):
             hint = hints[option]
             expected = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise ConfigError(f"{key}.{option}={value}: should be {expected}.")
+            raise ConfigError(
+                f"{key}.{option}={value}: should be {expected}.", key=f"{key}.{option}", value=value
+            )
 
 
 def read_type_hints(target: Callable[..., Any]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from grpo.sweep.folder import (
     SweepResult,
     count_by_status,
     number_jobs,
+    read_job_state,
     read_job_states,
     read_record,
 )
-from grpo.sweep.launch import Launch, combine_overrides
+from grpo.sweep.launch import Launch, SweepPlan, combine_overrides
 from grpo.sweep.objectives import check_directions, read_final_values, resolve_objectives
 from grpo.sweep.view import viewed
 
@@ -46,12 +47,8 @@ def run_grid(
         ConfigError: there is nothing to sweep, a job's config is wrong, or the folder is another's.
         RunError: no job could be started.
     """
-    check_directions(objectives, direction)
-    folder = launch.folder
-    if (folder / STUDY).is_file():
-        raise ConfigError(f"sweep_dir={folder}: holds a search; give another sweep_dir.")
-    jobs = number_jobs(read_record(folder), expand_jobs(launch, params, arguments), folder)
-    compared = resolve_objectives(objectives, direction, [launch.compose(job) for job in jobs])
+    plan = plan_grid(launch, params, arguments, objectives, direction)
+    folder, jobs, compared = launch.folder, plan.examples, plan.objectives
     first, way = next(iter(compared.items()))
 
     def value_of(job: JobState) -> float | None:
@@ -72,6 +69,28 @@ def run_grid(
             raise
         after = list(read_job_states(folder))
     return SweepResult(folder, after, [job for job in after if not job.ended])
+
+
+def plan_grid(
+    launch: Launch,
+    params: Mapping[str, object],
+    arguments: Sequence[str],
+    objectives: Mapping[str, str] | None,
+    direction: str,
+) -> SweepPlan:
+    """The jobs of a grid, each composed and checked; its arguments are `run_grid`'s.
+
+    Raises:
+        ConfigError: there is nothing to sweep, a job's config is wrong, or the folder is another's.
+    """
+    check_directions(objectives, direction)
+    folder = launch.folder
+    if (folder / STUDY).is_file():
+        raise ConfigError(f"sweep_dir={folder}: holds a search; give another sweep_dir.")
+    jobs = number_jobs(read_record(folder), expand_jobs(launch, params, arguments), folder)
+    compared = resolve_objectives(objectives, direction, [launch.compose(job) for job in jobs])
+    left = sum(not read_job_state(folder, number).ended for number in range(len(jobs)))
+    return SweepPlan(launch, "grid", len(jobs), left, jobs, compared)
 
 
 def expand_jobs(

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +119,21 @@ class Launch:
         Raises:
             ConfigError: it is wrong; or Hydra's own errors, where it can't be composed.
         """
-        whole = self.context.config_loader.load_sweep_config(self.config, list(job))
-        own = remove_hydra(whole)
+        own = remove_hydra(self.compose_whole(job))
         try:
             check_code(own)
             check_config(own)
             check_training(own)
         except ConfigError as error:
-            raise ConfigError(f"{error} (the job {' '.join(job)})") from error
+            raise ConfigError(
+                f"{error} (the job {' '.join(job)})", key=error.key, value=error.value,
+                choices=error.choices, nearest=error.nearest,
+            ) from error  # fmt: skip
         return own
+
+    def compose_whole(self, job: Sequence[str]) -> DictConfig:
+        """As `compose`, unchecked, and with Hydra's part of it."""
+        return self.context.config_loader.load_sweep_config(self.config, list(job))
 
     def run(self, jobs: Sequence[tuple[int, Sequence[str]]]) -> None:
         """Runs jobs in the folders of their numbers, each from its checkpoint if it has one.
@@ -152,3 +158,16 @@ class Launch:
                 raise RunError(f"hydra/launcher: {type(error).__name__}: {error}") from error
             log.warning("a worker was lost (%s: %s)", type(error).__name__, error)
             self.run(left)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep would run."""
+
+    launch: Launch
+    kind: str  # grid or search
+    total: int  # jobs or trials
+    left: int  # of them
+    examples: list[list[str]]  # overrides of jobs: of a grid all of them, of a search its corners
+    objectives: dict[str, str]
+    space: dict[str, str] = field(default_factory=dict)  # of a search: what each key may be

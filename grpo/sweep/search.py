@@ -16,6 +16,12 @@ import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.study import StudyDirection as Direction
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -32,7 +38,7 @@ from grpo.sweep.folder import (
     read_job_state,
     read_record,
 )
-from grpo.sweep.launch import Launch, combine_overrides
+from grpo.sweep.launch import Launch, SweepPlan, combine_overrides
 from grpo.sweep.objectives import read_final_values
 from grpo.sweep.open_study import check_objectives, exclusive, open_study
 from grpo.sweep.space import Space, build_space, format_override, list_combinations, list_corners
@@ -62,6 +68,38 @@ def run_search(
         ConfigError: it can't be searched as asked, or the study is another one's.
         RunError: the study can't be reached any more.
     """
+    space, fixed, objectives = check_search(launch, params, arguments, options)
+    folder = launch.folder
+    asked = OmegaConf.to_container(launch.config.hydra.sweeper)["storage"]  # type: ignore[call-overload, index]
+    if options.storage is not None:
+        check_connection(options.storage)
+    check_writable(folder, "sweep_dir")
+    study, name = open_study(options, asked, objectives, space, fixed, folder)
+    return Search(launch, options, study, space, fixed, list(objectives), folder, name).run()
+
+
+def plan_search(
+    launch: Launch, params: Mapping[str, object], arguments: Sequence[str], options: SearchOptions
+) -> SweepPlan:
+    """What a search would try; its study is not opened. Its arguments are `run_search`'s."""
+    space, fixed, objectives = check_search(launch, params, arguments, options)
+    total = count_trials(options, space)
+    record = read_record(launch.folder)
+    begun = 0 if record is None else len(record.jobs)
+    ended = sum(read_job_state(launch.folder, number).ended for number in range(begun))
+    shown = {key: format_distribution(own) for key, own in space.items()}
+    jobs = list(list_corner_jobs(fixed, space))
+    return SweepPlan(launch, "search", total, max(0, total - ended), jobs, objectives, shown)
+
+
+def check_search(
+    launch: Launch, params: Mapping[str, object], arguments: Sequence[str], options: SearchOptions
+) -> tuple[Space, list[str], dict[str, str]]:
+    """The space of a search, the overrides that its trials share, and its objectives.
+
+    Raises:
+        ConfigError: it can't be searched as asked.
+    """
     silence_optuna()
     overrides = OverridesParser.create(launch.context.config_loader).parse_overrides(
         combine_overrides(params, arguments)
@@ -87,12 +125,23 @@ def run_search(
     record = read_record(folder)
     if record is not None and not (folder / STUDY).is_file():
         raise ConfigError(f"sweep_dir={folder}: holds a grid; give another sweep_dir.")
-    asked = OmegaConf.to_container(launch.config.hydra.sweeper)["storage"]  # type: ignore[call-overload, index]
-    if options.storage is not None:
-        check_connection(options.storage)
-    check_writable(folder, "sweep_dir")
-    study, name = open_study(options, asked, objectives, space, fixed, folder)
-    return Search(launch, options, study, space, fixed, list(objectives), folder, name).run()
+    return space, fixed, objectives
+
+
+def count_trials(options: SearchOptions, space: Space) -> int:
+    """How many there will be: a grid of choices ends before n_trials."""
+    total = options.n_trials
+    return min(total, len(list_combinations(space))) if options.sampler == "grid" else total
+
+
+def format_distribution(distribution: BaseDistribution) -> str:
+    """`0 to 0.1`, `1e-05 to 0.001, logarithmic`, or the choices."""
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(map(str, distribution.choices))
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    step = f" in steps of {distribution.step:g}" if distribution.step else ""
+    scale = ", logarithmic" if distribution.log else ""
+    return f"{distribution.low:g} to {distribution.high:g}{step}{scale}"
 
 
 def select_fixed(overrides: Sequence[Override]) -> list[str]:
@@ -160,12 +209,7 @@ class Search:
 
     @property
     def total(self) -> int:
-        total = self.options.n_trials
-        return (
-            min(total, len(list_combinations(self.space)))
-            if self.options.sampler == "grid"
-            else total
-        )
+        return count_trials(self.options, self.space)
 
     def describe_jobs(self) -> str:
         done = self.read_job_states()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from grpo.sweep.launch import SweepPlan
 
 
 class OptunaSweeper(Sweeper):
@@ -34,3 +37,11 @@ class OptunaSweeper(Sweeper):
         from grpo.commands.report import report_sweep_end  # only now: it brings the drawing with it
 
         report_sweep_end(end)
+
+    def plan(self, arguments: list[str]) -> SweepPlan:
+        """What `sweep` would run, for `grpo check -m`."""
+        from grpo.sweep.search import plan_search
+        from grpo.sweep.study import SearchOptions
+
+        options = SearchOptions.from_config(self.options)
+        return plan_search(self.launch, self.params, arguments, options)
