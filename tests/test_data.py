@@ -180,7 +180,7 @@ def test_a_row_with_nothing_behind_its_marks_is_refused(tmp_path: Path) -> None:
     """An empty gold answer would make every empty answer right."""
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "q", "answer": "work ####"}\n')
-    with pytest.raises(ConfigError, match="row 1 has nothing behind"):
+    with pytest.raises(ConfigError, match="row 1 has nothing after"):
         EVERYTHING.read_training_examples(GSM8K(str(file)))
 
 

@@ -45,7 +45,7 @@ def test_what_such_a_task_accepts_is_right() -> None:
 
 
 def test_a_task_that_takes_any_answer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"game_of_life_halting: .* any answer for right"):
+    with pytest.raises(ConfigError, match=r"game_of_life_halting: .* accepts any answer"):
         first("game_of_life_halting")
 
 
@@ -55,7 +55,7 @@ def test_what_a_scorer_takes_for_right_everywhere_is_wrong(
 ) -> None:
     caplog.set_level(logging.WARNING)
     examples = ReasoningGym(task, size=8, eval_size=2, options={}).rows("train")
-    assert "whatever is asked" in caplog.text
+    assert "for every problem" in caplog.text
     assert {example.verify(f"<answer>{answer}</answer>") for example in examples} == {0.0}
     assert {example.verify(f"<answer>{example.answer}</answer>") for example in examples} == {1.0}
 
@@ -63,8 +63,8 @@ def test_what_a_scorer_takes_for_right_everywhere_is_wrong(
 @pytest.mark.parametrize(
     ("datasets", "says"),
     [
-        (None, "name the tasks that it is of"),
-        ("chain_sum", "name the tasks that it is of"),
+        (None, "name its tasks"),
+        ("chain_sum", "name its tasks"),
         (["chain_sum"], r"datasets\[0\]=chain_sum: use name, weight and config"),
         ([{"name": "chain_sum", "share": 1}], "use name, weight and config"),
         ([{"name": "chain_sums"}], "no such task; did you mean chain_sum"),
