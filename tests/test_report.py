@@ -138,7 +138,7 @@ def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> N
 
 def test_a_direction_is_one_of_two_and_of_one_objective(grpo: Grpo, tmp_path: Path) -> None:
     for own, says in (
-        (["hydra.sweeper.direction=down"], "hydra.sweeper.direction=down: maximize or minimize"),
+        (["hydra.sweeper.direction=down"], "hydra.sweeper.direction=down: use maximize or minimize"),
         (["hydra.sweeper.objectives={kl/mean: less}"], "objectives.kl/mean=less: maximize or"),
         (
             ["hydra.sweeper.objectives={kl/mean: minimize}", "hydra.sweeper.direction=minimize"],
