@@ -55,8 +55,8 @@ def resolve_objectives(
     metrics = sorted({str(config.objective) for config in configs})
     if objectives is None and len(metrics) > 1:
         raise ConfigError(
-            f"objective={','.join(metrics)}: a sweep's jobs are compared by one metric; for several, "
-            f"use hydra.sweeper.objectives={{{metrics[0]}: maximize, {metrics[1]}: maximize}}."
+            f"objective={','.join(metrics)}: a sweep's jobs are compared by one; several "
+            f"are hydra.sweeper.objectives={{{metrics[0]}: maximize, {metrics[1]}: maximize}}."
         )
     found = dict(objectives or {str(configs[0].objective): direction})
     with_kl = [config for config in configs if config.kl_weight] or configs  # others lack kl/mean

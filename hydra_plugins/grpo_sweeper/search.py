@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: conf/hydra/sweeper/optuna.yaml."""
+"""`hydra/sweeper=optuna`; its keys are in conf/hydra/sweeper/optuna.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 
 class OptunaSweeper(Sweeper):
-    """A search for the best values; see `grpo.sweep.search`."""
+    """Searches for the best values; see `grpo.sweep.search`."""
 
     def __init__(self, params: Mapping[str, Any] | None, **options: Any) -> None:
         self.params, self.options = params or {}, options
@@ -27,10 +27,10 @@ class OptunaSweeper(Sweeper):
         from grpo.sweep.search import run_search
         from grpo.sweep.study import SearchOptions
 
-        end = run_search(
+        result = run_search(
             self.launch, self.params, arguments, SearchOptions.from_config(self.options)
         )
 
-        from grpo.commands.report import report_sweep_end  # only now: it brings the drawing with it
+        from grpo.commands.report import report_sweep_end  # late: it imports Plotly
 
-        report_sweep_end(end)
+        report_sweep_end(result)
