@@ -138,8 +138,8 @@ def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> N
 
 def test_a_direction_is_one_of_two_and_of_one_objective(grpo: Grpo, tmp_path: Path) -> None:
     for own, says in (
-        (["hydra.sweeper.direction=down"], "hydra.sweeper.direction=down: use maximize or minimize"),
-        (["hydra.sweeper.objectives={kl/mean: less}"], "objectives.kl/mean=less: maximize or"),
+        (["hydra.sweeper.direction=down"], "hydra.sweeper.direction=down: use maximize or"),
+        (["hydra.sweeper.objectives={kl/mean: less}"], "objectives.kl/mean=less: use maximize or"),
         (
             ["hydra.sweeper.objectives={kl/mean: minimize}", "hydra.sweeper.direction=minimize"],
             "has a direction for each",
@@ -262,19 +262,20 @@ def test_the_verdict_says_what_is_missing() -> None:
     assert "one of the two has a single seed" in one_seed.conclusion
     told = rank_settings(made({"a": {0: 0.1, 1: 0.2}, "b": {0: 0.3, 1: 0.4001}}, way="minimize"))
     assert told.conclusion == (
-        "key=a came out lowest, at 0.15, and the data tells it from every other setting."
+        "key=a came out lowest, at 0.15, significantly better than every other setting."
     )
     alone = rank_settings(made({"a": {0: 0.1}, "b": {0: 0.3}}))
     assert "key=b came out highest, at 0.3, on one seed each" in alone.conclusion
     assert rank_settings(made({"a": {0: 0.1}})).conclusion.startswith(
-        "There is one setting only, at 0.1"
+        "There is only one setting, at 0.1"
     )
     close = rank_settings(made({"a": {0: 0.5, 1: 0.6, 2: 0.7}, "b": {0: 0.5, 1: 0.55, 2: 0.8}}))
     assert (
-        "key=b came out highest, at 0.6167, and the data tells it from no other" in close.conclusion
+        "key=b came out highest, at 0.6167, but not significantly better than any other setting. "
+        "The difference from key=a is not significant: they" in close.conclusion
     )
     assert re.search(
-        r"differ by 0.017; 3 seeds each tell a difference of 0\.\d+ four", close.conclusion
+        r"differ by 0.017; 3 seeds each find a difference of 0\.\d+ four", close.conclusion
     )
 
 

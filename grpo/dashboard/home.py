@@ -30,7 +30,7 @@ def render_home(
     page.add(f"<h1>{escape(root.absolute().name)}</h1>")
     page.add(f"<p class=lead>{summarize_outputs(outputs)}</p>")
     if not (outputs.runs or outputs.sweeps or outputs.evaluations):
-        page.add("<section><p>Start a run: <code>grpo</code>. This page will show it.</p></section>")
+        page.add("<section><p>Start a run with <code>grpo</code>; it appears here.</p></section>")
     links = ["<a href='/trackio/'>Runs in Trackio</a>"]
     if studies:
         links.append("<a href='/dashboard'>Studies in optuna-dashboard</a>")
