@@ -107,8 +107,8 @@ def render_diagnoses(run: Run) -> str:
         text = "The run is too short for a diagnosis." if few else "The doctor found nothing wrong."
         return f"<p class=well>{text}</p>"
     rows = [
-        f"<li><h3>{escape(diagnosis.title)}</h3><p>{escape(diagnosis.evidence)}</p><p>{escape(diagnosis.cause)}</p>"
-        f"<p>Try: <code>{escape(diagnosis.remedy)}</code></p></li>"
+        f"<li><h3>{escape(diagnosis.title)}</h3><p>{escape(diagnosis.evidence)}</p>"
+        f"<p>{escape(diagnosis.cause)}</p><p>Try: <code>{escape(diagnosis.remedy)}</code></p></li>"
         for diagnosis in run.diagnoses
     ]
     return f"<section class=trouble><h2>Diagnoses</h2><ul>{''.join(rows)}</ul></section>"

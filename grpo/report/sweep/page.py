@@ -77,7 +77,7 @@ def render_ranking(sweep: Sweep, ranking: Ranking) -> str:
             cells["behind the best"] = f"{ranking.gaps_to_best[place - 1]:.3g}"
             if len(setting.by_seed) > 1:
                 cells["p"] = f"{ranking.p[place - 1]:.3f}"
-                kind = "kind" if ranking.significant[place - 1] else ""
+                kind = "sure" if ranking.significant[place - 1] else ""
         first = [
             *map(format_value, setting.values),
             str(len(setting.by_seed)),
