@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym whose scorers need watching."""
+"""Tasks of reasoning-gym whose scorers accept wrong answers or fail."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_composite_is_of_the_tasks_that_are_named() -> None:
 
 @pytest.mark.slow
 def test_an_answer_that_never_ends_is_wrong_and_holds_nothing_up() -> None:
-    """Of the task whose answers are worked out; powers that end are."""
+    """The scorer evaluates answers: a huge power is wrong, a small one may be right."""
     example = first("countdown")
     gold = example.answer
     assert example.verify(f"<answer>({gold}) * 1^0</answer>") == 0.0  # other numbers
