@@ -69,6 +69,10 @@ def history(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return found
 
 
+def test_wandbs_own_log_is_in_the_runs_folder(both: Path) -> None:
+    assert list((both / "run/wandb/cache").rglob("core-debug-*.log"))
+
+
 def test_wandb_has_every_number(both: Path, records: list[dict[str, Any]]) -> None:
     there = history(records)
     for line in lines(both / "run/metrics.jsonl"):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROJECT = "grpo-bench"
-DATA_DIR = "WANDB_DATA_DIR"
+DATA_DIR, CACHE_DIR = "WANDB_DATA_DIR", "WANDB_CACHE_DIR"
 # W&B shows each as a section, in which every chart has the training step as its x-axis.
 METRIC_SECTIONS = (
     "reward", "kl", "loss", "policy", "completion", "eval",
@@ -115,13 +115,8 @@ class WandB(Sink):
 
         Otherwise it keeps them in the home directory. WANDB_DATA_DIR wins if it is set.
         """
-        previous = os.environ.get(DATA_DIR)
-        os.environ[DATA_DIR] = previous or str(self.info.folder / "wandb")
-        try:
+        with default_variable(DATA_DIR, self.info.folder / "wandb"):
             yield
-        finally:
-            if previous is None:
-                del os.environ[DATA_DIR]
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         import wandb
@@ -141,6 +136,18 @@ class WandB(Sink):
             log.info("W&B ran offline; to upload: wandb sync %s", places)
 
 
+@contextmanager
+def default_variable(name: str, folder: Path) -> Iterator[None]:
+    """Within it, a variable of W&B's names this folder, unless it names another already."""
+    asked = os.environ.get(name)
+    os.environ[name] = asked or str(folder)
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ[name]
+
+
 def open_run(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
     """Starts the W&B run; returns it and its mode, offline if W&B can't be reached.
 
@@ -155,7 +162,9 @@ def open_run(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
         chosen = os.environ.get("WANDB_MODE", "online" if known else "offline")
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
     try:
-        return wandb.init(**arguments, mode=chosen, resume="allow", settings=settings), chosen
+        # The process that this starts logs into its cache.
+        with default_variable(CACHE_DIR, Path(arguments["dir"]) / "wandb" / "cache"):
+            return wandb.init(**arguments, mode=chosen, resume="allow", settings=settings), chosen
     except wandb.errors.UsageError:
         raise
     except wandb.errors.Error as error:
