@@ -1,4 +1,4 @@
-"""A hook of mkdocs.yml: formulas as MathML, which browsers draw themselves, with a font for it."""
+"""A hook of mkdocs.yml: renders formulas as MathML, which browsers draw, with a font for it."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         try:
             composed = hydra.compose("config", list(overrides), return_hydra_config=True)
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-            raise ConfigError(explain_hydra_error(error, "config", overrides)) from error
+            raise explain_hydra_error(error, "config", overrides) from error
     refuse_secrets(composed)
     return composed
 

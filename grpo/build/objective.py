@@ -114,17 +114,24 @@ def build_kl_term(cfg: DictConfig) -> KLTerm | None:
 
 def warn_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> None:
     """Says that a KL was asked for, by these overrides or this choice, which has no weight."""
+    if unused := explain_unused_kl(cfg, overrides, choice):
+        log.warning("%s", unused)
+
+
+def explain_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> str | None:
+    """Why a KL that was asked for does nothing; None where it does, or none was asked for."""
     own_weight = not OmegaConf.is_interpolation(cfg, "kl_weight")
     if own_weight or cfg.kl_weight > 0 or cfg.kl.estimator is None:
-        return
+        return None
     keys = [parse_key(override) for override in overrides]
     asked = [key for key in keys if key == "kl" or key.startswith("kl.")]
-    if asked or choice != "k3":
-        log.warning(
-            "%s is given, but this algorithm has no KL (algorithm.kl_weight=0): none is computed "
-            "and no reference is loaded; kl_weight=0.02, for example, trains with it.",
-            asked[0] if asked else f"kl={choice}",
-        )
+    if not asked and choice == "k3":
+        return None
+    return (
+        f"{asked[0] if asked else f'kl={choice}'} is given, but this algorithm has no KL "
+        f"(algorithm.kl_weight=0): none is computed and no reference is loaded; kl_weight=0.02, "
+        f"for example, trains with it."
+    )
 
 
 def build_kl_penalty(

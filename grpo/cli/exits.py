@@ -1,4 +1,12 @@
-"""How the command ends: a line on standard error and an exit code."""
+"""How the command ends: a line on standard error and an exit code.
+
+  0    done: the work was done; of a sweep, all of its jobs ended well
+  1    failed: it began and could not be ended well; what was done so far is saved
+  2    refused: it can't be done as asked, which was known before it began; nothing is left behind
+  130  interrupted: by Ctrl-C or SIGTERM, or asked to stop; saved, and can go on
+
+With `--json` (grpo.cli.outcome) the object says the same, as `status` and `exit_code`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from grpo.cli.outcome import note_error
+from grpo.config.secrets import redact
 from grpo.errors import ConfigError, RunError
 
 
@@ -28,10 +38,12 @@ def command_errors() -> Iterator[None]:
 
 
 def refuse(error: ConfigError) -> NoReturn:
-    print(f"grpo: {error}", file=sys.stderr)
+    note_error(error)
+    print(f"grpo: {redact(str(error))}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def fail(message: str) -> NoReturn:
-    print(f"grpo: {message}", file=sys.stderr)
+    note_error(message)
+    print(f"grpo: {redact(message)}", file=sys.stderr)
     raise SystemExit(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import hydra
 import yaml
@@ -18,8 +20,10 @@ from omegaconf import DictConfig
 
 from grpo.cli.help import list_choices
 from grpo.config import schema
-from grpo.config.overrides import parse_key
-from grpo.config.suggest import suggest_names
+from grpo.config.foreign_names import explain_foreign_name
+from grpo.config.overrides import find_value, parse_key
+from grpo.config.suggest import find_nearest, format_suggestion
+from grpo.errors import ConfigError
 
 OPTUNA_SWEEPER_KEYS = {  # of Hydra's own Optuna sweeper, where this one has another
     "hydra/sweeper/sampler": "hydra.sweeper.sampler",
@@ -30,27 +34,33 @@ OPTUNA_SWEEPER_KEYS = {  # of Hydra's own Optuna sweeper, where this one has ano
     "hydra.sweeper.custom_search_space": "hydra.sweeper.params",
     "hydra.sweeper.optuna_config": "hydra.sweeper",
 }
+LIST_GROUPS = ("reward", "tracking")  # of which several go together
+PREFERRED_OWNERS = {"dataset.path": "jsonl"}  # of a key that several choices of a group have
 
 
-def explain_hydra_error(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
-    """Hydra's error as one line: what was given, and the nearest of what there is."""
+def explain_hydra_error(
+    error: Exception, config_name: str, overrides: Sequence[str]
+) -> ConfigError:
+    """Hydra's error as a refusal of one line: what was given, and the nearest of what there is."""
     text = str(error).strip()
     for own in overrides:
         if (key := parse_key(own)) in OPTUNA_SWEEPER_KEYS:
-            return f"{own}: here it is {own.lstrip('+~').replace(key, OPTUNA_SWEEPER_KEYS[key])}"
+            meant = own.lstrip("+~").replace(key, OPTUNA_SWEEPER_KEYS[key])
+            nearest = [OPTUNA_SWEEPER_KEYS[key]]
+            return ConfigError(f"{own}: here it is {meant}", key=key, nearest=nearest)
     if isinstance(error, OverrideParseException):
-        return explain_bad_override(str(error.override), text)
+        override = str(error.override)
+        return ConfigError(explain_bad_override(override, text), key=parse_key(override))
     if isinstance(error, MissingConfigException):
         found = re.search(r"Could not find '([^']+)'", text)
         wanted = found[1] if found else str(error.missing_cfg_file)
-        group, _, choice = wanted.rpartition("/")
-        options = list(error.options or list_known_choices(group))
-        return (
-            f"{group}={choice}: no such choice{suggest_names(choice, options) or '.'} "
-            f"There are {', '.join(options)}."
-        )
+        group, _, choice = split_choice(wanted, overrides)
+        return explain_unknown_choice(group, choice, error.options or list_known_choices(group))
     if there := re.search(r"An item is already at '([^']+)'", text):
-        return f"+{there[1]}: this key is there already; leave out the +."
+        message = f"+{there[1]}: this key is there already; leave out the +."
+        return ConfigError(message, key=there[1], nearest=[there[1]])
+    if several := re.match(r"Ambiguous value for argument '(.+)'", text):
+        return explain_several_values(several[1])
     if isinstance(error, ConfigCompositionException):
         if reason := explain_wrong_value(error):
             return reason
@@ -58,14 +68,90 @@ def explain_hydra_error(error: Exception, config_name: str, overrides: Sequence[
             r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
         )
         if unknown:
-            key = unknown[1]
-            return (
-                f"{key}: no such key{suggest_names(key, list_known_keys(config_name, overrides))}"
-            )
+            return explain_unknown_key(unknown[1], config_name, overrides)
         if text.startswith("Error merging override ") and error.__cause__ is not None:
-            reason = str(error.__cause__).splitlines()[0]
-            return f"{text.removeprefix('Error merging override ')}: {reason}"
-    return text.splitlines()[0]
+            reason_text = str(error.__cause__).splitlines()[0]
+            own = text.removeprefix("Error merging override ")
+            return ConfigError(f"{own}: {reason_text}", key=parse_key(own))
+    return ConfigError(text.splitlines()[0])
+
+
+def split_choice(wanted: str, overrides: Sequence[str]) -> tuple[str, str, str]:
+    """A group and the choice in it that is not there; a choice may have a slash in it too."""
+    for own in overrides:
+        group, equals, choice = own.lstrip("+").partition("=")
+        if equals and f"{group}/{choice}" == wanted:
+            return group, "/", choice
+    return wanted.rpartition("/")
+
+
+def explain_unknown_choice(
+    group: str, choice: str, options: Sequence[str], meant: str = ""
+) -> ConfigError:
+    """Names the choices of a group, and what was probably meant by this one."""
+    known = [option for option in options if not option.rpartition("/")[2].startswith("_")]
+    near = find_nearest(choice, known)
+    there = f"There are {', '.join(known)}." if len(known) > 1 else f"The only one is {known[0]}."
+    meant = meant or guess_source(group, choice) or format_suggestion(near) or "."
+    return ConfigError(
+        f"{group}={choice}: no such choice{meant} {there}",
+        key=group, value=choice, choices=known, nearest=near,
+    )  # fmt: skip
+
+
+def guess_source(group: str, choice: str) -> str:
+    """What to write for a hub id, folder or file given as a choice; empty for others."""
+    suffix = Path(choice).suffix.lower()
+    if group == "dataset" and suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        return f"; a file is dataset=jsonl dataset.path={choice}."
+    if "/" not in choice or group not in ("model", "dataset"):
+        return ""
+    if Path(choice).expanduser().is_dir():
+        kind = {"model": "local", "dataset": "jsonl"}[group]
+        return f"; a folder is {group}={kind} {group}.path={choice}."
+    return f"; from the hub it is {group}=hub {group}.id={choice}."
+
+
+def explain_several_values(override: str) -> ConfigError:
+    """Says what a comma may mean: a run for each value, or all of them in one run."""
+    key, _, value = override.partition("=")
+    together = f"; {key}=[{value}] takes them together" if key in LIST_GROUPS else ""
+    return ConfigError(
+        f"{override}: several values; add -m to run once with each (a sweep){together}.",
+        key=key, value=value,
+    )  # fmt: skip
+
+
+def explain_unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> ConfigError:
+    """Names what another tool's key is here, the choice that would have it, or the nearest keys."""
+    value = find_value(key, overrides) or ""
+    if foreign := explain_foreign_name(key, value):
+        return foreign
+    group, _, rest = key.partition(".")
+    owners = [choice for choice in list_known_choices(group) if has_key(group, choice, rest)]
+    if rest and owners:
+        first = PREFERRED_OWNERS.get(key)
+        owners = [first] if first in owners else owners
+        chosen = find_value(group, overrides)
+        named = f"{group}={chosen}" if chosen else f"the {group} chosen here"
+        return ConfigError(
+            f"{key}: {named} has no such key; add {' or '.join(f'{group}={o}' for o in owners)}.",
+            key=key, value=value, nearest=[f"{group}={owner}" for owner in owners],
+        )  # fmt: skip
+    near = find_nearest_keys(key, config_name, overrides)
+    return ConfigError(
+        f"{key}: no such key{format_suggestion(near)}", key=key, value=value, nearest=near
+    )
+
+
+def has_key(group: str, choice: str, key: str) -> bool:
+    """Whether a choice's own file has this key."""
+    content = yaml.safe_load((schema.find_conf_folder() / group / f"{choice}.yaml").read_text())
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True
 
 
 def explain_bad_override(override: str, message: str) -> str:
@@ -82,36 +168,70 @@ def explain_bad_override(override: str, message: str) -> str:
     return f"{override}: {call} can't be evaluated ({reason})."
 
 
-def explain_wrong_value(error: BaseException) -> str | None:
+def explain_wrong_value(error: BaseException) -> ConfigError | None:
     """`key: why` where a value has the wrong type."""
     cause: BaseException | None = error
     while cause is not None:
         if type(cause).__name__ == "ValidationError":
             key = getattr(cause, "full_key", None)
-            return f"{key}: {str(cause).splitlines()[0]}"
+            value = getattr(cause, "value", None)
+            reason = str(cause).splitlines()[0]
+            if key and re.search(r"is not a subclass of \w+Config\b", reason):
+                return explain_section(key, reason.rpartition("value: ")[2])
+            return ConfigError(f"{key}: {reason}", key=key, value=value)
         cause = cause.__cause__
     return None
+
+
+def explain_section(section: str, value: str) -> ConfigError:
+    """Says that a key holds keys, one of which may have been meant."""
+    known = getattr(schema.Config(), section, None)
+    own = [field.name for field in fields(known)] if is_dataclass(known) else []
+    meant = f"; did you mean {section}.{own[0]}={value}?" if own[:1] == ["name"] else "."
+    return ConfigError(
+        f"{section}={value}: {section} holds keys: {', '.join(own)}{meant}",
+        key=section, value=value, choices=[f"{section}.{name}" for name in own],
+    )  # fmt: skip
+
+
+def find_nearest_keys(key: str, config_name: str, overrides: Sequence[str]) -> list[str]:
+    """The nearest keys to one that isn't there; of Hydra's own, those of the choices made."""
+    if key.partition(".")[0] != "hydra":
+        return find_nearest(key, list_known_keys(config_name, overrides))
+    chosen = [own for own in overrides if parse_key(own).startswith("hydra/")]
+    own = list_hydra_keys(config_name, chosen)
+    search = "hydra/sweeper=optuna"
+    of_search = set(list_hydra_keys(config_name, [search])) - set(own)
+    nearest = find_nearest(key, [*own, *of_search])
+    if nearest and nearest[0] in of_search:
+        return [f"{search} {nearest[0]}"]
+    return nearest
+
+
+def list_hydra_keys(config_name: str, choices: list[str]) -> list[str]:
+    return flatten_keys(compose(config_name, choices, with_hydra=True).hydra, "hydra.")
 
 
 def list_known_choices(group: str) -> list[str]:
     return list_choices([schema.find_conf_folder()], group)
 
 
-def explain_key_of_none(config_name: str, overrides: Sequence[str]) -> str:
+def explain_key_of_none(config_name: str, overrides: Sequence[str]) -> ConfigError:
     """Says which key belongs to a part that is none."""
     composed = compose_choices(config_name, overrides)
     for own in overrides:
         part = parse_key(own).partition(".")[0]
         if "." in parse_key(own) and part in composed and composed[part] is None:
             others = [f"{part}={choice}" for choice in list_known_choices(part) if choice != "none"]
-            return (
+            return ConfigError(
                 f"{own}: {part} is none here, which has no keys; leave it out, or set "
-                f"{' or '.join(others)}."
-            )
-    return "a key is set of a part that is none; leave it out."
+                f"{' or '.join(others)}.",
+                key=parse_key(own), value=own.partition("=")[2], nearest=others,
+            )  # fmt: skip
+    return ConfigError("a key is set of a part that is none; leave it out.")
 
 
-def explain_wrong_choice(overrides: Sequence[str]) -> str:
+def explain_wrong_choice(overrides: Sequence[str]) -> ConfigError:
     """Says which override gives a group a number, or nothing, for a choice."""
     for own in overrides:
         group, _, value = own.partition("=")
@@ -126,8 +246,8 @@ def explain_wrong_choice(overrides: Sequence[str]) -> str:
                 if meant and not nothing
                 else ""
             )
-            return f"{own}: no such choice{hint or '.'} There are {', '.join(known)}."
-    return "a group was given something that is no choice of it."
+            return explain_unknown_choice(group, value, known, hint)
+    return ConfigError("a group was given something that is no choice of it.")
 
 
 def list_known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
@@ -138,12 +258,17 @@ def list_known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
 def compose_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The config with the groups chosen and the keys added, and nothing else that was asked for."""
     chosen = [o for o in overrides if o.partition("=")[0] in list_groups() or o.startswith("+")]
+    return compose(config_name, chosen)
+
+
+def compose(config_name: str, chosen: list[str], *, with_hydra: bool = False) -> DictConfig:
+    """The config with these overrides; without them where they are wrong themselves."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(schema.find_conf_folder()), version_base="1.3"):
         try:
-            return hydra.compose(config_name, chosen)
+            return hydra.compose(config_name, chosen, return_hydra_config=with_hydra)
         except HydraException:
-            return hydra.compose(config_name)
+            return hydra.compose(config_name, return_hydra_config=with_hydra)
 
 
 def list_groups() -> list[str]:

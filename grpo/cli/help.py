@@ -17,27 +17,55 @@ grpo: train a language model by group-relative policy optimization (GRPO)
   grpo eval checkpoint=DIR [overrides]    evaluate a run or a model
   grpo resume=DIR                         go on with a run
   grpo -m sweep_dir=DIR                   go on with a sweep
+  grpo check [overrides]                  what a run or sweep (-m) would do, or why not
+  grpo runs [FOLDER]                      what is in outputs/, and what to do next with each
   grpo report DIR…                        the page of a run, of runs side by side, or of a sweep
   grpo dashboard [FOLDER]                 runs, sweeps and studies in the browser
   grpo chat RUN                           the base and the trained model, side by side
   grpo export RUN DIR [--push ORG/NAME]   a plain model with a card
 
+  --json                  one JSON object as the only output: train, sweep, eval, check, runs,
+                          report, export (docs/reference-json.md)
   --cfg job               the config with these overrides, as YAML
   --info defaults-tree    the files it comes from
   --trust                 run what DIR names, though it is neither this package's nor yours
   --config-dir DIR        choices of your own, in folders named as below
   --hydra-help            Hydra's own flags; shell completion: eval "$(grpo -sc install=bash)"
+
+Exit codes: 0 done, 1 failed (what was done is saved), 2 refused (nothing was started),
+130 interrupted (saved; can go on)
 """
 
 
+PLUGIN_CHOICES = {  # that come with Hydra and its launchers, and not from a file in conf/
+    "hydra/launcher": ("basic", "joblib", "ray", "submitit_local"),
+}
+CHOICE_NOTES = {"hydra/launcher": "  (ray: extra [ray]; slurm, submitit_local: extra [slurm])"}
+
+
 JOB_HELP = {
+    "check": """\
+grpo check [overrides]: what a run would do, or why it would be refused; nothing is started
+
+  overrides               those of the run: model, data, steps, KL, memory and what is ignored
+  -m                      the jobs that a sweep would run, and what the first of them would do
+  --json                  as one JSON object
+""",
+    "runs": """\
+grpo runs [FOLDER]: runs, sweeps and evaluations, newest first, and what to do next with each
+
+  FOLDER                  outputs where none is given
+  --json                  as one JSON object
+""",
     "report": """\
 grpo report DIR…: a page of what runs left
 
   grpo report RUN         RUN/report.html: curves, completions, diagnoses
   grpo report RUN RUN…    runs.html in the first: the runs side by side
-  grpo report SWEEP…      SWEEP/report.html, results.csv, experiment/best.yaml: the ranking, and
+  grpo report SWEEP       SWEEP/report.html, results.csv, experiment/best.yaml: the ranking, and
                           which differences the data supports (docs/statistics.md)
+  grpo report SWEEP SWEEP…   sweeps.html, sweeps.csv, experiment/sweeps_best.yaml in the first: the
+                          same of all their jobs together
 """,
     "dashboard": """\
 grpo dashboard [FOLDER]: runs, sweeps and studies in the browser
@@ -83,7 +111,8 @@ def format_help(arguments: Sequence[str]) -> str:
     }
     lines = [USAGE, "Choices: group=choice, several rewards: reward=[answer,length]", ""]
     for group in sorted(groups - {"hydra"}):
-        lines.append(f"  {group}: {', '.join(list_choices(folders, group))}")
+        own = sorted({*list_choices(folders, group), *PLUGIN_CHOICES.get(group, ())})
+        lines.append(f"  {group}: {', '.join(own)}{CHOICE_NOTES.get(group, '')}")
     page = (find_conf_folder() / "config.yaml").read_text().rstrip()
     lines += ["", "Config: key=value, and section.key=value", "", page]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.cli.exits import refuse
+from grpo.cli.outcome import CURRENT
 from grpo.config.check import check_config
 from grpo.config.schema import remove_hydra
 from grpo.config.secrets import refuse_secrets
 from grpo.config.trust import check_code
-from grpo.config.validation import check_writable
+from grpo.config.validation import check_could_write, check_writable
 from grpo.errors import ConfigError
 from grpo.runs.folder import check_run_folder
 
@@ -44,10 +45,23 @@ class CheckBeforeRun(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with callback_errors():
             check_sweep(config)
+            if CURRENT.command == "check":
+                from grpo.commands import check  # torch comes with it
+
+                CURRENT.content = {"check": check.check_sweep(config)}
+                raise SystemExit(0)
+        CURRENT.command, CURRENT.folder = "sweep", Path(config.hydra.sweep.dir)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with callback_errors():
-            check_run(config)
+            if CURRENT.command == "check":
+                check_run(config, check_could_write)
+                from grpo.commands import check  # torch comes with it
+
+                CURRENT.content = {"check": check.check_run(config)}
+                raise SystemExit(0)
+            check_run(config, check_writable)
+        CURRENT.folder = Path(config.hydra.run.dir)
 
 
 @contextmanager
@@ -81,8 +95,11 @@ def check_sweep(config: DictConfig) -> None:
         )
 
 
-def check_run(config: DictConfig) -> None:
-    """Raises ConfigError where a config, or the folder that it names, is not fit for a run."""
+def check_run(config: DictConfig, check_folder: Callable[[Path, str], None]) -> None:
+    """Raises ConfigError where a config, or the folder that it names, is not fit for a run.
+
+    check_folder: refuses a folder, given with its key, that can't be written.
+    """
     refuse_secrets(config)
     check_hydra(config)
     own = remove_hydra(config)
@@ -90,4 +107,4 @@ def check_run(config: DictConfig) -> None:
     check_config(own)
     folder = Path(config.hydra.run.dir)
     check_run_folder(folder, config.resume, config.model, config.adapter)
-    check_writable(folder, "hydra.run.dir")
+    check_folder(folder, "hydra.run.dir")

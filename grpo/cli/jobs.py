@@ -15,7 +15,7 @@ from grpo.cli.exits import fail, refuse
 from grpo.config import schema
 from grpo.config.check import check_config, check_training
 from grpo.config.overrides import parse_key
-from grpo.config.secrets import redact_logs
+from grpo.config.secrets import redact_logs, remember_secrets
 from grpo.errors import ConfigError, RunError
 from grpo.memory.allocator import keep_freed_memory
 from grpo.runs.files import note_failure
@@ -42,6 +42,7 @@ def train_job(cfg: DictConfig) -> float | None:
     with job_errors() as folder, locked(folder):
         from grpo.locate import find_for_training
 
+        remember_secrets(cfg)
         check_config(cfg)
         check_training(cfg)
         check_run_folder(folder, cfg.resume, cfg.model, cfg.adapter)
@@ -58,6 +59,7 @@ def eval_job(cfg: DictConfig) -> float | None:
     with job_errors() as folder:
         from grpo.locate import find_for_evaluation
 
+        remember_secrets(cfg)
         check_config(cfg)
         found = find_for_evaluation(cfg)
 

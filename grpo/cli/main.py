@@ -28,59 +28,82 @@ from grpo.cli.exits import command_errors, refuse
 from grpo.cli.explain import explain_hydra_error, explain_key_of_none, explain_wrong_choice
 from grpo.cli.help import format_help, format_version
 from grpo.cli.jobs import eval_job, prepare_process, train_job
-from grpo.cli.past_overrides import add_past_overrides, unchanged_if_refused
+from grpo.cli.outcome import CURRENT, begin_outcome, json_output
+from grpo.cli.past_overrides import FLAGS_WITHOUT_RUN, add_past_overrides, unchanged_if_refused
 from grpo.config import schema
-from grpo.config.suggest import suggest_names
+from grpo.config.overrides import split_arguments
+from grpo.config.suggest import find_nearest, suggest_names
 from grpo.errors import ConfigError
 
-JOBS = {"train": "config", "eval": "eval"}  # a first bare word -> its config
+JOBS = {"train": "config", "eval": "eval", "check": "config"}  # a first bare word -> its config
 JOBS_WITHOUT_CONFIG = {  # jobs that read what a run left
     "report": "grpo.commands.report",
     "export": "grpo.commands.export",
     "chat": "grpo.commands.chat",
     "dashboard": "grpo.commands.dashboard",
+    "runs": "grpo.commands.runs",
 }
+JOBS_WITHOUT_JSON = ("chat", "dashboard")  # which go on until they are ended
+JSON_FLAG = "--json"
 
 
 def main() -> None:
     """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
     prepare_process()
+    begin_outcome()
+    asked = {"--help", "-h", "--version"} & set(sys.argv)
+    if JSON_FLAG in sys.argv and not asked:
+        sys.argv = [word for word in sys.argv if word != JSON_FLAG]
+        with json_output():
+            run_command(as_json=True)
+    run_command()
+
+
+def run_command(*, as_json: bool = False) -> None:
+    """Runs the job that the command line names."""
     with command_errors():
         if {"--help", "-h"} & set(sys.argv):
             print(format_help(sys.argv), flush=True)
-            return None
+            return
         if "--version" in sys.argv:
             print(format_version(), flush=True)
-            return None
+            return
         job, overrides = split_job(sys.argv[1:])
+        CURRENT.command = job
+        if as_json and (job in JOBS_WITHOUT_JSON or FLAGS_WITHOUT_RUN & set(overrides)):
+            own = next((flag for flag in overrides if flag in FLAGS_WITHOUT_RUN), f"grpo {job}")
+            raise ConfigError(f"{JSON_FLAG}: {own} has no result to put into it; leave it out.")
         if job in JOBS_WITHOUT_CONFIG:
             run = getattr(import_module(JOBS_WITHOUT_CONFIG[job]), job)
-            return run(overrides)  # type: ignore[no-any-return]
+            CURRENT.content = run(overrides) or {}
+            return
         trusted = "--trust" in overrides
         overrides = [own for own in overrides if own != "--trust"]
-        overrides = add_past_overrides(job, overrides, trusted)
-        sys.argv = ["grpo", *overrides]
+        overrides = add_past_overrides("eval" if job == "eval" else "train", overrides, trusted)
+        if job == "train" and {"-m", "--multirun"} & set(overrides):
+            CURRENT.command = "sweep"
+        given, flags = split_arguments(overrides)
+        sys.argv = ["grpo", *given, *flags]  # Hydra reads no override that follows a flag
         command = hydra.main(
             version_base="1.3", config_path=str(schema.find_conf_folder()), config_name=JOBS[job]
         )
         try:
             with unchanged_if_refused(overrides):
-                command(train_job if job == "train" else eval_job)()
+                command(eval_job if job == "eval" else train_job)()
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-            refuse(ConfigError(explain_hydra_error(error, JOBS[job], overrides)))
+            refuse(explain_hydra_error(error, JOBS[job], overrides))
         except AssertionError as error:
             if not str(error).startswith("Unexpected type for root"):  # OmegaConf's, of `none.key`
                 raise
-            refuse(ConfigError(explain_key_of_none(JOBS[job], overrides)))
+            refuse(explain_key_of_none(JOBS[job], overrides))
         except ValueError as error:
             if not str(error).startswith("Config group override must be"):
                 raise
-            refuse(ConfigError(explain_wrong_choice(overrides)))
+            refuse(explain_wrong_choice(overrides))
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
             refuse(ConfigError(f"{where}: not YAML ({error.problem})."))
-    return None
 
 
 def split_job(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -92,6 +115,7 @@ def split_job(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if job not in known:
         raise ConfigError(
             f"{job}: no such job; there are {', '.join(known)}{suggest_names(job, known) or '.'} "
-            f"An override is written key=value."
-        )
+            f"An override is written key=value.",
+            value=job, choices=known, nearest=find_nearest(job, known),
+        )  # fmt: skip
     return job, list(arguments[1:])

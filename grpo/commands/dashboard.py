@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.commands.arguments import take_option
+from grpo.config.extras import require_extra
 from grpo.errors import ConfigError
 
 USAGE = "grpo dashboard [FOLDER] [--host HOST] [--port PORT]"
@@ -26,6 +27,8 @@ def dashboard(arguments: Sequence[str]) -> None:
     root = Path(rest[0] if rest else DEFAULT_FOLDER).expanduser()
     if not root.is_dir():
         raise ConfigError(f"{root}: there is no such folder; runs make it, or name another one.")
+    for package in ("uvicorn", "starlette", "trackio", "optuna_dashboard"):
+        require_extra("grpo dashboard", package, "dashboard")
     host = host or DEFAULT_HOST
     listener = open_listener(host, port or DEFAULT_PORT)
     import uvicorn

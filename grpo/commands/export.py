@@ -16,7 +16,7 @@ from grpo.config.schema import flatten_config
 from grpo.config.secrets import find_texts
 from grpo.errors import ConfigError, RunError
 from grpo.models.hub import find_cached_model
-from grpo.report.run.page import describe_result, format_config_value
+from grpo.report.run.page import describe_end, format_config_value
 from grpo.report.run.read import Run, diagnose_run, diff_configs, load_default_config, read_run
 from grpo.runs.folder import MODEL_ID, find_checkpoint_model, find_run
 
@@ -30,11 +30,19 @@ PRIVATE_SECTIONS = (
     "sweep_dir",
 )  # said of a run, not a model
 PRIVATE_KEY_NAME = re.compile(r"(path|url|dir|folder|file|host|address|email|user|_env|notes)$")
-PATH_OR_URL = re.compile(r"\w+://|~/|/[^\s/]+/|\.{1,2}/|\w:\\|.*\$\{oc\.env:")
+PROSE_KEY_NAME = re.compile(r"(prompt|stop|prefix|suffix)$")  # whose texts may begin with a /
+START = r"(?<![^\s'\"\[({,:=])"  # of a text, or of a word in it
+PATH_OR_ADDRESS = re.compile(
+    r"\w+://|\$\{oc\.env:"
+    rf"|{START}(~/|/[^\s/]+/|\.{{1,2}}/|\w:\\)"
+    rf"|{START}(?=[^\s:]*[A-Za-z.])[\w.-]+:\d{{1,5}}(?![\w:.%-])"  # host:port; no slice
+    rf"|{START}(\d{{1,3}}\.){{3}}\d{{1,3}}(?![\w.])|{START}\[[0-9a-fA-F]*:[0-9a-fA-F:]+\]"
+)
+TOP_LEVEL_PATH = re.compile(rf"{START}/[\w.-]+")
 CARD_METRICS = ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/reward")
 
 
-def export(arguments: Sequence[str]) -> None:
+def export(arguments: Sequence[str]) -> dict[str, Any]:
     """Writes the model of a run, or of one of its checkpoints, merged with its adapter.
 
     Raises:
@@ -69,6 +77,7 @@ def export(arguments: Sequence[str]) -> None:
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:
         push_model(folder, hub_id, private)
+    return {"export": {"source": str(model), "folder": str(folder), "hub_id": hub_id}}
 
 
 def cut_to_checkpoint(run: Run, model: Path) -> Run:
@@ -139,7 +148,7 @@ def format_card(run: Run, name: str) -> str:
         format_front_matter(run),
         f"# {name}",
         f"`{get_base_name(run)}`, trained by group-relative policy optimization (GRPO) with "
-        f"grpo-bench. {describe_result(run)}",
+        f"grpo-bench. {describe_end(run, '')}",  # an error names paths and addresses
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
@@ -233,7 +242,10 @@ def is_private(key: str, value: object) -> bool:
     """Whether it says where something is on somebody's machines, or how it is reached there."""
     if key.lstrip("+~").startswith(PRIVATE_SECTIONS) or PRIVATE_KEY_NAME.search(key):
         return True
-    return any(PATH_OR_URL.match(text.strip("'\" ")) for _, text in find_texts(value))
+    patterns = [PATH_OR_ADDRESS]
+    if not PROSE_KEY_NAME.search(key):
+        patterns.append(TOP_LEVEL_PATH)
+    return any(own.search(text) for _, text in find_texts(value) for own in patterns)
 
 
 def format_list(config: Mapping[str, Any]) -> str:

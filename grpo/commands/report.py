@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from grpo.commands.describe import describe_run, describe_sweep
 from grpo.errors import ConfigError, RunError
 from grpo.report.run.page import render_runs_page, write_run_page
 from grpo.report.run.read import is_run, make_names_unique, read_run
@@ -13,10 +15,11 @@ from grpo.runs.files import write_atomically
 from grpo.sweep.folder import SweepResult, count_by_status
 
 
-def report(arguments: Sequence[str]) -> None:
+def report(arguments: Sequence[str]) -> dict[str, Any]:
     """Writes report.html, of sweeps also results and the best setting, and says where.
 
-    Into the first of the folders that are given; of several runs, into runs.html there.
+    Into the first of the folders that are given; of several runs into runs.html there, of several
+    sweeps into sweeps.html.
 
     Raises:
         ConfigError: there is no run and no sweep where one was named.
@@ -26,20 +29,23 @@ def report(arguments: Sequence[str]) -> None:
         raise ConfigError("grpo report DIR…: name the folder of one run or sweep at least.")
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: there is no such folder.")
+            message = f"{folder}: there is no such folder."
+            raise ConfigError(message, key="DIR", value=str(folder))
     runs = [folder for folder in folders if is_run(folder)]
     if runs and len(runs) < len(folders):
         raise ConfigError("grpo report: runs and sweeps don't go into one page.")
     if not runs:
         print(write_report(folders), flush=True)
-    elif len(runs) == 1:
-        print(f"report: {write_run_page(runs[0])}", flush=True)
+        file = folders[0] / "report.html"
+        return {"report": str(file), "sweeps": [describe_sweep(folder) for folder in folders]}
+    file = runs[0] / "runs.html"
+    if len(runs) == 1:
+        file = write_run_page(runs[0])
     else:
         html = render_runs_page(make_names_unique([read_run(folder) for folder in runs]))
-        write_atomically(
-            runs[0] / "runs.html", lambda file: file.write_text(html, encoding="utf-8")
-        )
-        print(f"report: {runs[0]}/runs.html", flush=True)
+        write_atomically(file, lambda aside: aside.write_text(html, encoding="utf-8"))
+    print(f"report: {file}", flush=True)
+    return {"report": str(file), "runs": [describe_run(folder) for folder in runs]}
 
 
 def report_sweep_end(end: SweepResult) -> None:

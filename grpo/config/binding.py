@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.suggest import suggest_names
+from grpo.config.suggest import find_nearest, format_suggestion
+from grpo.config.validation import check_function_name
 from grpo.errors import ConfigError
 
 
@@ -22,15 +23,20 @@ def resolve_node(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def bind(node: Mapping[str, Any], key: str) -> functools.partial[Any]:
+def bind(
+    node: Mapping[str, Any], key: str, other_keys: Collection[str] = ()
+) -> functools.partial[Any]:
     """The callable that a node's `_target_` names, with the node's other keys bound.
+
+    Args:
+        other_keys: those that such a node may have besides, which are not the callable's.
 
     Raises:
         ConfigError: it can't be imported, or doesn't take one of the keys.
     """
     options = resolve_node(node) if isinstance(node, DictConfig) else dict(node)
     target = import_callable(str(options.pop("_target_", "")), f"{key}._target_")
-    check_options(target, options, key)
+    check_options(target, options, key, other_keys)
     return functools.partial(target, **options)
 
 
@@ -45,7 +51,7 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
         found: Callable[..., Any] = instantiate({"_target_": path, "_partial_": True}).func
     except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
         raise ConfigError(
-            f"{key}={path}: can't be imported ({format_root_cause(error)})."
+            f"{key}={path}: can't be imported ({format_root_cause(error)}).", key=key, value=path
         ) from error
     return found
 
@@ -58,15 +64,16 @@ def resolve_name(name: str, table: Mapping[str, Any], key: str) -> Any:
     """
     if name in table:
         return table[name]
-    if "." not in name:
-        raise ConfigError(
-            f"{key}={name}: use one of {', '.join(table)}, or a function of your own as "
-            f"module.function{suggest_names(name, table)}"
-        )
+    check_function_name(name, table, key)
     return import_callable(name, key)
 
 
-def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: str) -> None:
+def check_options(
+    target: Callable[..., Any],
+    options: Mapping[str, Any],
+    key: str,
+    other_keys: Collection[str] = (),
+) -> None:
     """Refuses an option that a callable doesn't take, or whose value is of another type."""
     try:
         known = inspect.signature(target).parameters
@@ -77,13 +84,17 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: s
     for option, value in options.items():
         if option not in known and not takes_any:
             name = getattr(target, "__qualname__", target)
+            near = find_nearest(option, [*known, *other_keys])
             raise ConfigError(
-                f"{key}.{option}: {name} takes no such key{suggest_names(option, known)}"
-            )
+                f"{key}.{option}: {name} takes no such key{format_suggestion(near)}",
+                key=f"{key}.{option}", value=value, choices=known, nearest=near,
+            )  # fmt: skip
         if not fits(value, hints.get(option, Any)):
             hint = hints[option]
             expected = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise ConfigError(f"{key}.{option}={value}: should be {expected}.")
+            raise ConfigError(
+                f"{key}.{option}={value}: should be {expected}.", key=f"{key}.{option}", value=value
+            )
 
 
 def read_type_hints(target: Callable[..., Any]) -> dict[str, Any]:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def suggest_names(word: str, choices: Iterable[str]) -> str:
     """`; did you mean X or Y?`, or nothing where nothing is near."""
+    return format_suggestion(find_nearest(word, choices))
+
+
+def format_suggestion(near: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def find_nearest(word: str, choices: Iterable[str]) -> list[str]:
+    """Up to three of the choices, the likeliest first; none where nothing is near."""
     alike = {choice: similarity(word, choice) for choice in choices}
     least = max(0.6, max(alike.values(), default=0.0) - 0.1)
     near = [choice for choice, own in alike.items() if own >= least]
     near = [own for own in near if "." not in own or own.rpartition(".")[2] not in near]
     near.sort(key=lambda choice: -alike[choice])
-    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+    return near[:3]
 
 
 def similarity(word: str, choice: str) -> float:

@@ -1,0 +1,200 @@
+"""The names that TRL, verl and OpenRLHF give to what has another name here.
+
+Sources: TRL's GRPOConfig and ModelConfig, verl's ppo_trainer.yaml, OpenRLHF's train_ppo_ray.py. A
+name that is the same here, as temperature, is not in the table.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from grpo.errors import ConfigError
+
+
+class Equivalent(NamedTuple):
+    """What a foreign name is called here."""
+
+    key: str  # or a group
+    note: str = ""  # where the value can't simply be taken over: what differs
+    override: str = ""  # to write, where it is more than `key=VALUE`; {} stands for the value
+
+
+CLIP = "its counterpart upwards is algorithm.policy_loss.clip_high"
+MICROBATCHES = "tokens, not sequences; left out, it follows from the memory there is"
+KL_NAMES = "k1, k2, k3 (verl's low_var_kl), full or none"
+
+FOREIGN_NAMES: dict[str, Equivalent] = {
+    # the KL to the reference
+    "beta": Equivalent("kl_weight"),
+    "kl_beta": Equivalent("kl_weight"),
+    "kl_coef": Equivalent("kl_weight"),
+    "init_kl_coef": Equivalent("kl_weight"),
+    "kl_loss_coef": Equivalent("kl_weight"),
+    "use_kl_loss": Equivalent("kl.within", override="kl.within=loss"),
+    "use_kl_in_reward": Equivalent("kl.within", override="kl.within=reward"),
+    "kl_loss_type": Equivalent("kl", KL_NAMES),
+    "kl_penalty": Equivalent("kl", KL_NAMES),
+    "kl_estimator": Equivalent("kl", KL_NAMES),
+    "target_kl": Equivalent("kl.target"),
+    "kl_target": Equivalent("kl.target"),
+    "kl_horizon": Equivalent("kl.horizon"),
+    "kl_ctrl.horizon": Equivalent("kl.horizon"),
+    "sync_ref_model": Equivalent("kl.sync_every", "a number of steps; 0 never moves it"),
+    "ref_model_sync_steps": Equivalent("kl.sync_every"),
+    "ref_model_mixup_alpha": Equivalent("kl.sync_share"),
+    # the loss
+    "epsilon": Equivalent("algorithm.policy_loss.clip_low", CLIP),
+    "clip_ratio": Equivalent("algorithm.policy_loss.clip_low", CLIP),
+    "clip_ratio_low": Equivalent("algorithm.policy_loss.clip_low"),
+    "eps_clip": Equivalent("algorithm.policy_loss.clip_low", CLIP),
+    "epsilon_high": Equivalent("algorithm.policy_loss.clip_high"),
+    "clip_ratio_high": Equivalent("algorithm.policy_loss.clip_high"),
+    "delta": Equivalent("algorithm.policy_loss.clip_dual"),
+    "clip_ratio_c": Equivalent("algorithm.policy_loss.clip_dual"),
+    "loss_type": Equivalent("algorithm"),
+    "adv_estimator": Equivalent("algorithm"),
+    "advantage_estimator": Equivalent("algorithm"),
+    "loss_agg_mode": Equivalent("algorithm.averaging", "sequence_mean, token_mean or constant"),
+    "importance_sampling_level": Equivalent("algorithm.ratio", "token or sequence"),
+    "scale_rewards": Equivalent("algorithm.scale", "group_std, batch_std or none"),
+    "norm_adv_by_std_in_grpo": Equivalent("algorithm.scale", "group_std or none"),
+    "mask_truncated_completions": Equivalent("algorithm.mask_truncated"),
+    "top_entropy_quantile": Equivalent("algorithm.top_entropy"),
+    "entropy_coeff": Equivalent("algorithm.entropy_weight"),
+    "entropy_coef": Equivalent("algorithm.entropy_weight"),
+    "entropy_loss_coef": Equivalent("algorithm.entropy_weight"),
+    "ppo_epochs": Equivalent("algorithm.num_iterations"),
+    "steps_per_generation": Equivalent("algorithm.minibatches"),
+    "ppo_mini_batch_size": Equivalent(
+        "algorithm.minibatches", "how many a step is divided into, not how large each is"
+    ),
+    "dynamic_filtering": Equivalent("algorithm.resample", "how often at most a step draws anew"),
+    "filter_groups.enable": Equivalent("algorithm.resample", "how often at most a step draws anew"),
+    # sizes and lengths
+    "num_generations": Equivalent("num_generation"),
+    "n_samples_per_prompt": Equivalent("num_generation"),
+    "rollout.n": Equivalent("num_generation"),
+    "group_size": Equivalent("num_generation"),
+    "per_device_train_batch_size": Equivalent("batch_size", "prompts a step, not completions"),
+    "generation_batch_size": Equivalent("batch_size", "prompts a step, not completions"),
+    "train_batch_size": Equivalent("batch_size", "prompts a step, not completions"),
+    "rollout_batch_size": Equivalent("batch_size", "prompts a step, not completions"),
+    "gradient_accumulation_steps": Equivalent("device.token_budget", MICROBATCHES),
+    "micro_train_batch_size": Equivalent("device.token_budget", MICROBATCHES),
+    "ppo_micro_batch_size_per_gpu": Equivalent("device.token_budget", MICROBATCHES),
+    "ppo_max_token_len_per_gpu": Equivalent("device.token_budget"),
+    "max_completion_length": Equivalent("max_new_tokens"),
+    "max_response_length": Equivalent("max_new_tokens"),
+    "generate_max_len": Equivalent("max_new_tokens"),
+    "max_tokens": Equivalent("max_new_tokens"),
+    "max_prompt_length": Equivalent("dataset.max_prompt_tokens"),
+    "prompt_max_len": Equivalent("dataset.max_prompt_tokens"),
+    "num_train_epochs": Equivalent("num_epochs"),
+    "total_epochs": Equivalent("num_epochs"),
+    "num_episodes": Equivalent("num_epochs"),
+    "epochs": Equivalent("num_epochs"),
+    "total_training_steps": Equivalent("max_steps"),
+    "top_p": Equivalent("sampling.top_p"),
+    "top_k": Equivalent("sampling.top_k"),
+    "min_p": Equivalent("sampling.min_p"),
+    "repetition_penalty": Equivalent("sampling.repetition_penalty"),
+    # the optimizer
+    "lr": Equivalent("learning_rate"),
+    "optim.lr": Equivalent("learning_rate"),
+    "actor_learning_rate": Equivalent("learning_rate"),
+    "lr_scheduler_type": Equivalent("optim.schedule"),
+    "lr_scheduler": Equivalent("optim.schedule"),
+    "warmup_steps": Equivalent("optim.warmup_steps"),
+    "lr_warmup_steps": Equivalent("optim.warmup_steps"),
+    "warmup_ratio": Equivalent("optim.warmup_steps", "a number of updates, not a share"),
+    "lr_warmup_ratio": Equivalent("optim.warmup_steps", "a number of updates, not a share"),
+    "weight_decay": Equivalent("optim.weight_decay"),
+    "adam_beta1": Equivalent("optim.betas", "both in a list: [0.9,0.99]"),
+    "adam_beta2": Equivalent("optim.betas", "both in a list: [0.9,0.99]"),
+    "adam_betas": Equivalent("optim.betas"),
+    "max_grad_norm": Equivalent("optim.max_grad_norm"),
+    "grad_clip": Equivalent("optim.max_grad_norm"),
+    "max_norm": Equivalent("optim.max_grad_norm"),
+    # model, data, reward
+    "model_name": Equivalent("model.id", override="model=hub model.id={}"),
+    "model_name_or_path": Equivalent("model.id", override="model=hub model.id={}"),
+    "pretrain": Equivalent("model.id", override="model=hub model.id={}"),
+    "model_revision": Equivalent("model.revision"),
+    "trust_remote_code": Equivalent("model.trust_remote_code"),
+    "use_peft": Equivalent("adapter", override="adapter=lora"),
+    "load_in_4bit": Equivalent("adapter", override="adapter=qlora"),
+    "lora_r": Equivalent("adapter.rank", override="adapter=lora adapter.rank={}"),
+    "lora_rank": Equivalent("adapter.rank", override="adapter=lora adapter.rank={}"),
+    "lora_alpha": Equivalent("adapter.alpha", override="adapter=lora adapter.alpha={}"),
+    "lora_target_modules": Equivalent("adapter.target", override="adapter=lora adapter.target={}"),
+    "target_modules": Equivalent("adapter.target", override="adapter=lora adapter.target={}"),
+    "dataset_name": Equivalent("dataset.id", override="dataset=hub dataset.id={}"),
+    "prompt_data": Equivalent("dataset.id", override="dataset=hub dataset.id={}"),
+    "dataset_train_split": Equivalent("dataset.split"),
+    "dataset_test_split": Equivalent("dataset.eval_split"),
+    "train_files": Equivalent("dataset.path", override="dataset=jsonl dataset.path={}"),
+    "input_key": Equivalent("dataset.question_column"),
+    "prompt_key": Equivalent("dataset.question_column"),
+    "label_key": Equivalent("dataset.answer_column"),
+    "reward_funcs": Equivalent("reward", "several: reward=[answer,length]"),
+    "reward_weights": Equivalent("reward.NAME.weight", "one for each reward"),
+    "reward_model_name_or_path": Equivalent(
+        "reward.reward_model.model", override="reward=reward_model reward.reward_model.model={}"
+    ),
+    # the run
+    "use_vllm": Equivalent("rollout", override="rollout=vllm"),
+    "bf16": Equivalent("device.precision", override="device.precision=bf16"),
+    "fp16": Equivalent("device.precision", "bf16 or fp32; fp16 does not train well"),
+    "gradient_checkpointing": Equivalent("device.gradient_checkpointing"),
+    "enable_gradient_checkpointing": Equivalent("device.gradient_checkpointing"),
+    "output_dir": Equivalent("hydra.run.dir"),
+    "save_path": Equivalent("hydra.run.dir"),
+    "default_local_dir": Equivalent("hydra.run.dir"),
+    "run_name": Equivalent("name"),
+    "experiment_name": Equivalent("name"),
+    "wandb_run_name": Equivalent("name"),
+    "report_to": Equivalent("tracking"),
+    "use_wandb": Equivalent("tracking", override="tracking=wandb"),
+    "project_name": Equivalent("tracking.wandb.project"),
+    "wandb_project": Equivalent("tracking.wandb.project"),
+    "save_steps": Equivalent("checkpoint.every"),
+    "save_freq": Equivalent("checkpoint.every"),
+    "save_total_limit": Equivalent("checkpoint.keep"),
+    "max_ckpt_num": Equivalent("checkpoint.keep"),
+    "eval_steps": Equivalent("eval.every"),
+    "test_freq": Equivalent("eval.every"),
+    "log_completions": Equivalent("log_prompts", "how many prompts a step; 0 for none"),
+    "resume_from_checkpoint": Equivalent("resume", "a run's folder, or auto"),
+    "load_checkpoint": Equivalent("resume", "a run's folder, or auto"),
+}
+
+
+def find_equivalent(key: str) -> Equivalent | None:
+    """What another tool's key is here; sections before it, as verl's, don't count."""
+    parts = key.split(".")
+    for first in range(len(parts)):
+        if found := FOREIGN_NAMES.get(".".join(parts[first:])):
+            return found
+    return None
+
+
+def explain_foreign_name(key: str, value: str) -> ConfigError | None:
+    """Says what a key of another tool is called here; None where it is nobody's.
+
+    Args:
+        value: that it was given, as it was written.
+    """
+    found = find_equivalent(key)
+    if found is None or found.key == key:
+        return None
+    if found.override:
+        remedy = f"; write {found.override.format(value or '…')}"
+    elif found.note:
+        remedy = f" ({found.note})"
+    else:
+        plain = re.fullmatch(r"[\w.+/:~-]+", value)
+        remedy = f"; write {found.key}={value}" if plain else ""
+    return ConfigError(
+        f"{key}: here it is {found.key}{remedy}.", key=key, value=value, nearest=[found.key]
+    )
