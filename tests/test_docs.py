@@ -72,6 +72,13 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
         assert not anchor or anchor in slugs, link
 
 
+def test_every_extra_is_named() -> None:
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    page = (DOCS / "index.md").read_text()
+    for extra in re.findall(r"^(\w+) = \[", extras.partition("\n[")[0], re.MULTILINE):
+        assert read_row(page, extra)[-1]
+
+
 def test_the_generated_parts_are_up_to_date() -> None:
     """If not: scripts/build_reference.py."""
     spec = importlib.util.spec_from_file_location("build", ROOT / "scripts/build_reference.py")
