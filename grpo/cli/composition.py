@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import yaml
+from hydra._internal import defaults_list
 from hydra._internal.hydra import Hydra
 from hydra.core.utils import configure_log
 from hydra.errors import ConfigCompositionException
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, _utils
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 make_python_loader, read_mode_by_composing = _utils.get_yaml_loader, Hydra.get_mode
-compose_anew = Hydra.compose_config
+compose_anew, map_choices = Hydra.compose_config, defaults_list._create_interpolation_map
 
 
 class Composition:
@@ -81,6 +82,7 @@ def composed_once(overrides: Sequence[str]) -> Iterator[None]:
         replaced(Hydra, "get_mode", get_mode),
         replaced(Hydra, "compose_config", compose_config),
         replaced(_utils, "get_yaml_loader", find_yaml_loader),
+        replaced(defaults_list, "_create_interpolation_map", map_choices_if_needed),
     ):
         yield
 
@@ -94,6 +96,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+def map_choices_if_needed(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+    """What a `${…}` in a list of defaults is resolved from; Hydra makes it for every file."""
+    if any(default.is_interpolation() for default in defaults):
+        return map_choices(overrides, defaults, self_added)
+    return None
 
 
 @cache
