@@ -18,6 +18,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig
 
+from grpo.cli.composition import find_composed
 from grpo.cli.help import list_choices
 from grpo.config import schema
 from grpo.config.foreign_names import explain_foreign_name
@@ -68,7 +69,7 @@ def explain_hydra_error(
             r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
         )
         if unknown:
-            return explain_unknown_key(unknown[1], config_name, overrides)
+            return explain_unknown_key(unknown[1], config_name, overrides, find_composed(error))
         if text.startswith("Error merging override ") and error.__cause__ is not None:
             reason_text = str(error.__cause__).splitlines()[0]
             own = text.removeprefix("Error merging override ")
@@ -122,7 +123,9 @@ def explain_several_values(override: str) -> ConfigError:
     )  # fmt: skip
 
 
-def explain_unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> ConfigError:
+def explain_unknown_key(
+    key: str, config_name: str, overrides: Sequence[str], composed: DictConfig | None
+) -> ConfigError:
     """Names what another tool's key is here, the choice that would have it, or the nearest keys."""
     value = find_value(key, overrides) or ""
     if foreign := explain_foreign_name(key, value):
@@ -138,7 +141,7 @@ def explain_unknown_key(key: str, config_name: str, overrides: Sequence[str]) ->
             f"{key}: {named} has no such key; add {' or '.join(f'{group}={o}' for o in owners)}.",
             key=key, value=value, nearest=[f"{group}={owner}" for owner in owners],
         )  # fmt: skip
-    near = find_nearest_keys(key, config_name, overrides)
+    near = find_nearest_keys(key, config_name, overrides, composed)
     return ConfigError(
         f"{key}: no such key{format_suggestion(near)}", key=key, value=value, nearest=near
     )
@@ -194,12 +197,18 @@ def explain_section(section: str, value: str) -> ConfigError:
     )  # fmt: skip
 
 
-def find_nearest_keys(key: str, config_name: str, overrides: Sequence[str]) -> list[str]:
-    """The nearest keys to one that isn't there; of Hydra's own, those of the choices made."""
+def find_nearest_keys(
+    key: str, config_name: str, overrides: Sequence[str], composed: DictConfig | None
+) -> list[str]:
+    """The nearest keys to one that isn't there; of Hydra's own, those of the choices made.
+
+    composed: the config that the key is not in, where Hydra came to compose one.
+    """
+    if composed is None:
+        composed = compose_choices(config_name, overrides)
     if key.partition(".")[0] != "hydra":
-        return find_nearest(key, list_known_keys(config_name, overrides))
-    chosen = [own for own in overrides if parse_key(own).startswith("hydra/")]
-    own = list_hydra_keys(config_name, chosen)
+        return find_nearest(key, list_known_keys(composed))
+    own = flatten_keys(composed.hydra, "hydra.")
     search = "hydra/sweeper=optuna"
     of_search = set(list_hydra_keys(config_name, [search])) - set(own)
     nearest = find_nearest(key, [*own, *of_search])
@@ -250,15 +259,21 @@ def explain_wrong_choice(overrides: Sequence[str]) -> ConfigError:
     return ConfigError("a group was given something that is no choice of it.")
 
 
-def list_known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """Every key that can be set, given the groups chosen, and the groups themselves."""
-    return [*list_groups(), *flatten_keys(compose_choices(config_name, overrides), "")]
+def list_known_keys(composed: DictConfig) -> list[str]:
+    """Every key that can be set in this config, and the groups themselves."""
+    keys = [key for key in flatten_keys(composed, "") if key.partition(".")[0] != "hydra"]
+    return [*list_groups(), *keys]
 
 
 def compose_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The config with the groups chosen and the keys added, and nothing else that was asked for."""
-    chosen = [o for o in overrides if o.partition("=")[0] in list_groups() or o.startswith("+")]
-    return compose(config_name, chosen)
+    groups = list_groups()
+    chosen = [
+        own
+        for own in overrides
+        if own.startswith(("+", "hydra/")) or own.partition("=")[0] in groups
+    ]
+    return compose(config_name, chosen, with_hydra=True)
 
 
 def compose(config_name: str, chosen: list[str], *, with_hydra: bool = False) -> DictConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from grpo import __version__
@@ -94,6 +93,8 @@ grpo export RUN DIR: a folder that transformers loads, with a card that says whe
 
 def format_version() -> str:
     """What --version prints: this package's, and those that its numbers depend on."""
+    from importlib.metadata import version  # slow to import, for one flag
+
     beside = ("torch", "transformers", "hydra-core")
     return f"grpo-bench {__version__} ({', '.join(f'{name} {version(name)}' for name in beside)})"
 

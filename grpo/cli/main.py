@@ -24,6 +24,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.cli.composition import composed_once
 from grpo.cli.exits import command_errors, refuse
 from grpo.cli.explain import explain_hydra_error, explain_key_of_none, explain_wrong_choice
 from grpo.cli.help import format_help, format_version
@@ -88,7 +89,7 @@ def run_command(*, as_json: bool = False) -> None:
             version_base="1.3", config_path=str(schema.find_conf_folder()), config_name=JOBS[job]
         )
         try:
-            with unchanged_if_refused(overrides):
+            with unchanged_if_refused(overrides), composed_once(overrides):
                 command(eval_job if job == "eval" else train_job)()
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
             refuse(explain_hydra_error(error, JOBS[job], overrides))
