@@ -166,9 +166,9 @@ def test_a_narrow_page_does_not_scroll_sideways(
 
 
 def test_a_sweeps_page_is_drawn(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
-    from conftest import grpo_process
+    from conftest import run_grpo
 
-    done = grpo_process(
+    done = run_grpo(
         "-m", "experiment=smoke", "tracking=none", "kl_weight=0,0.1", "seed=0,1",
         "sweep_dir=sweep", cwd=tmp_path,
     )  # fmt: skip
