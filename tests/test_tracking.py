@@ -124,6 +124,7 @@ def test_wandb_knows_why_and_with_what_it_ran(both: Path, records: list[dict[str
     assert run["notes"] == "why it ran"
     assert run["tags"] == ["first"]
     commit = json.loads((both / "run/summary.json").read_text())["git_commit"]
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", commit)  # the tests are of a checkout
     assert run["config"]["update"]["git_commit"] == commit
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import grpo
 from grpo.config.secrets import redact
 from grpo.device import Device
 from grpo.runs.files import write_json
@@ -98,12 +99,14 @@ def make_relative(folder: Path) -> Path:
 @cache
 def find_git_commit() -> str | None:
     """The commit the package was run from, where it is a checkout; with + if it was changed."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    if not (here.parent / ".git").exists():
+    checkout = Path(grpo.__file__).parents[1]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    if not (checkout / ".git").exists():
         return None
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            [*command, "--dirty=+"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
