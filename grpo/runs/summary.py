@@ -104,9 +104,7 @@ def find_git_commit() -> str | None:
     if not (checkout / ".git").exists():
         return None
     try:
-        result = subprocess.run(
-            [*command, "--dirty=+"], capture_output=True, text=True, timeout=10
-        )
+        result = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
