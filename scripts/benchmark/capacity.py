@@ -107,12 +107,12 @@ def main(name: str, lora: bool, out: Path) -> None:
     as_on_a_gpu()
     kept, again = predicted(name, lora, False), predicted(name, lora, True)
     needed = {
-        key: held.training + held.token * (PROMPT + COMPLETION) / 1e9
+        key: held.training_gb + held.token_bytes * (PROMPT + COMPLETION) / 1e9
         for key, held in (("kept", kept), ("recomputed", again))
     }
     found: dict[str, Any] = {
         "by_hand_gb": by_hand(name, lora),
-        "weights_gb": kept.training,
+        "weights_gb": kept.training_gb,
         "needed_gb": needed,
         "fits": {
             key: [gpu for gpu in GPUS if own <= USABLE_SHARE["cuda"] * gpu]

@@ -46,7 +46,7 @@ def random_model(shape: str, precision: str) -> LanguageModel:
         head=head,
         forward=choose_forward(model, head),
         end_ids=(2,),
-        context=2048,
+        context_length=2048,
         device=open_device("cpu", precision),
     )
 
@@ -73,7 +73,7 @@ def main(shape: str, precision: str, out: Path) -> None:
     work = Workload(PROMPT, COMPLETION, GROUP, "adamw", reference=True, reference_moves=False)
     held, rollout = estimate_memory(policy, work), written(2)
     tokens = GROUP * COMPLETION + PROMPT  # a group at once
-    limit, sampling = Budget.of(tokens).computed, Sampling(1.0)
+    limit, sampling = Budget.from_tokens(tokens).forward_limit, Sampling(1.0)
     term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
     objective = Objective(token_ratio, clipped_surrogate, sequence_mean, term, sampling, COMPLETION)
     reference = make_reference(policy, moves=False)
@@ -81,16 +81,16 @@ def main(shape: str, precision: str, out: Path) -> None:
         policy.model, "adamw", 1e-6, 9, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
     )
     reset_peak_memory("cpu")
-    reference_NC = score_rollout(reference.model, rollout, Readout(sampling), limit).plain
+    reference_NC = score_rollout(reference.model, rollout, Readout(sampling), limit).plain_logprobs
     learned = UpdateInputs(torch.randn(len(rollout.texts)), None, reference_NC, 0.1)
     for _ in range(2):
         update_policy(policy, reference, optimizer, objective, rollout, learned, limit)
-    predicted = LIBRARIES_GB["cpu"] + held.training + held.token * tokens / 1e9
+    predicted = LIBRARIES_GB["cpu"] + held.training_gb + held.token_bytes * tokens / 1e9
     found = {
         "tokens": tokens,
         "predicted_gb": predicted,
-        "measured_gb": policy.device.peak_gb(),
-        "megabytes_a_token": held.token / 1e6,
+        "measured_gb": policy.device.measure_peak_gb(),
+        "megabytes_a_token": held.token_bytes / 1e6,
     }
     out.write_text(json.dumps(found))
 

@@ -81,7 +81,7 @@ def rollout(setting: Setting, work: Path) -> dict[str, Any]:
     policy = loaded(setting, work)
     group = ROWS // setting.prompts
     prompts = prompts_of(policy, setting, work, setting.prompts)
-    engine = NativeEngine(policy, setting.tokens, Budget.of(10**7))
+    engine = NativeEngine(policy, setting.tokens, Budget.from_tokens(10**7))
     sampling = Sampling(setting.temperature)
     prompts_BP, lengths_B = pad_left(
         [prompt.token_ids for prompt in prompts], policy.pad_id, policy.device.torch_device
@@ -187,14 +187,14 @@ class Update:
         longest = max(len(p.token_ids) for p in self.prompts)
         own = Workload(longest, width, setting.group, "adamw", self.reference is not None, False)
         held = estimate_memory(policy, own)
-        self.limit = choose_budget(device, None, None, None, held, own.longest).computed
+        self.limit = choose_budget(device, None, None, None, held, own.longest).forward_limit
         self.reference_NC = self.refer()
 
     def refer(self) -> torch.Tensor | None:
         if self.reference is None:
             return None
         readout = Readout(self.objective.sampling)
-        return score_rollout(self.reference.model, self.written, readout, self.limit).plain
+        return score_rollout(self.reference.model, self.written, readout, self.limit).plain_logprobs
 
     def step(self) -> None:
         learned = UpdateInputs(self.advantages_N, None, self.reference_NC, self.setting.kl_weight)
@@ -227,7 +227,7 @@ def step_update(setting: Setting, work: Path) -> dict[str, Any]:
         "reference_share_of_matrix_rate": (
             forward / median(reference_seconds) / rate if reference_seconds else None
         ),
-        "peak_gb": policy.device.peak_gb(),
+        "peak_gb": policy.device.measure_peak_gb(),
     }
 
 
@@ -238,7 +238,7 @@ def lengths(setting: Setting, work: Path) -> dict[str, Any]:
     found = []
     for tokens in (setting.tokens // 2, setting.tokens, setting.tokens * 2):
         own = Update(policy, replace(setting, tokens=tokens), prompts)
-        engine = NativeEngine(policy, tokens, Budget.of(10**7))
+        engine = NativeEngine(policy, tokens, Budget.from_tokens(10**7))
         sampling = Sampling(setting.temperature)
 
         def sample(engine: NativeEngine = engine, sampling: Sampling = sampling) -> None:
@@ -253,7 +253,7 @@ def lengths(setting: Setting, work: Path) -> dict[str, Any]:
                 "rollout_seconds": rollout_seconds,
                 "update_seconds": update_seconds,
                 "milliseconds_a_token": 1e3 * (rollout_seconds + update_seconds) / total,
-                "peak_gb": policy.device.peak_gb(),
+                "peak_gb": policy.device.measure_peak_gb(),
             }
         )
     return {"by_length": found}

@@ -26,7 +26,7 @@ from grpo.training.optimizer import SCHEDULES, Optimizer
 from grpo.training.update import update_policy
 from grpo.types import Example, Prompt, Rollout, Sampling
 
-LIMIT = Budget.of(2048).computed
+LIMIT = Budget.from_tokens(2048).forward_limit
 
 
 def main(work: Path, name: str, precision: str, peer: Path, out: Path) -> None:
@@ -66,7 +66,9 @@ def main(work: Path, name: str, precision: str, peer: Path, out: Path) -> None:
         policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.999), 1.0
     )
     advantages_N = torch.stack([row[2] for row in rows]).to(device.torch_device)
-    learned = UpdateInputs(advantages_N, None, scored.plain if kl else None, setting.kl_weight)
+    learned = UpdateInputs(
+        advantages_N, None, scored.plain_logprobs if kl else None, setting.kl_weight
+    )
     stats = update_policy(policy, reference, optimizer, objective, rollout, learned, LIMIT).metrics
     out.write_text(json.dumps({"loss": stats["loss/total"], "grad_norm": stats["optim/grad_norm"]}))
 
