@@ -32,6 +32,8 @@ from grpo.training.difficulty import Curriculum
 from grpo.training.evaluation import Evaluation
 from grpo.types import Prompt
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def build_prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
     """How a data set's config says that a question is put. key: where that config is."""
@@ -105,6 +107,12 @@ def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward
         function = (
             instantiate_reward(bound, f"reward.{name}") if inspect.isclass(bound.func) else bound
         )
+        if missing := find_missing_options(function):
+            raise ConfigError(
+                f"reward.{name}._target_={node._target_}: needs `{missing[0]}`: add "
+                f"+reward.{name}.{missing[0]}=…",
+                key=f"reward.{name}.{missing[0]}",
+            )
         if not accepts_samples(function):
             raise ConfigError(
                 f"reward.{name}._target_={node._target_}: should be called with a list of samples "
@@ -118,12 +126,18 @@ def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward
                     f"{', '.join(filter(None, names)) or 'none, for it is no mix'}."
                 )
         only = None if sources is None else frozenset(sources)
-        rewards[str(name)] = WeightedReward(function, float(node.weight), only)
+        rewards[str(name)] = WeightedReward(function, float(node.get("weight", 1.0)), only)
     return rewards
 
 
 def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
     """An instance of a user's class; what its constructor raises is refused under its key."""
+    if missing := find_missing_options(bound, given=0):
+        raise ConfigError(
+            f"{key}._target_: {bound.func.__qualname__} needs `{missing[0]}`: add "
+            f"+{key}.{missing[0]}=…",
+            key=f"{key}.{missing[0]}",
+        )
     try:
         return bound()
     except ConfigError as error:
@@ -131,6 +145,21 @@ def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
         raise ConfigError(f"{key}{'.' if own else ': '}{error}") from error
     except Exception as error:
         raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
+
+
+def find_missing_options(function: Any, given: int = 1) -> list[str]:
+    """The parameters without a value, beyond those that are given by position.
+
+    A reward is called with its samples, a class with nothing.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return []
+    required = [p for p in parameters if p.default is p.empty and p.kind not in VARIADIC]
+    positional = [p for p in required if p.kind is not p.KEYWORD_ONLY]
+    keyword = [p for p in required if p.kind is p.KEYWORD_ONLY]
+    return [p.name for p in (*positional[given:], *keyword)]
 
 
 def accepts_samples(function: Any) -> bool:

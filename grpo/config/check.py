@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grpo.config.check_algorithm import check_algorithm, check_kl, check_sampling
+from grpo.config.foreign_names import explain_foreign_name
 from grpo.config.metric_names import (
     EVAL_METRICS,
     REWARD_METRICS,
@@ -16,7 +18,7 @@ from grpo.config.metric_names import (
     STEP_METRICS,
 )
 from grpo.config.schema import flatten_config
-from grpo.config.suggest import suggest_names
+from grpo.config.suggest import find_nearest, format_suggestion
 from grpo.config.validation import check_at_least, check_choice, check_positive, check_revision
 from grpo.errors import ConfigError
 from grpo.seeds import SEED_LIMIT
@@ -31,9 +33,10 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the key, its value, and what would be right.
     """
+    check_known_keys(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
+        raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…", key=missing[0])
     for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
         check_at_least(cfg, key, 1)
     for key in ("max_steps", "device.token_budget", "device.cache_budget"):
@@ -69,6 +72,29 @@ def check_config(cfg: DictConfig) -> None:
         raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
 
 
+def check_known_keys(node: DictConfig, prefix: str = "") -> None:
+    """Refuses a key that was added with a + to a part whose keys are fixed: nothing would read it.
+
+    Raises:
+        ConfigError: naming the key here of another tool's, or the nearest ones.
+    """
+    kind = OmegaConf.get_type(node)
+    known = [own.name for own in fields(kind)] if is_dataclass(kind) else None
+    for name in map(str, node):
+        key = f"{prefix}{name}"
+        if known is not None and name not in known:
+            if foreign := explain_foreign_name(key, str(node[name])):
+                raise foreign
+            near = [f"{prefix}{own}" for own in find_nearest(name, known)]
+            raise ConfigError(
+                f"{key}: no such key{format_suggestion(near)}",
+                key=key, value=node[name], nearest=near,
+            )  # fmt: skip
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            check_known_keys(child, f"{key}.")
+
+
 def check_sizes(cfg: DictConfig) -> None:
     """Refuses numbers beyond what torch or a machine takes."""
     if cfg.seed >= SEED_LIMIT:
@@ -99,7 +125,11 @@ def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
         why = "kl=none" if cfg.kl.estimator is None else f"kl_weight={cfg.kl_weight}"
         raise ConfigError(f"{key}.{metric}: {why} has no reference, so no run logs this.")
     if metric not in known:
-        raise ConfigError(f"{key}.{metric}: no run logs this{suggest_names(metric, known)}")
+        near = find_nearest(metric, known)
+        raise ConfigError(
+            f"{key}.{metric}: no run logs this{format_suggestion(near)}",
+            key=key, value=metric, choices=known, nearest=near,
+        )  # fmt: skip
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -228,9 +258,12 @@ def check_rewards(reward: DictConfig) -> None:
         if name in REWARD_METRICS:
             raise ConfigError(f"reward.{name}: this name is taken by the metric reward/{name}.")
         if not isinstance(part, DictConfig) or "_target_" not in part:
-            raise ConfigError(f"reward.{name}: needs _target_, the callable to use, and a weight.")
-        if "weight" not in part:
-            raise ConfigError(f"reward.{name}.weight is not set: add +reward.{name}.weight=1.0")
-        weight = part.weight
+            raise ConfigError(
+                f"reward.{name}: needs _target_, the callable to use: add "
+                f"+reward.{name}._target_=my_module.my_reward",
+                key=f"reward.{name}",
+            )
+        weight = part.get("weight", 1.0)
         if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ConfigError(f"reward.{name}.weight={weight}: should be a number.")
+            key = f"reward.{name}.weight"
+            raise ConfigError(f"{key}={weight}: should be a number.", key=key, value=weight)
