@@ -27,7 +27,7 @@ MAX_RANKED_SETTINGS = 25
 
 
 def draw_figures(
-    sweep: Sweep, ranking: Ranking, importances: dict[str, float]
+    sweep: Sweep, ranking: Ranking, importances: Mapping[str, float]
 ) -> Iterator[tuple[str, str, go.Figure]]:
     """Title, what it shows, and the figure; those for which there is something to draw."""
     done = [job for job in sweep.jobs if job.value is not None]
@@ -119,7 +119,7 @@ def draw_ranking(sweep: Sweep, ranking: Ranking) -> go.Figure:
     return apply_layout(figure, 120 + 34 * len(shown_ones))
 
 
-def draw_importances(importances: dict[str, float]) -> go.Figure:
+def draw_importances(importances: Mapping[str, float]) -> go.Figure:
     names = list(importances)[::-1]
     figure = go.Figure(
         go.Bar(
