@@ -99,7 +99,7 @@ def explain_unknown_choice(
 
 
 def guess_source(group: str, choice: str) -> str:
-    """What to write for a hub id, a folder or a file that is given as a choice; empty for others."""
+    """What to write for a hub id, folder or file that is given as a choice; empty for others."""
     suffix = Path(choice).suffix.lower()
     if group == "dataset" and suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         return f"; a file is dataset=jsonl dataset.path={choice}."

@@ -7,6 +7,7 @@ import logging
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +78,13 @@ def check_sweep(config: DictConfig) -> dict[str, Any]:
     return found
 
 
-class quiet_logs:  # noqa: N801 - a context manager, named by what holds within it
-    """Within it, parts that are built don't log what a run would; it is said at the end."""
-
-    def __enter__(self) -> None:
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *exception: object) -> None:
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Within it, parts that are built don't log what a run would."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
         logging.disable(logging.NOTSET)
 
 
