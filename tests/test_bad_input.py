@@ -508,7 +508,8 @@ def test_a_real_process_says_it_in_one_line_and_exits_2(tmp_path: Path) -> None:
     result = run_grpo("num_generations=4", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == ("grpo: num_generations: no such key; did you mean num_generation?\n")
+    said = "grpo: num_generations: here it is num_generation; write num_generation=4.\n"
+    assert result.stderr == said
     assert list(tmp_path.iterdir()) == []
 
 

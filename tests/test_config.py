@@ -42,11 +42,11 @@ NAMED = {
 }
 
 
-def compose(*overrides: str) -> DictConfig:
+def compose(*overrides: str, config: str = "config") -> DictConfig:
     schema.register_schema()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", list(overrides))
+        return hydra.compose(config, list(overrides))
 
 
 def test_the_groups_are_those_of_the_contract() -> None:

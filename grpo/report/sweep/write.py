@@ -1,4 +1,4 @@
-"""The report of a sweep, or of several together: a page, a table, the best setting as a file."""
+"""Writes the report of a sweep, or of several: a page, a table, and the best setting as a file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_report(folders: Sequence[Path]) -> str:
 
 
 def render_sweep_page(folder: Path) -> str:
-    """The HTML that `write_report` would write of one sweep; nothing is written."""
+    """Returns the HTML that `write_report` would write of one sweep; writes nothing."""
     sweep = read_sweeps([folder])
     ranking = rank_settings(sweep)
     best = choose_best(sweep, ranking, folder)
@@ -56,7 +56,7 @@ def build_page(sweep: Sweep, ranking: Ranking, command: str) -> str:
 def choose_best(
     sweep: Sweep, ranking: Ranking, folder: Path, name: str = "best"
 ) -> BestSetting | None:
-    """None where no setting has come to anything."""
+    """Builds the best setting as a file; returns None if no setting has a result."""
     if not ranking.settings:
         return None
     best = ranking.settings[0]
@@ -72,7 +72,7 @@ def choose_best(
 
 
 def tabulate_results(sweep: Sweep) -> pd.DataFrame:
-    """A row a job: overrides, status, objective, last metrics, time."""
+    """Returns a table with a row for each job: overrides, status, objective, last metrics, time."""
     rows = []
     for job in sweep.jobs:
         last = {key: value for key, value in job.last_values.items() if key != "step"}
@@ -82,7 +82,7 @@ def tabulate_results(sweep: Sweep) -> pd.DataFrame:
                 "job": job.number,
                 "status": job.status,
                 "reason": job.reason,
-                **{key: convert_cell(own) for key, own in job.values.items() if key != "sweep"},
+                **{key: convert_cell(cell) for key, cell in job.values.items() if key != "sweep"},
                 "objective": job.value,
                 "steps": int(job.last_values.get("step", 0)),
                 "seconds": job.seconds,
@@ -91,7 +91,7 @@ def tabulate_results(sweep: Sweep) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows)
-    for key in table.columns:  # parquet wants one type a column
+    for key in table.columns:  # parquet requires one type for a column
         if table[key].map(type).nunique() > 1 and not pd.api.types.is_numeric_dtype(table[key]):
             table[key] = table[key].map(lambda value: None if value is None else str(value))
     return table
