@@ -25,14 +25,15 @@ class Example:
 
     question: str
     answer: str
-    verify: Callable[[str], float]  # a completion's text -> score in [0, 1], 1 is right
+    # A completion's text -> score in [0, 1], 1 is right; a Failure where it could not be verified.
+    verify: Callable[[str], float | Failure]
     columns: Mapping[str, Any] = field(default_factory=dict)  # everything else the row holds
     source: str = ""  # which of the sets of a mix it is from
     messages: tuple[Mapping[str, str], ...] = ()  # the question, where it is a chat already
     extract_answer: Callable[[str], str | None] = (
         strip_or_none  # a completion's answer, for majority votes
     )
-    lenient: Callable[[str], float] | None = None  # verify, wherever the answer stands
+    lenient: Callable[[str], float | Failure] | None = None  # verify, wherever the answer stands
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Sample:
         return self.example.answer
 
     @cached_property
-    def verdict(self) -> float:
+    def verdict(self) -> float | Failure:
         """What the data set's own verifier says, in [0, 1]; 1 is right. Asked once."""
         return self.example.verify(self.completion)
 

@@ -211,7 +211,7 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tup
         texts = tokenizer.batch_decode(
             out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        right = [e.verify(t) for e, t in zip(examples, texts, strict=True)]
+        right = [e.verify(t) == 1 for e, t in zip(examples, texts, strict=True)]
         rates.append(sum(right) / len(right))
     return rates[0], rates[1]
 

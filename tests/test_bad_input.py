@@ -132,6 +132,33 @@ CASES = {
         "algorithm.averaging=my_module.mine",
         "my_module",
     ),
+    "unknown aggregate": (
+        ["algorithm.aggregate=sum_normalize"],
+        "algorithm.aggregate=sum_normalize",
+        "did you mean sum_then_normalize",
+    ),
+    "unknown key of a search": (
+        ["-m", "hydra/sweeper=optuna", "kl_weight=interval(0,1)", "hydra.sweeper.prunr=median"],
+        "hydra.sweeper.prunr: no such key",
+        "did you mean hydra.sweeper.pruner",
+    ),
+    "a search's key without a search": (
+        ["-m", "seed=0,1", "hydra.sweeper.pruner=median"],
+        "hydra.sweeper.pruner: no such key",
+        "did you mean hydra/sweeper=optuna hydra.sweeper.pruner?",
+    ),
+    "unknown key of Hydra's": (
+        ["hydra.run.dirr=x"],
+        "hydra.run.dirr: no such key",
+        "did you mean hydra.run.dir",
+    ),
+    "unknown key of a reward": (
+        ["+reward.answer.wieght=2"],
+        "reward.answer.wieght: Answer takes no such key",
+        "did you mean weight?",
+    ),
+    "unknown extractor": (["dataset.extract=tags"], "dataset.extract='tags'", "did you mean tag?"),
+    "a name for a section": (["optim=adam"], "optim=adam: optim holds keys", "optim.name=adam"),
     "unknown loss": (["algorithm/policy_loss=clipp"], "algorithm/policy_loss=clipp", "clip"),
     "loss option": (["+algorithm.policy_loss.clip=1"], "policy_loss.clip", "clip_low"),
     "a word for a clip": (["algorithm.policy_loss.clip_low=x"], "clip_low=x", "number"),
@@ -481,8 +508,29 @@ def test_a_real_process_says_it_in_one_line_and_exits_2(tmp_path: Path) -> None:
     result = run_grpo("num_generations=4", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == ("grpo: num_generations: no such key; did you mean num_generation?\n")
+    said = "grpo: num_generations: here it is num_generation; write num_generation=4.\n"
+    assert result.stderr == said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["hydra/launcher=slrum", "-m", "seed=0,1"],
+            "hydra/launcher=slrum: no such choice; did you mean slurm?",
+        ),
+        (["--multirn", "seed=0,1"], "--multirn: no such flag; did you mean --multirun?"),
+        (["--cfg", "jobs"], "--cfg/-c: invalid choice: 'jobs'"),
+    ],
+)
+def test_flags_stand_anywhere_and_wrong_ones_are_told_in_a_line(
+    arguments: list[str], says: str, grpo: Grpo
+) -> None:
+    code, output = grpo(*arguments)
+    assert code == 2
+    assert output.startswith(f"grpo: {says}")
+    assert len(output.splitlines()) == 1
 
 
 def test_a_number_from_the_environment_is_one(tmp_path: Path) -> None:
@@ -529,6 +577,10 @@ def test_help_config_and_refusals_import_nothing_heavy(tmp_path: Path) -> None:
         ["-sc", "install=bash"],
         ["kl_wieght=1"],
         ["batch_size=0"],
+        ["algorithm.baseline=group_men"],
+        ["kl.estimator=k4"],
+        ["chat", "nowhere"],
+        ["export", "nowhere", "folder"],
     ):
         result = subprocess.run(
             [sys.executable, "-c", program, *arguments],

@@ -1,4 +1,4 @@
-"""The pages in a real browser: what is drawn, what can be clicked, and that nothing is fetched."""
+"""The pages in a real browser: drawings, clicks, and that nothing is fetched."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[[Path | str], Any]]:
-    """Opens a page; at the end, its console must have no error and nothing was asked for.
+    """Opens a page; at the end, its console must have no error and it must have fetched nothing.
 
-    Of one that is served, nothing must be asked of another address.
+    A page that is served must have fetched nothing from another address.
     """
     context = browser.new_context()
     context.set_default_timeout(120_000)
@@ -166,9 +166,9 @@ def test_a_narrow_page_does_not_scroll_sideways(
 
 
 def test_a_sweeps_page_is_drawn(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
-    from conftest import grpo_process
+    from conftest import run_grpo
 
-    done = grpo_process(
+    done = run_grpo(
         "-m", "experiment=smoke", "tracking=none", "kl_weight=0,0.1", "seed=0,1",
         "sweep_dir=sweep", cwd=tmp_path,
     )  # fmt: skip
@@ -202,7 +202,7 @@ def test_the_dashboard_leads_to_every_page(
         page.goto(address)
         page.get_by_role("link", name="Runs in Trackio").click()
         page.get_by_text("smoke-").first.wait_for()
-        page.close()  # it asks again and again
+        page.close()  # it reloads again and again
 
 
 @pytest.mark.parametrize("tokens", [200, 800])
@@ -213,7 +213,7 @@ def test_a_long_run_makes_a_page_of_bearable_size(
     opened: Callable[[Path], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2,000 steps and 20,000 completions: at most 15 MB, and any step can be looked at."""
+    """2,000 steps and 20,000 completions give at most 15 MB, and any step can be shown."""
     from grpo.report.run.page import write_run_page
 
     monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmark"))

@@ -1,4 +1,4 @@
-"""Cells of a table that can be asked or compared, and those that are refused with their row."""
+"""Cells of a table that are valid questions or answers, and cells that are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOTHING = "nothing in column"
 
 
 def make_example(question: Any = "How many?", answer: Any = "5") -> Any:
-    """The second row of a table, as the rest of the program gets it."""
+    """Makes an example of the second row of a table."""
     return Jsonl("x.jsonl").example({"question": question, "answer": answer}, 1)
 
 
@@ -34,10 +34,10 @@ def make_example(question: Any = "How many?", answer: Any = "5") -> Any:
         (" 5 ", "5"),
         (5, "5"),
         (-0.25, "-0.25"),
-        (7.0, "7.0"),  # pandas, where a column of whole numbers has gaps
+        (7.0, "7.0"),  # pandas writes this if a column of whole numbers has gaps
         (Decimal("1.50"), "1.50"),
-        (True, "True"),  # as an answer, case says nothing
-        ("nan", "nan"),  # as a text it may be somebody's answer
+        (True, "True"),  # case doesn't matter in an answer
+        ("nan", "nan"),  # text may be a valid answer
     ],
 )
 def test_texts_and_numbers_are_gold_answers(cell: Any, text: str) -> None:
@@ -57,7 +57,7 @@ def test_texts_and_numbers_are_gold_answers(cell: Any, text: str) -> None:
         (b"5", "a bytes"),
         (float("inf"), "an inf"),
         (Decimal("-Infinity"), "a -Infinity"),
-        (datetime.date(2025, 3, 9), "a date"),  # which has a dozen ways of being written
+        (datetime.date(2025, 3, 9), "a date"),  # which can be written in a dozen ways
         (pandas.Timestamp("2025-03-09"), "a Timestamp"),
         (datetime.timedelta(1), "a timedelta"),
         ("caf\ud83d", "half a character in column 'answer'"),
@@ -98,7 +98,7 @@ def test_what_cannot_be_asked_is_refused_with_its_row(cell: Any, says: str) -> N
 def test_short_floats_of_parquet_and_of_the_hub_are_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """0.1 as a float32 is 0.10000000149011612 as a float64; a gap stays one."""
+    """0.1 as a float32 is 0.10000000149011612 as a float64; a missing value stays missing."""
     table = pyarrow.table(
         {
             "answer": pyarrow.array([0.1, None, 2.5], pyarrow.float32()),
@@ -111,7 +111,7 @@ def test_short_floats_of_parquet_and_of_the_hub_are_what_was_written(
     pyarrow.parquet.write_table(table, tmp_path / "rows/train.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     hub, commit = read_hub(str(tmp_path / "rows"), "default", "train")
-    assert commit is None  # of a folder
+    assert commit is None  # a folder has none
     for rows in (read_rows(tmp_path / "rows/train.parquet"), hub):
         assert [row["answer"] for row in rows] == [0.1, None, 2.5]
         assert [row["half"] for row in rows] == [0.1, 0.2, 0.3]
@@ -119,7 +119,7 @@ def test_short_floats_of_parquet_and_of_the_hub_are_what_was_written(
 
 
 def test_a_file_with_a_mark_of_utf_8_is_read(tmp_path: Path) -> None:
-    """Which Windows' programs put before the first row."""
+    """Windows programs write the byte-order mark before the first row."""
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"question": "q", "answer": "1"}) + "\r\n", encoding="utf-8-sig")
     assert read_rows(file) == [{"question": "q", "answer": "1"}]

@@ -68,6 +68,20 @@ def test_groups_that_agree_make_way_for_others(tiny: LanguageModel) -> None:
         assert prompt.example.answer == str(kept[b])
 
 
+def test_rewards_that_never_apply_are_told_once(
+    tiny: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = collector(tiny, lambda samples: [None] * len(samples), resample=0)
+    for step in (1, 2):
+        silent.collect(step)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("step 1: no completion has any reward")
+    assert "reward.mine gave None for all 24" in told
+    caplog.clear()
+    collector(tiny, odd_ones_differ, resample=0).collect(1)
+    assert not caplog.records
+
+
 def test_what_is_said_is_of_everything_that_was_sampled(tiny: LanguageModel) -> None:
     """Drawing anew must not make the rewards look better than they are."""
     batch = collector(tiny, odd_ones_differ, resample=8).collect(1)

@@ -14,10 +14,13 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from grpo import objective
 from grpo.build.objective import warn_unused_kl
 from grpo.cli.explain import flatten_keys
 from grpo.config import schema
 from grpo.config.check import check_config
+from grpo.config.check_algorithm import FUNCTION_NAMES
+from grpo.config.objective_names import ESTIMATOR_NAMES
 from grpo.config.overrides import merge_overrides
 from grpo.config.suggest import suggest_names
 from grpo.config.unused_keys import Facts, explain_unused_keys
@@ -39,11 +42,11 @@ NAMED = {
 }
 
 
-def compose(*overrides: str) -> DictConfig:
+def compose(*overrides: str, config: str = "config") -> DictConfig:
     schema.register_schema()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", list(overrides))
+        return hydra.compose(config, list(overrides))
 
 
 def test_the_groups_are_those_of_the_contract() -> None:
@@ -57,7 +60,7 @@ def test_the_groups_are_those_of_the_contract() -> None:
 def test_every_choice_composes_and_passes_the_checks(
     choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo.config.check.find_spec", lambda package: package)  # extras are apart
+    monkeypatch.setattr("grpo.config.extras.find_spec", lambda package: package)  # extras are apart
     check_config(compose(choice, *NAMED.get(choice, [])))
 
 
@@ -172,6 +175,19 @@ def test_every_key_of_the_schema_is_read() -> None:
         assert re.search(read, code), key
 
 
+def test_the_names_known_without_torch_are_those_of_the_tables() -> None:
+    tables = {
+        "baseline": objective.BASELINES,
+        "scale": objective.SCALES,
+        "aggregate": objective.AGGREGATES,
+        "ratio": objective.RATIOS,
+        "averaging": objective.AVERAGINGS,
+    }
+    assert {key: tuple(table) for key, table in tables.items()} == FUNCTION_NAMES
+    for direction in objective.ESTIMATORS.values():
+        assert (*direction, "full") == ESTIMATOR_NAMES
+
+
 def test_unknown_keys_name_the_nearest() -> None:
     keys = ["kl_weight", "optim.warmup_steps", "dataset.slice"]
     assert suggest_names("kl_wight", keys) == "; did you mean kl_weight?"
@@ -197,6 +213,7 @@ def test_unknown_keys_name_the_nearest() -> None:
             [
                 "kl_weight: ${algorithm.kl_weight}",
                 "  model: hub, local",
+                "  hydra/launcher: basic, joblib, ray, slurm, submitit_local",
                 "grpo eval checkpoint=DIR",
             ],
         ),

@@ -141,7 +141,7 @@ def test_arithmetic_is_right_and_held_out_for_good() -> None:
 
 
 def test_all_problems_there_are_can_be_had_and_not_one_more() -> None:
-    """Of one digit: 10 x 10 sums, and 55 differences of no less than zero."""
+    """With one digit there are 10 x 10 sums, and 55 differences that are not negative."""
     sums = {f"What is {a} + {b}?" for a in range(10) for b in range(10)}
     differences = {f"What is {a} - {b}?" for a in range(10) for b in range(a + 1)}
     assert len(sums | differences) == 155
@@ -150,7 +150,7 @@ def test_all_problems_there_are_can_be_had_and_not_one_more() -> None:
         size = len(questions)
         rows = Arithmetic(size=size, eval_size=size, digits=1).rows(split)
         assert {row.question for row in rows} == questions
-        for more in (size + 1, 10**9):  # the second is told without drawing any
+        for more in (size + 1, 10**9):  # the second is refused without drawing
             with pytest.raises(ConfigError, match=rf"size={more}: there are only about \d+ diff"):
                 Arithmetic(size=more, eval_size=more, digits=1).rows(split)
 
@@ -180,7 +180,7 @@ def test_a_row_with_nothing_behind_its_marks_is_refused(tmp_path: Path) -> None:
     """An empty gold answer would make every empty answer right."""
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "q", "answer": "work ####"}\n')
-    with pytest.raises(ConfigError, match="row 1 has nothing behind"):
+    with pytest.raises(ConfigError, match="row 1 has nothing after"):
         EVERYTHING.read_training_examples(GSM8K(str(file)))
 
 
@@ -228,7 +228,7 @@ def test_reasoning_gym_scores_by_its_own_verifier_and_leaks_no_credit() -> None:
     ]
     strict = ReasoningGym("chain_sum", 1, 5, options, extract="text").rows("train")[0]
     wordy = f"The answer is {strict.answer}"
-    assert 0 < lenient.verify(wordy) < 1  # partial credit for text around it, if asked for
+    assert 0 < lenient.verify(wordy) < 1  # lenient gives partial credit for text around it
     assert strict.verify(wordy) == 0.0
 
 
@@ -247,7 +247,7 @@ class Rows(Source):
 
 
 def prompts_of(source: Source, tokenizer: object, **options: object) -> PromptSets:
-    """The prompts of a source with these options of conf/dataset/_base.yaml."""
+    """Makes the prompts of a source, with these options of conf/dataset/_base.yaml."""
     base = OmegaConf.load(schema.find_conf_folder() / "dataset/_base.yaml")
     keys = OmegaConf.merge(base, {"system_prompt": None, **options})
     train, evaluation = (
@@ -310,7 +310,7 @@ def test_without_a_chat_template_a_prompt_is_plain_text(tiny: LanguageModel) -> 
 
 
 def test_plain_text_is_left_as_it_is(tiny: LanguageModel) -> None:
-    """For a base model that is to go on with a text."""
+    """A base model continues the question's text."""
     text, _ = PromptFormat(None, (), False, {}, 100).render(asking("2 + 2 ="), tiny.tokenizer)
     assert text == "2 + 2 ="
 
@@ -322,7 +322,7 @@ def test_options_reach_the_chat_template(tiny: LanguageModel) -> None:
 
 
 def test_a_column_may_hold_a_chat(tiny: LanguageModel, tmp_path: Path) -> None:
-    """Its own system prompt takes the place of the configured one; worked examples come after."""
+    """The row's system prompt replaces the configured one; worked examples follow it."""
     chat = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Hello"},
@@ -375,7 +375,7 @@ def test_answers_in_boxes_and_wherever_they_stand(
 
 
 def test_a_mix_draws_its_sets_by_probability_and_each_row_once_an_epoch() -> None:
-    """0.7 and 0.3 of 4,000 draws; each set goes through its own rows in its own epochs."""
+    """0.7 and 0.3 of 4,000 draws; each set has its own epochs, with each row once."""
     sources = ["a"] * 10 + ["b"] * 30
     order = order_mix(sources, {"a": 0.7, "b": 0.3}, seed=0)
     drawn = [row for step in range(1, 401) for row in order.draw_batch(step, 10)]
@@ -384,7 +384,7 @@ def test_a_mix_draws_its_sets_by_probability_and_each_row_once_an_epoch() -> Non
     assert all(sorted(first[k : k + 10]) == list(range(10)) for k in range(0, 2000, 10))
     second = [row for row in drawn if row >= 10]
     assert sorted(second[:30]) == list(range(10, 40))
-    # Any step can be sought, and past a block of draws too.
+    # Any step can be computed directly, also after the first block of draws.
     assert order_mix(sources, {"a": 0.7, "b": 0.3}, seed=0).draw_batch(300, 10) == drawn[2990:3000]
 
 
@@ -406,7 +406,7 @@ def test_what_is_drawn_anew_is_of_the_same_set_however_large_the_seed() -> None:
     assert [row < 10 for row in drawn] == [True, True, False]
     assert not set(drawn) & {1, 2, 15}
     assert len(order.draw_batch(1, 8)) == 8
-    # With fewer rows than are wanted, some come again.
+    # With fewer rows than are needed, some come again.
     assert len(order_one_set(2, seed=0).draw_replacements(1, 0, [0, 1, 0])) == 3
 
 
@@ -414,7 +414,7 @@ def test_what_is_drawn_anew_is_of_the_same_set_however_large_the_seed() -> None:
 def test_a_step_has_no_row_twice_while_there_are_others(
     rows: int, batch: int, apart: bool, seed: int
 ) -> None:
-    """Over five attempts that replace all of the step; of one set, and of two that alternate."""
+    """Five attempts replace all rows of the step; with one set, and with two that alternate."""
     order = order_one_set(rows, seed)
     if apart:
         order = order_mix(["a", "b"] * rows, {"a": 0.5, "b": 0.5}, seed)
@@ -437,7 +437,7 @@ def lines_of(count: int) -> list[str]:
 
 @pytest.fixture
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treats data sets of more than a dozen rows as those of millions."""
+    """Makes data sets of more than a dozen rows lazy, as those of millions are."""
     for module in ("source", "files", "hub_rows"):
         monkeypatch.setattr(f"grpo.data.{module}.MAX_EAGER_ROWS", 12)
     monkeypatch.setattr("grpo.build.data.MAX_EAGER_ROWS", 12)
@@ -448,7 +448,7 @@ def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_on_demand_are_the_rows(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever of them is asked for, in whatever order; blank lines and all."""
+    """Lazy rows equal eager ones, by any index or range, with blank lines in the file."""
     lines = lines_of(40)
     (tmp_path / "x.jsonl").write_text("\n".join([*lines[:9], "", "  ", *lines[9:]]) + "\n\n")
     rows = [json.loads(line) for line in lines]
@@ -509,7 +509,7 @@ def test_prompts_made_as_they_are_drawn_are_those_made_beforehand(
     drawn = prompts_of(Rows(train, train[-3:]), tiny.tokenizer, max_prompt_tokens=60).train
     assert isinstance(drawn, LazyPrompts)
     assert "3 training rows are evaluation rows too" in caplog.text
-    assert len(drawn) == 37  # the evaluation's are gone; what is too long is not known yet
+    assert len(drawn) == 37  # without the evaluation's; prompts that are too long are not known yet
     fitting = [row for row in range(37) if drawn.fits(row)]
     assert [drawn[row].example.question for row in fitting] == [q for q in train[:37] if len(q) < 9]
     format = PromptFormat(None, (), True, {}, 60)
@@ -530,7 +530,7 @@ def test_replacements_of_a_million_rows_are_drawn_in_no_time() -> None:
 
 
 def test_an_answer_that_a_tasks_scorer_cannot_read_is_wrong() -> None:
-    """This one makes whole numbers of what it is given."""
+    """This task's scorer converts the answer to a whole number."""
     source = ReasoningGym("prime_factorization", size=2, eval_size=2, options={})
     example = EVERYTHING.read_training_examples(source)[0]
     assert example.verify("<answer>I don't know</answer>") == 0.0

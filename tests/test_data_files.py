@@ -1,4 +1,4 @@
-"""Local tables of every kind: one file, a file a split, several shards a split."""
+"""Local tables of every kind: one file, one file per split, several shards per split."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = [
 
 
 def write_table(file: Path, rows: list[dict[str, str]]) -> Path:
-    """A table in the form that the file's name says."""
+    """Writes a table in the format of the file's suffix."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
@@ -60,7 +60,7 @@ def test_every_kind_of_file_reads_the_same(suffix: str, tmp_path: Path) -> None:
 def test_every_kind_stays_lean_where_there_are_many_rows(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one file and in shards; whichever rows are asked for."""
+    """Rows are read lazily from one file and from shards, by any index or range."""
     rows = [{"question": f"{n}?", "answer": str(n)} for n in range(100)]
     write_table(tmp_path / f"one{suffix}", rows)
     for number, (start, stop) in enumerate(((0, 40), (40, 41), (41, 100))):
@@ -87,7 +87,7 @@ def test_the_mark_that_windows_puts_first_is_no_part_of_the_first_name(tmp_path:
 
 
 def test_a_long_cell_is_read(tmp_path: Path) -> None:
-    """Longer than csv's own limit, which is as it was afterwards."""
+    """The cell is longer than csv's own limit, which is restored afterwards."""
     rows = [{"question": "x" * 200_000, "answer": "1"}]
     before = csv.field_size_limit()
     assert read_rows(write_table(tmp_path / "rows.csv", rows)) == rows
@@ -119,7 +119,7 @@ def test_a_bad_csv_is_refused_with_its_line(content: bytes, says: str, tmp_path:
     [
         ('{"data": [{"a": 1}, {"a": 2}], "version": "1", "tags": ["x"]}', [{"a": 1}, {"a": 2}]),
         (' {"meta": {"n": [1]}, "rows": [{"a": [{"b": 1}]}]} \n', [{"a": [{"b": 1}]}]),
-        ('{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),  # an object a line
+        ('{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),  # one object per line
         ('{"a": [{"b": 1}]}\n\n{"a": []}', [{"a": [{"b": 1}]}, {"a": []}]),
     ],
 )
@@ -142,11 +142,11 @@ def test_rows_are_found_in_a_json_file(text: str, rows: list[Any], tmp_path: Pat
         (b"{1: 2}", "line 1 is not JSON"),
         (b'{"a": 1}\n{"a"\n', "line 2 is not JSON"),
         (b'[\n{"a": "\xe9"}]', "line 2 is not UTF-8"),
-        (b"[1, 2]", "a list of something else than objects"),
+        (b"[1, 2]", "items of its list must all be objects"),
         (b"3", "should hold a list of objects"),
         (b"x", "line 1 is not JSON"),
-        (b'{"a": [1]}', "should hold one list of objects, and has none"),
-        (b'{"a": [{}], "b": [{}]}', "should hold one list of objects, and has a and b"),
+        (b'{"a": [1]}', "should hold one list of objects, but has none"),
+        (b'{"a": [{}], "b": [{}]}', "should hold one list of objects, but has a and b"),
         (b"[]", "no rows"),
         (b" \n", "no rows"),
         (b"[" * 10**5, "recursion|Recursion"),
@@ -180,7 +180,7 @@ def test_the_rows_of_a_list_are_those_that_json_reads(
 
 
 def layout(folder: Path, *names: str) -> str:
-    """Files of one row each, whose answer is the file's own name."""
+    """Writes files of one row each, whose answer is the file's name."""
     for name in names:
         write_table(folder / name, [{"question": "q", "answer": name}])
     return str(folder)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.commands.export import format_card, read_licence
+from grpo.commands.export import format_card, is_private, read_licence
 from grpo.report.run.read import read_run
 from tests.conftest import read_metrics, run_grpo
 from tests.servers import RequestHandler, serving
@@ -102,6 +102,48 @@ def test_a_card_names_the_hubs_data_and_nobodys_folders(run: Path) -> None:
         assert public in local, public
     mix = {"sets": {"a": {"id": "one/a", "path": None}, "b": {"path": "b.jsonl"}}}
     assert yaml.safe_load(card_with(**mix).split("---")[1])["datasets"] == ["one/a"]
+
+
+def test_a_card_has_nothing_of_the_error_that_ended_a_run(run: Path) -> None:
+    trained = read_run(run)
+    error = "can't reach http://judge.corp.example:8000/v1, cache /home/alice/x.db"
+    failed = {**trained.summary, "status": "failed", "error": error}
+    card = format_card(replace(trained, summary=failed), "mine")
+    assert "Failed at step" in card
+    for part in ("judge.corp", "8000", "alice"):
+        assert part not in card
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "private"),
+    [
+        ("reward.judge.server", "10.0.0.5:8000", True),
+        ("reward.judge.server", "10.0.0.5", True),
+        ("reward.judge.server", "gpu7:8000", True),
+        ("reward.judge.server", "judge.corp.example:8000/v1", True),
+        ("reward.judge.server", "[fd00::1]:8000", True),
+        ("reward.judge.servers", ["judge", "b.example:80"], True),
+        ("+reward.judge.servers", "[judge,b.example:80]", True),
+        ("reward.judge.where", "/data", True),
+        ("+reward.judge.where", "'/data'", True),
+        ("reward.judge.where", "reads /srv/judge/x.db", True),
+        ("reward.judge.where", "from ~/judge", True),
+        ("reward.judge.word", "see http://there", True),
+        ("dataset.system_prompt", "/no_think", False),
+        ("dataset.system_prompt", "Think in <think>...</think>, then <answer>1/2</answer>.", False),
+        ("dataset.system_prompt", "At 12:30 answer: yes and/or no.", False),
+        ("dataset.slice", ":5%", False),
+        ("dataset.slice", "10:20", False),
+        ("dataset.slice", "-64:", False),
+        ("dataset.id", "openai/gsm8k", False),
+        ("dataset.revision", "refs/pr/1", False),
+        ("reward.answer._target_", "grpo.rewards.Answer", False),
+        ("sampling.stop", ["/end", "</answer>"], False),
+        ("learning_rate", 1e-5, False),
+    ],
+)
+def test_what_a_card_leaves_out(key: str, value: object, private: bool) -> None:
+    assert is_private(key, value) is private
 
 
 @pytest.mark.parametrize(

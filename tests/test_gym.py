@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym whose scorers need watching."""
+"""Tasks of reasoning-gym whose scorers accept wrong answers or fail."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import reasoning_gym
 
 from grpo.data import ReasoningGym
 from grpo.data.answers import EXTRACTORS
+from grpo.data.gym import compute_credit
 from grpo.errors import ConfigError
 from grpo.rewards import Answer
 from grpo.training.evaluation import read_vote
@@ -45,7 +46,7 @@ def test_what_such_a_task_accepts_is_right() -> None:
 
 
 def test_a_task_that_takes_any_answer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"game_of_life_halting: .* any answer for right"):
+    with pytest.raises(ConfigError, match=r"game_of_life_halting: .* accepts any answer"):
         first("game_of_life_halting")
 
 
@@ -55,7 +56,7 @@ def test_what_a_scorer_takes_for_right_everywhere_is_wrong(
 ) -> None:
     caplog.set_level(logging.WARNING)
     examples = ReasoningGym(task, size=8, eval_size=2, options={}).rows("train")
-    assert "whatever is asked" in caplog.text
+    assert "for every problem" in caplog.text
     assert {example.verify(f"<answer>{answer}</answer>") for example in examples} == {0.0}
     assert {example.verify(f"<answer>{example.answer}</answer>") for example in examples} == {1.0}
 
@@ -63,8 +64,8 @@ def test_what_a_scorer_takes_for_right_everywhere_is_wrong(
 @pytest.mark.parametrize(
     ("datasets", "says"),
     [
-        (None, "name the tasks that it is of"),
-        ("chain_sum", "name the tasks that it is of"),
+        (None, "name its tasks"),
+        ("chain_sum", "name its tasks"),
         (["chain_sum"], r"datasets\[0\]=chain_sum: use name, weight and config"),
         ([{"name": "chain_sum", "share": 1}], "use name, weight and config"),
         ([{"name": "chain_sums"}], "no such task; did you mean chain_sum"),
@@ -84,18 +85,31 @@ def test_a_composite_is_of_the_tasks_that_are_named() -> None:
 
 
 @pytest.mark.slow
-def test_an_answer_that_never_ends_is_wrong_and_holds_nothing_up() -> None:
-    """Of the task whose answers are worked out; powers that end are."""
+def test_an_answer_that_never_ends_is_a_failure_and_holds_nothing_up() -> None:
+    """The scorer evaluates answers: a huge power is a failure, a small one may be right."""
     example = first("countdown")
     gold = example.answer
     assert example.verify(f"<answer>({gold}) * 1^0</answer>") == 0.0  # other numbers
     start = time.monotonic()
-    assert example.verify("<answer>9**9**9**9</answer>") == 0.0
+    assert example.verify("<answer>9**9**9**9</answer>") == Failure("no verdict within 5 s")
     assert time.monotonic() - start < 60
     assert example.verify(f"<answer>{gold}</answer>") == 1.0
     power = first("polynomial_multiplication")
     assert "**" in power.answer
     assert power.verify(f"<answer>{power.answer}</answer>") == 1.0
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, ValueError])
+def test_what_says_nothing_of_an_answer_is_no_zero(error: type[Exception]) -> None:
+    class Scorer:
+        def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
+            raise error
+
+    credit = compute_credit(Scorer(), "1", {"answer": "1"})
+    if error is ValueError:  # it has not the form that the task expects
+        assert credit == 0.0
+    else:
+        assert credit == Failure(f"the task's scorer raised {error.__name__}")
 
 
 @pytest.mark.parametrize("extract", EXTRACTORS)

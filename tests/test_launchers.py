@@ -1,4 +1,4 @@
-"""A sweep's jobs beside each other, in processes of their own."""
+"""A sweep's jobs at the same time, each in its own process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONGER = (
 
 @pytest.mark.slow
 def test_joblib_runs_two_at_once_and_stops_in_order(tmp_path: Path) -> None:
-    """Each with half of the threads. Ctrl-C, as a terminal sends it: both save, the third waits."""
+    """Each has half of the threads. After Ctrl-C in a terminal both save; the third waits."""
     free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -69,7 +69,7 @@ SUBMITIT = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10")
 def test_a_worker_that_dies_costs_its_own_job_alone(
     launcher: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """And at most the one beside it; those that had not begun are run by others."""
+    """At most the job that runs at the same time fails too; other workers run the rest."""
     (tmp_path / "my_rewards_of_workers.py").write_text(REWARDS)
     done = run_grpo(
         "-m", *TWO_STEPS, *launcher,
@@ -84,7 +84,7 @@ def test_a_worker_that_dies_costs_its_own_job_alone(
 
 @pytest.mark.slow
 def test_each_process_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
-    """What matters of it can be seen without one: who sees which."""
+    """No GPU is needed to test which process sees which GPU."""
     done = subprocess.run(
         [sys.executable, "-m", "grpo", "-m", *TWO_STEPS, *JOBLIB, "device=cpu", "seed=0,1",
          "sweep_dir=sweep"],
@@ -116,7 +116,7 @@ def test_more_jobs_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
             gpus.take_gpu(tmp_path)
         processes[0].kill()
         processes[0].wait()
-        assert gpus.take_gpu(tmp_path) == "0"  # given back by whoever died
+        assert gpus.take_gpu(tmp_path) == "0"  # the process that died released it
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     finally:
         gpus.lock_gpu.cache_clear()
@@ -134,7 +134,7 @@ def test_one_gpu_needs_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_submitit_queues_a_job_again_that_runs_out_of_time(tmp_path: Path) -> None:
-    """As SLURM would: a signal before the end, then the same job anew, from its checkpoint."""
+    """As with SLURM: a signal before the end, then the same job again from its checkpoint."""
     pytest.importorskip("submitit")
     job = (*QUICK, "max_steps=20", "checkpoint.every=2", "eval.every=0")
     process = subprocess.Popen(
@@ -152,7 +152,7 @@ def test_submitit_queues_a_job_again_that_runs_out_of_time(tmp_path: Path) -> No
 
 
 def worker_of(run: Path) -> int:
-    """The process that holds a run's folder."""
+    """Returns the id of the process that locks a run's folder."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for process in Path("/proc").glob("[0-9]*"):

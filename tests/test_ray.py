@@ -19,7 +19,7 @@ RAY = ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
 
 
 def test_a_sweep_runs_on_a_cluster(tmp_path: Path) -> None:
-    """A job that fails stops no other there either."""
+    """A job that fails doesn't stop the others there either."""
     (tmp_path / "my_rewards_of_ray.py").write_text(
         "def picky(samples, limit):\n"
         "    if limit == 1:\n"

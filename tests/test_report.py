@@ -26,7 +26,7 @@ from grpo.report.sweep.best import build_best_setting, format_experiment
 from grpo.report.sweep.importance import fanova
 from grpo.report.sweep.ranking import rank_settings
 from grpo.report.sweep.read import Job, Sweep, read_sweeps
-from grpo.report.sweep.write import write_report
+from grpo.report.sweep.write import choose_best, write_report
 from grpo.sweep.study import serialize_space
 from tests.conftest import read_metrics, run_grpo
 from tests.test_sweep import TWO_STEPS, Grpo
@@ -47,13 +47,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(sweep: Path, tmp_path: Path) -> Path:
-    """A copy to be changed."""
+    """A copy of the sweep that a test may change."""
     shutil.copytree(sweep, tmp_path / "sweep", symlinks=True)
     return tmp_path / "sweep"
 
 
-def rows(sweep: Path) -> list[dict[str, str]]:
-    with (sweep / "results.csv").open() as file:
+def rows(sweep: Path, table: str = "results") -> list[dict[str, str]]:
+    with (sweep / f"{table}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -106,7 +106,7 @@ def test_the_best_setting_gives_the_same_run_again(sweep: Path) -> None:
 
 @pytest.mark.slow
 def test_the_best_of_a_sweep_of_the_best(sweep: Path) -> None:
-    """Its experiment file builds on the first one's, whose name it can't have."""
+    """Its experiment file includes the first sweep's, so it needs another name."""
     given = ("--config-dir", "sweep", "experiment=best", "tracking=none")
     done = run_grpo("-m", *given, "temperature=0.7,1.3", "sweep_dir=hot", cwd=sweep.parent)
     assert done.returncode == 0, done.stderr
@@ -120,7 +120,7 @@ def test_the_best_of_a_sweep_of_the_best(sweep: Path) -> None:
 
 
 def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> None:
-    """Ranked by the shortest completions, what was the longest is last."""
+    """Ranked by the shortest completions, the setting with the longest is last."""
     shutil.copytree(sweep, tmp_path / "short", symlinks=True)
     record = json.loads((sweep / "sweep.json").read_text())
     assert record["objectives"] == {"eval/sampled_accuracy": "maximize"}
@@ -138,8 +138,8 @@ def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> N
 
 def test_a_direction_is_one_of_two_and_of_one_objective(grpo: Grpo, tmp_path: Path) -> None:
     for own, says in (
-        (["hydra.sweeper.direction=down"], "hydra.sweeper.direction=down: maximize or minimize"),
-        (["hydra.sweeper.objectives={kl/mean: less}"], "objectives.kl/mean=less: maximize or"),
+        (["hydra.sweeper.direction=down"], "hydra.sweeper.direction=down: use maximize or"),
+        (["hydra.sweeper.objectives={kl/mean: less}"], "objectives.kl/mean=less: use maximize or"),
         (
             ["hydra.sweeper.objectives={kl/mean: minimize}", "hydra.sweeper.direction=minimize"],
             "has a direction for each",
@@ -202,7 +202,7 @@ def test_the_page_needs_nothing_else(sweep: Path) -> None:
 
 
 def test_a_half_finished_sweep_has_a_report(copy: Path, grpo: Grpo) -> None:
-    """Jobs that were killed, failed or never began are rows of the table, and of no mean."""
+    """Jobs that were killed, failed or never began are in the table, but in no mean."""
     shutil.rmtree(copy / "7")
     for number, status, error in (("5", "running", None), ("6", "failed", "a <b>reason</b>")):
         file = copy / number / "summary.json"
@@ -219,12 +219,12 @@ def test_a_half_finished_sweep_has_a_report(copy: Path, grpo: Grpo) -> None:
 
 
 def test_a_half_finished_sweep_of_another_objective(copy: Path, grpo: Grpo) -> None:
-    """Its jobs that have not begun have that one too."""
+    """Jobs that have not begun have the same objective."""
     for number in range(8):
         file = copy / str(number) / "summary.json"
         file.write_text(file.read_text().replace("eval/sampled_accuracy", "eval/accuracy"))
     record = json.loads((copy / "sweep.json").read_text())
-    (copy / "sweep.json").write_text(json.dumps({**record, "objectives": {}}))  # as of an old one
+    (copy / "sweep.json").write_text(json.dumps({**record, "objectives": {}}))  # as once
     shutil.rmtree(copy / "7")
     code, printed = grpo("report", "sweep")
     assert code == 0, printed
@@ -234,7 +234,7 @@ def test_a_half_finished_sweep_of_another_objective(copy: Path, grpo: Grpo) -> N
 def made(
     by_setting: dict[str, dict[int, float | None]], trials: int = 0, way: str = "maximize"
 ) -> Sweep:
-    """A sweep in which each setting came to these values on these seeds; None: to no number."""
+    """Makes a sweep with these values for each setting and seed; None: not finite."""
     jobs = []
     for name, by_seed in by_setting.items():
         for seed, value in by_seed.items():
@@ -262,19 +262,20 @@ def test_the_verdict_says_what_is_missing() -> None:
     assert "one of the two has a single seed" in one_seed.conclusion
     told = rank_settings(made({"a": {0: 0.1, 1: 0.2}, "b": {0: 0.3, 1: 0.4001}}, way="minimize"))
     assert told.conclusion == (
-        "key=a came out lowest, at 0.15, and the data tells it from every other setting."
+        "key=a came out lowest, at 0.15, significantly better than every other setting."
     )
     alone = rank_settings(made({"a": {0: 0.1}, "b": {0: 0.3}}))
     assert "key=b came out highest, at 0.3, on one seed each" in alone.conclusion
     assert rank_settings(made({"a": {0: 0.1}})).conclusion.startswith(
-        "There is one setting only, at 0.1"
+        "There is only one setting, at 0.1"
     )
     close = rank_settings(made({"a": {0: 0.5, 1: 0.6, 2: 0.7}, "b": {0: 0.5, 1: 0.55, 2: 0.8}}))
     assert (
-        "key=b came out highest, at 0.6167, and the data tells it from no other" in close.conclusion
+        "key=b came out highest, at 0.6167, but not significantly better than any other setting. "
+        "The difference from key=a is not significant: they" in close.conclusion
     )
     assert re.search(
-        r"differ by 0.017; 3 seeds each tell a difference of 0\.\d+ four", close.conclusion
+        r"differ by 0.017; 3 seeds each find a difference of 0\.\d+ four", close.conclusion
     )
 
 
@@ -288,11 +289,34 @@ def test_a_tie_to_the_last_digit_is_called_one() -> None:
 
 
 def test_the_setting_that_is_worse_on_the_shared_seeds_is_not_the_best() -> None:
-    """Worse by 0.105 on both; a job of it failed, on a seed that is hard for all."""
+    """It is worse by 0.105 on both shared seeds; its job on a seed hard for all failed."""
     found = rank_settings(made({"a": {0: 0.8, 1: 0.79}, "b": {0: 0.9, 1: 0.9, 2: 0.3}}))
     assert found.settings[0].values == ("b",)
     assert found.gaps_to_best == pytest.approx([0.105])
     assert found.has_missing_seeds
+
+
+def test_a_setting_with_one_seed_left_does_not_win_by_lacking_the_hard_one(tmp_path: Path) -> None:
+    """By hand: on seeds 0 and 1, a and c come to 0.475 and 0.85 on average, and to 0.6625 in all.
+
+    So seed 1 adds 0.1875, and b, which has that one alone, stands at 0.85 - 0.1875.
+    """
+    values = {"a": {0: 0.5, 1: 0.9}, "b": {1: 0.85}, "c": {0: 0.45, 1: 0.8}}
+    sweep = made(values)
+    found = rank_settings(sweep)
+    assert [setting.values for setting in found.settings] == [("a",), ("b",), ("c",)]
+    assert found.adjusted_means == pytest.approx([0.7, 0.6625, 0.625])
+    assert found.p[0] == 1.0  # nothing is told of a single seed
+    best = choose_best(sweep, found, tmp_path)
+    assert best is not None
+    assert "eval/accuracy 0.7\n" in best.content
+    without = rank_settings(made({key: values[key] for key in "ac"}))
+    assert found.p[1] == without.p[0]  # a single seed changes nothing for the others
+
+
+def test_a_single_seed_that_no_other_setting_has_is_taken_as_it_is() -> None:
+    found = rank_settings(made({"a": {0: 0.5, 1: 0.9}, "b": {2: 0.85}}))
+    assert found.adjusted_means == pytest.approx([0.85, 0.7])
 
 
 def test_a_value_that_is_no_number_is_no_earlier_one() -> None:
@@ -326,16 +350,23 @@ def test_a_sweep_of_which_nothing_has_finished(copy: Path, grpo: Grpo) -> None:
 
 
 def test_sweeps_are_reported_together(sweep: Path, copy: Path, grpo: Grpo) -> None:
-    """More seeds run elsewhere are seeds of the same settings."""
+    """Seeds from another sweep count as seeds of the same settings."""
     record = json.loads((copy / "sweep.json").read_text())
     record["jobs"] = [
         [re.sub("kl_weight=0$", "kl_weight=0.0", o.replace("seed=", "seed=1")) for o in job]
         for job in record["jobs"]
     ]  # the same numbers, written another way
     (copy / "sweep.json").write_text(json.dumps(record))
+    own = [copy / name for name in ("report.html", "results.csv", "results.parquet")]
+    own.append(copy / "experiment/best.yaml")
+    before = [file.read_bytes() for file in own]
     code, printed = grpo("report", "sweep", str(sweep))
     assert code == 0, printed
-    assert len(rows(copy)) == 16
+    assert [file.read_bytes() for file in own] == before
+    assert "16 finished" in (copy / "sweeps.html").read_text()
+    assert len(parquet.read_table(copy / "sweeps.parquet")) == len(rows(copy, "sweeps")) == 16
+    assert "  best:   grpo --config-dir sweep experiment=sweeps_best" in printed
+    assert yaml.safe_load((copy / "experiment/sweeps_best.yaml").read_text())
     found = rank_settings(read_sweeps([copy, sweep]))
     assert [sorted(setting.by_seed) for setting in found.settings] == [[0, 1, 10, 11]] * 4
 
@@ -375,7 +406,7 @@ def test_overrides_become_an_experiment() -> None:
 
 
 def test_the_key_that_matters_is_found() -> None:
-    """y = 10·a + b: a explains nearly all of it; what is constant, nothing."""
+    """With y = 10·a + b, a explains nearly all of the variance; a constant explains none."""
     rows = [{"a": a, "b": b, "c": c} for a in range(4) for b in range(3) for c in ("x", "y")]
     outcomes = [10.0 * row["a"] + row["b"] for row in rows]  # type: ignore[operator]
     found = fanova(rows, outcomes, {})
@@ -386,7 +417,7 @@ def test_the_key_that_matters_is_found() -> None:
 
 
 def test_a_search_and_its_page_agree_on_what_matters() -> None:
-    """The learning rate is drawn on a logarithmic scale, and put in on one."""
+    """The learning rate is sampled on a logarithmic scale, and fANOVA uses the same scale."""
     study, rng = optuna.create_study(direction="maximize"), np.random.default_rng(0)
     space = {"rate": FloatDistribution(1e-6, 1e-2, log=True), "kl": FloatDistribution(0.0, 1.0)}
     for _ in range(60):

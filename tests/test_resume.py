@@ -40,7 +40,7 @@ def same_run(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbs."""
+    """A run without interruption."""
     cwd = tmp_path_factory.mktemp("whole")
     process = start_grpo(cwd, *JOB, "hydra.run.dir=run")
     assert process.wait(300) == 0
@@ -48,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path) -> None:
-    """kill -9 twice, the second time in the resumed run."""
+    """It is killed with kill -9 twice, the second time in the resumed run."""
     run = tmp_path / "run"
     process = start_grpo(tmp_path, *JOB, "hydra.run.dir=run")
     wait_for_step(run, 3, process)
@@ -58,7 +58,7 @@ def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Pat
     assert before
     assert json.loads((run / "summary.json").read_text())["status"] == "running"
 
-    process = start_grpo(tmp_path, "resume=run")  # how it was started need not be said again
+    process = start_grpo(tmp_path, "resume=run")  # its overrides need not be repeated
     wait_for_step(run, 7, process)
     process.kill()
     process.wait()
@@ -92,7 +92,7 @@ def test_interrupted_it_finishes_the_step_saves_and_goes_on(
 
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
-    """A copy of the whole run, to be damaged."""
+    """A copy of the whole run that a test may damage."""
     shutil.copytree(whole, tmp_path / "a copy", symlinks=True)
     return tmp_path / "a copy"
 
@@ -157,7 +157,7 @@ def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -
 
 
 def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: Grpo) -> None:
-    """It was of an algorithm that now brings another KL."""
+    """Its algorithm now has another KL."""
     file = copy / ".hydra/config.yaml"
     config = yaml.safe_load(file.read_text())
     for key in ("kl_weight", "kl_within"):
@@ -178,7 +178,7 @@ def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: G
 def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
     grpo: Grpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts made as they are drawn, against all made beforehand; then broken off at step 2."""
+    """Prompts made when drawn give the same run as prompts made before; also after a resume."""
     job = (
         "experiment=smoke", "tracking=none", "eval.every=0", "max_steps=4", "checkpoint.every=2",
         FEW, "algorithm=dapo",
@@ -190,7 +190,7 @@ def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
     assert code == 0, printed
     assert "their prompts are made as they are drawn" in printed
     same_run(tmp_path / "few", tmp_path / "many")
-    # With prompts that are too long, one token of which is a number's.
+    # Now some prompts are one token too long.
     short = (*job, "dataset.max_prompt_tokens=37", "hydra.run.dir=short")
     code, printed = grpo(*short)
     assert code == 0, printed
@@ -204,7 +204,7 @@ def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
 
 
 def test_a_schedule_goes_on_from_the_rate_it_had_come_to(grpo: Grpo, tmp_path: Path) -> None:
-    """Four of six steps down a line, then with ten in all: from 2/6 to 0 in six more."""
+    """After four of six linear steps, with ten in all, it goes from 2/6 to 0 in six more."""
     linear = (
         "experiment=smoke", "tracking=none", "eval.every=0", "optim.schedule=linear", FEW,
         "hydra.run.dir=run", "learning_rate=0.6e-4",
@@ -233,7 +233,7 @@ def test_a_checkpoint_is_no_run_to_resume(copy: Path, grpo: Grpo) -> None:
 
 
 def test_other_weights_under_the_same_name_are_refused(copy: Path, grpo: Grpo) -> None:
-    """The reference would be another model, and every KL after it against that one."""
+    """The reference would be another model, so every later KL would be wrong."""
     shutil.rmtree(copy / "checkpoints/step_8")
     state = torch.load(copy / "checkpoints/step_9/trainer.pt", weights_only=True)
     torch.save({**state, "base": "another"}, copy / "checkpoints/step_9/trainer.pt")
@@ -269,7 +269,7 @@ def test_a_torn_last_line_is_forgotten(whole: Path, copy: Path, grpo: Grpo) -> N
 def test_what_a_kill_left_of_a_checkpoint_is_no_checkpoint(
     whole: Path, copy: Path, grpo: Grpo
 ) -> None:
-    """Killed while step 9 was written: nothing but its partial folder is there, and is cleared."""
+    """A kill while step 9 is written leaves only a partial folder, which is removed."""
     (copy / "checkpoints/step_9").rename(copy / "checkpoints/.step_9.partial")
     (copy / "checkpoints/.step_9.partial/manifest.json").unlink()
     (copy / "summary.json").write_text(json.dumps({"status": "running"}))
@@ -302,7 +302,7 @@ def reward(samples):
 
 @pytest.mark.slow
 def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
-    """Its step's line is written once, with the evaluation, as if nothing had been."""
+    """The step's line is written once, with the evaluation, as if nothing had failed."""
     job = (*JOB, "max_steps=6", "+reward.own._target_=fails_once.reward", "+reward.own.weight=0.1")
     (tmp_path / "fails_once.py").write_text(FAILS_ONCE)
     assert start_grpo(tmp_path, *job, "hydra.run.dir=run").wait(300) == 1
@@ -329,7 +329,7 @@ def test_wandb_goes_on_with_the_same_run(grpo: Grpo, tmp_path: Path) -> None:
 def test_resume_auto_finds_the_unfinished_run_of_these_overrides(
     whole: Path, grpo: Grpo, tmp_path: Path
 ) -> None:
-    """Not a finished one, and not another experiment's."""
+    """It finds neither a finished run nor one of another experiment."""
     for name, overrides, status in (
         ("00-00-01-1", JOB, "running"),
         ("00-00-02-1", JOB, "finished"),
@@ -384,7 +384,7 @@ def test_only_the_newest_are_kept(whole: Path) -> None:
 def test_whatever_has_a_state_goes_on_where_it_stood(
     extra: list[str], grpo: Grpo, tmp_path: Path
 ) -> None:
-    """Five steps in one go, and in two, second part from a checkpoint: the same numbers."""
+    """Five steps at once, or in two parts with a checkpoint between, give the same numbers."""
     common = [
         "experiment=smoke", "tracking=none", "eval.every=0", "eval.samples=1",
         "checkpoint.every=3", "learning_rate=3e-4", *extra,
@@ -441,7 +441,7 @@ def test_what_was_added_to_a_run_is_given_anew_without_a_plus(grpo: Grpo, tmp_pa
 
 
 def test_who_looks_whether_a_run_goes_on_keeps_nobody_out(tmp_path: Path) -> None:
-    """As a dashboard does all the time; before, one lock in some was refused."""
+    """A dashboard checks all the time; a lock must never be refused because of it."""
     ended = threading.Event()
 
     def look() -> None:

@@ -20,9 +20,18 @@ from grpo.objective.advantages import (
     normalize_then_sum,
     sum_then_normalize,
 )
-from grpo.rewards import Answer, AnswerFormat, Task, WeightedReward, compute_scores
+from grpo.rewards import (
+    Answer,
+    AnswerFormat,
+    Cosine,
+    Length,
+    Task,
+    WeightedReward,
+    compute_scores,
+)
 from grpo.rewards.scoring import raise_if_all_failed
 from grpo.tracking.tracker import make_completion_rows
+from grpo.training.evaluation import verify_leniently_BG
 from grpo.training.metrics import score_metrics
 from grpo.types import Example, Failure, Prompt, Rollout, Sample
 
@@ -300,6 +309,23 @@ def test_the_data_sets_verifier_is_asked_once_a_completion() -> None:
     one = replace(one, prompts=(replace(one.prompts[0], example=example),))
     compute_scores(one, {"task": WeightedReward(Task(), 1.0), "again": WeightedReward(Task(), 1.0)})
     assert asked == ["a", "b"]
+
+
+def test_a_verifier_that_fails_is_counted_and_no_wrong_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The second of two completions: its rewards fail, and it is not counted as right."""
+    late = Failure("no verdict within 5 s")
+    one = rollout(["1", "b"], ["1"])
+    example = replace(one.prompts[0].example, verify=lambda text: 1.0 if text == "1" else late)
+    one = replace(one, prompts=(replace(one.prompts[0], example=example),))
+    for reward in (Task(), Length(), Cosine(max_tokens=4)):
+        scores = compute_scores(one, {"own": WeightedReward(reward, 1.0)})
+        assert scores.failures == {"own": {1: late.reason}}
+        assert scores.right_BG.tolist() == [[True, False]]
+    assert "verifier failed for 1 of 2 completions, which are not counted as right" in caplog.text
+    assert verify_leniently_BG(one) == [[1.0, 0.0]]
+    assert "verifier, read leniently, failed for 1 of 2" in caplog.text
 
 
 def test_a_penalty_is_taken_off_the_reward() -> None:

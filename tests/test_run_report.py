@@ -44,13 +44,13 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.ha
 
 
 def content(page: str) -> dict[str, Any]:
-    """What a page's script reads."""
+    """Returns the data that a page's script reads."""
     (found,) = unpacked(page, "id=content")
     return found
 
 
 def rows_and_prompts(page: str) -> Iterator[tuple[list[Any], str]]:
-    """The completions that a page has, and the prompt of each."""
+    """Yields a page's completions with their prompts."""
     for block in unpacked(page, "class=block"):
         for n, facts in enumerate(block["facts"]):
             own = (block[column][n] for column in ("texts", "widths", "kl"))
@@ -80,7 +80,7 @@ def test_its_data_is_that_of_the_files(short_run: Path) -> None:
         assert prompt == row["prompt"]
         *_, text, spans, kl = packed
         assert text == row["completion"]
-        assert sum(ord(letter) - ZERO_WIDTH for letter in spans) == len(text)  # the tokens spell it
+        assert sum(ord(letter) - ZERO_WIDTH for letter in spans) == len(text)  # the whole text
         assert len(kl) == row["tokens"]  # each with its KL
     metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward/mean"] for line in metrics if "reward/mean" in line]
@@ -89,7 +89,7 @@ def test_its_data_is_that_of_the_files(short_run: Path) -> None:
 
 
 def test_the_kl_of_its_tokens_is_k1(short_run: Path) -> None:
-    """Their mean over a step, whose completions are all kept, is what the update measured."""
+    """If a step's completions are all kept, their mean is the k1 that the update measured."""
     rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
     metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     step = metrics[-1]["step"]
@@ -142,7 +142,7 @@ def test_several_runs_lie_over_each_other(short_run: Path, tmp_path: Path, grpo:
         figure["layout"]["yaxis"].get("title", {}).get("text"): figure["data"]
         for figure in content(page)["figures"]
     }
-    seconds = by_title["time/step"]  # beside each other, not one upon the other
+    seconds = by_title["time/step"]  # not stacked
     assert [trace["name"] for trace in seconds] == names
     assert not any("stackgroup" in trace for trace in seconds)
     accuracy = content(page)["figures"][1]["data"]
@@ -182,7 +182,7 @@ def test_differences_are_of_every_key() -> None:
 
 
 def test_a_config_is_read_with_what_its_keys_refer_to() -> None:
-    """Also to those that are not compared; what can't be known any more stays as it was written."""
+    """References to keys that are not compared are resolved; unresolvable ones stay as written."""
     config = {
         "name": "a", "sweep_dir": "d", "hydra": {}, "rate": "${model.rate}", "model": {"rate": 0.1},
         "tracking": {"group": "${name}", "folder": "${sweep_dir}/x", "day": "${gone:%d}"},
@@ -200,7 +200,7 @@ def test_long_lines_are_thinned_to_means() -> None:
     assert values == [n + 1.0 for n in steps]  # the first is of 0, 1, 2
     assert downsample([5, 7], [1.0, None]) == ([5, 7], [1.0, None])
     assert smooth([1.0, None, 1.0]) == [1.0, 1.0, 1.0]
-    assert set(smooth([1e-4] * 50)) == {1e-4}  # no noise that a chart would blow up
+    assert set(smooth([1e-4] * 50)) == {1e-4}  # without noise that a chart would magnify
 
 
 @pytest.mark.parametrize("text", ["plain words", "naïve “quotes” — 你好 👩🏽‍🚀!", "", "\ufffd odd"])
@@ -221,7 +221,7 @@ def test_tokens_spell_the_text(text: str) -> None:
     room=st.integers(3_000, 60_000),
 )
 def test_a_page_has_whole_steps_from_the_first_to_the_last(lengths: list[int], room: int) -> None:
-    """As many as there is room for, or the two ends."""
+    """It has as many as there is room for, but at least the first and the last."""
     noise = random.Random(0)
     rows = [
         {

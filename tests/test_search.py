@@ -69,7 +69,7 @@ def options(**given: Any) -> SearchOptions:
         ("x=tag(log,interval(1e-6,1e-3))", FloatDistribution(1e-6, 1e-3, log=True)),
         ("x=tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
         ("x=range(4,17,4)", IntDistribution(4, 16, step=4)),
-        ("x=range(4,16,4)", IntDistribution(4, 12, step=4)),  # as Hydra's: without its end
+        ("x=range(4,16,4)", IntDistribution(4, 12, step=4)),  # as in Hydra, the end is excluded
         ("x=range(0,0.5,0.1)", FloatDistribution(0.0, 0.4, step=0.1)),
         ("x=choice(4,8)", CategoricalDistribution([4, 8])),
         ("x=4,8", CategoricalDistribution([4, 8])),
@@ -95,7 +95,7 @@ def test_a_choice_is_written_as_it_was_read(override: str) -> None:
 
 
 def values_in(override: str) -> list[str]:
-    """As a grid writes them."""
+    """Returns an override's values as a grid writes them."""
     (parsed,) = OverridesParser.create().parse_overrides([override])
     return [f"x={value}" for value in parsed.sweep_string_iterator()]
 
@@ -115,7 +115,7 @@ SPACE: dict[str, BaseDistribution] = {
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random"])
 def test_a_sampler_goes_on_where_it_was(sampler: str) -> None:
-    """After a restart it asks what it would have asked: values follow from the past."""
+    """After a restart it proposes the same values, which follow from the earlier trials."""
 
     def asked(study: optuna.Study, trials: int) -> None:
         for _ in range(trials):
@@ -129,7 +129,7 @@ def test_a_sampler_goes_on_where_it_was(sampler: str) -> None:
     asked(in_two, 5)
     values = [trial.params for trial in at_once.trials]
     assert values == [trial.params for trial in in_two.trials]
-    assert len({str(value) for value in values}) > 10  # and doesn't ask the same again
+    assert len({str(value) for value in values}) > 10  # and values don't repeat
 
 
 def test_another_seed_asks_something_else() -> None:
@@ -148,7 +148,7 @@ def test_an_unknown_option_names_the_nearest() -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The search that nobody disturbs."""
+    """A search that runs without interruption."""
     cwd = tmp_path_factory.mktemp("whole")
     done = run_grpo(*KILLED, "sweep_dir=x/sweep", cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -193,7 +193,7 @@ def test_a_search_says_what_its_jobs_came_to(whole: Path) -> None:
 
 @pytest.mark.slow
 def test_hyperband_gives_up_trials_too(grpo: Grpo, tmp_path: Path) -> None:
-    """In each of its brackets, at an evaluation, and no other than Optuna's own would."""
+    """Pruned trials end at an evaluation; the others do all their steps."""
     code, printed = grpo(
         *SEARCH, "max_steps=8", "eval.every=2", "hydra.sweeper.n_trials=8", "sweep_dir=sweep",
         "hydra.sweeper.pruner=hyperband",
@@ -211,7 +211,7 @@ def test_hyperband_gives_up_trials_too(grpo: Grpo, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
-    """No trial is lost, doubled or replayed, and the rest of them are what they would have been."""
+    """No trial is lost, doubled or run again, and the other trials are the same."""
     sweep = tmp_path / "x/sweep"
     process = start_grpo(tmp_path, *KILLED, "sweep_dir=x/sweep")
     wait_for_step(sweep / "1", 1, process)
@@ -226,12 +226,12 @@ def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
         assert read_metrics(sweep / str(number)) == read_metrics(whole / str(number))
 
 
-CREATE_TRIAL = 4  # as a line of Optuna's journal says it
+CREATE_TRIAL = 4  # the operation's code in Optuna's journal
 
 
 @pytest.mark.slow
 def test_a_search_killed_before_a_trials_job_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
-    """The third trial is in the study and no more: it has all its values from the first."""
+    """The third trial is only in the study, but with all its values from the beginning."""
     sweep = tmp_path / "x/sweep"
     shutil.copytree(whole, sweep, symlinks=True)
     journal = (sweep / "study.journal").read_text().splitlines(keepends=True)
@@ -256,7 +256,7 @@ def reward(samples):
 
 @pytest.mark.slow
 def test_a_trial_that_failed_is_tried_again_by_the_next_start(grpo: Grpo, tmp_path: Path) -> None:
-    """Once by each, and its job goes on; the folder of one that is done is filled again."""
+    """Each start tries it once, from its checkpoint; a trial with a deleted folder runs again."""
     (tmp_path / "fails_once.py").write_text(FAILS_ONCE)
     search = (*SEARCH, "hydra.sweeper.n_trials=2", "sweep_dir=sweep", "max_steps=1")
     own = ("+reward.own._target_=fails_once.reward", "+reward.own.weight=0.1")
@@ -318,7 +318,7 @@ def test_n_trials_is_the_total(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
 
 
 def test_a_search_may_be_moved(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
-    """Its trials are its own under another name of the folder too."""
+    """Its trials still belong to it when the folder has another name."""
     shutil.copytree(whole, tmp_path / "elsewhere", symlinks=True)
     code, printed = grpo("-m", "sweep_dir=elsewhere")
     assert code == 0, printed
@@ -378,7 +378,7 @@ def test_several_objectives(grpo: Grpo, tmp_path: Path) -> None:
 
 
 def test_the_report_ranks_by_what_was_searched(grpo: Grpo, tmp_path: Path) -> None:
-    """Which need not be the config's objective, nor something to maximize."""
+    """The search's objective may differ from the config's, and may be minimized."""
     code, printed = grpo(
         *SEARCH, "hydra.sweeper.n_trials=3", "sweep_dir=sweep",
         "hydra.sweeper.objectives={kl/mean: minimize}",
@@ -426,7 +426,7 @@ def test_a_value_that_is_missing_fails_its_trial(tmp_path: Path) -> None:
 def test_a_value_that_was_no_number_at_the_end_is_none(
     evaluation: dict[str, None], tmp_path: Path
 ) -> None:
-    """An evaluation that came to NaN is null in both files; the one before doesn't count."""
+    """An evaluation of NaN is null in both files; an earlier value doesn't count."""
     lines = '{"step": 0, "eval/accuracy": 0.5}\n{"step": 2, "eval/accuracy": null}\n'
     (tmp_path / "metrics.jsonl").write_text(lines)
     write_json(tmp_path / "summary.json", {"last_evaluation": evaluation})
@@ -457,7 +457,7 @@ def test_corners_hold_every_choice_and_both_ends() -> None:
 
 @pytest.mark.slow
 def test_a_password_lies_in_no_file(grpo: Grpo, tmp_path: Path) -> None:
-    """Given in the URL it is refused; from the environment it is used, and stays there."""
+    """In the URL it is refused; from the environment it is used but not stored."""
     code, printed = grpo(
         *SEARCH, "hydra.sweeper.storage='postgresql://me:s3cret@127.0.0.1:1/x'", "sweep_dir=sweep"
     )
@@ -479,7 +479,7 @@ def test_a_password_lies_in_no_file(grpo: Grpo, tmp_path: Path) -> None:
 
 
 def test_a_process_that_comes_too_late_ends_well(grpo: Grpo, tmp_path: Path) -> None:
-    """All trials of the study have run elsewhere; there is nothing to report here."""
+    """All trials of the study ran in another folder; there is nothing to report here."""
     where = (
         f"hydra.sweeper.storage='sqlite:///{tmp_path}/study.db'", "hydra.sweeper.study_name=ours",
         "hydra.sweeper.n_trials=1", "max_steps=1",
@@ -495,7 +495,7 @@ def test_a_process_that_comes_too_late_ends_well(grpo: Grpo, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_study_in_sqlite_shared_by_two_folders(tmp_path: Path) -> None:
-    """As two machines without a common disk share one: each has its own trials' jobs."""
+    """Two machines without a common disk share a study: each has its own trials' jobs."""
     url = f"sqlite:///{tmp_path}/study.db"
     where = (
         f"hydra.sweeper.storage='{url}'", "hydra.sweeper.study_name=ours",
@@ -521,7 +521,7 @@ def test_a_study_in_sqlite_shared_by_two_folders(tmp_path: Path) -> None:
 
 @pytest.fixture
 def postgresql(tmp_path: Path) -> Iterator[str]:
-    """A server of its own, on a socket in a folder of its own."""
+    """Starts a separate server, on a socket in its own folder; yields its URL."""
     found = shutil.which("initdb") or next(
         map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None
     )
@@ -531,7 +531,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
     binaries = Path(found).resolve().parent
     cluster = tmp_path / "cluster"
     as_user: list[str] = []
-    if getpass.getuser() == "root":  # which PostgreSQL refuses to run as
+    if getpass.getuser() == "root":  # PostgreSQL refuses to run as root
         as_user = ["runuser", "-u", "postgres", "--"]
         for folder in (tmp_path, *tmp_path.parents[:3]):
             folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o055)
@@ -556,7 +556,7 @@ def test_a_study_in_postgresql(postgresql: str, tmp_path: Path) -> None:
 
 
 def two_processes_on(url: str, cwd: Path) -> None:
-    """No trial is lost or doubled; the jobs report to it too."""
+    """Runs two processes on a study: no trial is lost or doubled, and jobs report to it."""
     where = (f"hydra.sweeper.storage='{url}'", "hydra.sweeper.n_trials=3", "sweep_dir=sweep")
     processes = [start_grpo(cwd, *SEARCH, "max_steps=1", *where) for _ in range(2)]
     codes = [process.wait(300) for process in processes]
@@ -570,7 +570,7 @@ def two_processes_on(url: str, cwd: Path) -> None:
 
 
 def test_a_locked_database_is_waited_for_or_told(tmp_path: Path, grpo: Grpo) -> None:
-    """A file that another program holds for good."""
+    """Another program locks the database file and doesn't release it."""
     file = tmp_path / "study.db"
     holder = (
         "import sqlite3, sys, time\n"

@@ -10,8 +10,11 @@ from http.server import HTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
+from grpo.config import secrets
+from grpo.config.schema import find_conf_folder, flatten_config
 from grpo.config.secrets import is_secret, redact, resolve_without_secrets
 from tests.conftest import run_grpo
 from tests.servers import RequestHandler, serving
@@ -112,6 +115,8 @@ WRITTEN_OUT = {
     "a key of a service": "tracking.wandb.notes='with sk-plantedBBBBBBBBBBBBBBBBBB'",
     "one in a list": "+reward.judge.words='[a,ghp_plantedCCCCCCCCCCCCCCCCCC]'",
     "one for Hydra to hand on": "+hydra.job.env_set.HF_TOKEN=planted-words",
+    "one in a folder's name": "hydra.sweep.dir=runs/hf_plantedAAAAAAAAAAAAAAAAAAAA",
+    "one in a job's name": "hydra.job.name=hf_plantedAAAAAAAAAAAAAAAAAAAA",
 }
 
 
@@ -166,6 +171,63 @@ def test_the_same_of_a_sweep_and_of_a_config_file(grpo: Grpo, tmp_path: Path) ->
 )
 def test_what_is_no_secret_is_taken(key: str, text: str) -> None:
     assert not is_secret(key, text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["judge_key", "judge_token", "openai_key", "wandb_token", "key", "tokens", "api-key", "pw",
+     "apiKey", "authToken", "x_pass", "db-pw", "JUDGE_KEY", "keys", "auth", "client_secret",
+     "user_credentials", "token", "judge_pwd"],
+)  # fmt: skip
+def test_a_key_that_is_named_like_a_secret_holds_one(name: str) -> None:
+    assert is_secret(f"reward.judge.{name}", "some-words")
+    assert not is_secret(f"reward.judge.{name}", "${oc.env:SOME}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["eos_token", "bos_token", "pad_token", "unk_token", "stop_token", "image_token", "end_tokens",
+     "sort_key", "primary_key", "answer_key", "question_key", "special_tokens", "token_env",
+     "key_env", "monkey", "bypass", "compass", "turkey", "author", "pass_at_k", "tokenizer",
+     "key_column", "max_tokens"],
+)  # fmt: skip
+def test_a_harmless_name_holds_none(name: str) -> None:
+    assert not is_secret(f"reward.judge.{name}", "some-words")
+
+
+def test_a_number_is_no_secret_but_a_password_is() -> None:
+    assert not is_secret("reward.judge.new_key", "3")
+    assert not is_secret("reward.judge.use_key", "true")
+    assert is_secret("reward.judge.password", "1234")
+
+
+def test_every_key_of_the_shipped_configs_takes_a_text() -> None:
+    for file in find_conf_folder().rglob("*.yaml"):
+        content = yaml.safe_load(file.read_text()) or {}
+        for key in flatten_config({k: v for k, v in content.items() if k != "defaults"}):
+            assert not is_secret(key, "some-words"), f"{file.name}: {key}"
+
+
+def test_what_a_secrets_key_takes_is_crossed_out_whatever_the_variable_is_called(
+    grpo: Grpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward quotes it in the error that ends the run."""
+    secret = "plantedLLLLLLLLLLLL"
+    monkeypatch.setattr(secrets, "CONFIG_SECRETS", set())
+    monkeypatch.setenv("JKX", secret)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "refused.py").write_text(
+        "def judged(samples, api_key):\n    raise ValueError(f'{api_key} was refused')\n"
+    )
+    code, printed = grpo(
+        *SHORT, "tracking=none", "+reward.judge._target_=refused.judged", "+reward.judge.weight=1",
+        "+reward.judge.api_key='${oc.env:JKX}'", "hydra.run.dir=run",
+    )  # fmt: skip
+    assert code == 1, printed
+    assert secret not in printed
+    assert "*** was refused" in json.loads((tmp_path / "run/summary.json").read_text())["error"]
+    for file in (tmp_path / "run").rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes(), file
 
 
 def test_what_comes_from_the_environment_stays_as_it_is_written(

@@ -1,4 +1,4 @@
-"""What a report says of few seeds: numbers worked out by hand, other ways, and simulation."""
+"""Statistics of few seeds, checked by hand, by other implementations and by simulation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_two_settings_are_compared_by_the_paired_t_test() -> None:
 
 
 def test_pairs_see_what_the_seeds_hide() -> None:
-    """Seeds differ by 0.3, settings by 0.02, the same on each seed nearly."""
+    """Seeds differ by 0.3, settings by 0.02, nearly the same on each seed."""
     one = {0: 0.32, 1: 0.621, 2: 0.919, 3: 0.12}
     other = {0: 0.30, 1: 0.600, 2: 0.900, 3: 0.10}
     assert compare_settings([one, other]).is_significant(0, 1)
@@ -77,7 +77,7 @@ def test_pairs_see_what_the_seeds_hide() -> None:
 
 @given(st.lists(st.integers(2, 5), min_size=2, max_size=5), st.integers(0, 1000))
 def test_without_common_seeds_it_is_tukeys_range_test(counts: list[int], draw: int) -> None:
-    """With unequal counts Kramer's: as scipy has it."""
+    """With unequal counts it is Kramer's; scipy gives the same numbers."""
     rng = np.random.default_rng(draw)
     groups = [rng.normal(0, 1, count) for count in counts]
     found = compare_settings(
@@ -92,7 +92,7 @@ def test_without_common_seeds_it_is_tukeys_range_test(counts: list[int], draw: i
 
 
 def test_a_missing_seed_changes_no_order() -> None:
-    """The second is ahead by 0.1 on both seeds that they share; the first lacks the hard one."""
+    """The second is ahead by 0.1 on both shared seeds; the first lacks the hard seed."""
     first, second = {0: 0.6, 1: 0.8}, {0: 0.7, 1: 0.9, 2: 0.2}
     found = compare_settings([first, second])
     assert np.mean(list(first.values())) > np.mean(list(second.values()))
@@ -137,7 +137,7 @@ def draw(
     spread: float,
     unequal: bool = False,
 ) -> list[dict[int, float]]:
-    """A sweep: training noise, seeds that are harder for all, binomial evaluation."""
+    """Draws a sweep: training noise, seeds that are harder for all, binomial evaluation."""
     shared = rng.normal(0, spread, seeds)
     found = []
     for mean in means:
@@ -157,7 +157,7 @@ SEEDS = (2, 3, 5, 10)
 
 
 def coverage(seeds: int, samples: int, spread: float, times: int = 4000) -> float:
-    """Of a mean's interval, the settings' true means between 0.1 and 0.9."""
+    """Returns the coverage of a mean's interval, with true means between 0.1 and 0.9."""
     rng, hits = np.random.default_rng(seeds + samples), 0
     for _ in range(times):
         mean = rng.uniform(0.1, 0.9)
@@ -187,8 +187,8 @@ def errors(
     better: float,
     times: int,
 ) -> tuple[float, float, float]:
-    """Shares of sweeps in which the best is told from one that is no worse; in which it is told
-    from one that is better; and of the others that the true best is told from.
+    """Returns three shares: sweeps in which the best is told from a setting that is no worse;
+    sweeps in which it is told from one that is better; other settings the true best is told from.
 
     better: how much one setting is ahead of the rest, in standard errors of a difference.
     """
@@ -224,7 +224,7 @@ def errors(
 def test_settings_are_told_apart_no_more_often_than_they_may(
     settings: int, seeds: int, samples: int, unequal: bool
 ) -> None:
-    """A standard error of 600 sweeps is 0.9%; the whole tables are docs/statistics.md's."""
+    """The standard error with 600 sweeps is 0.9%; docs/statistics.md has the full tables."""
     for spread in (0.0, 0.02):
         equal, wrong, _ = errors(settings, seeds, samples, spread, unequal, 0.0, 600)
         assert equal <= 0.07
@@ -248,7 +248,7 @@ def test_so_much_of_a_difference_is_told_four_times_in_five() -> None:
 
 
 def test_one_that_varies_more_is_not_told_apart_by_the_others_spread() -> None:
-    """Six settings alike, one of them five times as noisy: by one common variance it is 12%."""
+    """Six equal settings, one of them five times as noisy: a common variance would give 12%."""
     rng, told = np.random.default_rng(0), 0
     for _ in range(1500):
         values = rng.normal(0.5, [[0.05]] + [[0.01]] * 5, (6, 5))
@@ -260,7 +260,7 @@ def test_one_that_varies_more_is_not_told_apart_by_the_others_spread() -> None:
 
 
 def main() -> None:
-    """Prints docs/statistics.md's tables; half an hour."""
+    """Prints the tables of docs/statistics.md; takes half an hour."""
     for spread in (0.0, 0.03):
         for seeds in SEEDS:
             found = [coverage(seeds, samples, spread, 20_000) for samples in SAMPLES]

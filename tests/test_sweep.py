@@ -33,18 +33,18 @@ def statuses(sweep: Path) -> list[str]:
 
 
 def is_saved_where_it_stopped(run: Path) -> bool:
-    """Its newest checkpoint is of its last step."""
+    """Returns whether a run's newest checkpoint is of its last step."""
     return (run / "checkpoints/latest").resolve().name == f"step_{summary(run)['steps']}"
 
 
-# A sweep that is disturbed comes to what it comes to undisturbed.
+# A sweep that is interrupted gives the same results as one that is not.
 
 GRID = ("-m", *QUICK, "max_steps=9", "checkpoint.every=2", "eval.every=0", "seed=0,1,2")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The grid that nobody disturbs."""
+    """A grid that runs without interruption."""
     cwd = tmp_path_factory.mktemp("whole")
     done = run_grpo(*GRID, "sweep_dir=sweep", cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
-    """What was finished is not touched, what was broken off goes on, the rest runs."""
+    """Finished jobs are not touched, the killed job goes on, and the rest run."""
     sweep = tmp_path / "sweep"
     process = start_grpo(tmp_path, *GRID, "sweep_dir=sweep")
     wait_for_step(sweep / "1", 5, process)
@@ -61,19 +61,19 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path)
     process.wait()
     assert statuses(sweep) == ["finished", "killed", "none"]
     before = (sweep / "0/metrics.jsonl").stat().st_mtime_ns
-    done = run_grpo("sweep_dir=sweep", cwd=tmp_path)  # the -m need not be said
+    done = run_grpo("sweep_dir=sweep", cwd=tmp_path)  # -m is not needed
     assert done.returncode == 0, done.stderr
     assert "1 finished, 1 killed, 1 to run" in done.stdout
     assert (sweep / "0/metrics.jsonl").stat().st_mtime_ns == before
     for number in "012":
         assert read_metrics(sweep / number) == read_metrics(whole / number)  # bit for bit
     log = (sweep / "1/train.log").read_text()
-    assert "step_4" in log or "step 4" in log  # it did go on, and not begin again
+    assert "step_4" in log or "step 4" in log  # it resumed and didn't start again
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_in_order(tmp_path: Path) -> None:
-    """The job that runs is saved, and the next does not start."""
+    """The running job is saved, and the next one doesn't start."""
     sweep = tmp_path / "sweep"
     process = start_grpo(tmp_path, *GRID, "sweep_dir=sweep")
     wait_for_step(sweep / "1", 3, process)
@@ -85,7 +85,7 @@ def test_ctrl_c_ends_a_sweep_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_more_seeds_are_added_to_a_sweep(grpo: Grpo, tmp_path: Path) -> None:
-    """The jobs that are there keep their numbers; a folder deleted by hand is filled again."""
+    """Existing jobs keep their numbers; a job whose folder was deleted runs again."""
     assert grpo("-m", *TWO_STEPS, "kl_weight=0,0.1", "seed=1", "sweep_dir=sweep")[0] == 0
     before = (tmp_path / "sweep/1/summary.json").read_bytes()
     shutil.rmtree(tmp_path / "sweep/0")
@@ -104,7 +104,7 @@ def test_more_seeds_are_added_to_a_sweep(grpo: Grpo, tmp_path: Path) -> None:
     assert summary(tmp_path / "sweep/0")["status"] == "finished"
 
 
-# A job that fails stops no other.
+# A job that fails doesn't stop the others.
 
 REWARDS = """
 def picky(samples, limit):
@@ -151,7 +151,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# What can be known to be wrong is refused before the first job starts.
+# Errors that can be known in advance are reported before the first job starts.
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
 def test_a_sweep_that_cant_be_is_refused(
     grpo: Grpo, tmp_path: Path, arguments: tuple[str, ...], says: str
 ) -> None:
-    """In a line, with exit code 2, and nothing is left behind."""
+    """The message is one line, the exit code is 2, and no files are left."""
     code, printed = grpo(*arguments, "tracking=none")
     assert code == 2, printed
     assert says in printed
@@ -279,7 +279,7 @@ def test_two_processes_dont_run_one_grid(grpo: Grpo, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_another_process_goes_on_with_is_left_to_it(grpo: Grpo, tmp_path: Path) -> None:
-    """Its folder is not written to; the others run."""
+    """That job's folder is not written to; the other jobs run."""
     assert grpo("-m", *TWO_STEPS, "max_steps=1", "seed=0,1", "sweep_dir=sweep")[0] == 0
     for number in "01":
         file = tmp_path / "sweep" / number / "summary.json"
@@ -303,7 +303,7 @@ def test_jobs_are_told_apart_however_they_are_written() -> None:
 
 
 def test_a_whole_study_is_a_file(grpo: Grpo, tmp_path: Path) -> None:
-    """sweep=kl_grid needs no -m; what is given beside it wins."""
+    """sweep=kl_grid needs no -m; other overrides win over the file."""
     code, printed = grpo(
         "sweep=kl_grid", *TWO_STEPS, "max_steps=1", "seed=0", "num_generation=4", "sweep_dir=sweep"
     )
@@ -312,7 +312,7 @@ def test_a_whole_study_is_a_file(grpo: Grpo, tmp_path: Path) -> None:
 
 
 def test_what_a_study_fixes_is_fixed(grpo: Grpo) -> None:
-    """Though the page and an experiment say something else; the command line alone wins."""
+    """It wins over the config and an experiment; only the command line wins over it."""
     for given, expected in (((), 1.0), (("eval.temperature=0.5",), 0.5)):
         code, printed = grpo(
             "sweep=search", "experiment=smoke", "temperature=1.3", *given, "--cfg", "job"

@@ -1,4 +1,4 @@
-"""The sinks: each holds the numbers of metrics.jsonl, and what it alone can show."""
+"""The sinks: each holds the numbers of metrics.jsonl, and data that only it can show."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which a run was recorded by W&B and by Trackio."""
+    """The folder of a run that W&B and Trackio recorded."""
     cwd = tmp_path_factory.mktemp("both")
     done = run_grpo(
         *JOB, "tracking=[wandb,trackio]", "hydra.run.dir=run", "tracking.wandb.notes=why it ran",
@@ -48,7 +48,7 @@ def records(both: Path) -> list[dict[str, Any]]:
 
 
 def inspected(run: Path) -> list[dict[str, Any]]:
-    """What W&B wrote, as W&B's own reader has it."""
+    """Returns the records that W&B wrote, read by W&B's own reader."""
     (offline,) = (run / "wandb").glob("offline-run-*")
     told = subprocess.run(
         [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)],
@@ -62,11 +62,15 @@ def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def history(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """What W&B has of each step."""
+    """Returns the values that W&B has for each step."""
     found: dict[int, dict[str, Any]] = {}
     for record in of_type(records, "history"):
         found.setdefault(record["step"].get("num", 0), {}).update(record["item"])
     return found
+
+
+def test_wandbs_own_log_is_in_the_runs_folder(both: Path) -> None:
+    assert list((both / "run/wandb/cache").rglob("core-debug-*.log"))
 
 
 def test_wandb_has_every_number(both: Path, records: list[dict[str, Any]]) -> None:
@@ -104,7 +108,7 @@ def test_wandb_has_the_distributions_behind_the_means(
 
 
 def test_wandbs_table_keeps_what_it_had(both: Path, records: list[dict[str, Any]]) -> None:
-    """Each log adds its rows to those before, which are named and not sent again."""
+    """Each log adds its rows; earlier rows are referenced and not sent again."""
     there = history(records)
     rows = Counter(line["step"] for line in lines(both / "run/completions.jsonl"))
     tables = {n: own for n, own in there.items() if own.get("completions._type")}
@@ -120,10 +124,11 @@ def test_wandb_knows_why_and_with_what_it_ran(both: Path, records: list[dict[str
     (run,) = of_type(records, "run")
     assert (
         run["display_name"] == "smoke-run"
-    )  # by its folder, as single runs differ in nothing else
+    )  # by its folder, the only difference between single runs
     assert run["notes"] == "why it ran"
     assert run["tags"] == ["first"]
     commit = json.loads((both / "run/summary.json").read_text())["git_commit"]
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", commit)  # the tests are of a checkout
     assert run["config"]["update"]["git_commit"] == commit
 
 
@@ -136,7 +141,7 @@ def test_the_trained_model_is_an_artifact_where_it_is_wanted(
     assert places
     assert all(
         place.startswith(str(both / "run")) for place in places
-    )  # all of it is in its folder
+    )  # all files are in the run's folder
     assert grpo(*JOB, "max_steps=1", "tracking=wandb", "hydra.run.dir=run")[0] == 0
     (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")
     assert b"model.safetensors" not in next(offline.glob("*.wandb")).read_bytes()
@@ -156,7 +161,7 @@ def test_an_evaluation_is_a_run_of_its_own(both: Path) -> None:
 
 
 def trackio_logs(cwd: Path) -> dict[str, list[dict[str, Any]]]:
-    """Each run's lines in Trackio's database, read in a process of its own."""
+    """Returns each run's lines in Trackio's database, read in a separate process."""
     code = (
         "import json; from trackio.sqlite_storage import SQLiteStorage as s\n"
         "runs = s.get_runs('grpo-bench')\n"
@@ -189,11 +194,11 @@ def run(cwd: Path, *arguments: str) -> None:
 
 @pytest.mark.slow
 def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
-    """Steps that are done again are there once, and what was before them stays."""
+    """Repeated steps are recorded once, and earlier steps are kept."""
     job = (*JOB, "tracking=trackio", "hydra.run.dir=run")
     run(tmp_path, *job, "max_steps=3", "checkpoint.every=2", "checkpoint.keep=9")
     before = next(iter(trackio_logs(tmp_path).values()))
-    shutil.rmtree(tmp_path / "run/checkpoints/step_3")  # as if it had been killed before
+    shutil.rmtree(tmp_path / "run/checkpoints/step_3")  # as if it had been killed before this step
     (tmp_path / "run/checkpoints/latest").unlink()
     (tmp_path / "run/checkpoints/latest").symlink_to("step_2")
     run(tmp_path, "resume=run", "max_steps=5")
@@ -205,7 +210,7 @@ def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wandbs_own_environment_counts(tmp_path: Path) -> None:
-    """What a key says wins; what none says is taken from W&B's variables."""
+    """A key that is set wins; otherwise W&B's variables apply."""
     env = {
         "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team", "WANDB_RUN_GROUP": "group of theirs",
         "WANDB_TAGS": "one,two", "WANDB_NOTES": "by the environment",

@@ -1,4 +1,4 @@
-"""The terminal: curves in characters, a run's live view, a sweep's."""
+"""The terminal: curves in characters, the live views of a run and of a sweep."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from grpo.tracking.text_charts import average_bins, draw_chart
         ([0, 7], 8, 1, ["▁█"]),
         ([0, 0, 7, 7], 2, 1, ["▁█"]),  # means of two
         ([0, 15], 9, 2, [" █", "▁█"]),
-        ([3, 3], 4, 2, ["  ", "▁▁"]),  # nothing moves
+        ([3, 3], 4, 2, ["  ", "▁▁"]),  # constant values
         ([1, math.nan, 2], 3, 1, ["▁ █"]),
         ([], 5, 2, ["", ""]),
     ],
@@ -51,7 +51,7 @@ def test_each_column_is_the_mean_of_its_share(values: list[float], count: int) -
 
 
 def in_terminal(*arguments: str, cwd: Path, columns: int = 120, rows: int = 40) -> str:
-    """All that `grpo …` sends to a terminal of this size."""
+    """Returns all that `grpo …` sends to a terminal of this size."""
     mine, its = pty.openpty()
     env = {**os.environ, "COLUMNS": str(columns), "LINES": str(rows), "TERM": "xterm-256color"}
     process = subprocess.Popen(
@@ -117,7 +117,7 @@ def value_of(job: JobState) -> float | None:
 
 
 def put_job(sweep: Path, number: int, steps: int = 0, **summary: object) -> Path:
-    """A job of eight steps that has come so far."""
+    """Writes the folder of a job that has done `steps` of eight steps."""
     folder = sweep / str(number)
     folder.mkdir(exist_ok=True)
     write_json(folder / "summary.json", {"total_steps": 8, **summary})
@@ -127,7 +127,7 @@ def put_job(sweep: Path, number: int, steps: int = 0, **summary: object) -> Path
 
 
 def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
-    """Two done in ten seconds and half of a third: each takes four, so six more seconds."""
+    """Two and a half jobs took ten seconds: each takes four, so six seconds are left."""
     jobs = [["kl_weight=0"], ["kl_weight=0.1"], ["kl_weight=0.2"], ["kl_weight=0.3"]]
     Record([], None, jobs).write(tmp_path)
     view = View(tmp_path, 4, value_of, False)
@@ -146,10 +146,10 @@ def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
 
 
 def test_what_the_view_says_of_broken_jobs(tmp_path: Path) -> None:
-    """A sweep that goes on: job 0 failed after 2 of 8 steps, job 1 was killed after 4."""
+    """In a resumed sweep, job 0 failed after 2 of 8 steps and job 1 was killed after 4."""
     Record([], None, [["seed=0"], ["seed=1"], ["seed=2"]]).write(tmp_path)
     before = put_job(tmp_path, 0, 2, status="failed", error="no room on the disk")
-    os.utime(before / "summary.json", (0, 0))  # a kernel's clock may not tell now from just before
+    os.utime(before / "summary.json", (0, 0))  # a kernel's clock may be coarse
     put_job(tmp_path, 1, 4, status="running")
     view = View(tmp_path, 3, value_of, False)
     assert [str(line) for line in view.render_view(100).renderables] == ["2 to run again, 1 to run"]

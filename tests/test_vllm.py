@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE, with_distinct_logits
+from conftest import SHAPE, build_with_distinct_logits
 from torch.testing import assert_close
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -41,7 +41,7 @@ def model() -> PreTrainedModel:
 
 def made() -> PreTrainedModel:
     """vLLM's attention on a CPU wants heads of 64."""
-    return with_distinct_logits(lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=64)))
+    return build_with_distinct_logits(lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=64)))
 
 
 @pytest.fixture(scope="module")

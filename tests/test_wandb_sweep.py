@@ -1,4 +1,4 @@
-"""The YAML of a W&B sweep, and the command that its agent makes of it, run as the agent would."""
+"""The YAML of a W&B sweep, and the command that its agent would run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_study_of_ones_own_and_less_of_it_is_better(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_agents_command_trains(tmp_path: Path) -> None:
-    """One run, with the agent's values, under the agent's id."""
+    """It trains one run, with the agent's values and the agent's run id."""
     found = written(
         "sweep=search", "experiment=smoke", "max_steps=1", "eval.samples=1",
         "dataset.eval_slice=:16",

@@ -1,4 +1,4 @@
-"""A run that was resumed offline, uploaded by `wandb sync` to a server of our own."""
+"""A run that was resumed offline, uploaded by `wandb sync` to a server in this test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JOB = ("experiment=smoke", "tracking=wandb", "eval.samples=1", "dataset.eval_sli
 
 
 class Server(ThreadingHTTPServer):
-    """As much of W&B as an upload asks for: one project, and what each run's history has."""
+    """The parts of W&B that an upload needs: one project, and the history of each run."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -70,7 +70,7 @@ class Answers(RequestHandler):
         return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
 
     def bucket(self, name: str) -> dict[str, Any]:
-        """A run, as the server has it so far."""
+        """Returns a run as the server has it so far."""
         history = self.server.histories[name]
         return {
             "id": name, "name": name, "displayName": name, "description": None, "config": "{}",
@@ -93,7 +93,7 @@ def server() -> Iterator[Server]:
 def test_both_parts_of_a_run_resumed_offline_reach_one_run_of_wandbs(
     server: Server, tmp_path: Path
 ) -> None:
-    """Uploaded as the run's last line says, its history has every step once, with its numbers."""
+    """Uploaded with the logged command, its history has every step once, with its numbers."""
     assert run_grpo(*JOB, "max_steps=2", "hydra.run.dir=run", cwd=tmp_path).returncode == 0
     done = run_grpo("resume=run", "max_steps=4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

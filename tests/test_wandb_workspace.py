@@ -28,7 +28,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def sections(*arguments: str) -> dict[str, list[dict[str, Any]]]:
-    """Each section's panels, as W&B is given them."""
+    """Returns each section's panels, as they are sent to W&B."""
     done = script(*arguments, "--print")
     assert done.returncode == 0, done.stderr
     view = json.loads(done.stdout)

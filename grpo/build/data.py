@@ -33,6 +33,7 @@ from grpo.training.evaluation import Evaluation
 from grpo.types import Prompt
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+REWARD_KEYS = ("weight", "sources")  # of any reward, beside its callable's options
 
 
 def build_prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
@@ -102,8 +103,8 @@ def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward
     rewards = {}
     names = [own.name for own in found.sets]
     for name, node in cfg.reward.items():
-        options = {k: v for k, v in resolve_node(node).items() if k not in ("weight", "sources")}
-        bound = bind(options, f"reward.{name}")
+        options = {k: v for k, v in resolve_node(node).items() if k not in REWARD_KEYS}
+        bound = bind(options, f"reward.{name}", REWARD_KEYS)
         function = (
             instantiate_reward(bound, f"reward.{name}") if inspect.isclass(bound.func) else bound
         )

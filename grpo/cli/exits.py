@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from grpo.cli.outcome import note_error
+from grpo.config.secrets import redact
 from grpo.errors import ConfigError, RunError
 
 
@@ -38,11 +39,11 @@ def command_errors() -> Iterator[None]:
 
 def refuse(error: ConfigError) -> NoReturn:
     note_error(error)
-    print(f"grpo: {error}", file=sys.stderr)
+    print(f"grpo: {redact(str(error))}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def fail(message: str) -> NoReturn:
     note_error(message)
-    print(f"grpo: {message}", file=sys.stderr)
+    print(f"grpo: {redact(message)}", file=sys.stderr)
     raise SystemExit(1)

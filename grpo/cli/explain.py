@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import hydra
@@ -17,6 +18,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig
 
+from grpo.cli.composition import find_composed
 from grpo.cli.help import list_choices
 from grpo.config import schema
 from grpo.config.foreign_names import explain_foreign_name
@@ -67,7 +69,7 @@ def explain_hydra_error(
             r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
         )
         if unknown:
-            return explain_unknown_key(unknown[1], config_name, overrides)
+            return explain_unknown_key(unknown[1], config_name, overrides, find_composed(error))
         if text.startswith("Error merging override ") and error.__cause__ is not None:
             reason_text = str(error.__cause__).splitlines()[0]
             own = text.removeprefix("Error merging override ")
@@ -99,7 +101,7 @@ def explain_unknown_choice(
 
 
 def guess_source(group: str, choice: str) -> str:
-    """What to write for a hub id, folder or file that is given as a choice; empty for others."""
+    """What to write for a hub id, folder or file given as a choice; empty for others."""
     suffix = Path(choice).suffix.lower()
     if group == "dataset" and suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         return f"; a file is dataset=jsonl dataset.path={choice}."
@@ -121,7 +123,9 @@ def explain_several_values(override: str) -> ConfigError:
     )  # fmt: skip
 
 
-def explain_unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> ConfigError:
+def explain_unknown_key(
+    key: str, config_name: str, overrides: Sequence[str], composed: DictConfig | None
+) -> ConfigError:
     """Names what another tool's key is here, the choice that would have it, or the nearest keys."""
     value = find_value(key, overrides) or ""
     if foreign := explain_foreign_name(key, value):
@@ -137,8 +141,7 @@ def explain_unknown_key(key: str, config_name: str, overrides: Sequence[str]) ->
             f"{key}: {named} has no such key; add {' or '.join(f'{group}={o}' for o in owners)}.",
             key=key, value=value, nearest=[f"{group}={owner}" for owner in owners],
         )  # fmt: skip
-    known = list_known_keys(config_name, overrides)
-    near = find_nearest(key, known)
+    near = find_nearest_keys(key, config_name, overrides, composed)
     return ConfigError(
         f"{key}: no such key{format_suggestion(near)}", key=key, value=value, nearest=near
     )
@@ -175,9 +178,47 @@ def explain_wrong_value(error: BaseException) -> ConfigError | None:
         if type(cause).__name__ == "ValidationError":
             key = getattr(cause, "full_key", None)
             value = getattr(cause, "value", None)
-            return ConfigError(f"{key}: {str(cause).splitlines()[0]}", key=key, value=value)
+            reason = str(cause).splitlines()[0]
+            if key and re.search(r"is not a subclass of \w+Config\b", reason):
+                return explain_section(key, reason.rpartition("value: ")[2])
+            return ConfigError(f"{key}: {reason}", key=key, value=value)
         cause = cause.__cause__
     return None
+
+
+def explain_section(section: str, value: str) -> ConfigError:
+    """Says that a key holds keys, one of which may have been meant."""
+    known = getattr(schema.Config(), section, None)
+    own = [field.name for field in fields(known)] if is_dataclass(known) else []
+    meant = f"; did you mean {section}.{own[0]}={value}?" if own[:1] == ["name"] else "."
+    return ConfigError(
+        f"{section}={value}: {section} holds keys: {', '.join(own)}{meant}",
+        key=section, value=value, choices=[f"{section}.{name}" for name in own],
+    )  # fmt: skip
+
+
+def find_nearest_keys(
+    key: str, config_name: str, overrides: Sequence[str], composed: DictConfig | None
+) -> list[str]:
+    """The nearest keys to one that isn't there; of Hydra's own, those of the choices made.
+
+    composed: the config that the key is not in, where Hydra came to compose one.
+    """
+    if composed is None:
+        composed = compose_choices(config_name, overrides)
+    if key.partition(".")[0] != "hydra":
+        return find_nearest(key, list_known_keys(composed))
+    own = flatten_keys(composed.hydra, "hydra.")
+    search = "hydra/sweeper=optuna"
+    of_search = set(list_hydra_keys(config_name, [search])) - set(own)
+    nearest = find_nearest(key, [*own, *of_search])
+    if nearest and nearest[0] in of_search:
+        return [f"{search} {nearest[0]}"]
+    return nearest
+
+
+def list_hydra_keys(config_name: str, choices: list[str]) -> list[str]:
+    return flatten_keys(compose(config_name, choices, with_hydra=True).hydra, "hydra.")
 
 
 def list_known_choices(group: str) -> list[str]:
@@ -218,20 +259,31 @@ def explain_wrong_choice(overrides: Sequence[str]) -> ConfigError:
     return ConfigError("a group was given something that is no choice of it.")
 
 
-def list_known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """Every key that can be set, given the groups chosen, and the groups themselves."""
-    return [*list_groups(), *flatten_keys(compose_choices(config_name, overrides), "")]
+def list_known_keys(composed: DictConfig) -> list[str]:
+    """Every key that can be set in this config, and the groups themselves."""
+    keys = [key for key in flatten_keys(composed, "") if key.partition(".")[0] != "hydra"]
+    return [*list_groups(), *keys]
 
 
 def compose_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The config with the groups chosen and the keys added, and nothing else that was asked for."""
-    chosen = [o for o in overrides if o.partition("=")[0] in list_groups() or o.startswith("+")]
+    groups = list_groups()
+    chosen = [
+        own
+        for own in overrides
+        if own.startswith(("+", "hydra/")) or own.partition("=")[0] in groups
+    ]
+    return compose(config_name, chosen, with_hydra=True)
+
+
+def compose(config_name: str, chosen: list[str], *, with_hydra: bool = False) -> DictConfig:
+    """The config with these overrides; without them where they are wrong themselves."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(schema.find_conf_folder()), version_base="1.3"):
         try:
-            return hydra.compose(config_name, chosen)
+            return hydra.compose(config_name, chosen, return_hydra_config=with_hydra)
         except HydraException:
-            return hydra.compose(config_name)
+            return hydra.compose(config_name, return_hydra_config=with_hydra)
 
 
 def list_groups() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from grpo import __version__
@@ -37,6 +36,12 @@ Exit codes: 0 done, 1 failed (what was done is saved), 2 refused (nothing was st
 """
 
 
+PLUGIN_CHOICES = {  # that come with Hydra and its launchers, and not from a file in conf/
+    "hydra/launcher": ("basic", "joblib", "ray", "submitit_local"),
+}
+CHOICE_NOTES = {"hydra/launcher": "  (ray: extra [ray]; slurm, submitit_local: extra [slurm])"}
+
+
 JOB_HELP = {
     "check": """\
 grpo check [overrides]: what a run would do, or why it would be refused; nothing is started
@@ -56,8 +61,10 @@ grpo report DIR…: a page of what runs left
 
   grpo report RUN         RUN/report.html: curves, completions, diagnoses
   grpo report RUN RUN…    runs.html in the first: the runs side by side
-  grpo report SWEEP…      SWEEP/report.html, results.csv, experiment/best.yaml: the ranking, and
+  grpo report SWEEP       SWEEP/report.html, results.csv, experiment/best.yaml: the ranking, and
                           which differences the data supports (docs/statistics.md)
+  grpo report SWEEP SWEEP…   sweeps.html, sweeps.csv, experiment/sweeps_best.yaml in the first: the
+                          same of all their jobs together
 """,
     "dashboard": """\
 grpo dashboard [FOLDER]: runs, sweeps and studies in the browser
@@ -86,6 +93,8 @@ grpo export RUN DIR: a folder that transformers loads, with a card that says whe
 
 def format_version() -> str:
     """What --version prints: this package's, and those that its numbers depend on."""
+    from importlib.metadata import version  # slow to import, for one flag
+
     beside = ("torch", "transformers", "hydra-core")
     return f"grpo-bench {__version__} ({', '.join(f'{name} {version(name)}' for name in beside)})"
 
@@ -103,7 +112,8 @@ def format_help(arguments: Sequence[str]) -> str:
     }
     lines = [USAGE, "Choices: group=choice, several rewards: reward=[answer,length]", ""]
     for group in sorted(groups - {"hydra"}):
-        lines.append(f"  {group}: {', '.join(list_choices(folders, group))}")
+        own = sorted({*list_choices(folders, group), *PLUGIN_CHOICES.get(group, ())})
+        lines.append(f"  {group}: {', '.join(own)}{CHOICE_NOTES.get(group, '')}")
     page = (find_conf_folder() / "config.yaml").read_text().rstrip()
     lines += ["", "Config: key=value, and section.key=value", "", page]
     return "\n".join(lines)

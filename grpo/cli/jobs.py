@@ -15,15 +15,12 @@ from grpo.cli.exits import fail, refuse
 from grpo.config import schema
 from grpo.config.check import check_config, check_training
 from grpo.config.overrides import parse_key
-from grpo.config.secrets import redact_logs
+from grpo.config.secrets import redact_logs, remember_secrets
 from grpo.errors import ConfigError, RunError
-from grpo.memory.allocator import keep_freed_memory
 from grpo.runs.files import note_failure
 from grpo.runs.folder import check_run_folder, remove_unstarted
 from grpo.runs.lock import RunLocked, locked
 from grpo.runs.stop import is_stop_requested, is_sweep_job, leave_terminal, request_stop
-from grpo.sweep.gpus import take_gpu
-from grpo.sweep.launch import SWEEP_ONLY_KEYS
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +39,7 @@ def train_job(cfg: DictConfig) -> float | None:
     with job_errors() as folder, locked(folder):
         from grpo.locate import find_for_training
 
+        remember_secrets(cfg)
         check_config(cfg)
         check_training(cfg)
         check_run_folder(folder, cfg.resume, cfg.model, cfg.adapter)
@@ -58,6 +56,7 @@ def eval_job(cfg: DictConfig) -> float | None:
     with job_errors() as folder:
         from grpo.locate import find_for_evaluation
 
+        remember_secrets(cfg)
         check_config(cfg)
         found = find_for_evaluation(cfg)
 
@@ -69,6 +68,10 @@ def eval_job(cfg: DictConfig) -> float | None:
 @contextmanager
 def job_errors() -> Iterator[Path]:
     """A job's folder; alone, its error ends the process, in a sweep it is the sweep's to report."""
+    from grpo.memory.allocator import keep_freed_memory  # not where a config is refused
+    from grpo.sweep.gpus import take_gpu
+    from grpo.sweep.launch import SWEEP_ONLY_KEYS
+
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     is_job = is_sweep_job()

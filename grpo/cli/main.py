@@ -24,6 +24,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.cli.composition import composed_once
 from grpo.cli.exits import command_errors, refuse
 from grpo.cli.explain import explain_hydra_error, explain_key_of_none, explain_wrong_choice
 from grpo.cli.help import format_help, format_version
@@ -31,6 +32,7 @@ from grpo.cli.jobs import eval_job, prepare_process, train_job
 from grpo.cli.outcome import CURRENT, begin_outcome, json_output
 from grpo.cli.past_overrides import FLAGS_WITHOUT_RUN, add_past_overrides, unchanged_if_refused
 from grpo.config import schema
+from grpo.config.overrides import split_arguments
 from grpo.config.suggest import find_nearest, suggest_names
 from grpo.errors import ConfigError
 
@@ -81,12 +83,13 @@ def run_command(*, as_json: bool = False) -> None:
         overrides = add_past_overrides("eval" if job == "eval" else "train", overrides, trusted)
         if job == "train" and {"-m", "--multirun"} & set(overrides):
             CURRENT.command = "sweep"
-        sys.argv = ["grpo", *overrides]
+        given, flags = split_arguments(overrides)
+        sys.argv = ["grpo", *given, *flags]  # Hydra reads no override that follows a flag
         command = hydra.main(
             version_base="1.3", config_path=str(schema.find_conf_folder()), config_name=JOBS[job]
         )
         try:
-            with unchanged_if_refused(overrides):
+            with unchanged_if_refused(overrides), composed_once(overrides):
                 command(eval_job if job == "eval" else train_job)()
         except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
             refuse(explain_hydra_error(error, JOBS[job], overrides))

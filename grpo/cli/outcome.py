@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo.config.secrets import redact
 from grpo.errors import ConfigError
 
 SCHEMA = 1  # raised where a field is renamed or removed, or means something else
@@ -41,7 +42,7 @@ def begin_outcome() -> None:
 
 def note_error(error: BaseException | str) -> None:
     """Keeps an error for the JSON object; of a refusal also key, value and what would be right."""
-    CURRENT.error = {"message": str(error)}
+    CURRENT.error = {"message": redact(str(error))}
     if isinstance(error, ConfigError):
         CURRENT.error |= {
             "key": error.key, "value": error.value, "choices": error.choices,

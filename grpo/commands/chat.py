@@ -116,12 +116,12 @@ def load_chat_models(place: str, trusted: bool) -> tuple[PromptFormat, list[Chat
 
     trusted: Python code that comes with them may be run, whatever the run's folder says.
     """
+    folder = locate_checkpoint_model(place, trust_remote_code=trusted)()  # refused before torch
     from grpo.data.prompts import PromptFormat
     from grpo.device import open_device
     from grpo.models.load import load_language_model
 
     device = open_device("auto", "auto")
-    folder = locate_checkpoint_model(place, trust_remote_code=trusted)()
     run = find_run(Path(place).expanduser())
     if run is None:
         plain = PromptFormat(None, (), True, {}, 2**20)

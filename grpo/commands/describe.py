@@ -111,7 +111,11 @@ def summarize_sweep(sweep: SweepFolder) -> dict[str, Any]:
     record = require_record(sweep.folder)
     values = {job.number: read_values(job, objectives) for job in sweep.jobs}
     metric = next(iter(objectives), None)
-    reached = {n: own[metric] for n, own in values.items() if metric and own[metric] is not None}
+    reached = {
+        number: value
+        for number, own in values.items()
+        if metric and (value := own[metric]) is not None
+    }
     best = None
     if reached:
         pick = min if objectives[str(metric)] == "minimize" else max

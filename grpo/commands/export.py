@@ -11,17 +11,16 @@ from typing import Any
 
 import yaml
 
-from grpo.commands.arguments import take_option
+from grpo.commands.arguments import CommandParser
 from grpo.config.schema import flatten_config
 from grpo.config.secrets import find_texts
 from grpo.errors import ConfigError, RunError
 from grpo.models.hub import find_cached_model
-from grpo.report.run.page import describe_result, format_config_value
+from grpo.report.run.page import describe_end, format_config_value
 from grpo.report.run.read import Run, diagnose_run, diff_configs, load_default_config, read_run
 from grpo.runs.folder import MODEL_ID, find_checkpoint_model, find_run
 
 USAGE = "grpo export RUN DIR [--push ORG/NAME [--private]] [--trust]"
-EXPORT_FLAGS = ("--private", "--trust")  # the second is of a base model under an adapter
 PRIVATE_SECTIONS = (
     "tracking",
     "hydra",
@@ -30,7 +29,15 @@ PRIVATE_SECTIONS = (
     "sweep_dir",
 )  # said of a run, not a model
 PRIVATE_KEY_NAME = re.compile(r"(path|url|dir|folder|file|host|address|email|user|_env|notes)$")
-PATH_OR_URL = re.compile(r"\w+://|~/|/[^\s/]+/|\.{1,2}/|\w:\\|.*\$\{oc\.env:")
+PROSE_KEY_NAME = re.compile(r"(prompt|stop|prefix|suffix)$")  # whose texts may begin with a /
+START = r"(?<![^\s'\"\[({,:=])"  # of a text, or of a word in it
+PATH_OR_ADDRESS = re.compile(
+    r"\w+://|\$\{oc\.env:"
+    rf"|{START}(~/|/[^\s/]+/|\.{{1,2}}/|\w:\\)"
+    rf"|{START}(?=[^\s:]*[A-Za-z.])[\w.-]+:\d{{1,5}}(?![\w:.%-])"  # host:port; no slice
+    rf"|{START}(\d{{1,3}}\.){{3}}\d{{1,3}}(?![\w.])|{START}\[[0-9a-fA-F]*:[0-9a-fA-F:]+\]"
+)
+TOP_LEVEL_PATH = re.compile(rf"{START}/[\w.-]+")
 CARD_METRICS = ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/reward")
 
 
@@ -41,18 +48,21 @@ def export(arguments: Sequence[str]) -> dict[str, Any]:
         ConfigError: there is no run, the folder is not empty, or the hub doesn't let one write.
         RunError: the upload failed; the folder is written.
     """
-    what = "the model's id on the hub, ORG/NAME"
-    private, trusted = "--private" in arguments, "--trust" in arguments
-    given, hub_id = take_option(
-        [own for own in arguments if own not in EXPORT_FLAGS], "--push", what
-    )
-    if private and hub_id is None:
+    needs = "the model's id on the hub, ORG/NAME"
+    parser = CommandParser(USAGE)
+    parser.add_argument("places", nargs="*")
+    parser.add_value("--push", needs=needs)
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--trust", action="store_true")  # of a base model under an adapter
+    options = parser.parse_intermixed_args(arguments)
+    hub_id = options.push
+    if options.private and hub_id is None:
         raise ConfigError("--private: says how --push makes the model's page on the hub.")
     if hub_id is not None and not MODEL_ID.fullmatch(hub_id):
-        raise ConfigError(f"--push {hub_id}: needs {what}.")
-    if len(given) != 2:
+        raise ConfigError(f"--push {hub_id}: needs {needs}.")
+    if len(options.places) != 2:
         raise ConfigError(f"{USAGE}: name a run and the folder to write.")
-    source, folder = given[0], Path(given[1]).expanduser()
+    source, folder = options.places[0], Path(options.places[1]).expanduser()
     home = find_run(Path(source).expanduser())
     if home is None:
         raise ConfigError(f"{source}: holds no run; a plain model needs no export.")
@@ -64,11 +74,11 @@ def export(arguments: Sequence[str]) -> dict[str, Any]:
     run = cut_to_checkpoint(read_run(home), model)
     from grpo.models.merged import write_merged
 
-    write_merged(model, folder, trusted)
+    write_merged(model, folder, options.trust)
     (folder / "README.md").write_text(format_card(run, hub_id or folder.name), encoding="utf-8")
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:
-        push_model(folder, hub_id, private)
+        push_model(folder, hub_id, options.private)
     return {"export": {"source": str(model), "folder": str(folder), "hub_id": hub_id}}
 
 
@@ -140,7 +150,7 @@ def format_card(run: Run, name: str) -> str:
         format_front_matter(run),
         f"# {name}",
         f"`{get_base_name(run)}`, trained by group-relative policy optimization (GRPO) with "
-        f"grpo-bench. {describe_result(run)}",
+        f"grpo-bench. {describe_end(run, '')}",  # an error names paths and addresses
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
@@ -234,7 +244,10 @@ def is_private(key: str, value: object) -> bool:
     """Whether it says where something is on somebody's machines, or how it is reached there."""
     if key.lstrip("+~").startswith(PRIVATE_SECTIONS) or PRIVATE_KEY_NAME.search(key):
         return True
-    return any(PATH_OR_URL.match(text.strip("'\" ")) for _, text in find_texts(value))
+    patterns = [PATH_OR_ADDRESS]
+    if not PROSE_KEY_NAME.search(key):
+        patterns.append(TOP_LEVEL_PATH)
+    return any(own.search(text) for _, text in find_texts(value) for own in patterns)
 
 
 def format_list(config: Mapping[str, Any]) -> str:

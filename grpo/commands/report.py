@@ -18,7 +18,8 @@ from grpo.sweep.folder import SweepResult, count_by_status
 def report(arguments: Sequence[str]) -> dict[str, Any]:
     """Writes report.html, of sweeps also results and the best setting, and says where.
 
-    Into the first of the folders that are given; of several runs, into runs.html there.
+    Into the first of the folders that are given; of several runs into runs.html there, of several
+    sweeps into sweeps.html.
 
     Raises:
         ConfigError: there is no run and no sweep where one was named.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.suggest import find_nearest, format_suggestion
+from grpo.config.validation import check_function_name
 from grpo.errors import ConfigError
 
 
@@ -22,15 +23,20 @@ def resolve_node(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def bind(node: Mapping[str, Any], key: str) -> functools.partial[Any]:
+def bind(
+    node: Mapping[str, Any], key: str, other_keys: Collection[str] = ()
+) -> functools.partial[Any]:
     """The callable that a node's `_target_` names, with the node's other keys bound.
+
+    Args:
+        other_keys: those that such a node may have besides, which are not the callable's.
 
     Raises:
         ConfigError: it can't be imported, or doesn't take one of the keys.
     """
     options = resolve_node(node) if isinstance(node, DictConfig) else dict(node)
     target = import_callable(str(options.pop("_target_", "")), f"{key}._target_")
-    check_options(target, options, key)
+    check_options(target, options, key, other_keys)
     return functools.partial(target, **options)
 
 
@@ -58,17 +64,16 @@ def resolve_name(name: str, table: Mapping[str, Any], key: str) -> Any:
     """
     if name in table:
         return table[name]
-    if "." not in name:
-        near = find_nearest(name, table)
-        raise ConfigError(
-            f"{key}={name}: use one of {', '.join(table)}, or a function of your own as "
-            f"module.function{format_suggestion(near)}",
-            key=key, value=name, choices=table, nearest=near,
-        )  # fmt: skip
+    check_function_name(name, table, key)
     return import_callable(name, key)
 
 
-def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: str) -> None:
+def check_options(
+    target: Callable[..., Any],
+    options: Mapping[str, Any],
+    key: str,
+    other_keys: Collection[str] = (),
+) -> None:
     """Refuses an option that a callable doesn't take, or whose value is of another type."""
     try:
         known = inspect.signature(target).parameters
@@ -79,7 +84,7 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], key: s
     for option, value in options.items():
         if option not in known and not takes_any:
             name = getattr(target, "__qualname__", target)
-            near = find_nearest(option, known)
+            near = find_nearest(option, [*known, *other_keys])
             raise ConfigError(
                 f"{key}.{option}: {name} takes no such key{format_suggestion(near)}",
                 key=f"{key}.{option}", value=value, choices=known, nearest=near,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import fields, is_dataclass
-from importlib.util import find_spec
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grpo.config.check_algorithm import check_algorithm, check_kl, check_sampling
+from grpo.config.extras import require_extra
 from grpo.config.foreign_names import explain_foreign_name
 from grpo.config.metric_names import (
     EVAL_METRICS,
@@ -24,6 +24,12 @@ from grpo.errors import ConfigError
 from grpo.seeds import SEED_LIMIT
 
 INVALID_IN_PROJECT, INVALID_IN_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
+EXTRA_OF_TARGET = {  # the choice that names it, the package it imports, the extra that brings that
+    "grpo.data.ReasoningGym": ("dataset=reasoning_gym", "reasoning_gym", "gym"),
+    "grpo.rewards.Math": ("reward=math", "math_verify", "math"),
+    "grpo.rollout.vllm.VLLMEngine": ("rollout=vllm", "vllm", "vllm"),
+    "grpo.tracking.Trackio": ("tracking=trackio", "trackio", "dashboard"),
+}
 INT32_MAX = 2**31 - 1  # of whole numbers, and of tokens that are sampled together
 
 
@@ -216,18 +222,14 @@ def check_adapter(cfg: DictConfig) -> None:
 
 
 def check_installed(cfg: DictConfig) -> None:
-    """What an extra brings."""
-    needs = (
-        ("adapter.quantized", True, "adapter.quantized=True", "bitsandbytes", "quantized"),
-        ("optim.name", "adamw_8bit", "optim.name=adamw_8bit", "bitsandbytes", "quantized"),
-        ("rollout._target_", "grpo.rollout.vllm.VLLMEngine", "rollout=vllm", "vllm", "vllm"),
-    )
-    for key, wanted, said, package, extra in needs:
-        if OmegaConf.select(cfg, key) == wanted and find_spec(package) is None:
-            raise ConfigError(
-                f"{said}: needs {package}, which is not installed: "
-                f"pip install 'grpo-bench[{extra}]'"
-            )
+    """Refuses choices whose packages an extra brings that is not installed."""
+    for key, value in flatten_config(OmegaConf.to_container(cfg)).items():  # type: ignore[arg-type]
+        if key.endswith("_target_") and value in EXTRA_OF_TARGET:
+            require_extra(*EXTRA_OF_TARGET[value])
+    if OmegaConf.select(cfg, "adapter.quantized"):
+        require_extra("adapter.quantized=True", "bitsandbytes", "quantized")
+    if cfg.optim.name == "adamw_8bit":
+        require_extra("optim.name=adamw_8bit", "bitsandbytes", "quantized")
 
 
 def check_curriculum(cfg: DictConfig) -> None:

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.validation import check_at_least, check_choice, check_positive
+from grpo.config.objective_names import (
+    AGGREGATE_NAMES,
+    AVERAGING_NAMES,
+    BASELINE_NAMES,
+    ESTIMATOR_NAMES,
+    RATIO_NAMES,
+    SCALE_NAMES,
+)
+from grpo.config.validation import (
+    check_at_least,
+    check_choice,
+    check_function_name,
+    check_positive,
+)
 from grpo.errors import ConfigError
+
+FUNCTION_NAMES = {  # keys of an algorithm that name a function
+    "baseline": BASELINE_NAMES,
+    "scale": SCALE_NAMES,
+    "aggregate": AGGREGATE_NAMES,
+    "ratio": RATIO_NAMES,
+    "averaging": AVERAGING_NAMES,
+}
 
 
 def check_sampling(cfg: DictConfig) -> None:
@@ -27,6 +48,8 @@ def check_algorithm(cfg: DictConfig) -> None:
     check_positive(cfg, "algorithm.top_entropy", maximum=1.0)
     check_at_least(cfg, "algorithm.importance_cap", 1.0)
     algorithm = cfg.algorithm
+    for key, names in FUNCTION_NAMES.items():
+        check_function_name(algorithm[key], names, f"algorithm.{key}")
     if algorithm.minibatches > cfg.batch_size:
         raise ConfigError(
             f"algorithm.minibatches={algorithm.minibatches}: a minibatch holds whole groups, and "
@@ -72,6 +95,8 @@ def check_kl(cfg: DictConfig) -> None:
     check_at_least(cfg, "kl.sync_every", 0)
     check_positive(cfg, "kl.sync_share", maximum=1.0)
     kl = cfg.kl
+    if kl.estimator is not None:
+        check_function_name(kl.estimator, ESTIMATOR_NAMES, "kl.estimator")
     # Not so with kl_weight=0, which stands in many a sweep beside other weights.
     without = {"kl.within": "loss", "kl.unbiased_gradient": False, "kl.sync_every": 0}
     for key, value in without.items():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
+
+from grpo.config.suggest import suggest_names
+from grpo.errors import ConfigError
 
 LOCATION_KEYS = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, not what it is
 
@@ -16,10 +20,26 @@ def quote_value(value: object) -> str:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's own parser tells `key=value` from flags and the values that belong to flags."""
-    known, unknown = get_args_parser().parse_known_args(list(arguments))
+    """Hydra's own parser tells `key=value` from flags and the values that belong to flags.
+
+    Raises:
+        ConfigError: there is no such flag, or it doesn't take this value.
+    """
+    parser = get_args_parser()
+    parser.error = refuse_flag  # type: ignore[method-assign]
+    known, unknown = parser.parse_known_args(list(arguments))
+    for word in unknown:
+        if word.startswith("-"):
+            flags = [own for own in parser._option_string_actions if own.startswith("--")]
+            raise ConfigError(
+                f"{word}: no such flag{suggest_names(word, flags) or '.'} grpo --help names them."
+            )
     overrides = [*known.overrides, *(word for word in unknown if not word.startswith("-"))]
     return overrides, [word for word in arguments if word not in overrides]
+
+
+def refuse_flag(message: str) -> NoReturn:
+    raise ConfigError(f"{message.removeprefix('argument ')}. grpo --help names the flags.")
 
 
 def parse_key(override: str) -> str:

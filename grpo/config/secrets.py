@@ -23,6 +23,19 @@ SECRET_KEY = re.compile(  # a key's last part
     r"|(api|auth|access|refresh|bearer|hf|hub)_?token)$|^token$",
     re.IGNORECASE,
 )
+SECRET_WORD = re.compile(  # or the last word of it, where its value is a text and no number
+    r"(^|[_-]|(?<=[a-z])(?=[A-Z]))(?i:(api)?(key|token|pw|pwd|pass|passwd|password|passphrase"
+    r"|secret|credential|cred|auth|authorization)s?)$"
+)
+HARMLESS_WORD = re.compile(  # what the word before says: a token of the text, a key of a table
+    r"(^|[_-])(eos|bos|pad|unk|sep|cls|mask|stop|end|start|begin|open|close|first|last|next|new"
+    r"|image|audio|video|vision|think|thinking|answer|tool|role|chat|special|extra|added|bad|forced"
+    r"|forbidden|banned|separator|newline|prompt|completion|max|min|num|sort|primary|foreign|group"
+    r"|dict|json|column|row|field|label|text|input|output|question|gold|target|metric|cache|map"
+    r"|partition|score|result|message|messages|content)[_-]?(key|token)s?$",
+    re.IGNORECASE,
+)
+NUMBER = re.compile(r"[-+]?[\d._]+(e[-+]?\d+)?|true|false|null|", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTHORIZATION)$")
 URL_PASSWORD = re.compile(r"\w://[^/\s:@]*:([^/\s@]+)@")  # in a URL
 SECRET_PATTERNS = (
@@ -35,6 +48,7 @@ SECRET_PATTERNS = (
     re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"),  # a JSON web token
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 )
+CONFIG_SECRETS: set[str] = set()  # taken from the environment by keys that are named like secrets
 MIN_SECRET_LENGTH = 8  # characters; a shorter value stands in texts that have nothing to do with it
 REDACTED = "***"
 
@@ -50,8 +64,11 @@ def refuse_secrets(config: DictConfig) -> None:
     found = list(find_texts({k: v for k, v in whole.items() if k != "hydra"}))
     hydra = whole.get("hydra") or {}
     found += find_texts({k: hydra.get(k) for k in ("sweeper", "launcher")}, "hydra")
-    found += find_texts(hydra.get("job", {}).get("env_set") or {}, "hydra.job.env_set")
-    found += find_override_texts(hydra.get("overrides", {}).get("task") or ())
+    job = hydra.get("job") or {}
+    found += find_texts({own: job.get(own) for own in ("name", "env_set")}, "hydra.job")
+    found += find_texts({own: hydra.get(own) for own in ("run", "sweep")}, "hydra")
+    for overrides in (hydra.get("overrides") or {}).values():
+        found += find_override_texts(overrides or ())
     for key, text in found:
         if is_secret(key, text):
             raise ConfigError(
@@ -65,8 +82,18 @@ def is_secret(key: str, text: str) -> bool:
     if "${" in text:
         text = re.sub(r"\$\{[^}]*\}", "", text)
         return any(look.search(text) for look in SECRET_PATTERNS)
-    named = SECRET_KEY.search(key.rpartition(".")[2]) is not None
-    return (named and bool(text)) or any(look.search(text) for look in SECRET_PATTERNS)
+    last = key.rpartition(".")[2]
+    named = SECRET_KEY.search(last) or (
+        is_secret_key(key) and not NUMBER.fullmatch(text.strip("'\""))
+    )
+    return bool(named and text) or any(look.search(text) for look in SECRET_PATTERNS)
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a key is named like a secret: judge_key is, eos_token is not."""
+    last = key.rpartition(".")[2]
+    named = SECRET_KEY.search(last) or SECRET_WORD.search(last)
+    return bool(named) and not HARMLESS_WORD.search(last)
 
 
 def find_texts(node: object, name: str = "") -> Iterator[tuple[str, str]]:
@@ -132,6 +159,18 @@ def hide_texts(written: Any, resolved: Any, hidden: set[str]) -> Any:
     return written if any(own in text for own in hidden for text in texts) else resolved
 
 
+def remember_secrets(config: DictConfig) -> None:
+    """From now on `redact` knows what a key that is named like a secret takes from the environment.
+
+    Whatever the variable's name is.
+    """
+    written, resolved = (OmegaConf.to_container(config, resolve=own) for own in (False, True))
+    hidden = set(find_environment_texts(written, resolved))
+    for key, text in find_texts(resolved):
+        if is_secret_key(key):
+            CONFIG_SECRETS.update(own for own in hidden if own in text)
+
+
 def redact(text: str) -> str:
     """The text without the secrets of the environment, as a service's error may quote them."""
     for secret in sorted(find_environment_secrets(), key=len, reverse=True):
@@ -140,9 +179,13 @@ def redact(text: str) -> str:
 
 
 def find_environment_secrets() -> set[str]:
-    """Values of variables that are named like secrets, and passwords in all others' URLs."""
+    """Values of variables that are named like secrets, passwords in all others' URLs.
+
+    And what `remember_secrets` found.
+    """
     found = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name.upper())}
     found |= {own for value in os.environ.values() for own in URL_PASSWORD.findall(value)}
+    found |= CONFIG_SECRETS
     return {value for value in found if len(value) >= MIN_SECRET_LENGTH}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -35,6 +36,17 @@ def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(
             f"{key}={value}: use one of {', '.join(choices)}{format_suggestion(near)}",
             key=key, value=value, choices=choices, nearest=near,
+        )  # fmt: skip
+
+
+def check_function_name(name: str, known: Collection[str], key: str) -> None:
+    """Refuses a bare name that is not known; a dotted one is a function of the user's own."""
+    if name not in known and "." not in name:
+        near = find_nearest(name, known)
+        raise ConfigError(
+            f"{key}={name}: use one of {', '.join(known)}, or a function of your own as "
+            f"module.function{format_suggestion(near)}",
+            key=key, value=name, choices=list(known), nearest=near,
         )  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""`grpo dashboard`: the runs, sweeps and studies of a folder, on one address of this machine."""
+"""`grpo dashboard`: the runs, sweeps and studies of a folder, at one address of this machine."""

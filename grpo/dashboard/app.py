@@ -1,9 +1,12 @@
-"""The pages behind one address: home, reports, Trackio, optuna-dashboard. All of it only reads."""
+"""The pages at one address: home, reports, Trackio and optuna-dashboard.
+
+No request changes a run, a sweep, a study or a logged value. Trackio opens its database to write:
+when its pages are first requested, it converts the files in outputs/trackio to its current format.
+"""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,20 +26,25 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from grpo.dashboard.home import render_home
 from grpo.dashboard.outputs import find_outputs
 from grpo.dashboard.studies import Studies
+from grpo.dashboard.wsgi import WSGIApp
 from grpo.errors import ConfigError
 from grpo.report.run.page import render_run_page
 from grpo.report.run.read import read_run
 from grpo.report.sweep.write import render_sweep_page
 
+TRACKIO_READING = ("get_", "list_", "query_project")  # how the names of such functions begin
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def build_app(root: Path, host: str) -> Starlette:
-    """host: where it listens; on a loopback address it answers to this machine's names alone."""
+    """Builds the app that serves all pages of a folder of outputs.
+
+    host: where it listens; on a loopback address the app answers only to this machine's names.
+    """
     root = root.absolute()
     studies = Studies(root)
 
-    def front(request: Request) -> Response:
+    def home(request: Request) -> Response:
         outputs = find_outputs(root)
         studies.copy_studies(outputs.sweeps)
         return HTMLResponse(render_home(outputs, root, studies.ids, studies.unreadable))
@@ -55,17 +63,17 @@ def build_app(root: Path, host: str) -> Starlette:
         sources = ["sweep.json", "*/summary.json", "*/metrics.jsonl"]
         return pages.serve_report(find_requested_folder(root, request), sources, render_sweep_page)
 
-    runs = LazyApp(lambda: build_trackio_app(root / "trackio"))
+    trackio = ReadOnlyApp(LazyApp(lambda: build_trackio_app(root / "trackio")), is_trackio_reading)
     routes = [
-        Route("/", front),
+        Route("/", home),
         Route("/run/{path:path}", run),
         Route("/sweep/{path:path}", sweep),
-        Mount("/trackio", runs),
-        Route("/static/trackio/{rest:path}", runs),  # which its page asks for from the root
-        Route("/file", runs),
+        Mount("/trackio", trackio),
+        Route("/static/trackio/{rest:path}", trackio),  # its page requests it from the root
+        Route("/file", trackio),
         Mount("/", ReadOnlyApp(LazyApp(lambda: build_optuna_app(studies)))),
     ]
-    # Another site's page must not read this one by a name that it lets point here.
+    # Against DNS rebinding: another site's page must not read this one by a name that points here.
     names = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
     return Starlette(
         routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=names)]
@@ -73,7 +81,7 @@ def build_app(root: Path, host: str) -> Starlette:
 
 
 def find_requested_folder(root: Path, request: Request) -> Path:
-    """The folder that a request names, which must be in the one that is shown."""
+    """Returns the folder that a request names; raises HTTPException, 404, if it is not in root."""
     folder = root / str(request.path_params["path"])
     if not folder.resolve().is_relative_to(root.resolve()) or not folder.is_dir():
         raise HTTPException(404, "There is no such folder.")
@@ -81,7 +89,7 @@ def find_requested_folder(root: Path, request: Request) -> Path:
 
 
 class ReportCache:
-    """Reports as they are now: those that were written, or made and kept here; none is written."""
+    """Serves reports that are up to date: written ones, or else ones that it makes and caches."""
 
     def __init__(self, max_reports: int = 16) -> None:
         self.max_reports = max_reports
@@ -91,31 +99,31 @@ class ReportCache:
     def serve_report(
         self, folder: Path, sources: list[str], make: Callable[[Path], str]
     ) -> Response:
-        """A folder's report, made anew where what it is made from is newer.
+        """Returns a folder's report; makes it again if its sources are newer.
 
         Raises:
             HTTPException: 404, there is nothing to show yet.
         """
         report = folder / "report.html"
-        times = [file.stat().st_mtime for own in sources for file in folder.glob(own)]
+        times = [file.stat().st_mtime for pattern in sources for file in folder.glob(pattern)]
         newest = max(times, default=0.0)
         if report.is_file() and report.stat().st_mtime >= newest:
             return FileResponse(report)
-        with self.locks[folder]:  # others who ask for it wait, and get the same
-            made = self.rendered.get(folder)
-            if made is None or made[0] != newest:
+        with self.locks[folder]:  # other requests for it wait, and get the same
+            cached = self.rendered.get(folder)
+            if cached is None or cached[0] != newest:
                 try:
-                    made = newest, make(folder)
+                    cached = newest, make(folder)
                 except ConfigError as error:
                     raise HTTPException(404, str(error)) from error
-                self.rendered[folder] = made
+                self.rendered[folder] = cached
                 while len(self.rendered) > self.max_reports:
                     self.rendered.popitem(last=False)
-        return HTMLResponse(made[1])
+        return HTMLResponse(cached[1])
 
 
 class LazyApp:
-    """An app that is made when it is first asked for: they are slow to import."""
+    """An app that is made at its first request, since its import is slow."""
 
     def __init__(self, make: Callable[[], ASGIApp]) -> None:
         self.make = make
@@ -128,20 +136,31 @@ class LazyApp:
 
 
 class ReadOnlyApp:
-    """Lets nothing through that could change a study."""
+    """Refuses requests that could change what is shown.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Args:
+        reads: whether a request by another method than GET and HEAD only reads; None: none does.
+    """
+
+    def __init__(self, app: ASGIApp, reads: Callable[[Scope], bool] | None = None) -> None:
+        self.app, self.reads = app, reads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
-            await Response("This dashboard only shows.", 405)(scope, receive, send)
+        writing = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD")
+        if writing and not (self.reads and self.reads(scope)):
+            await Response("This dashboard is read-only.", 405)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
 
+def is_trackio_reading(scope: Scope) -> bool:
+    """Whether a request asks one of Trackio's functions that read; its page asks them by POST."""
+    called = str(scope["path"]).rpartition("/api/")[2]
+    return scope["method"] == "POST" and called.startswith(TRACKIO_READING)
+
+
 def build_trackio_app(folder: Path) -> ASGIApp:
-    """Trackio's own app, which asks for a token before it changes anything."""
+    """Builds Trackio's own app."""
     os.environ["TRACKIO_DIR"] = str(folder)  # read when it is imported
     from trackio.server import build_starlette_app_only
 
@@ -153,15 +172,11 @@ def build_trackio_app(folder: Path) -> ASGIApp:
 def build_optuna_app(studies: Studies) -> ASGIApp:
     from optuna_dashboard import wsgi
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from starlette.middleware.wsgi import WSGIMiddleware
+    app = wsgi(studies.storage)
 
-    shown = wsgi(studies.storage)
-
-    def current(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+    def refreshed(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         studies.refresh()
-        answer: Iterable[bytes] = shown(environ, start)
+        answer: Iterable[bytes] = app(environ, start)
         return answer
 
-    return WSGIMiddleware(current)
+    return WSGIApp(refreshed)

@@ -1,4 +1,4 @@
-"""The first page: what there is, and the way to each of its pages."""
+"""The home page: a list of runs, sweeps and evaluations, with links to their pages."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ SECONDS_BETWEEN_LOADS = 10  # while something runs
 def render_home(
     outputs: Outputs, root: Path, studies: Mapping[Path, int], unreadable: Mapping[Path, str]
 ) -> str:
-    """HTML.
+    """Returns the page as HTML.
 
     Args:
         studies: a sweep's folder -> its study's number in optuna-dashboard.
-        unreadable: a sweep's folder -> why its study is not there.
+        unreadable: a sweep's folder -> why its study can't be read.
     """
     page = Page(f"grpo: {root.absolute().name}")
     page.add(f"<h1>{escape(root.absolute().name)}</h1>")
     page.add(f"<p class=lead>{summarize_outputs(outputs)}</p>")
     if not (outputs.runs or outputs.sweeps or outputs.evaluations):
-        page.add("<section><p>Train one: <code>grpo</code>. This page will show it.</p></section>")
+        page.add("<section><p>Start a run with <code>grpo</code>; it appears here.</p></section>")
     links = ["<a href='/trackio/'>Runs in Trackio</a>"]
     if studies:
         links.append("<a href='/dashboard'>Studies in optuna-dashboard</a>")
     page.add(f"<p class=facts>{' &middot; '.join(links)}</p>")
     if outputs.errors:
-        reasons = "".join(f"<li>{escape(own)}</li>" for own in outputs.errors)
+        reasons = "".join(f"<li>{escape(error)}</li>" for error in outputs.errors)
         page.add(f"<section class=trouble><h2>Broken</h2><ul>{reasons}</ul></section>")
     if outputs.sweeps:
         heads = ["sweep", "jobs", "study", "each job"]
-        cells = [render_study_cell(own, studies, unreadable) for own in outputs.sweeps]
-        rows = [render_sweep_row(*own, root) for own in zip(outputs.sweeps, cells, strict=True)]
+        cells = [render_study_cell(sweep, studies, unreadable) for sweep in outputs.sweeps]
+        rows = [render_sweep_row(*pair, root) for pair in zip(outputs.sweeps, cells, strict=True)]
         page.add(f"<section><h2>Sweeps</h2>{render_table(heads, rows)}</section>")
     if outputs.runs:
         heads = ["run", "status", "steps", "sampled", "greedy", "time", "overrides"]
@@ -49,7 +49,7 @@ def render_home(
         page.add(f"<section><h2>Runs</h2>{render_table(heads, rows)}</section>")
     if outputs.evaluations:
         heads = ["evaluation", "of", "prompts", "sampled", "greedy", "pass@k", "overrides"]
-        rows = [render_evaluation_row(own, root) for own in outputs.evaluations]
+        rows = [render_evaluation_row(evaluation, root) for evaluation in outputs.evaluations]
         page.add(f"<section><h2>Evaluations</h2>{render_table(heads, rows)}</section>")
     if any(status == RUNNING for status in list_statuses(outputs)):
         page.reload(SECONDS_BETWEEN_LOADS)
@@ -62,10 +62,10 @@ def list_statuses(outputs: Outputs) -> Iterable[str]:
 
 
 def summarize_outputs(outputs: Outputs) -> str:
-    going = sum(status == RUNNING for status in list_statuses(outputs))
+    count = sum(status == RUNNING for status in list_statuses(outputs))
     runs, sweeps = len(outputs.runs), len(outputs.sweeps)
     parts = [f"{runs} run{'' if runs == 1 else 's'}", f"{sweeps} sweep{'' if sweeps == 1 else 's'}"]
-    return f"{', '.join(parts)}; {f'{going} running now' if going else 'nothing runs just now'}."
+    return f"{', '.join(parts)}; {f'{count} running now' if count else 'nothing runs just now'}."
 
 
 def render_run_row(run: RunFolder, root: Path) -> str:
@@ -83,21 +83,21 @@ def render_evaluation_row(evaluation: EvaluationFolder, root: Path) -> str:
         format_gain(None, evaluation.result, f"eval/{key}")
         for key in ("sampled_accuracy", "accuracy", "pass_at_k")
     ]
-    place, given = str(evaluation.folder.relative_to(root)), " ".join(evaluation.overrides)
+    place, overrides = str(evaluation.folder.relative_to(root)), " ".join(evaluation.overrides)
     cells = [
         place,
         str(evaluation.result["checkpoint"]),
         str(evaluation.result["prompts"]),
         *shares,
-        given,
+        overrides,
     ]
     return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
 def format_gain(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, key: str) -> str:
-    values = [own.get(key) for own in (first, last) if own]
-    told = [f"{value:.1%}" for value in values if value is not None]
-    return " \u2192 ".join(dict.fromkeys(told))
+    values = [evaluation.get(key) for evaluation in (first, last) if evaluation]
+    shares = [f"{value:.1%}" for value in values if value is not None]
+    return " \u2192 ".join(dict.fromkeys(shares))
 
 
 def render_study_cell(

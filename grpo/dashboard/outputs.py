@@ -1,4 +1,4 @@
-"""What there is to see in a folder of outputs, newest first."""
+"""Finds the runs, evaluations and sweeps in a folder of outputs, newest first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVALUATION = "evaluation.json"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run, as its summary says."""
+    """A run's folder and summary."""
 
     folder: Path
     status: str
@@ -29,7 +29,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """A sweep and what has become of its jobs."""
+    """A sweep's folder and the states of its jobs."""
 
     folder: Path
     jobs: list[JobState]
@@ -41,7 +41,7 @@ class SweepFolder:
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """What `grpo eval` found."""
+    """A result of `grpo eval`."""
 
     folder: Path
     result: Mapping[str, Any]  # evaluation.json
@@ -53,19 +53,19 @@ class Outputs:
     runs: list[RunFolder]
     evaluations: list[EvaluationFolder]
     sweeps: list[SweepFolder]
-    errors: list[str]  # why a sweep can't be read
+    errors: list[str]  # of folders that can't be read
 
 
 def find_outputs(root: Path) -> Outputs:
-    """Runs, evaluations and sweeps at any depth; the jobs of a sweep are the sweep's."""
-    runs, evaluations, sweeps, broken = [], [], [], []
-    for name, inside, files in os.walk(root):
+    """Finds runs, evaluations and sweeps at any depth; a sweep's jobs are not listed as runs."""
+    runs, evaluations, sweeps, errors = [], [], [], []
+    for name, subfolders, files in os.walk(root):
         folder = Path(name)
         if RECORD in files:
             try:
                 sweeps.append(SweepFolder(folder, list(read_job_states(folder))))
             except ConfigError as error:
-                broken.append(str(error))  # and it hides no other
+                errors.append(str(error))  # the other folders are still shown
         elif is_run(folder):
             summary = read_summary(folder)
             if summary is None and EVALUATION not in files:
@@ -76,15 +76,15 @@ def find_outputs(root: Path) -> Outputs:
                 overrides = list(read_yaml(folder / ".hydra" / "overrides.yaml") or [])
                 found = read_json_file(folder / EVALUATION, dict, "what it found isn't known")
             except ConfigError as error:
-                broken.append(str(error))
+                errors.append(str(error))
             if found is not None:
                 evaluations.append(EvaluationFolder(folder, found, overrides))
             elif summary is not None:
                 runs.append(RunFolder(folder, infer_status(folder, summary), summary, overrides))
         else:
             continue
-        inside.clear()  # what is within it is its own
-    evaluations.sort(key=lambda own: (own.folder / EVALUATION).stat().st_mtime, reverse=True)
+        subfolders.clear()  # don't search its subfolders
+    evaluations.sort(key=lambda found: (found.folder / EVALUATION).stat().st_mtime, reverse=True)
     runs.sort(key=lambda run: str(run.summary.get("started")), reverse=True)
     sweeps.sort(key=lambda sweep: (sweep.folder / RECORD).stat().st_mtime, reverse=True)
-    return Outputs(runs, evaluations, sweeps, broken)
+    return Outputs(runs, evaluations, sweeps, errors)

@@ -1,4 +1,4 @@
-"""Is this completion right? The gold answer against what the completion says."""
+"""Extracts the answer from a completion and compares it with the gold answer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
 from grpo.types import Example, strip_or_none
 from grpo.verifiers.latex import extract_last_box
@@ -20,19 +21,19 @@ BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def extract_tagged_answer(text: str) -> str | None:
-    """The text of the last `<answer>…</answer>` (the innermost, where they nest), or None."""
+    """Returns the text of the last `<answer>…</answer>` (the innermost if nested), or None."""
     found = ANSWER_TAG.findall(text)
     return found[-1].strip() if found else None
 
 
 def extract_boxed_answer(text: str) -> str | None:
-    """The content of the last whole `\\boxed{…}`, braces in it and all, or None."""
+    """Returns the content of the last complete `\\boxed{…}`, inner braces included, or None."""
     found = extract_last_box(text)
     return None if found is None else found.strip()
 
 
 def extract_likely_answer(text: str) -> str | None:
-    """The answer wherever it stands: in a tag, in a box, the last number, or all of the text."""
+    """Returns the first that is found: a tagged or boxed answer, the last number, the text."""
     found = (
         read(text)
         for read in (extract_tagged_answer, extract_boxed_answer, find_last_number, strip_or_none)
@@ -50,9 +51,10 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
 
 
 def normalize_answer(answer: str) -> Number | str:
-    """What two answers must have in common to be the same one.
+    """Returns a form in which equal answers are equal.
 
-    The value of a number; of anything else its text, without case, outer spaces and typography.
+    For a number its value; for anything else its text, unboxed, without case, outer spaces and
+    typographic variants.
     """
     number = parse_number(answer)
     if number is not None:
@@ -62,26 +64,29 @@ def normalize_answer(answer: str) -> Number | str:
     return unicodedata.normalize("NFC", text.translate(LOOKALIKE_SIGNS).strip().casefold())
 
 
-def is_same_answer(given: str, gold: str) -> bool:
-    """Whether two answers are the same number or, where they aren't numbers, the same text."""
-    return normalize_answer(given) == normalize_answer(gold)
+def is_same_answer(answer: str, gold: str) -> bool:
+    """Returns whether two answers are the same number or, if not numbers, the same text."""
+    return normalize_answer(answer) == normalize_answer(gold)
 
 
 def choose_extractor(name: str) -> Callable[[str], str | None]:
-    """What reads the answer out of a completion.
+    """Returns the function that extracts the answer from a completion.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no extractor has this name.
     """
     if name not in EXTRACTORS:
-        raise ConfigError(f"dataset.extract={name!r}: use one of {', '.join(EXTRACTORS)}.")
+        raise ConfigError(
+            f"dataset.extract={name!r}: use one of {', '.join(EXTRACTORS)}"
+            f"{suggest_names(name, EXTRACTORS)}"
+        )
     return EXTRACTORS[name]
 
 
 def verify_answer(gold: str, read: Callable[[str], str | None], completion: str) -> float:
-    """1 where the answer that is read out of a completion equals the gold answer, else 0."""
-    given = read(completion)
-    return float(given is not None and is_same_answer(given, gold))
+    """Returns 1 if the answer that `read` extracts equals the gold answer, else 0."""
+    answer = read(completion)
+    return float(answer is not None and is_same_answer(answer, gold))
 
 
 def answered(
@@ -91,10 +96,13 @@ def answered(
     columns: Mapping[str, Any] = MappingProxyType({}),
     messages: tuple[Mapping[str, str], ...] = (),
 ) -> Example:
-    """An example with a gold answer.
+    """Makes an example that is verified against a gold answer.
 
     extract: where a completion's answer stands: in the last `tag` (`<answer>`), `boxed`, the last
-        `number`, all of the `text`, or `lenient`: the first of these that there is.
+        `number`, all of the `text`, or `lenient`: the first of these that is found.
+
+    Raises:
+        ConfigError: `extract` is none of these.
     """
     read = choose_extractor(extract)
     return Example(

@@ -1,4 +1,4 @@
-"""Generated sums: a data set that needs no download, whose answers are known to be right."""
+"""Generated sums: a data set that needs no download and whose answers are correct for certain."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b}
 
 
 class Arithmetic(Source):
-    """`What is 47 + 38?`, drawn without repetition.
+    """Problems like `What is 47 + 38?`, drawn without repetition.
 
-    One problem in ten, chosen by a hash of its text, belongs to evaluation and never to training,
+    One problem in ten, chosen by a hash of its text, is for evaluation and never for training,
     whatever the sizes and seeds.
     """
 
@@ -37,7 +37,7 @@ class Arithmetic(Source):
             raise ConfigError(f"dataset.digits={digits}: use 1 to 9 digits.")
         unknown = sorted(set(operations) - set(OPERATORS))
         if unknown or not operations:
-            raise ConfigError(f"dataset.operations={operations!r}: use some of + and -.")
+            raise ConfigError(f"dataset.operations={operations!r}: use +, - or +-.")
         self.digits, self.operations, self.seed = digits, sorted(set(operations)), seed
         choose_extractor(extract)
         self.extract = extract
@@ -55,7 +55,7 @@ class Arithmetic(Source):
         if size > most:
             raise none_left
         rng = random.Random(f"{self.seed} {held_out}")
-        drawn: dict[int, None] = {}  # in order, and none twice
+        drawn: dict[int, None] = {}  # in order, without repetition
         for _ in range(100 * size):
             number = self._draw_number(rng)
             if number not in drawn and is_held_out(self._format_question(number)) == held_out:
@@ -71,9 +71,9 @@ class Arithmetic(Source):
         return row
 
     def _count_problems(self, held_out: bool) -> tuple[int, int]:
-        """Different problems: about so many, and surely no more than so many.
+        """Returns about how many different problems there are, and an upper bound.
 
-        The hash is as good as chance: five standard deviations are never seen.
+        The hash acts like chance, so the bound adds five standard deviations.
         """
         numbers = 10**self.digits
         sums = {"+": numbers**2, "-": numbers * (numbers + 1) // 2}
@@ -82,7 +82,7 @@ class Arithmetic(Source):
         return round(about), math.ceil(about + 5 * math.sqrt(total * 0.1 * 0.9))
 
     def _draw_number(self, rng: random.Random) -> int:
-        """A problem as one number: a, b and the operation as its digits."""
+        """Draws a problem, encoded as one number: a, b and the operation are its digits."""
         numbers = 10**self.digits
         a, b = rng.randrange(numbers), rng.randrange(numbers)
         operation = rng.choice(self.operations)
@@ -113,7 +113,7 @@ def check_count(count: int, key: str) -> int:
 
 
 def get_size_key(split: str) -> str:
-    """The key that says how many rows of a split are generated."""
+    """Returns the key that sets how many rows of a split are generated."""
     keys = {"train": "size", "test": "eval_size"}
     if split not in keys:
         raise ConfigError(f"dataset.split={split}: a generated data set has train and test.")
@@ -121,5 +121,5 @@ def get_size_key(split: str) -> str:
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a problem belongs to evaluation: a tenth of all of them, fixed for good."""
+    """Returns whether a problem is for evaluation, as a fixed tenth of all problems is."""
     return zlib.crc32(question.encode()) % 10 == 0

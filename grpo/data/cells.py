@@ -1,4 +1,4 @@
-"""What a cell of a table holds, as a text that can be asked or compared; refused where it isn't."""
+"""Converts the cells of a table to questions and answers; refuses cells that can't be either."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from grpo.errors import ConfigError
 
 Row = Mapping[str, Any]
-# By the name that Arrow gives it, or a feature of datasets.
+# NumPy's name of a narrow float type, by its name in Arrow or in the datasets library.
 NARROW_DTYPES = {
     "float": "float32",
     "halffloat": "float16",
@@ -20,10 +20,10 @@ NARROW_DTYPES = {
 
 
 class FloatShortener:
-    """Rows of a table in which a float32's 0.1 is 0.1, not 0.10000000149011612."""
+    """Shortens the narrow floats of a row: a float32's 0.1 is 0.1, not 0.10000000149011612."""
 
     def __init__(self, types: Mapping[str, str]) -> None:
-        """types: of the columns, by Arrow or datasets."""
+        """types: the type of each column, as named by Arrow or datasets."""
         import numpy
 
         self.dtypes = {
@@ -33,23 +33,23 @@ class FloatShortener:
         }
 
     def shorten(self, row: Row) -> Row:
-        found = {name: row[name] for name in self.dtypes if row[name] is not None}
-        short = {name: float(str(self.dtypes[name](value))) for name, value in found.items()}
+        narrow = {name: row[name] for name in self.dtypes if row[name] is not None}
+        short = {name: float(str(self.dtypes[name](value))) for name, value in narrow.items()}
         return {**row, **short} if short else row
 
 
 def read_cell(row: Row, key: str, name: str, number: int) -> Any:
-    """What row `number` (from 0) has in the column that `dataset.{key}` names.
+    """Returns the cell of row `number` (from 0) in column `name`, which `dataset.{key}` names.
 
     Raises:
-        ConfigError: there is no such column, or nothing in it.
+        ConfigError: there is no such column, or the cell is empty.
     """
     if name not in row:
         raise ConfigError(
             f"dataset.{key}={name}: row {number + 1} has no such column; it has {', '.join(row)}."
         )
     value = row[name]
-    # A missing value is NaN to pandas, which writes it as such into JSON and parquet.
+    # pandas represents a missing value as NaN and writes NaN into JSON and parquet.
     if value is None or is_nan(value) or (isinstance(value, str) and not value.strip()):
         raise ConfigError(f"dataset: row {number + 1} has nothing in column {name!r}.")
     return value
@@ -62,10 +62,10 @@ def is_nan(value: Any) -> bool:
 
 
 def convert_to_text(value: Any, name: str, number: int) -> str:
-    """A cell as text: a text as it is, a number in its shortest form, true and false.
+    """Converts a cell to text: text stays as it is, numbers and booleans take their Python form.
 
     Raises:
-        ConfigError: it is something that nobody writes, so that no answer could equal it.
+        ConfigError: the cell is of another type or not finite, so no answer could equal it.
     """
     finite = not isinstance(value, float | Decimal) or math.isfinite(value)
     if not finite or not isinstance(value, str | int | float | Decimal):
@@ -82,10 +82,10 @@ def add_article(noun: str) -> str:
 
 
 def check_unicode(text: str, name: str, number: int) -> str:
-    """A text that can be written and read again.
+    """Returns the text if it can be encoded as UTF-8.
 
     Raises:
-        ConfigError: it has half a character, as JSON's "\\ud83d" alone is.
+        ConfigError: it holds half of a surrogate pair, such as "\\ud83d" alone in JSON.
     """
     try:
         text.encode()
@@ -98,10 +98,11 @@ def check_unicode(text: str, name: str, number: int) -> str:
 
 
 def parse_messages(value: Any, name: str, number: int) -> tuple[Mapping[str, str], ...]:
-    """A column that holds a chat, [{role: ..., content: ...}]; empty where it holds none.
+    """Parses a chat, [{role: ..., content: ...}]; returns () if the cell is not a list.
 
     Raises:
-        ConfigError: it is a list of something else, or nothing in it is to be answered.
+        ConfigError: an item is not a message, or the last message is missing, blank or the
+            assistant's, so there is nothing to answer.
     """
     if not isinstance(value, list):
         return ()

@@ -1,4 +1,4 @@
-"""Comma- and tab-separated values (RFC 4180): the first line names the columns, cells are texts."""
+"""Comma- and tab-separated values (RFC 4180): the first line names the columns, cells are text."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MAX_CELL_CHARS = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
 
 
 def read_csv(file: Path) -> TableRows:
-    """The rows of a file, as an Arrow table of texts.
+    """Reads a file into an Arrow table of text columns.
 
     Raises:
-        ConfigError: naming the line that has too few or too many cells, or can't be read.
+        ConfigError: a line has too few or too many cells, or can't be read; the message names it.
     """
     import pyarrow
 
@@ -55,7 +55,7 @@ def check_names(names: Sequence[str], file: Path) -> None:
 
 
 def read_records(reader: Reader, names: Sequence[str], file: Path) -> Iterator[list[str]]:
-    """Each row, as many cells as there are names; blank lines are none."""
+    """Yields the rows, skipping blank lines; raises ConfigError if a row lacks or exceeds cells."""
     for row in reader:
         if len(row) == len(names):
             yield row
@@ -69,15 +69,15 @@ def read_records(reader: Reader, names: Sequence[str], file: Path) -> Iterator[l
 def make_batches(
     rows: Iterator[list[str]], schema: pyarrow.Schema
 ) -> Iterator[pyarrow.RecordBatch]:
-    """The rows in Arrow's form, some thousands at a time, so that few are Python's at once."""
-    part: list[list[str]] = []
+    """Converts rows to Arrow in batches, so that few are in memory as Python objects at once."""
+    batch: list[list[str]] = []
     for row in rows:
-        part.append(row)
-        if len(part) == ROWS_PER_CHUNK:
-            yield make_batch(part, schema)
-            part = []
-    if part:
-        yield make_batch(part, schema)
+        batch.append(row)
+        if len(batch) == ROWS_PER_CHUNK:
+            yield make_batch(batch, schema)
+            batch = []
+    if batch:
+        yield make_batch(batch, schema)
 
 
 def make_batch(rows: Sequence[Sequence[str]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
@@ -88,7 +88,7 @@ def make_batch(rows: Sequence[Sequence[str]], schema: pyarrow.Schema) -> pyarrow
 
 
 def find_undecodable_line(file: Path) -> int:
-    """The first line, from 1, that is not UTF-8."""
+    """Returns the number (from 1) of the first line that is not UTF-8."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:

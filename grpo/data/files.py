@@ -1,4 +1,4 @@
-"""Tables in local files: one file, one a split, or several shards a split as the hub lays them."""
+"""Tables in local files: one file, one per split, or several shards per split as on the hub."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5,})(-of-(?P<all>\d+))?(-[0-9a
 
 
 def read_path(path: str, split: str) -> Sequence[Row]:
-    """All rows of a file, which is every split, or of a split's files in a folder.
+    """Reads all rows of a file, used for every split, or of a split's files in a folder.
 
     Raises:
-        ConfigError: naming what is not there, or can't be read.
+        ConfigError: a file is missing or can't be read; the message names it.
     """
-    given = Path(path).expanduser()
-    return read_files(find_split_files(given, split) if given.is_dir() else [given])
+    location = Path(path).expanduser()
+    return read_files(find_split_files(location, split) if location.is_dir() else [location])
 
 
 def read_rows(file: Path) -> Sequence[Row]:
-    """As `read_files`, of one."""
+    """Reads all rows of one file; raises as `read_files`."""
     return read_files([file])
 
 
 def read_files(files: Sequence[Path]) -> Sequence[Row]:
-    """All rows of one file after the other.
+    """Reads all rows of several files, in the order of the files.
 
     Raises:
-        ConfigError: naming the file, and the line in it that can't be read.
+        ConfigError: a file can't be read; the message names it, and the line.
     """
     parts = [choose_reader(file)(file) for file in files]
     rows = parts[0] if len(parts) == 1 else JoinedRows(parts)
@@ -74,26 +74,26 @@ FILE_KINDS = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
 
 
 def find_split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split: test.csv, test-00000-of-00002.parquet ..., or all in a folder test/.
+    """Finds the files of a split: test.csv, test-00000-of-00002.parquet ..., or all in test/.
 
-    They may lie in a folder data/, too. Of several kinds of files the first of READERS is taken.
+    They may also be in a folder data/. If there are several kinds, the first in READERS is used.
 
     Raises:
-        ConfigError: there is no such split, naming those there are; or a shard is missing.
+        ConfigError: there is no such split (the message names the others), or a shard is missing.
     """
     splits = group_by_split(folder)
     if not splits:
         raise ConfigError(f"dataset.path={folder}: holds no {FILE_KINDS} file.")
     if split not in splits:
         raise ConfigError(
-            f"dataset.path={folder}: holds no split {split}, as {split}.jsonl would be; it has "
+            f"dataset.path={folder}: holds no split {split}, for example {split}.jsonl; it has "
             f"{', '.join(sorted(splits))}."
         )
     kinds = list(READERS)
     of_kind = min((file.suffix.lower() for file in splits[split]), key=kinds.index)
     files = [file for file in splits[split] if file.suffix.lower() == of_kind]
     whole = [file for file in files if file.stem == split]
-    if whole:  # beside it, shards of the same rows
+    if whole:  # any shards beside it hold the same rows
         return whole[:1]
     check_shards(folder, split, files)
     return sorted(files, key=shard_sort_key)
@@ -105,19 +105,19 @@ def shard_sort_key(file: Path) -> tuple[int, str]:
 
 
 def group_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The files that can be read, sorted, by the split that their names or their folder's say."""
+    """Groups the readable files, sorted, by the split that their names or their folders name."""
     splits: dict[str, list[Path]] = {}
-    for place in (folder / "data", folder):  # what lies in both is taken from the folder itself
-        if not place.is_dir():
+    for parent in (folder / "data", folder):  # a split in both is taken from the folder itself
+        if not parent.is_dir():
             continue
-        here: dict[str, list[Path]] = {}
-        for inside in sorted(place.iterdir()):
-            if inside.is_dir() and inside != folder / "data":
-                here.setdefault(inside.name, []).extend(list_readable(inside))
-        for file in list_readable(place):
+        found: dict[str, list[Path]] = {}
+        for entry in sorted(parent.iterdir()):
+            if entry.is_dir() and entry != folder / "data":
+                found.setdefault(entry.name, []).extend(list_readable(entry))
+        for file in list_readable(parent):
             shard = SHARD.fullmatch(file.stem)
-            here.setdefault(shard["split"] if shard else file.stem, []).append(file)
-        splits |= {split: files for split, files in here.items() if files}
+            found.setdefault(shard["split"] if shard else file.stem, []).append(file)
+        splits |= {split: files for split, files in found.items() if files}
     return splits
 
 
@@ -126,7 +126,7 @@ def list_readable(folder: Path) -> list[Path]:
 
 
 def check_shards(folder: Path, split: str, files: Sequence[Path]) -> None:
-    """Refuses a split of which a shard is missing, as their names say how many there are."""
+    """Raises ConfigError if a shard is missing: the names of shards say how many there are."""
     shards = [shard for file in files if (shard := SHARD.fullmatch(file.stem)) and shard["all"]]
     wanted = {int(shard["all"]) for shard in shards}
     found = {int(shard["number"]) for shard in shards}
@@ -135,9 +135,9 @@ def check_shards(folder: Path, split: str, files: Sequence[Path]) -> None:
             f"dataset.path={folder}: holds shards of {split} that belong to different sets of "
             f"files: of {' and of '.join(map(str, sorted(wanted)))}."
         )
-    for most in wanted:
-        if missing := sorted(set(range(most)) - found):
+    for total in wanted:
+        if missing := sorted(set(range(total)) - found):
             raise ConfigError(
-                f"dataset.path={folder}: of the {most} shards of {split}, number {missing[0]} is "
+                f"dataset.path={folder}: of the {total} shards of {split}, number {missing[0]} is "
                 f"missing (they count from 0)."
             )

@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: generated without end, each scored by its own verifier."""
+"""Tasks of reasoning-gym: endless generated problems, each scored by its task's own scorer."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from grpo.data.arithmetic import check_count, get_size_key
 from grpo.data.rows import GeneratedRows
 from grpo.data.source import Source
 from grpo.errors import ConfigError
-from grpo.types import Example
+from grpo.types import Example, Failure
 from grpo.verifiers.isolated_scoring import score_answer
 
 log = logging.getLogger(__name__)
 
-# What the tasks' scorers raise over an answer that has not the form they expect: it is wrong.
+# Raised by the tasks' scorers for an answer of an unexpected form; such an answer is wrong.
 SCORER_ERRORS = (
     *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError),
-    *(AssertionError, RecursionError, MemoryError, TokenError),
+    *(AssertionError, TokenError),
 )
-# What is right nowhere, but which some of the scorers take for right everywhere.
+# Raised where a scorer reaches no verdict: that says nothing of the answer.
+SCORER_LIMITS = (RecursionError, MemoryError)
+# Answers that are right almost nowhere, but that some scorers accept for every problem.
 NO_ANSWER = "I do not know."
 NON_ANSWERS = (NO_ANSWER, "0", "nan")
-PROBED_PROBLEMS = 8  # problems
+PROBED_PROBLEMS = 8  # problems on which the scorer is tested with NON_ANSWERS
 
 
 class ReasoningGym(Source):
-    """One task with its options; training and evaluation are drawn with seeds of their own.
+    """One task with its options; training and evaluation use different seeds.
 
-    The verifiers give partial credit for text around an answer, and some for none at all. So the
+    The scorers give partial credit for text around an answer, and some even for no answer. So the
     answer is extracted first, and `strict` counts only a full score.
     """
 
@@ -88,28 +90,29 @@ class ReasoningGym(Source):
         return row
 
     def _find_refused(self, problems: Any, entries: list[dict[str, Any]]) -> set[object]:
-        """The answers that the task's scorer takes for right whatever is asked.
+        """Returns the non-answers that the task's scorer accepts for most of the problems.
 
         Raises:
-            ConfigError: it takes any.
+            ConfigError: it accepts any answer.
         """
         refused = []
         for answer in NON_ANSWERS:
-            wrongly = [
-                compute_credit(problems, answer, entry) >= 1.0 and not is_gold(answer, entry)
+            accepted = [
+                is_full_credit(compute_credit(problems, answer, entry))
+                and not is_gold(answer, entry)
                 for entry in entries
             ]
-            if 2 * sum(wrongly) > len(wrongly):
+            if 2 * sum(accepted) > len(accepted):
                 refused.append(answer)
         if NO_ANSWER in refused:
             raise ConfigError(
-                f"dataset.task={self.task}: reasoning-gym's scorer takes any answer for right, "
+                f"dataset.task={self.task}: reasoning-gym's scorer accepts any answer, "
                 f"even {NO_ANSWER!r}, so there is nothing to learn; choose another task."
             )
         if refused:
             log.warning(
-                "dataset.task=%s: reasoning-gym's scorer takes %s for right whatever is asked; "
-                "here it is wrong.", self.task, " and ".join(map(repr, refused)),
+                "dataset.task=%s: reasoning-gym's scorer accepts %s for every problem; "
+                "here it counts as wrong.", self.task, " and ".join(map(repr, refused)),
             )  # fmt: skip
         return {normalize_answer(answer) for answer in refused}
 
@@ -119,21 +122,23 @@ class ReasoningGym(Source):
         entry: dict[str, Any],
         read: Callable[[str], str | None],
         refused: set[object],
-    ) -> Callable[[str], float]:
-        def verify(completion: str) -> float:
+    ) -> Callable[[str], float | Failure]:
+        def verify(completion: str) -> float | Failure:
             answer = read(completion)
             if answer is None or (
                 normalize_answer(answer) in refused and not is_gold(answer, entry)
             ):
                 return 0.0
             credit = compute_credit(problems, answer, entry)
-            return float(credit >= 1.0) if self.strict else credit
+            if isinstance(credit, Failure) or not self.strict:
+                return credit
+            return float(is_full_credit(credit))
 
         return verify
 
 
 def get_gold_answer(entry: Mapping[str, Any]) -> str:
-    """A problem's gold answer; empty where the task has none, because several are right."""
+    """Returns a problem's gold answer; "" if the task has none because several are right."""
     return "" if entry["answer"] is None else str(entry["answer"])
 
 
@@ -143,19 +148,26 @@ def is_gold(answer: str, entry: Mapping[str, Any]) -> bool:
     )
 
 
-def compute_credit(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
-    """What the task's scorer gives an answer, 0 where it can't read it."""
+def is_full_credit(credit: float | Failure) -> bool:
+    return not isinstance(credit, Failure) and credit >= 1.0
+
+
+def compute_credit(problems: Any, answer: str, entry: Mapping[str, Any]) -> float | Failure:
+    """Returns the task's score of an answer: 0 if the scorer can't read it, a failure if it exceeds
+    a limit of time, memory or depth."""
     try:
         return score_answer(problems, answer, entry)
+    except SCORER_LIMITS as error:
+        return Failure(f"the task's scorer raised {type(error).__name__}")
     except SCORER_ERRORS:
         return 0.0
 
 
 def build_composite_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the task `composite`, whose data sets are named in the config.
+    """Builds the options of the task `composite` from the data sets that the config names.
 
     Raises:
-        ConfigError: they aren't.
+        ConfigError: it names none, or one is not a task.
     """
     from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.factory import DATASETS
@@ -164,7 +176,7 @@ def build_composite_options(options: Mapping[str, Any]) -> dict[str, Any]:
     datasets = options.get("datasets")
     example = f"'+{key}=[{{name: chain_sum, weight: 1}}]', or use dataset=mix"
     if not isinstance(datasets, list) or not datasets:
-        raise ConfigError(f"dataset.task=composite: name the tasks that it is of, {example}.")
+        raise ConfigError(f"dataset.task=composite: name its tasks with {example}.")
     specs = []
     for number, spec in enumerate(datasets):
         keys = set(spec) if isinstance(spec, Mapping) else set()
@@ -174,6 +186,6 @@ def build_composite_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in DATASETS or name == "composite":
             known = suggest_names(name, DATASETS)
             raise ConfigError(f"{key}[{number}].name={name}: no such task{known}")
-        options_of_it = dict(spec.get("config") or {})
-        specs.append(DatasetSpec(name, spec.get("weight", 1.0), options_of_it))
+        spec_options = dict(spec.get("config") or {})
+        specs.append(DatasetSpec(name, spec.get("weight", 1.0), spec_options))
     return {**options, "datasets": specs}

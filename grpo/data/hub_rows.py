@@ -1,4 +1,4 @@
-"""Data sets of the hub, read by the datasets library: downloaded, or from its local cache."""
+"""Data sets on the hub, read by the datasets library: downloaded, or from its local cache."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from grpo.models.hub import COMMIT_PATTERN, HubUnreachable, format_revision, req
 def read_hub(
     id: str, subset: str | None, split: str, revision: str | None = None
 ) -> tuple[Sequence[Row], str | None]:
-    """A split of a hub data set, and the commit that it is from.
+    """Reads a split of a hub data set; returns its rows and the commit that they are from.
 
     Args:
-        subset: its configuration; None is the default one.
-        revision: a branch, tag or commit; None is main, or where the hub can't be reached the
-            newest in the local cache.
+        subset: a configuration of the data set; None: the default one.
+        revision: a branch, tag or commit; None: main, or if the hub can't be reached, the newest
+            one in the local cache.
 
     Raises:
-        ConfigError: it can't be had, or has no such subset or split.
+        ConfigError: the data set is not available, or has no such subset or split.
     """
     import datasets
 
@@ -37,13 +37,13 @@ def read_hub(
     except (ConnectionError, OSError) as error:
         reason = unreachable or format_error(error).rstrip(".")
         raise ConfigError(
-            f"dataset: {wanted} is not in the local cache and {reason}. Without the hub there are "
-            f"local files (dataset.path= of dataset=gsm8k or jsonl) and dataset=arithmetic, which "
+            f"dataset: {wanted} is not in the local cache and {reason}. Without the hub, use "
+            f"local files (dataset.path= with dataset=gsm8k or jsonl) or dataset=arithmetic, which "
             f"is generated."
         ) from error
     except ValueError as error:
         key = "subset is not set" if subset is None else f"subset={subset}"
-        of_subset = "onfig" in str(error)  # datasets' word for it, configuration
+        of_subset = "onfig" in str(error)  # datasets calls it a configuration
         raise ConfigError(
             f"dataset.{key if of_subset else f'split={split}'}: {format_error(error)}"
         ) from error
@@ -55,15 +55,18 @@ def read_hub(
 
 
 def load_split(id: str, subset: str | None, split: str, revision: str | None, offline: bool) -> Any:
-    """As the datasets library loads it, but never another revision than the one asked for.
+    """Loads a split with the datasets library, but never another revision than the one given.
 
-    Where it can't have one, it takes the newest of its cache.
+    If the library can't get that revision, it would load the newest one in its cache.
+
+    Raises:
+        ConnectionError: the revision is neither on a reachable hub nor in the cache.
     """
     import datasets
 
     if revision is None or not offline:
         before = datasets.config.HF_HUB_OFFLINE
-        datasets.config.HF_HUB_OFFLINE = before or offline  # straight to the cache
+        datasets.config.HF_HUB_OFFLINE = before or offline  # read the cache at once
         try:
             found = datasets.load_dataset(id, subset, split=split, revision=revision)
         finally:
@@ -72,15 +75,15 @@ def load_split(id: str, subset: str | None, split: str, revision: str | None, of
             return found
     commit = find_cached_commit(id, revision)
     if commit is None:
-        raise ConnectionError("the hub doesn't give it")
+        raise ConnectionError("the hub didn't provide it")
     return load_cached_split(id, subset, split, commit)
 
 
 def load_cached_split(id: str, subset: str | None, split: str, commit: str) -> Any:
-    """A split from the cache of the datasets library, of one commit.
+    """Loads a split of one commit from the cache of the datasets library.
 
     Raises:
-        ConnectionError: that commit is not there.
+        ConnectionError: that commit is not in the cache.
         ValueError: it has no such subset or split.
     """
     import datasets
@@ -92,10 +95,10 @@ def load_cached_split(id: str, subset: str | None, split: str, commit: str) -> A
     root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / folder
     subsets = {place.parent.parent.name: place for place in root.glob(f"*/*/{commit}")}
     if not subsets:
-        raise ConnectionError("the hub doesn't give it")
+        raise ConnectionError("the hub didn't provide it")
     chosen = subset or ("default" if "default" in subsets else next(iter(subsets)))
     if chosen not in subsets or (subset is None and chosen != "default" and len(subsets) > 1):
-        raise ValueError(f"of its configurations the cache has {', '.join(sorted(subsets))}")
+        raise ValueError(f"the cache has only its configurations {', '.join(sorted(subsets))}")
     builder = Cache(
         dataset_name=name,
         repo_id=id,
@@ -107,7 +110,7 @@ def load_cached_split(id: str, subset: str | None, split: str, commit: str) -> A
 
 
 def find_cached_commit(id: str, revision: str | None) -> str | None:
-    """The commit that a revision of a data set was, when the hub was last asked for it."""
+    """Returns the commit of a revision when the hub was last asked for it; None if unknown."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -119,7 +122,7 @@ def find_cached_commit(id: str, revision: str | None) -> str | None:
 
 
 def find_split_commit(split: Any) -> str | None:
-    """The commit of the hub that a split of the datasets library was made of, if any."""
+    """Returns the hub commit that a loaded split was made from, or None."""
     files = split.cache_files
     name = Path(files[0]["filename"]).parent.name if files else ""
     return name if COMMIT_PATTERN.fullmatch(name) else None

@@ -1,4 +1,4 @@
-"""The rows of a .json file: a list of objects, an object that holds one, or an object a line."""
+"""The rows of a .json file: a list of objects, an object with one such list, or JSON lines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DECODER = json.JSONDecoder()
 
 
 def read_json(file: Path) -> Rows:
-    """The objects of the one list in a file; of several values, one after the other, each object.
+    """Reads the objects of the one list in a file, or of a file with one object per line.
 
     Raises:
-        ConfigError: naming the line where it is not JSON, or what it holds instead of rows.
+        ConfigError: the file is not JSON (the message names the line) or holds no rows.
     """
     try:
         return find_rows(file.read_bytes().decode("utf-8-sig"), file)
@@ -32,7 +32,7 @@ def read_json(file: Path) -> Rows:
         raise ConfigError(
             f"dataset.path={file}: line {error.lineno} is not JSON ({error.msg})."
         ) from error
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of nested brackets
         raise ConfigError(f"dataset.path={file}: {error}.") from error
 
 
@@ -44,26 +44,26 @@ def find_rows(text: str, file: Path) -> Rows:
         found, end = find_objects(text, start)
         check_end(text, end)
         if found is None:
-            raise ConfigError(f"dataset.path={file}: holds a list of something else than objects.")
+            raise ConfigError(f"dataset.path={file}: the items of its list must all be objects.")
         return JsonRows(text, found)
     if text[start] != "{":
-        DECODER.raw_decode(text, start)  # says where it is not JSON
+        DECODER.raw_decode(text, start)  # raises with the position if it is not JSON
         raise ConfigError(f"dataset.path={file}: should hold a list of objects.")
     lists, end = find_lists(text, start)
     if skip_blanks(text, end) != len(text):
-        return JsonlRows(file)  # an object a line, whatever the file is named
+        return JsonlRows(file)  # one object per line, although the file is named .json
     if len(lists) != 1:
         raise ConfigError(
-            f"dataset.path={file}: should hold one list of objects, and has "
+            f"dataset.path={file}: should hold one list of objects, but has "
             f"{' and '.join(lists) or 'none'}."
         )
     return JsonRows(text, next(iter(lists.values())))
 
 
 class JsonRows(Rows):
-    """The objects of a list, by where each begins in the text; each is read when it is asked for.
+    """The objects of a list, found by their positions in the text and parsed when accessed.
 
-    The text is all that stays in memory, where the objects would take ten times as much.
+    Only the text stays in memory; the parsed objects would take ten times as much.
     """
 
     def __init__(self, text: str, starts: array[int]) -> None:
@@ -78,7 +78,7 @@ class JsonRows(Rows):
 
 
 def find_lists(text: str, start: int) -> tuple[dict[str, array[int]], int]:
-    """Where the objects begin in each list of them that an object holds, and where it ends."""
+    """Returns where the items begin in each list of objects in an object, and where it ends."""
     lists: dict[str, array[int]] = {}
     at = skip_blanks(text, start + 1)
     while text[at : at + 1] != "}":
@@ -98,7 +98,7 @@ def find_lists(text: str, start: int) -> tuple[dict[str, array[int]], int]:
 
 
 def find_objects(text: str, start: int) -> tuple[array[int] | None, int]:
-    """Where the objects of a list begin, None where it holds others too; and where it ends."""
+    """Returns where the objects of a list begin (None if not all are objects) and where it ends."""
     starts, only_objects = array("q"), True
     at = skip_blanks(text, start + 1)
     while text[at : at + 1] != "]":
@@ -110,7 +110,7 @@ def find_objects(text: str, start: int) -> tuple[array[int] | None, int]:
 
 
 def find_next_item(text: str, at: int, end: str) -> int:
-    """Where the next item begins after one, or the end is."""
+    """Returns the position of the next item, or of `end` if the last item is before `at`."""
     at = skip_blanks(text, at)
     if text[at : at + 1] == end:
         return at
@@ -135,5 +135,5 @@ def check_end(text: str, at: int) -> None:
 
 def skip_blanks(text: str, at: int) -> int:
     blanks = BLANKS.match(text, at)
-    assert blanks is not None  # it matches nothing, too
+    assert blanks is not None  # the pattern also matches the empty string
     return blanks.end()

@@ -1,4 +1,4 @@
-"""Examples to prompts: the chat the model reads, as text and as tokens."""
+"""Converts examples to prompts: the chat that the model reads, as text and as tokens."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ from grpo.types import Example, Prompt
 
 log = logging.getLogger(__name__)
 
-CACHED_PROMPTS = 4096  # prompts
-LENGTH_SAMPLE = 256
+CACHED_PROMPTS = 4096  # prompts that are kept after they were made
+LENGTH_SAMPLE = 256  # prompts whose lengths are checked before training
 
 
 @dataclass(frozen=True)
 class WorkedExample:
     question: str
-    answer: str  # as the model is to write it
+    answer: str  # in the form that the model should write
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a question is put to the model."""
+    """How a question is turned into a prompt."""
 
     system_prompt: str | None
     worked_examples: tuple[WorkedExample, ...]
-    chat: bool  # by the model's chat template
-    template_options: Mapping[str, Any]  # for that template
+    chat: bool  # use the model's chat template
+    template_options: Mapping[str, Any]  # variables for that template
     max_prompt_tokens: int
 
     def build_messages(self, example: Example) -> list[Mapping[str, str]]:
-        """The chat that ends with the question; a system prompt of the row's own goes first."""
-        asked = example.messages or ({"role": "user", "content": example.question},)
+        """Builds the chat that ends with the question; the row's system prompt wins over ours."""
+        row_messages = example.messages or ({"role": "user", "content": example.question},)
         messages: list[Mapping[str, str]] = []
-        if self.system_prompt and asked[0]["role"] != "system":
+        if self.system_prompt and row_messages[0]["role"] != "system":
             messages.append({"role": "system", "content": self.system_prompt})
-        elif asked[0]["role"] == "system":
-            messages.append(asked[0])
-            asked = asked[1:]
+        elif row_messages[0]["role"] == "system":
+            messages.append(row_messages[0])
+            row_messages = row_messages[1:]
         for worked in self.worked_examples:
             messages.append({"role": "user", "content": worked.question})
             messages.append({"role": "assistant", "content": worked.answer})
-        return [*messages, *asked]
+        return [*messages, *row_messages]
 
     def render(
         self, example: Example, tokenizer: PreTrainedTokenizerBase, key: str = "dataset"
     ) -> tuple[str, tuple[int, ...]]:
-        """A prompt's text and tokens: by the chat template, or as plain text.
+        """Returns a prompt's text and tokens, by the chat template if there is one.
 
         Args:
-            key: where the data set's config is, for the messages.
+            key: the config key of the data set, for error messages.
 
         Raises:
-            ConfigError: the template refuses it.
+            ConfigError: the template fails on the messages.
         """
         messages = self.build_messages(example)
         if not self.chat or tokenizer.chat_template is None:
@@ -76,27 +76,27 @@ class PromptFormat:
 def encode_prompt(
     text: str, tokenizer: PreTrainedTokenizerBase, *, add_start_tokens: bool
 ) -> tuple[int, ...]:
-    """The tokens of a text that is to be continued: begun once, and not ended.
+    """Tokenizes a text that the model will continue: start tokens once, no end token.
 
     Args:
-        begins: what the tokenizer puts before every text goes before this one; a chat template
+        add_start_tokens: prepend what the tokenizer puts before every text; a chat template
             writes it itself.
     """
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     if add_start_tokens:
-        before = find_start_tokens(ids, tokenizer.encode(text))
-        written = [n for n in range(len(before) + 1) if before[len(before) - n :] == ids[:n]]
-        ids = [*before, *ids[max(written) :]]
-    ends_with_it = text.endswith(tokenizer.eos_token or " ")
+        start = find_start_tokens(ids, tokenizer.encode(text))
+        overlaps = [n for n in range(len(start) + 1) if start[len(start) - n :] == ids[:n]]
+        ids = [*start, *ids[max(overlaps) :]]
+    ends_with_eos = text.endswith(tokenizer.eos_token or " ")
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not ends_with_it:
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not ends_with_eos:
         ids = ids[:-1]
     return tuple(ids)
 
 
 def find_start_tokens(ids: Sequence[int], whole: Sequence[int]) -> list[int]:
-    """The special tokens that stand before a text's own."""
+    """Returns the special tokens in `whole` before `ids`, the tokens of the text alone."""
     if not ids:
         return list(whole)
     for start in range(len(whole) - len(ids) + 1):
@@ -106,25 +106,25 @@ def find_start_tokens(ids: Sequence[int], whole: Sequence[int]) -> list[int]:
 
 
 class LazyPromptSet(NamedTuple):
-    """A set of training rows whose prompts are made as they are drawn."""
+    """A set of training rows whose prompts are made when they are drawn."""
 
     examples: Sequence[Example]
     format: PromptFormat
-    left_out: frozenset[str]  # questions that are the evaluation's
-    name: str  # of the set in a mix
+    left_out: frozenset[str]  # the evaluation's questions
+    name: str  # the set's name in a mix
 
 
 class LazyPrompts(Sequence[Prompt]):
-    """Prompts made when they are asked for, where there are too many to make them all beforehand.
+    """Prompts that are made when accessed, for data sets too large to make them all beforehand.
 
-    So it comes out only then that one is too long. `fits` says it of each; those that don't are
-    left out by whoever draws, and counted here, out loud.
+    A prompt's length is known only then. The caller asks `fits` and skips a prompt that doesn't;
+    this class counts the skipped ones and logs a warning.
     """
 
     def __init__(self, sets: Sequence[LazyPromptSet], tokenizer: PreTrainedTokenizerBase) -> None:
         self.sets, self.tokenizer = sets, tokenizer
-        self.ends = list(accumulate(len(own.examples) for own in sets))
-        self.max_tokens = max(own.format.max_prompt_tokens for own in sets)
+        self.ends = list(accumulate(len(prompt_set.examples) for prompt_set in sets))
+        self.max_tokens = max(prompt_set.format.max_prompt_tokens for prompt_set in sets)
         self.unfit: set[int] = set()
         self.get_prompt = lru_cache(maxsize=CACHED_PROMPTS)(self._make)
 
@@ -143,9 +143,9 @@ class LazyPrompts(Sequence[Prompt]):
         return self.get_prompt(row)
 
     def fits(self, row: int) -> bool:
-        """Whether a prompt is short enough, and not one of the evaluation's."""
-        own = self.sets[bisect_right(self.ends, row)]
-        if self.is_short(row) and self.get_prompt(row).example.question not in own.left_out:
+        """Returns whether a prompt is short enough and not one of the evaluation's."""
+        prompt_set = self.sets[bisect_right(self.ends, row)]
+        if self.is_short(row) and self.get_prompt(row).example.question not in prompt_set.left_out:
             return True
         self.unfit.add(row)
         if len(self.unfit).bit_count() == 1:  # 1, 2, 4, 8 …
@@ -156,13 +156,13 @@ class LazyPrompts(Sequence[Prompt]):
         return False
 
     def check_lengths(self, most_tokens: int) -> None:
-        """Says what is known of their lengths before any is drawn, from a sample.
+        """Checks and logs the lengths of a sample of prompts, before any is drawn.
 
         Args:
-            most_tokens: what the model has room for.
+            most_tokens: the longest prompt that the model has room for, in tokens.
 
         Raises:
-            ConfigError: none of the sample fits.
+            ConfigError: no prompt of the sample is short enough.
         """
         self.max_tokens = min(self.max_tokens, most_tokens)
         rows = range(0, len(self), -(-len(self) // LENGTH_SAMPLE))
@@ -180,30 +180,30 @@ class LazyPrompts(Sequence[Prompt]):
         )  # fmt: skip
 
     def is_short(self, row: int) -> bool:
-        own = self.sets[bisect_right(self.ends, row)]
-        most = min(own.format.max_prompt_tokens, self.max_tokens)
-        return len(self.get_prompt(row).token_ids) <= most
+        prompt_set = self.sets[bisect_right(self.ends, row)]
+        limit = min(prompt_set.format.max_prompt_tokens, self.max_tokens)
+        return len(self.get_prompt(row).token_ids) <= limit
 
     def list_fitting(self) -> list[Prompt]:
         return [self.get_prompt(row) for row in range(len(self)) if self.fits(row)]
 
     def list_sources(self) -> list[str]:
-        return [name for own in self.sets for name in [own.name] * len(own.examples)]
+        return [name for each in self.sets for name in [each.name] * len(each.examples)]
 
     def find_questions(self, questions: set[str]) -> set[str]:
-        """Those of some questions that are trained on."""
+        """Returns those of the questions that are trained on."""
         found: set[str] = set()
-        for own in self.sets:
-            rest = questions - own.left_out
+        for prompt_set in self.sets:
+            rest = questions - prompt_set.left_out
             if rest:
-                found.update(e.question for e in own.examples if e.question in rest)
+                found.update(e.question for e in prompt_set.examples if e.question in rest)
         return found
 
     def _make(self, row: int) -> Prompt:
         at = bisect_right(self.ends, row)
-        own, before = self.sets[at], self.ends[at - 1] if at else 0
-        example = own.examples[row - before]
-        return Prompt(*own.format.render(example, self.tokenizer), example)
+        prompt_set, before = self.sets[at], self.ends[at - 1] if at else 0
+        example = prompt_set.examples[row - before]
+        return Prompt(*prompt_set.format.render(example, self.tokenizer), example)
 
 
 @dataclass(frozen=True)
@@ -215,26 +215,30 @@ class PromptSets:
 def drop_held_out(
     train: Sequence[Example], evaluation: Sequence[Example], key: str
 ) -> Sequence[Example]:
-    """The training rows that are no evaluation rows; what is left out is counted, out loud."""
+    """Returns the training rows that are not evaluation rows; warns of the number dropped.
+
+    Raises:
+        ConfigError: no training row is left.
+    """
     held_out = {example.question for example in evaluation}
-    apart: Sequence[Example]
+    kept: Sequence[Example]
     if isinstance(train, Examples):
-        apart = train.drop_questions(held_out)
+        kept = train.drop_questions(held_out)
     else:
-        apart = [example for example in train if example.question not in held_out]
-    if not apart:
+        kept = [example for example in train if example.question not in held_out]
+    if not kept:
         raise ConfigError(
             f"{key}: every training row is an evaluation row too; choose another {key}.slice or "
             f"{key}.eval_slice, or {key}.allow_overlap=true."
         )
-    if len(apart) < len(train):
+    if len(kept) < len(train):
         log.warning(
             "%d training rows are evaluation rows too and are not trained on "
             "(%s.allow_overlap=true keeps them).",
-            len(train) - len(apart),
+            len(train) - len(kept),
             key,
         )
-    return apart
+    return kept
 
 
 def tokenize_examples(
@@ -244,10 +248,13 @@ def tokenize_examples(
     role: str,
     key: str,
 ) -> list[Prompt]:
-    """Examples as prompts; those that are too long are dropped and counted, out loud.
+    """Converts examples to prompts; drops those that are too long and warns of their number.
 
     Args:
-        role, key: what they are for and where their config is, for the messages.
+        role, key: what the examples are for and their config key, for messages.
+
+    Raises:
+        ConfigError: no prompt is short enough.
     """
     prompts = [Prompt(*format.render(e, tokenizer, key), e) for e in examples]
     kept = [p for p in prompts if len(p.token_ids) <= format.max_prompt_tokens]

@@ -1,7 +1,7 @@
-"""Rows and examples of which few are in memory: each is made when it is asked for.
+"""Lazy sequences of rows and examples: each item is made when it is accessed.
 
-A data set of up to EAGER rows is read as a whole, as everything is simpler then. One of a million
-would take minutes and gigabytes, so of a larger one only what finds a row again is kept.
+A data set of up to MAX_EAGER_ROWS rows is read as a whole, which is simpler. A million rows would
+take minutes and gigabytes, so of a larger data set only what is needed to find a row is kept.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_EAGER_ROWS = 16_384  # rows
-ROWS_PER_CHUNK = 4096  # rows of a table that become Python's at a time
+ROWS_PER_CHUNK = 4096  # rows of a table that are converted to Python objects at a time
 
 
 class Rows(Sequence[Any]):
-    """A sequence that can be asked for one item, or for a stretch of them in their order."""
+    """A sequence with access to one item, or to a range of items in order."""
 
     def get_item(self, number: int) -> Any:
         raise NotImplementedError
 
     def iterate_range(self, numbers: range) -> Iterator[Any]:
-        """Those of a range; cheaper than one by one, where they lie beside each other."""
+        """Iterates over a range of items; faster than one by one if they are stored together."""
         return (self.get_item(number) for number in numbers)
 
     @overload
@@ -52,7 +52,7 @@ class Rows(Sequence[Any]):
 
 
 class GeneratedRows(Rows):
-    """Rows that are made by their number, and that nothing can be wrong with."""
+    """Rows that are generated from their numbers, so they are always valid."""
 
     def __init__(self, size: int, make: Callable[[int], Any]) -> None:
         self.size, self.make = size, make
@@ -65,7 +65,7 @@ class GeneratedRows(Rows):
 
 
 class JsonlRows(Rows):
-    """The lines of a .jsonl file, by where each begins; blank ones are none."""
+    """The lines of a .jsonl file, found by their byte offsets; blank lines are skipped."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -99,10 +99,10 @@ class JsonlRows(Rows):
 
 
 def parse_line(line: bytes, number: int, file: Path) -> Row:
-    """A line of a .jsonl file, from 1.
+    """Parses line `number` (from 1) of a .jsonl file.
 
     Raises:
-        ConfigError: it is not UTF-8, not JSON, or no object.
+        ConfigError: it is not UTF-8, not JSON, or not an object.
     """
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -114,7 +114,7 @@ def parse_line(line: bytes, number: int, file: Path) -> Row:
         raise ConfigError(
             f"dataset.path={file}: line {number} is not JSON ({error.msg})."
         ) from error
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of nested brackets
         raise ConfigError(f"dataset.path={file}: line {number}: {error}.") from error
     if not isinstance(row, dict):
         raise ConfigError(f"dataset.path={file}: line {number} is not a JSON object.")
@@ -151,7 +151,7 @@ class JoinedRows(Rows):
 
     def get_item(self, number: int) -> Row:
         part = bisect_right(self.ends, number)
-        row: Row = self.parts[part][number - self.ends[part]]  # from its end
+        row: Row = self.parts[part][number - self.ends[part]]  # negative: counted from the end
         return row
 
     def iterate_range(self, numbers: range) -> Iterator[Row]:
@@ -163,7 +163,7 @@ class JoinedRows(Rows):
 
 
 class HubRows(Rows):
-    """The rows of a split of the datasets library, which stays on the disk."""
+    """The rows of a split loaded by the datasets library, which stay on the disk."""
 
     def __init__(self, split: Any, floats: FloatShortener) -> None:
         self.split, self.floats = split, floats
@@ -184,9 +184,8 @@ class HubRows(Rows):
 class Examples(Rows):
     """The rows of a slice as examples.
 
-    All are made once, so that what is wrong with a row is told before anything starts, and
-    forgotten; what is kept is a hash of each question, by which the evaluation's rows are found.
-    Generated rows are looked at as they are drawn.
+    The constructor makes each example once, so that an invalid row is reported before the run
+    starts, and keeps only a hash of its question, to find evaluation rows. It skips generated rows.
     """
 
     def __init__(
@@ -196,13 +195,13 @@ class Examples(Rows):
         self.numbers: Sequence[int] = numbers
         self.hashes: array[int] | None = None
         if not isinstance(rows, GeneratedRows):
-            stretch = (
+            selected = (
                 rows.iterate_range(numbers)
                 if isinstance(rows, Rows)
                 else map(rows.__getitem__, numbers)
             )
-            made = map(example, stretch, numbers)
-            self.hashes = array("q", (hash(one.question) for one in made))
+            examples = map(example, selected, numbers)
+            self.hashes = array("q", (hash(each.question) for each in examples))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -212,22 +211,25 @@ class Examples(Rows):
         return self.example(self.rows[row], row)
 
     def iterate_range(self, numbers: range) -> Iterator[Example]:
-        own = self.numbers[numbers.start : numbers.stop]
-        if isinstance(self.rows, Rows) and isinstance(own, range):
-            return map(self.example, self.rows.iterate_range(own), own)
-        return (self.example(self.rows[row], row) for row in own)
+        row_numbers = self.numbers[numbers.start : numbers.stop]
+        if isinstance(self.rows, Rows) and isinstance(row_numbers, range):
+            return map(self.example, self.rows.iterate_range(row_numbers), row_numbers)
+        return (self.example(self.rows[row], row) for row in row_numbers)
 
     def drop_questions(self, questions: set[str]) -> Examples:
-        """All but those that ask one of these questions, as far as that is known beforehand."""
+        """Returns the examples without those that ask one of these questions.
+
+        Generated examples are all kept: their questions are not known before they are drawn.
+        """
         if self.hashes is None:
             return self
         hashes = {hash(question) for question in questions}
-        likely = [number for number, own in enumerate(self.hashes) if own in hashes]
-        asking = {number for number in likely if self.get_item(number).question in questions}
-        if not asking:
+        likely = [number for number, hashed in enumerate(self.hashes) if hashed in hashes]
+        dropped = {number for number in likely if self.get_item(number).question in questions}
+        if not dropped:
             return self
-        apart = copy(self)
-        kept = [n for n in range(len(self)) if n not in asking]
-        apart.numbers = array("q", (self.numbers[n] for n in kept))
-        apart.hashes = array("q", (self.hashes[n] for n in kept))
-        return apart
+        remaining = copy(self)
+        kept = [n for n in range(len(self)) if n not in dropped]
+        remaining.numbers = array("q", (self.numbers[n] for n in kept))
+        remaining.hashes = array("q", (self.hashes[n] for n in kept))
+        return remaining

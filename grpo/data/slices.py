@@ -10,16 +10,16 @@ BOUND = re.compile(r"(-?\d+)(%?)")
 
 
 def parse_slice(text: str, rows: int, key: str) -> range:
-    """The row numbers that `[text]` selects out of `rows`.
+    """Returns the row numbers that `[text]` selects out of `rows` rows.
 
-    Percentages are rounded to the closest row; bounds past the ends are cut, a negative one counts
-    from the end.
+    Percentages are rounded to the closest row; bounds past the ends are cut; a negative bound
+    counts from the end.
 
     Raises:
-        ConfigError: not a slice, or one without rows; `key` is named.
+        ConfigError: `text` is not a slice or selects no row; the message names `key`.
     """
     start, colon, stop = text.strip().removeprefix("[").removesuffix("]").partition(":")
-    # Rows and percent in one slice mean different things to different readers.
+    # A slice that mixes row numbers and percentages is ambiguous.
     mixed = start.strip() and stop.strip() and ("%" in start) != ("%" in stop)
     if not colon or mixed:
         raise ConfigError(format_slice_error(text, key))
@@ -39,7 +39,7 @@ def parse_bound(text: str, rows: int, default: int, slice_text: str, key: str) -
     number = int(match[1])
     if match[2]:
         if abs(number) > 100:
-            raise ConfigError(f"{key}={slice_text}: {number}% is more than there is.")
+            raise ConfigError(f"{key}={slice_text}: {number}% is more than 100%.")
         number = round(number * rows / 100)
     if number < 0:
         number += rows

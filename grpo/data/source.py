@@ -1,4 +1,4 @@
-"""What a data set is to the rest: splits of rows, and a way to make an example of a row."""
+"""The interface of a data set: the rows of each split, and the conversion of rows to examples."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from grpo.types import Example
 
 
 class Source(ABC):
-    """Where examples come from."""
+    """A data set: reads the rows of its splits and converts them to examples."""
 
     @property
     def commit(self) -> str | None:
-        """Of the hub, that the rows are from, once some were read; None where they are not."""
+        """The hub commit that the rows are from; None before any is read or without a hub."""
         return None
 
     @abstractmethod
     def rows(self, split: str) -> Sequence[Any]:
-        """All rows of a split, in a fixed order.
+        """Returns all rows of a split, in a fixed order.
 
         Raises:
             ConfigError: there is no such split.
@@ -30,15 +30,15 @@ class Source(ABC):
 
     @abstractmethod
     def example(self, row: Any, number: int) -> Example:
-        """Row `number` (from 0) as an example; made only of rows that a slice selects.
+        """Converts row `number` (from 0) to an example; called only for rows that a slice selects.
 
-        Where there are many rows an example is made anew each time that it is asked for.
+        If there are many rows, it is called again each time an example is accessed.
         """
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Which rows are trained on and which are evaluated on: `train[:5%]` is split and slice."""
+    """The rows for training and for evaluation, each a split and a slice, as in `train[:5%]`."""
 
     split: str
     slice: str
@@ -46,7 +46,7 @@ class Slices:
     eval_slice: str
 
     def read_training_examples(self, source: Source) -> Sequence[Example]:
-        """The examples to train on; of more than EAGER, each is made when it is asked for."""
+        """Reads the training examples; if more than MAX_EAGER_ROWS, each is made when accessed."""
         rows = source.rows(self.split)
         numbers = parse_slice(self.slice, len(rows), "dataset.slice")
         if len(numbers) > MAX_EAGER_ROWS:

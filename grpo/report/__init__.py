@@ -1,1 +1,1 @@
-"""`grpo report`: what a sweep says, from its jobs' folders alone."""
+"""`grpo report`: pages of runs and sweeps, made from the runs' folders alone."""

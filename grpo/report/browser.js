@@ -1,4 +1,4 @@
-// The completions browser. Texts come in as text alone: textContent, never HTML.
+// The completions browser. Texts are set as textContent, never as HTML.
 const [STEP, PROMPT, ANSWER, REWARD, ADVANTAGE, TOKENS, CUT, FAILED, PARTS, TEXT, WIDTHS, KL] = [...Array(12).keys()];
 const KL_STEP = 0.05, FIRST = "#".charCodeAt(0), NO_KL = "P".charCodeAt(0), MOST = 40; // as browser.py packs them
 const A_PAGE = 12; // groups or prompts shown at once
@@ -28,7 +28,7 @@ function searcher(change) {
 }
 
 function pages(list, items, show) {
-  // Shows some, and a button for more.
+  // Shows the first items, and a button for more.
   list.replaceChildren();
   let shown = 0;
   const more = element("button", "more");
@@ -44,11 +44,11 @@ function pages(list, items, show) {
   }
   more.addEventListener("click", next);
   next();
-  if (!items.length) list.append(element("p", "none", "Nothing here: another step, filter or search."));
+  if (!items.length) list.append(element("p", "none", "Nothing here; try another step, filter or search."));
 }
 
 function shade(value, most) {
-  // Blue for more than nothing, orange for less.
+  // Blue for positive values, orange for negative ones.
   const share = Math.round(Math.min(1, Math.abs(value) / most) * 60);
   return share ? `color-mix(in srgb, ${value > 0 ? "#2563eb" : "#d97706"} ${share}%, transparent)` : "";
 }
@@ -60,7 +60,7 @@ function written(row, by) {
     text.textContent = row[TEXT] || "(nothing)";
     return text;
   }
-  const letters = [...row[TEXT]]; // as widths count them: one for what UTF-16 takes two for
+  const letters = [...row[TEXT]]; // code points, as in Python; UTF-16 takes two units for some
   let start = 0;
   [...row[WIDTHS]].forEach((letter, n) => {
     const width = letter.charCodeAt(0) - FIRST, steps = row[KL].charCodeAt(n) - NO_KL;
@@ -77,7 +77,7 @@ function written(row, by) {
 
 function likelier(steps) {
   const nats = Math.abs(steps * KL_STEP).toFixed(2), open = Math.abs(steps) === MOST ? " or more" : "";
-  return steps ? `${nats} nats${open} ${steps > 0 ? "likelier" : "less likely"} than to the reference` : "as likely as to the reference";
+  return steps ? `${nats} nats${open} ${steps > 0 ? "likelier" : "less likely"} than under the reference` : "as likely as under the reference";
 }
 
 function card(row, parts, by) {
@@ -116,10 +116,10 @@ function grouped(samples) {
 
 function browseCompletions(section, samples) {
   const steps = samples.blocks.flat();
-  const blockOf = samples.blocks.flatMap((own, n) => own.map(() => n)); // of each of these
+  const blockOf = samples.blocks.flatMap((own, n) => own.map(() => n)); // of each step
   const packed = document.querySelectorAll(".block"), unpackedBlocks = new Map();
   function block(n) {
-    // The groups of some steps, unpacked when they are first asked for.
+    // The groups of a block's steps, unpacked when they are first needed.
     if (!unpackedBlocks.has(n)) unpackedBlocks.set(n, unpacked(packed[n]).then((text) => grouped(JSON.parse(text))));
     return unpackedBlocks.get(n);
   }
@@ -140,7 +140,7 @@ function browseCompletions(section, samples) {
   const which = element("output");
   step.append("Step ", slider, which);
   const [filterLabel, filter] = picker("Groups", [
-    ["all", "all"], ["mixed", "that teach something"], ["none", "without a reward"], ["cut", "with one cut off"], ["failed", "with a failed reward"],
+    ["all", "all"], ["mixed", "with different rewards"], ["none", "without a reward"], ["cut", "with one cut off"], ["failed", "with a failed reward"],
   ], show);
   const [colorLabel, color] = picker("Color by", [["kl", "KL to the reference"], ["advantage", "advantage"], ["", "nothing"]], show);
   const search = searcher(show);
@@ -159,7 +159,7 @@ function browseCompletions(section, samples) {
     const needed = where.value === "all" ? [...packed.keys()] : [blockOf[slider.value]];
     if (needed.some((n) => !unpackedBlocks.has(n))) found.textContent = "Unpacking…";
     const groups = (await Promise.all(needed.map(block))).flat();
-    if (mine !== asked) return; // something else was asked for meanwhile
+    if (mine !== asked) return; // a later request replaces this one
     const chosen = groups.filter((g) =>
       (where.value === "all" || g.step === at) && tests[filter.value](g) &&
       (!wanted || g.prompt.toLowerCase().includes(wanted) || g.rows.some((row) => row[TEXT].toLowerCase().includes(wanted))));

@@ -1,4 +1,4 @@
-"""The frame of every page: one file that needs nothing else, no network and no other file."""
+"""The frame of every page: a single HTML file that needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ GRAY = "#94a3b8"
 
 
 class Page:
-    """A page's parts in their order. Whatever text comes into it is escaped, or data."""
+    """Collects a page's parts in order. Texts must be escaped, or passed in `payload`."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.parts: list[str] = []
         self.figures: list[Figure] = []
         self.payload: dict[str, Any] = {}  # unpacked when the page is opened
-        self.blocks: list[str] = []  # packed; each unpacked when it is asked for
+        self.blocks: list[str] = []  # packed; the browser unpacks each when it needs it
         self.head = ""
 
     def add(self, html: str) -> None:
         self.parts.append(html)
 
     def reload(self, seconds: int) -> None:
-        """The browser fetches it anew after this time."""
+        """Makes the browser reload the page after this time."""
         self.head = f"<meta http-equiv=refresh content={seconds}>"
 
     def add_figure(self, name: str, meaning: str, figure: Figure) -> str:
-        """A figure's place; the browser draws it when it comes into view."""
+        """Adds a figure; returns its place as HTML, where the browser draws it once in view."""
         self.figures.append(figure)
         height = int(figure["layout"].get("height", 260))
         return (
@@ -48,10 +48,10 @@ class Page:
         )
 
     def render_html(self, scripts: Sequence[str] = ()) -> str:
-        """scripts: files beside this one that the page needs, after page.js."""
+        """Returns the page. scripts: files in this folder that it needs, after page.js."""
         code = "\n".join((HERE / name).read_text() for name in ("page.js", *scripts))
         blocks = "".join(
-            f"<script type=text/plain class=block>{own}</script>" for own in self.blocks
+            f"<script type=text/plain class=block>{block}</script>" for block in self.blocks
         )
         data = pack_text(json.dumps({"figures": self.figures, **self.payload}, allow_nan=False))
         plotly = load_plotly_script() if self.figures else ""
@@ -69,18 +69,18 @@ class Page:
 
 
 def pack_text(text: str) -> str:
-    """Compressed, in letters that mean nothing to a page."""
+    """Compresses a text and encodes it in base64, which needs no escaping in HTML."""
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 @cache
 def load_plotly_script() -> str:
-    """Plotly's own script, packed. Its package is not imported, which would take a second."""
+    """Returns Plotly's script, packed, without importing its package, which takes a second."""
     return pack_text(files("plotly").joinpath("package_data/plotly.min.js").read_text("utf-8"))
 
 
 def render_table(heads: Sequence[str], rows: Iterable[str]) -> str:
-    """rows: <tr>…</tr>"""
+    """Renders a table; rows: <tr>…</tr>"""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     return (
         f"<div class=wide><table><thead><tr>{head}</tr></thead>"

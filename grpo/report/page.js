@@ -1,9 +1,9 @@
-// A page's data lies in it, packed; figures are drawn when they come into view, in its own colours.
+// The page holds its data, packed; figures are drawn when they come into view, in the page's colours.
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
 function decoded(base64) {
   if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
-  const letters = atob(base64); // in older browsers, which take longer
+  const letters = atob(base64); // in older browsers, which are slower
   return Uint8Array.from(letters, (letter) => letter.charCodeAt(0));
 }
 
@@ -15,7 +15,7 @@ async function unpacked(place) {
 function element(tag, className, text) {
   const made = document.createElement(tag);
   if (className) made.className = className;
-  if (text !== undefined) made.textContent = text; // never HTML: completions are anybody's text
+  if (text !== undefined) made.textContent = text; // never HTML: completions may hold anything
   return made;
 }
 

@@ -41,5 +41,5 @@ class AnswerFormat:
 class Task:
     """The data set's own verifier, which reads the answer as `dataset.extract` says."""
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+    def __call__(self, samples: Sequence[Sample]) -> list[float | Failure]:
         return [sample.verdict for sample in samples]

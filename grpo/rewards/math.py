@@ -6,13 +6,15 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import Future, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
-
-from pebble import ProcessExpired, ProcessPool
+from typing import TYPE_CHECKING
 
 from grpo.data.answers import extract_tagged_answer
 from grpo.rewards.option_checks import require_at_least, require_positive
 from grpo.types import Failure, Sample
 from grpo.verifiers import latex
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 
 class Math:
@@ -56,6 +58,8 @@ class Math:
         return [self.await_result(future) for future in futures]
 
     def await_result(self, future: Future[bool | None]) -> float | Failure | None:
+        from pebble import ProcessExpired
+
         try:
             same = future.result()
         except TimeoutError:
@@ -71,6 +75,8 @@ class Math:
         if self.pool is not None and not self.pool.active:
             self.close()
         if self.pool is None:
+            from pebble import ProcessPool  # the extra [math] brings it
+
             self.pool = ProcessPool(
                 max_workers=self.workers,
                 initializer=latex.start_worker,

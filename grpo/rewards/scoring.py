@@ -68,7 +68,7 @@ def compute_scores(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> S
     for sample, total in zip(samples, total_N.tolist(), strict=True):
         if math.isinf(total):
             raise RewardError(format_reward_error("*", f"the weighted sum is {total}", sample))
-    right_N = torch.tensor([is_right(sample) for sample in samples])
+    right_N = torch.tensor(find_right(samples))
     return Scores(
         parts=parts,
         weights=weights,
@@ -144,14 +144,35 @@ def compute_reward(
     return [by_row.get(n) for n in range(len(samples))]
 
 
-def is_right(sample: Sample) -> bool:
-    try:
-        return sample.verdict >= 1
-    except Exception as error:
-        what = f"it raised {type(error).__name__}: {error}"
-        raise RewardError(
-            format_reward_error("verifier (the data set's own)", what, sample)
-        ) from error
+def find_right(samples: Sequence[Sample], *, leniently: bool = False) -> list[bool]:
+    """Which completions the data set's own verifier gives 1.
+
+    One that it fails for is not counted as right, and the log says so.
+
+    Args:
+        leniently: it takes an answer wherever it stands, where it can.
+
+    Raises:
+        RewardError: it raised.
+    """
+    verdicts: list[float | Failure] = []
+    for sample in samples:
+        lenient = sample.example.lenient if leniently else None
+        try:
+            verdicts.append(lenient(sample.completion) if lenient else sample.verdict)
+        except Exception as error:
+            name = "verifier, read leniently" if leniently else "verifier (the data set's own)"
+            what = f"it raised {type(error).__name__}: {error}"
+            raise RewardError(format_reward_error(name, what, sample)) from error
+    reasons = [own.reason for own in verdicts if isinstance(own, Failure)]
+    if reasons:
+        log.warning(
+            "the data set's verifier%s failed for %d of %d completions, which are not counted as "
+            "right: %s",
+            ", read leniently," if leniently else "", len(reasons), len(samples),
+            redact(reasons[0]),
+        )  # fmt: skip
+    return [not isinstance(own, Failure) and own >= 1 for own in verdicts]
 
 
 def warn_failures(name: str, rows: Mapping[int, str], count: int) -> None:
@@ -161,6 +182,17 @@ def warn_failures(name: str, rows: Mapping[int, str], count: int) -> None:
             "reward.%s failed for %d of %d completions, which are not trained on: %s",
             name, len(rows), count, rows[min(rows)],
         )  # fmt: skip
+
+
+def explain_no_rewards(scores: Scores) -> str:
+    """What to say where no completion has any reward and none failed; empty where one has."""
+    if not scores.total_BG.isnan().all():
+        return ""
+    names = ", ".join(f"reward.{name}" for name in scores.parts)
+    return (
+        f"no completion has any reward, so nothing is learnt: {names} gave None for all "
+        f"{scores.total_BG.numel()}, which means that a reward does not apply."
+    )
 
 
 def raise_if_all_failed(rollout: Rollout, scores: Scores) -> None:

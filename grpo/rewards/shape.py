@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 
 from grpo.errors import ConfigError
 from grpo.rewards.option_checks import require_at_least
-from grpo.types import Sample
+from grpo.types import Failure, Sample
 
 # A numbered step, a numbered line or a bullet, a word that orders.
 STEP_MARKER = re.compile(
@@ -66,18 +66,21 @@ class Length:
     Kimi k1.5 (2501.12599), section 2.3.3. Right is what the data set's own verifier gives 1.
     """
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+    def __call__(self, samples: Sequence[Sample]) -> list[float | Failure]:
         lengths = defaultdict(list)
         for sample in samples:
             lengths[sample.group].append(len(sample.token_ids))
         return [self.reward(sample, lengths[sample.group]) for sample in samples]
 
-    def reward(self, sample: Sample, lengths: Sequence[int]) -> float:
+    def reward(self, sample: Sample, lengths: Sequence[int]) -> float | Failure:
         shortest, longest = min(lengths), max(lengths)
         if shortest == longest:
             return 0.0
         gain = 0.5 - (len(sample.token_ids) - shortest) / (longest - shortest)
-        return gain if sample.verdict >= 1 else min(0.0, gain)
+        verdict = sample.verdict
+        if isinstance(verdict, Failure):
+            return verdict
+        return gain if verdict >= 1 else min(0.0, gain)
 
 
 class Cosine:
@@ -109,13 +112,16 @@ class Cosine:
         self.wrong = (wrong_start, wrong_end)
         self.cut_off = cut_off
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+    def __call__(self, samples: Sequence[Sample]) -> list[float | Failure]:
         return [self.reward(sample) for sample in samples]
 
-    def reward(self, sample: Sample) -> float:
+    def reward(self, sample: Sample) -> float | Failure:
         if sample.truncated:
             return self.cut_off
-        start, end = self.right if sample.verdict >= 1 else self.wrong
+        verdict = sample.verdict
+        if isinstance(verdict, Failure):
+            return verdict
+        start, end = self.right if verdict >= 1 else self.wrong
         progress = min(1.0, len(sample.token_ids) / self.max_tokens)
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 

@@ -1,1 +1,1 @@
-"""A run, as it is kept in its folder: checkpoints, summary, locks, going on with it."""
+"""A run's folder: files, checkpoints, summary, locks, resuming and stopping."""

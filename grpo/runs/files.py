@@ -1,4 +1,4 @@
-"""The files of a run, written whole or not at all, and its status."""
+"""A run's status, and its files, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from grpo.config.secrets import redact
 from grpo.runs.folder import log
 
-RUNNING = "running"  # also of a run that was killed
+RUNNING = "running"  # a killed run keeps this status
 
 FINISHED = "finished"
 
-ENDED = (FINISHED, "pruned")  # the statuses of runs of which nothing is left to do
+ENDED = (FINISHED, "pruned")  # the statuses of runs with nothing left to do
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
-    """A run's summary.json; None where there is none that can be read."""
+    """Reads a run's summary.json; returns None if it is missing or can't be read."""
     try:
         content = json.loads((run / "summary.json").read_text())
     except (OSError, ValueError):
@@ -32,20 +32,20 @@ def is_finished(run: Path) -> bool:
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file at once: a reader, a kill or another writer meets the old one or the new."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    write(aside)
-    aside.replace(file)
+    """Writes a file atomically: readers, other writers and a kill leave the old one or the new."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    write(temporary)
+    temporary.replace(file)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """As `write_atomically`."""
+    """Writes a JSON file atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def note_failure(run: Path, reason: str) -> None:
-    """Says in a run's summary.json that it failed, where it can be written."""
+    """Records in a run's summary.json that it failed; warns if the file can't be written."""
     content = {**(read_summary(run) or {}), "status": "failed", "error": redact(reason)}
     try:
         write_json(run / "summary.json", content)

@@ -1,4 +1,4 @@
-"""Runs that are already there: their folders and checkpoints, and who is in them."""
+"""Folders of earlier runs: finds runs, checkpoints and models, and guards against overwriting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_run(folder: Path) -> Path | None:
-    """The run that a folder is, or is a checkpoint or model of."""
+    """Returns the run that a folder is, or is a checkpoint or model of; None if there is none."""
     for candidate in (folder, *folder.absolute().parents[:3]):
         if (candidate / ".hydra" / "overrides.yaml").is_file():
             return candidate
@@ -32,7 +32,7 @@ def find_run(folder: Path) -> Path | None:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
+    """Returns a run's checkpoints, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -45,14 +45,16 @@ def find_newest_checkpoint(run: Path) -> Path | None:
 def locate_checkpoint_model(
     checkpoint: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> Callable[[], Path]:
-    """Where a run's, a checkpoint's or a model's folder is; or a hub id, downloaded by the call.
+    """Returns a function that returns the model's folder of a run, a checkpoint or a hub id.
+
+    The function downloads a hub id; `checkpoint` may also be a model's folder.
 
     Args:
         revision: of a hub id, or of the model that a run began with.
-        trust_remote_code: code that comes with the model may be run.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ConfigError: there is no model there.
+        ConfigError: there is no model.
     """
     if MODEL_ID.fullmatch(checkpoint) and not Path(checkpoint).exists():
         return locate_hub_model(checkpoint, revision, trust_remote_code)
@@ -68,15 +70,15 @@ def locate_checkpoint_model(
 def locate_hub_model(
     checkpoint: str, revision: str | None, trust_remote_code: bool
 ) -> Callable[[], Path]:
-    """Downloads what is no folder but may be a model on the hub; checks at once that one can ask.
+    """Checks that the hub can be reached; returns a function that downloads a model from it.
 
     Raises:
-        ConfigError: at once or when called, where it is neither.
+        ConfigError: the hub can't be reached; the returned function raises it too.
     """
 
-    def told(ask: Callable[..., T]) -> T:
+    def call(locate: Callable[..., T]) -> T:
         try:
-            return ask("as a hub id", checkpoint, None, None, None, revision, trust_remote_code)
+            return locate("as a hub id", checkpoint, None, None, None, revision, trust_remote_code)
         except UntrustedCode:
             raise
         except ConfigError as error:
@@ -84,15 +86,15 @@ def locate_hub_model(
                 f"checkpoint={checkpoint}: there is no such folder; {error}"
             ) from error
 
-    told(check_reachable)
-    return partial(told, find_model_folder)
+    call(check_reachable)
+    return partial(call, find_model_folder)
 
 
 def find_checkpoint_model(folder: str) -> Path:
-    """The model's folder in a run, in one of its checkpoints, or the folder itself.
+    """Returns the model's folder in a run, in one of its checkpoints, or the folder itself.
 
     Raises:
-        ConfigError: there is no model there.
+        ConfigError: there is no model.
     """
     path = Path(folder).expanduser()
     newest = find_newest_checkpoint(path)
@@ -105,10 +107,10 @@ def find_checkpoint_model(folder: str) -> Path:
 def check_run_folder(
     run: Path, resume: str | None, model: Mapping[str, Any], adapter: Mapping[str, Any] | None
 ) -> None:
-    """Refuses to write over another run, and to go on with another model or adapter.
+    """Checks that a run overwrites no other run, and resumes with the same model and adapter.
 
     Raises:
-        ConfigError: saying which it would be.
+        ConfigError: the folder holds a run already, or its model or adapter is another one.
     """
     if resume is None:
         if (run / "metrics.jsonl").exists():
@@ -123,9 +125,9 @@ def check_run_folder(
         config = json.loads((newest / "config.json").read_text())
         saved, saved_adapter = config["model"], config["adapter"]
     except (OSError, ValueError, KeyError):
-        return  # a broken checkpoint; loading it says so, and takes the one before
+        return  # a broken checkpoint; loading it warns and uses an earlier one
     for key in ("id", "path", "packaged", "revision"):
-        if saved.get(key) != model[key]:  # an older one has no revision: main
+        if saved.get(key) != model[key]:  # older runs have no revision, that is main
             raise ConfigError(
                 f"resume={resume}: this run trains model={saved['name']} "
                 f"(model.{key}={saved[key]}), not model={model['name']} ({model[key]})."
@@ -137,7 +139,7 @@ def check_run_folder(
 
 
 def remove_unstarted(run: Path) -> None:
-    """Removes a run folder that holds nothing but what was written before the run was refused."""
-    before = {".hydra", "train.log", "eval.log", "wandb"}
-    if {path.name for path in run.iterdir()} <= before:
+    """Removes a run folder that holds only what was written before the run was refused."""
+    written_first = {".hydra", "train.log", "eval.log", "wandb"}
+    if {path.name for path in run.iterdir()} <= written_first:
         shutil.rmtree(run)

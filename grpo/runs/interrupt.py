@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class Interrupt:
-    """Within it, a first signal is a request that the loop reads; a second one ends at once."""
+    """Within it, a first signal sets `requested` for the loop to read; a second ends at once."""
 
     def __init__(self, also_requested: Callable[[], bool] = lambda: False) -> None:
-        """elsewhere: whether the end was asked for in another way."""
+        """also_requested: returns whether the end was requested in another way."""
         self.signalled, self.also_requested = False, also_requested
         self.previous: dict[int, object] = {}
 
@@ -39,7 +39,7 @@ class Interrupt:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
-        log.warning("finishing this step, then saving; once more to end at once")
+        log.warning("finishing this step, then saving; a second Ctrl-C ends at once")
         self._restore()
 
     def _restore(self) -> None:

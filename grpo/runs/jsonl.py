@@ -12,16 +12,15 @@ from grpo.runs.files import write_atomically
 
 
 def reopen(path: Path, last_step: int | None = None) -> TextIO:
-    """A .jsonl file to append to, with its whole lines, up to a step where they have one."""
+    """Opens a .jsonl file to append to; keeps its complete lines, up to `last_step` if given."""
     kept = [line for line in read_lines(path) if last_step is None or line["step"] <= last_step]
-    write_atomically(
-        path, lambda aside: aside.write_text("".join(map(encode_line, kept)), encoding="utf-8")
-    )
+    text = "".join(map(encode_line, kept))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path.open("a", encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file; a last one cut short by a kill is left out."""
+    """Reads the complete lines of a .jsonl file; skips a last line cut short by a kill."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline
@@ -29,7 +28,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def find_last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last value of each key that has one."""
+    """Returns the last value of each key that is not null."""
     found: dict[str, Any] = {}
     for line in lines:
         found |= {key: value for key, value in line.items() if value is not None}
@@ -37,12 +36,12 @@ def find_last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def encode_line(line: Mapping[str, Any]) -> str:
-    """One JSON line; what JSON has no number for (inf, nan) is null."""
+    """Encodes one JSON line; inf and nan, which JSON doesn't have, become null."""
     return json.dumps(replace_nonfinite(line), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def replace_nonfinite(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with null for what JSON has no number for."""
+    """Returns the content with None for inf and nan."""
     return {
         key: replace_nonfinite(value)
         if isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""Locks that let one process at a time use a run's folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from grpo.errors import ConfigError
 
 
 class RunLocked(ConfigError):
-    """Another process is in a run's folder, which is that one's to write."""
+    """Another process is using a run's folder."""
 
 
-LOCK_WAIT = 1.0  # seconds that `is_locked` of another process may hold up a lock, at the very most
+LOCK_WAIT = 1.0  # seconds; another process's `is_locked` never holds the lock for so long
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keeps other processes out of a run's folder; the system lets go of it when a process dies.
+    """Within it, no other process can lock the folder; the system unlocks it if this one dies.
 
     Raises:
-        Occupied: another one is in it.
+        RunLocked: another process is using the folder.
     """
     descriptor = os.open(run, os.O_RDONLY)
     try:
@@ -39,7 +39,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process is in a run's folder, without keeping one out that wants to be."""
+    """Returns whether a process is using a run's folder; doesn't block one that wants to."""
     descriptor = os.open(run, os.O_RDONLY)
     try:
         return not take_lock(descriptor, fcntl.LOCK_SH)

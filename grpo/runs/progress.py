@@ -1,4 +1,4 @@
-"""Where a run is."""
+"""How far a run has come."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, besides weights and optimizer. Everything random follows from the step."""
+    """A run's state besides weights and optimizer. Everything random follows from the step."""
 
     step: int  # updates done
     run_id: str  # the trackers' name for this run
     base: str  # fingerprint of the model that training began with: the reference
-    seconds: float = 0.0  # spent so far, over all its parts
+    seconds: float = 0.0  # spent so far, earlier parts of a resumed run included
     unlogged: dict[str, float] | None = None  # a step's metrics that still lack their evaluation

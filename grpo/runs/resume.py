@@ -1,4 +1,4 @@
-"""Going back to a run: its overrides put before today's, and nothing of it lost if refused."""
+"""Resuming a run: finds it and reads its overrides, which come before the new ones."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from grpo.runs.lock import is_locked, locked
 
 
 def format_run_dir(run: Path) -> str:
-    """The override that sends a run to a folder, whatever signs are in its name."""
+    """Formats the override that sets a run's folder, quoted where its name needs it."""
     return f"hydra.run.dir={quote_value(run)}"
 
 
 def find_resumable_run(resume: str) -> Path:
-    """The run's folder that `resume` names.
+    """Returns the run's folder that `resume` names.
 
     Raises:
-        ConfigError: it isn't one, has no checkpoint, or is being run just now.
+        ConfigError: it isn't a run's folder, has no checkpoint, or another process is using it.
     """
     run = Path(resume).expanduser()
     if not run.is_dir():
         raise ConfigError(f"resume={resume}: there is no such folder.")
-    whole = find_run(run)
-    if whole is not None and whole.resolve() != run.resolve():
+    owner = find_run(run)
+    if owner is not None and owner.resolve() != run.resolve():
         raise ConfigError(
-            f"resume={resume}: give the run, {whole}; it goes on from its newest checkpoint."
+            f"resume={resume}: give the run, {owner}; it goes on from its newest checkpoint."
         )
     if find_newest_checkpoint(run) is None:
-        raise ConfigError(f"resume={resume}: no checkpoint in it, so nothing to go on from.")
+        raise ConfigError(f"resume={resume}: has no checkpoint to go on from.")
     with locked(run):
         return run
 
 
 def read_past_overrides(run: Path) -> list[str]:
+    """Reads the overrides that a run was started with, its KL included."""
     return [*read_recorded_overrides(run), *read_old_kl(run)]
 
 
@@ -54,32 +55,32 @@ def read_recorded_overrides(run: Path) -> list[str]:
 
 
 def read_old_kl(run: Path) -> list[str]:
-    """What a run's KL was, as overrides, where it began before algorithms brought their own."""
+    """Returns a run's KL as overrides, if it began before algorithms had a KL of their own."""
     config = read_yaml(run / ".hydra" / "config.yaml") or {}
     if "kl_weight" in config.get("algorithm", {}) or "kl_weight" not in config:
         return []
     hydra = read_yaml(run / ".hydra" / "hydra.yaml") or {"hydra": {}}
     choice = hydra["hydra"].get("runtime", {}).get("choices", {}).get("kl", "k3")
-    then = {"kl": choice, "kl_weight": config["kl_weight"], "kl.within": config["kl"]["within"]}
-    given = {parse_key(override) for override in read_recorded_overrides(run)}
-    return [f"{key}={value}" for key, value in then.items() if key not in given]
+    old = {"kl": choice, "kl_weight": config["kl_weight"], "kl.within": config["kl"]["within"]}
+    recorded = {parse_key(override) for override in read_recorded_overrides(run)}
+    return [f"{key}={value}" for key, value in old.items() if key not in recorded]
 
 
 def read_past_flags(run: Path, given: Sequence[str]) -> list[str]:
-    """The --config-dir that a run was started with, unless one is given now."""
+    """Returns the --config-dir that a run was started with, unless `given` has one."""
     if has_config_dir(given):
         return []
-    written = read_yaml(run / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
-    sources = written["hydra"]["runtime"].get("config_sources", [])
-    own = [source["path"] for source in sources if source["provider"] == "command-line"]
-    return ["--config-dir", own[0]] if own else []
+    hydra_config = read_yaml(run / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
+    sources = hydra_config["hydra"]["runtime"].get("config_sources", [])
+    folders = [source["path"] for source in sources if source["provider"] == "command-line"]
+    return ["--config-dir", folders[0]] if folders else []
 
 
 def read_yaml(file: Path) -> Any:
-    """A file's content, None where there is none.
+    """Reads a YAML file; returns None if there is no such file.
 
     Raises:
-        ConfigError: it is not YAML, as after a crash in the middle of its writing.
+        ConfigError: it is not YAML, for example after a crash while it was written.
     """
     try:
         return yaml.safe_load(file.read_text()) if file.is_file() else None
@@ -88,9 +89,9 @@ def read_yaml(file: Path) -> Any:
 
 
 def find_newest_unfinished(overrides: Sequence[str]) -> Path | None:
-    """The newest run under outputs/ of these same overrides that has a checkpoint and no end.
+    """Returns the newest unfinished run in outputs/ with the same overrides and a checkpoint.
 
-    One that another process is running just now is passed over.
+    A run that another process is using is skipped.
     """
     wanted = drop_location_keys(overrides)
     for run in sorted(Path("outputs").glob("[0-9]*/*"), reverse=True):

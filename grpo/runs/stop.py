@@ -1,8 +1,8 @@
-"""Between a sweep and its jobs: whether they are to stop, and who has the terminal.
+"""What a sweep tells its jobs: whether they are to stop, and who writes to the terminal.
 
-A sweep is ended in order by a file that says so, which every job of it looks for, wherever it runs.
-A signal reaches one process, or all of a terminal's; a launcher may run jobs in processes of its
-own, or on other machines that share the folder.
+A sweep is stopped by a file, which every job looks for, wherever it runs. A signal would reach one
+process, or all of a terminal; a launcher may run jobs in other processes, or on other machines that
+share the folder.
 """
 
 from __future__ import annotations
@@ -24,52 +24,50 @@ from hydra.types import RunMode
 log = logging.getLogger(__name__)
 
 STOP_FILE_VARIABLE = "GRPO_STOP_FILE"  # processes that a launcher starts inherit it
-VIEW_VARIABLE = (
-    "GRPO_SWEEP_VIEW"  # so too the process that shows the sweep's progress in the terminal
-)
+VIEW_VARIABLE = "GRPO_SWEEP_VIEW"  # inherited too: the id of the process that shows the sweep
 
 
 def is_sweep_job() -> bool:
-    """Whether the job under way is one of a sweep."""
+    """Returns whether this process runs a job of a sweep."""
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def is_stop_requested() -> bool:
-    """Whether the sweep that this job belongs to is to end."""
+    """Returns whether the sweep that this job belongs to is to stop."""
     file = os.environ.get(STOP_FILE_VARIABLE)
     return file is not None and Path(file).exists()
 
 
 def has_sweep_view() -> bool:
-    """Whether the sweep shows in the terminal how its jobs come along."""
+    """Returns whether the sweep shows the progress of its jobs in the terminal."""
     return VIEW_VARIABLE in os.environ
 
 
 def leave_terminal() -> None:
-    """In a process of its own, a job leaves the terminal to the sweep's view; its log is whole."""
+    """Silences a job in the terminal if another process shows the sweep; its log file has all."""
     if (
         not has_sweep_view()
         or os.environ[VIEW_VARIABLE] == str(os.getpid())
         or not sys.stdout.isatty()
     ):
         return
-    sys.stdout = nowhere = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = devnull = open(os.devnull, "w")  # noqa: SIM115
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(
             handler, logging.FileHandler
         ):
-            handler.setStream(nowhere)
+            handler.setStream(devnull)
 
 
 def request_stop() -> None:
-    """Jobs that run finish their step and save; those that have not begun never do."""
+    """Stops the sweep: running jobs finish their step and save, the others don't begin."""
     if file := os.environ.get(STOP_FILE_VARIABLE):
         Path(file).touch()
 
 
 @contextmanager
 def stoppable(sweep: Path) -> Iterator[None]:
-    """Within it, a first signal asks the sweep to stop; a second one ends this process at once.
+    """Within it, a first signal stops the sweep; a second one ends this process at once.
 
     Raises:
         SystemExit: 130, at its end, if the sweep was asked to stop.
@@ -86,7 +84,7 @@ def stoppable(sweep: Path) -> Iterator[None]:
     def request(number: int, frame: FrameType | None) -> None:
         restore()
         file.touch()
-        log.warning("jobs that run finish their step and save; once more to end at once")
+        log.warning("running jobs finish their step and save; a second Ctrl-C ends at once")
 
     if threading.current_thread() is threading.main_thread():
         previous |= {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}

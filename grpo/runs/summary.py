@@ -1,4 +1,4 @@
-"""summary.json: what became of a run, in one small file."""
+"""summary.json: a run's status and results, in one small file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import grpo
 from grpo.config.secrets import redact
 from grpo.device import Device
 from grpo.runs.files import write_json
@@ -21,7 +22,7 @@ PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wan
 
 
 class Summary:
-    """Written when a run starts and anew when it ends, so a killed run still says `running`."""
+    """Writes summary.json when a run starts and when it ends; a killed run still says `running`."""
 
     def __init__(
         self,
@@ -32,14 +33,21 @@ class Summary:
         trials: Mapping[str, int],
         hub_commits: Mapping[str, str],
     ) -> None:
-        """hub_commits: what model and data set were on the hub, by their key in the config."""
+        """
+        Args:
+            trials: metric -> the number of right or wrong answers that it is the share of.
+            hub_commits: config key of a model or data set -> its commit on the hub.
+        """
         self.folder, self.metric, self.device = folder, objective, device
         self.total_steps, self.trials = total_steps, dict(trials)
         self.hub_commits = dict(hub_commits)
         self.started = time.time()
 
     def write(self, status: str, progress: Progress, error: str = "") -> dict[str, Any]:
-        """status: running, finished, pruned, interrupted or failed. Returns what was written."""
+        """Writes summary.json and returns its content.
+
+        status: running, finished, pruned, interrupted or failed.
+        """
         evaluations = [
             {key: value for key, value in line.items() if key == "step" or key.startswith("eval/")}
             for line in read_lines(self.folder / "metrics.jsonl")
@@ -73,7 +81,7 @@ class Summary:
         return None if value is None else float(value)
 
     def format_closing(self, content: dict[str, Any]) -> str:
-        """The last lines in the terminal: what came of it, where it is, what to do next."""
+        """Formats the last lines in the terminal: the results, the folder, what to do next."""
         steps, seconds = content["steps"], content["wall_seconds"]
         lines = [f"{content['status']}: {steps} steps in {seconds / 60:.1f} minutes"]
         first, last = content["first_evaluation"], content["last_evaluation"]
@@ -91,19 +99,19 @@ class Summary:
 
 
 def make_relative(folder: Path) -> Path:
-    """The folder as one would type it here."""
+    """Returns the folder relative to the working directory, if it is inside it."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 @cache
 def find_git_commit() -> str | None:
-    """The commit the package was run from, where it is a checkout; with + if it was changed."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    if not (here.parent / ".git").exists():
+    """Returns the commit of the package's checkout, with + if it was changed; None without one."""
+    checkout = Path(grpo.__file__).parents[1]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    if not (checkout / ".git").exists():
         return None
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        result = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None

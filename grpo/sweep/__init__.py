@@ -1,1 +1,1 @@
-"""Sweeps: many runs of one command, each a job in a folder of its own; what survives is on disk."""
+"""Sweeps: one command runs many jobs, each in its own folder; all state is on disk."""

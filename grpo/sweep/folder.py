@@ -1,4 +1,4 @@
-"""A sweep's folder: which jobs it has, and how far each of them has come."""
+"""A sweep's folder: its jobs, and the status of each."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from grpo.runs.folder import find_newest_checkpoint
 from grpo.runs.lock import is_locked
 
 RECORD = "sweep.json"
-STUDY = "study.json"  # there too where the sweep is a search
+STUDY = "study.json"  # only of a search
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Record:
-    """How a sweep was started, and its jobs in order of their numbers; kept in sweep.json."""
+    """How a sweep was started, and its jobs in order of their numbers; stored in sweep.json."""
 
     arguments: list[str]
     config_dir: str | None
-    jobs: list[list[str]]  # the overrides of each; none: a shared study's trial run elsewhere
-    objectives: dict[str, str] = field(default_factory=dict)  # of a grid: as StudyFile's
+    jobs: list[list[str]]  # the overrides of each; empty: another folder runs this trial
+    objectives: dict[str, str] = field(default_factory=dict)  # of a grid; as in StudyFile
 
     def write(self, folder: Path) -> None:
         write_json(folder / RECORD, asdict(self))
 
 
 def read_record(folder: Path) -> Record | None:
-    """None where the folder holds no sweep.
+    """Reads sweep.json; returns None if the folder holds no sweep.
 
     Raises:
-        ConfigError: what is there can't be read.
+        ConfigError: sweep.json can't be read.
     """
 
-    def record(content: dict[str, Any]) -> Record:
-        arguments, own_configs, jobs = (content[k] for k in ("arguments", "config_dir", "jobs"))
-        return Record(arguments, own_configs, jobs, content.get("objectives") or {})
+    def parse(content: dict[str, Any]) -> Record:
+        arguments, config_dir, jobs = (content[k] for k in ("arguments", "config_dir", "jobs"))
+        return Record(arguments, config_dir, jobs, content.get("objectives") or {})
 
-    return read_json_file(folder / RECORD, record, "its jobs aren't known")
+    return read_json_file(folder / RECORD, parse, "its jobs aren't known")
 
 
 @dataclass(frozen=True)
 class StudyFile:
-    """What a search's jobs and its readers must know of it; kept in study.json."""
+    """What jobs and reports need to know of a search; stored in study.json."""
 
     storage: str | None
     study_name: str
-    objectives: dict[str, str]
+    objectives: dict[str, str]  # metric -> maximize or minimize
     pruner: str
     pruner_options: dict[str, Any]
-    folder: str  # a name for the folder that it keeps wherever it is moved
+    folder: str  # an id of the folder, which stays the same if the folder is moved
     space: dict[str, Any] = field(default_factory=dict)  # Optuna's distribution of each key
 
     def write(self, folder: Path) -> None:
@@ -64,10 +64,10 @@ class StudyFile:
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
-        """None where the folder holds no search.
+        """Reads study.json; returns None if the folder holds no search.
 
         Raises:
-            ConfigError: what is there can't be read.
+            ConfigError: study.json can't be read.
         """
         return read_json_file(
             folder / STUDY, lambda content: cls(**content), "its study isn't known"
@@ -75,13 +75,13 @@ class StudyFile:
 
 
 def read_json_file(file: Path, parse: Callable[[dict[str, Any]], T], consequence: str) -> T | None:
-    """What a JSON file holds; None where it is not there.
+    """Reads and parses a JSON file; returns None if there is no such file.
 
     Args:
-        without: what follows from not having it, for the message.
+        consequence: what isn't known without it, for the message.
 
     Raises:
-        ConfigError: it can't be read, or holds something else.
+        ConfigError: it is not JSON, or `parse` fails on its content.
     """
     if not file.is_file():
         return None
@@ -93,17 +93,17 @@ def read_json_file(file: Path, parse: Callable[[dict[str, Any]], T], consequence
 
 @dataclass(frozen=True)
 class JobState:
-    """What has become of a job, as its folder says."""
+    """The state of a job, as its folder shows it."""
 
     number: int
     folder: Path
     status: str  # finished, pruned, failed, interrupted, killed, running, or none: not begun
-    reason: str  # of a failure
-    summary: Mapping[str, Any]  # empty where there is none
+    reason: str  # why it failed or was killed
+    summary: Mapping[str, Any]  # empty if there is none
 
     @property
     def ended(self) -> bool:
-        """Nothing of it is left to do."""
+        """Whether nothing of it is left to do."""
         return self.status in ENDED
 
     def __str__(self) -> str:
@@ -122,7 +122,7 @@ def read_job_state(sweep: Path, number: int) -> JobState:
 
 
 def infer_status(run: Path, summary: Mapping[str, Any]) -> str:
-    """What has become of a run; a killed one still says that it runs."""
+    """Returns a run's status: "killed" if its summary says "running" but no process runs it."""
     if not summary:
         return "none"
     status = str(summary.get("status"))
@@ -131,20 +131,20 @@ def infer_status(run: Path, summary: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to."""
+    """The jobs of a sweep at its end."""
 
     folder: Path
     jobs: Sequence[JobState]
-    unsuccessful: Sequence[JobState]  # those of them that did not end well
+    unsuccessful: Sequence[JobState]  # those that did not end well
 
 
 def number_jobs(
     record: Record | None, jobs: Sequence[Sequence[str]], sweep: Path
 ) -> list[list[str]]:
-    """All jobs in order of their numbers: those that are there keep theirs, new ones follow.
+    """Returns all jobs in order of their numbers: recorded jobs keep theirs, new ones follow.
 
     Raises:
-        ConfigError: what is there is another sweep.
+        ConfigError: a job occurs twice, or the folder holds another sweep.
     """
     wanted = {identify_job(job): list(job) for job in jobs}
     if len(wanted) < len(jobs):
@@ -152,24 +152,24 @@ def number_jobs(
             job for n, job in enumerate(jobs) if identify_job(job) in map(identify_job, jobs[:n])
         )
         raise ConfigError(f"{' '.join(twice)}: twice in this sweep; leave one out.")
-    past = [] if record is None else record.jobs
-    gone = [job for job in past if identify_job(job) not in wanted]
-    if gone:
+    recorded = [] if record is None else record.jobs
+    unwanted = [job for job in recorded if identify_job(job) not in wanted]
+    if unwanted:
         raise ConfigError(
-            f"sweep_dir={sweep}: holds another sweep, with the job {' '.join(gone[0])}; give more "
-            f"values to go on with that one, or another sweep_dir."
+            f"sweep_dir={sweep}: holds another sweep, with the job {' '.join(unwanted[0])}; keep "
+            f"its values to go on with it, or give another sweep_dir."
         )
-    there = {identify_job(job) for job in past}
-    return [*past, *(job for own, job in wanted.items() if own not in there)]
+    known = {identify_job(job) for job in recorded}
+    return [*recorded, *(job for identity, job in wanted.items() if identity not in known)]
 
 
 def identify_job(overrides: Sequence[str]) -> tuple[str, ...]:
-    """What tells jobs apart, however they were written."""
+    """Returns a job's identity: its overrides, in whatever order they were written."""
     return tuple(sorted(overrides))
 
 
 def require_record(sweep: Path) -> Record:
-    """Raises ConfigError where the folder holds no sweep."""
+    """Reads sweep.json; raises ConfigError if the folder holds no sweep."""
     record = read_record(sweep)
     if record is None:
         raise ConfigError(f"{sweep}: holds no sweep ({RECORD} is not there).")
@@ -177,7 +177,7 @@ def require_record(sweep: Path) -> Record:
 
 
 def read_job_states(sweep: Path) -> Iterator[JobState]:
-    """Every job that the sweep's record names.
+    """Yields the state of every job in the sweep's record.
 
     Raises:
         ConfigError: the folder holds no sweep.
@@ -188,7 +188,7 @@ def read_job_states(sweep: Path) -> Iterator[JobState]:
 
 
 def count_by_status(statuses: Iterable[str]) -> str:
-    """`3 finished, 1 to run`"""
+    """Formats the number of jobs of each status, as `3 finished, 1 to run`."""
     words = {"none": "to run"}
     counts = Counter(words.get(status, status) for status in statuses)
     return ", ".join(f"{count} {status}" for status, count in counts.items())

@@ -1,4 +1,4 @@
-"""One GPU for one job: processes that run beside each other each take one, and keep it."""
+"""One GPU per job: each of the processes that run at the same time locks a GPU and keeps it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 def take_gpu(sweep: Path) -> str | None:
     """Lets this process see one GPU that no other job of the sweep on this machine uses.
 
-    Before anything asks CUDA; the system gives it back when the process ends. With one GPU or none
-    there is nothing to do.
+    Must be called before anything uses CUDA. The system frees the GPU when the process ends. With
+    one GPU or none it does nothing.
 
     Returns:
-        Its name among `CUDA_VISIBLE_DEVICES`; None where there is no choice.
+        The GPU's name in `CUDA_VISIBLE_DEVICES`; None with one GPU or none.
 
     Raises:
         ConfigError: more jobs run at once than there are GPUs.
@@ -30,7 +30,7 @@ def take_gpu(sweep: Path) -> str | None:
     return lock_gpu(sweep.absolute(), tuple(devices)) if len(devices) > 1 else None
 
 
-@cache  # a process that runs one job after the other keeps its own
+@cache  # a process that runs one job after the other keeps its GPU
 def lock_gpu(sweep: Path, devices: tuple[str, ...]) -> str:
     slots = sweep / ".gpus"
     slots.mkdir(parents=True, exist_ok=True)
@@ -49,10 +49,10 @@ def lock_gpu(sweep: Path, devices: tuple[str, ...]) -> str:
 
 
 def list_gpus() -> list[str]:
-    """The GPUs that this process may use."""
-    named = os.environ.get(VISIBLE_DEVICES)
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
+    """Returns the names of the GPUs that this process may use."""
+    visible = os.environ.get(VISIBLE_DEVICES)
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(

@@ -1,4 +1,4 @@
-"""A grid: every combination of the values given, once, and again only what is left of it."""
+"""A grid: each combination of the given values runs once; a resumed grid runs what is left."""
 
 from __future__ import annotations
 
@@ -35,35 +35,36 @@ def run_grid(
     objectives: Mapping[str, str] | None,
     direction: str,
 ) -> SweepResult:
-    """Runs what is left of a grid.
+    """Runs the jobs of a grid that are left to do.
 
     Args:
         params: values to sweep, from a file in conf/sweep/; the arguments win over them.
         arguments: the overrides of the command line.
-        objectives: what jobs are compared by, each with its direction; None: the config's one.
-        direction: of the config's one.
+        objectives: metrics to compare jobs by, with their directions; None: config.objective.
+        direction: of config.objective.
 
     Raises:
-        ConfigError: there is nothing to sweep, a job's config is wrong, or the folder is another's.
+        ConfigError: there is nothing to sweep, a job's config is wrong, or the folder holds
+            another sweep.
         RunError: no job could be started.
     """
     plan = plan_grid(launch, params, arguments, objectives, direction)
     folder, jobs, compared = launch.folder, plan.examples, plan.objectives
-    first, way = next(iter(compared.items()))
+    metric, way = next(iter(compared.items()))
 
     def value_of(job: JobState) -> float | None:
-        values, _ = read_final_values(job.folder, [first])
+        values, _ = read_final_values(job.folder, [metric])
         return values[0] if values and job.status == FINISHED else None
 
     check_writable(folder, "sweep_dir")
     with locked(folder):
         Record(launch.arguments, launch.config_dir, jobs, compared).write(folder)
         before = list(read_job_states(folder))
-        counts = count_by_status(own.status for own in before)
+        counts = count_by_status(job.status for job in before)
         print(f"sweep of {len(jobs)} jobs in {folder}: {counts}", flush=True)
         try:
             with viewed(folder, len(before), value_of, way == "minimize"):
-                launch.run([(own.number, jobs[own.number]) for own in before if not own.ended])
+                launch.run([(job.number, jobs[job.number]) for job in before if not job.ended])
         except (KeyboardInterrupt, SystemExit):
             print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)
             raise
@@ -96,10 +97,10 @@ def plan_grid(
 def expand_jobs(
     launch: Launch, params: Mapping[str, object], arguments: Sequence[str]
 ) -> list[list[str]]:
-    """The overrides of each job.
+    """Returns the overrides of each job.
 
     Raises:
-        ConfigError: no key has several values, or some have no end of them.
+        ConfigError: no key has several values, or a key has infinitely many.
     """
     parser = OverridesParser.create(launch.context.config_loader)
     parsed = parser.parse_overrides(combine_overrides(params, arguments))
@@ -112,7 +113,7 @@ def expand_jobs(
     except HydraException as error:
         endless = next(o for o in parsed if o.is_sweep_override() and not o.is_discrete_sweep())
         raise ConfigError(
-            f"{endless.input_line}: has no end of values; give some, or search it: "
-            f"hydra/sweeper=optuna."
+            f"{endless.input_line}: has infinitely many values; list some, or "
+            f"search it with hydra/sweeper=optuna."
         ) from error
     return jobs

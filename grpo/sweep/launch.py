@@ -1,4 +1,4 @@
-"""A sweep's jobs through Hydra: composed and checked before the first of them starts."""
+"""Runs a sweep's jobs through Hydra, after their configs were composed and checked."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from grpo.sweep.folder import read_job_state
 
 log = logging.getLogger(__name__)
 
-SWEEP_ONLY_KEYS = ("sweep_dir", "resume")  # where a sweep goes, not what its jobs are
+SWEEP_ONLY_KEYS = ("sweep_dir", "resume")  # they say where a sweep is, not what it runs
 
 
 def combine_overrides(params: Mapping[str, object], arguments: Sequence[str]) -> list[str]:
-    """A sweep's overrides: those of its file, then the command line's.
+    """Returns a sweep's overrides: those of its file, then the command line's.
 
     Raises:
-        ConfigError: they say where to resume.
+        ConfigError: the command line sets `resume`.
     """
     for argument in arguments:
         if parse_key(argument) == "resume":
             raise ConfigError(
-                f"{argument}: a sweep's jobs go on by themselves: grpo -m sweep_dir=FOLDER."
+                f"{argument}: a sweep resumes its own jobs; use grpo -m sweep_dir=FOLDER."
             )
     whole = [*(f"{key}={value}" for key, value in params.items()), *arguments]
     return [argument for argument in whole if parse_key(argument) not in SWEEP_ONLY_KEYS]
 
 
 def prepare_launch(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launch:
-    """What a sweeper's set-up comes to: Hydra's own launcher, ready to run jobs of this task."""
+    """Sets up Hydra's launcher to run jobs of this task for a sweeper."""
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=task, config=config
     )
@@ -59,8 +59,8 @@ def waiting_for_all_jobs() -> Iterator[None]:
         return
     import submitit
 
-    class Outlasting:
-        """A submitit job that has no results where it died: what it did lies in its folder."""
+    class TolerantJob:
+        """A submitit job that returns [None] if it died: its results are in its folder."""
 
         def __init__(self, job: submitit.Job[Any]) -> None:
             self.job = job
@@ -68,14 +68,14 @@ def waiting_for_all_jobs() -> Iterator[None]:
         def results(self) -> list[Any]:
             try:
                 return self.job.results()
-            except Exception as error:  # noqa: BLE001 - the job's own, or that it was lost
+            except Exception as error:  # noqa: BLE001 - the job's own error or its loss
                 log.warning("a job was lost (%s: %s)", type(error).__name__, str(error)[:500])
                 return [None]
 
     submitted = submitit.AutoExecutor.map_array
 
     def map_array(self: submitit.AutoExecutor, *arguments: Any) -> list[Any]:
-        return [Outlasting(job) for job in submitted(self, *arguments)]
+        return [TolerantJob(job) for job in submitted(self, *arguments)]
 
     submitit.AutoExecutor.map_array = map_array  # type: ignore[method-assign,assignment]
     try:
@@ -86,7 +86,7 @@ def waiting_for_all_jobs() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Launch:
-    """What Hydra gives a sweeper to run jobs with."""
+    """What a sweeper gets from Hydra to run jobs."""
 
     context: HydraContext
     config: DictConfig
@@ -100,36 +100,37 @@ class Launch:
     def config_dir(self) -> str | None:
         """The --config-dir, if one was given."""
         sources = self.config.hydra.runtime.config_sources
-        own = [str(source.path) for source in sources if source.provider == "command-line"]
-        return own[0] if own else None
+        folders = [str(source.path) for source in sources if source.provider == "command-line"]
+        return folders[0] if folders else None
 
     @property
     def arguments(self) -> list[str]:
-        """The command's own overrides, Hydra's and the experiment's.
+        """The overrides of the command line, Hydra's and the experiment's.
 
-        As they were given: what one takes from the environment is not looked up, and stays there.
+        Interpolations stay unresolved, so that no value of the environment is stored.
         """
-        own = OmegaConf.to_container(self.config.hydra.overrides, resolve=False)
-        assert isinstance(own, dict)
-        return [o for o in (*own["hydra"], *own["task"]) if parse_key(o) not in SWEEP_ONLY_KEYS]
+        overrides = OmegaConf.to_container(self.config.hydra.overrides, resolve=False)
+        assert isinstance(overrides, dict)
+        whole = (*overrides["hydra"], *overrides["task"])
+        return [override for override in whole if parse_key(override) not in SWEEP_ONLY_KEYS]
 
     def compose(self, job: Sequence[str]) -> DictConfig:
-        """The config of a job.
+        """Composes and checks the config of a job.
 
         Raises:
-            ConfigError: it is wrong; or Hydra's own errors, where it can't be composed.
+            ConfigError: it is wrong. If it can't be composed, Hydra's own error is raised.
         """
-        own = remove_hydra(self.compose_whole(job))
+        config = remove_hydra(self.compose_whole(job))
         try:
-            check_code(own)
-            check_config(own)
-            check_training(own)
+            check_code(config)
+            check_config(config)
+            check_training(config)
         except ConfigError as error:
             raise ConfigError(
                 f"{error} (the job {' '.join(job)})", key=error.key, value=error.value,
                 choices=error.choices, nearest=error.nearest,
             ) from error  # fmt: skip
-        return own
+        return config
 
     def compose_whole(self, job: Sequence[str]) -> DictConfig:
         """As `compose`, unchecked, and with Hydra's part of it."""
@@ -138,21 +139,21 @@ class Launch:
     def run(self, jobs: Sequence[tuple[int, Sequence[str]]]) -> None:
         """Runs jobs in the folders of their numbers, each from its checkpoint if it has one.
 
-        Their results lie in their folders: a job may run anywhere, and die there.
+        Results are only in these folders, so a job may run, and die, on any machine.
 
         Raises:
-            SystemExit: 130, after Ctrl-C and when the jobs that ran are saved.
-            RunError: not one of them could be started.
+            SystemExit: 130, after Ctrl-C, once the running jobs are saved.
+            RunError: no job could be started.
         """
         folder = quote_value(self.folder.absolute())
-        where = ("resume=auto", f"sweep_dir={folder}", f"hydra.sweep.dir={folder}")
-        batch = [[*job, *where, f"hydra.sweep.subdir={number}"] for number, job in jobs]
+        location = ("resume=auto", f"sweep_dir={folder}", f"hydra.sweep.dir={folder}")
+        batch = [[*job, *location, f"hydra.sweep.subdir={number}"] for number, job in jobs]
         if not batch:
             return
         try:
             with stoppable(self.folder), waiting_for_all_jobs():
                 self.launcher.launch(batch, initial_job_idx=jobs[0][0])
-        except Exception as error:  # each launcher has its own way of losing a worker
+        except Exception as error:  # each launcher raises its own error for a lost worker
             left = [job for job in jobs if read_job_state(self.folder, job[0]).status == "none"]
             if len(left) == len(jobs):
                 raise RunError(f"hydra/launcher: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a sweep's jobs are compared by: which metrics, and which way each of them is better."""
+"""The metrics that a sweep's jobs are compared by, and the direction in which each is better."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DIRECTIONS = ("maximize", "minimize")
 
 
 def check_directions(objectives: Any, direction: str) -> None:
-    """Refuses what a sweeper's keys of these names can't be.
+    """Raises ConfigError if a sweeper's key of one of these names has a wrong value.
 
     Args:
-        objectives: several with their directions, or nothing: then it is the config's one.
-        direction: of the config's one.
+        objectives: metrics with their directions; None: config.objective.
+        direction: of config.objective.
     """
     if not isinstance(objectives, Mapping | None):
         raise ConfigError(
@@ -31,44 +31,44 @@ def check_directions(objectives: Any, direction: str) -> None:
         )
     for metric, way in (objectives or {}).items():
         if way not in DIRECTIONS:
-            raise ConfigError(f"hydra.sweeper.objectives.{metric}={way}: maximize or minimize.")
+            raise ConfigError(f"hydra.sweeper.objectives.{metric}={way}: use maximize or minimize.")
     if direction not in DIRECTIONS:
-        raise ConfigError(f"hydra.sweeper.direction={direction}: maximize or minimize.")
+        raise ConfigError(f"hydra.sweeper.direction={direction}: use maximize or minimize.")
     if objectives and direction != DIRECTIONS[0]:
         raise ConfigError(
-            f"hydra.sweeper.direction={direction}: is of `objective`; hydra.sweeper.objectives has "
-            f"a direction for each."
+            f"hydra.sweeper.direction={direction}: applies to `objective` alone; "
+            f"hydra.sweeper.objectives has a direction for each."
         )
 
 
 def resolve_objectives(
     objectives: Mapping[str, str] | None, direction: str, configs: Sequence[DictConfig]
 ) -> dict[str, str]:
-    """Each metric that counts, and which way.
+    """Returns each metric that jobs are compared by, with its direction.
 
     Args:
         configs: of jobs of the sweep.
 
     Raises:
-        ConfigError: no run logs one, or each job has another.
+        ConfigError: no run logs a metric, or jobs have different objectives.
     """
-    own = sorted({str(config.objective) for config in configs})
-    if objectives is None and len(own) > 1:
+    metrics = sorted({str(config.objective) for config in configs})
+    if objectives is None and len(metrics) > 1:
         raise ConfigError(
-            f"objective={','.join(own)}: a sweep's jobs are compared by one; several at once are "
-            f"hydra.sweeper.objectives={{{own[0]}: maximize, {own[1]}: maximize}}."
+            f"objective={','.join(metrics)}: a sweep's jobs are compared by one; several "
+            f"are hydra.sweeper.objectives={{{metrics[0]}: maximize, {metrics[1]}: maximize}}."
         )
     found = dict(objectives or {str(configs[0].objective): direction})
-    some_pull = [config for config in configs if config.kl_weight] or configs
-    for metric, config in product(found, some_pull):
+    with_kl = [config for config in configs if config.kl_weight] or configs  # others lack kl/mean
+    for metric, config in product(found, with_kl):
         check_metric(config, metric, "hydra.sweeper.objectives")
     return found
 
 
 def read_final_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:
-    """The value of each metric where it was logged last, and the name of one that has none there.
+    """Returns the last logged value of each metric, and the name of one without a value, or "".
 
-    A value that was no number is null in the files, and none; an earlier one doesn't count.
+    A last value that is not finite is null in the files and counts as missing.
     """
     last: dict[str, Any] = {}
     for line in read_lines(job / "metrics.jsonl"):

@@ -1,4 +1,4 @@
-"""A search's study, made or found again."""
+"""Creates the study of a search, or opens it again."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from grpo.sweep.study import (
 
 
 def check_objectives(options: SearchOptions, configs: Sequence[DictConfig]) -> dict[str, str]:
-    """The metrics that count, and which way.
+    """Returns the metrics that trials are compared by, with their directions.
 
     Raises:
-        ConfigError: no run logs one, or a pruner has nothing to go by.
+        ConfigError: no run logs a metric, or training has no evaluations for a pruner.
     """
     objectives = resolve_objectives(options.objectives, options.direction, configs)
     if options.pruner != "none":
         (metric,) = objectives
         if not metric.startswith("eval/"):
             raise ConfigError(
-                f"hydra.sweeper.pruner={options.pruner}: goes by evaluations; {metric} is not one."
+                f"hydra.sweeper.pruner={options.pruner}: prunes by evaluations, not by {metric}."
             )
         if not configs[0].eval.every:
             raise ConfigError(
-                f"hydra.sweeper.pruner={options.pruner} eval.every=0: goes by evaluations during "
+                f"hydra.sweeper.pruner={options.pruner} eval.every=0: prunes by evaluations during "
                 f"training; set eval.every."
             )
     return objectives
@@ -56,18 +56,18 @@ def open_study(
     fixed: Sequence[str],
     folder: Path,
 ) -> tuple[optuna.Study, str]:
-    """The study, made or found again, and the name that it knows this folder by.
+    """Creates or opens the study; returns it and its id of this folder.
 
     Args:
-        storage_asked: as it was given, so that what lies in the environment stays there.
+        unresolved_storage: as it was given, so that no value of the environment is stored.
 
     Raises:
-        ConfigError: its storage can't be had, or it is a study of something else.
+        ConfigError: the storage can't be opened, or the study is of another search.
     """
     with exclusive(folder), storage_errors(options.storage):
-        there = StudyFile.read(folder)
-        usual = there.study_name if there else f"{folder.absolute().parent.name}/{folder.name}"
-        name = options.study_name or usual
+        stored = StudyFile.read(folder)
+        default = stored.study_name if stored else f"{folder.absolute().parent.name}/{folder.name}"
+        name = options.study_name or default
         storage = open_storage(options.storage, folder)
         study = optuna.create_study(
             storage=storage,
@@ -77,13 +77,13 @@ def open_study(
             load_if_exists=True,
         )
         check_same_study(study, objectives, space, fixed)
-        place = there.folder if there else uuid.uuid4().hex[:8]
+        folder_id = stored.folder if stored else uuid.uuid4().hex[:8]
         pruner = (options.pruner, dict(options.pruner_options))
         file = StudyFile(
-            unresolved_storage, name, objectives, *pruner, place, serialize_space(space)
+            unresolved_storage, name, objectives, *pruner, folder_id, serialize_space(space)
         )
         file.write(folder)
-    return study, place
+    return study, folder_id
 
 
 def check_same_study(
@@ -92,25 +92,25 @@ def check_same_study(
     space: Space,
     fixed: Sequence[str],
 ) -> None:
-    """Refuses to go on with a study of another space, objective or experiment."""
+    """Raises ConfigError if the study has another space, objective or experiment."""
     wanted = {"space": serialize_space(space), "fixed": sorted(fixed), "objectives": objectives}
-    there = study.user_attrs
+    stored = study.user_attrs
     for what, value in wanted.items():
-        if what not in there:
+        if what not in stored:
             study.set_user_attr(what, value)
-        elif there[what] != value:
+        elif stored[what] != value:
             raise ConfigError(
-                f"{study.study_name}: this study's {what} was {there[what]}, and is {value} now; "
+                f"{study.study_name}: this study's {what} was {stored[what]}, and is {value} now; "
                 f"give another sweep_dir or hydra.sweeper.study_name."
             )
     minimized = [d == Direction.MINIMIZE for d in study.directions]
     if minimized != [d == "minimize" for d in objectives.values()]:
-        raise ConfigError(f"{study.study_name}: this study's objectives went another way.")
+        raise ConfigError(f"{study.study_name}: this study's objectives have other directions.")
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """One process at a time, the others wait; the system lets go of it when a process dies."""
+    """Within it, other processes wait; the system releases the lock when this process dies."""
     descriptor = os.open(folder / "sweep.lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

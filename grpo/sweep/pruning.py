@@ -1,4 +1,4 @@
-"""A job's view of its search: it reports evaluations, and hears when to give up."""
+"""Pruning of a search's jobs: a job reports its evaluations and learns whether to stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grpo.sweep.folder import StudyFile
 
-PruneCheck = Callable[[int, Mapping[str, float]], bool]  # step, metrics -> whether to give up
+PruneCheck = Callable[[int, Mapping[str, float]], bool]  # step, metrics -> whether to stop
 
 
 def never_prune(step: int, metrics: Mapping[str, float]) -> bool:
@@ -15,9 +15,9 @@ def never_prune(step: int, metrics: Mapping[str, float]) -> bool:
 
 
 def make_prune_check(job: Path) -> PruneCheck:
-    """What a job in this folder asks after each step."""
+    """Returns the check that a job in this folder calls after each step."""
     file = StudyFile.read(job.parent)
-    if file is None or len(file.objectives) > 1:  # Optuna takes no values on the way to several
+    if file is None or len(file.objectives) > 1:  # Optuna prunes by one objective only
         return never_prune
     import optuna  # takes seconds, which a grid's jobs don't need
 
@@ -30,17 +30,17 @@ def make_prune_check(job: Path) -> PruneCheck:
         pruner=make_pruner(file.pruner, file.pruner_options),
     )
     number = int(job.name)
-    if study.trials[number].state.is_finished():  # its folder was deleted, and is filled again
+    if study.trials[number].state.is_finished():  # its folder was deleted, so the job runs again
         return never_prune
     trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
     reported = set(study.trials[number].intermediate_values)  # before it was resumed
     (metric,) = file.objectives
 
-    def hopeless(step: int, metrics: Mapping[str, float]) -> bool:
+    def should_prune(step: int, metrics: Mapping[str, float]) -> bool:
         if metric not in metrics:
             return False
         if step not in reported:
             trial.report(metrics[metric], step)
         return trial.should_prune()
 
-    return hopeless
+    return should_prune

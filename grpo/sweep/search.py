@@ -1,7 +1,7 @@
-"""A search: each trial a job, its values chosen by Optuna from what the others came to.
+"""A search: each trial is a job; Optuna chooses its values from the results of the others.
 
-Optuna only ever says what to try (ask) and hears what came of it (tell). What came of it is read
-from the job's folder, so it doesn't matter where the job ran, nor whether this process lived.
+Optuna only proposes values (ask) and receives results (tell). The results are read from the jobs'
+folders, so it doesn't matter where a job ran, or whether this process survived.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from grpo.sweep.study import (
 )
 from grpo.sweep.view import viewed
 
-NO_FOLDER = ""  # the folder of a trial that came too late to be run
+NO_FOLDER = ""  # the folder of a trial that is not run: it exceeds the total or repeats another
 
 
 def run_search(
@@ -65,7 +65,7 @@ def run_search(
         arguments: the overrides of the command line.
 
     Raises:
-        ConfigError: it can't be searched as asked, or the study is another one's.
+        ConfigError: the search is not possible as given, or the study is of another search.
         RunError: the study can't be reached any more.
     """
     space, fixed, objectives = check_search(launch, params, arguments, options)
@@ -117,9 +117,9 @@ def check_search(
             f"hydra/launcher=joblib, or start the same search several times."
         )
     if options.sampler == "grid":
-        list_combinations(space)  # refuses one without end
+        list_combinations(space)  # raises if a key has infinitely many values
     objectives = check_objectives(
-        options, [launch.compose(jobs) for jobs in list_corner_jobs(fixed, space)]
+        options, [launch.compose(job) for job in list_corner_jobs(fixed, space)]
     )
     folder = launch.folder
     record = read_record(folder)
@@ -145,7 +145,7 @@ def format_distribution(distribution: BaseDistribution) -> str:
 
 
 def select_fixed(overrides: Sequence[Override]) -> list[str]:
-    """The overrides that all trials share."""
+    """Returns the overrides that all trials share."""
     return [
         f"{o.get_key_element()}={o.get_value_element_as_str()}"
         for o in {o.get_key_element(): o for o in overrides}.values()
@@ -173,11 +173,11 @@ class Search:
     fixed: list[str]
     objectives: list[str]
     folder: Path
-    folder_id: str  # the folder's name in the study
+    folder_id: str  # the folder's id in the study
     tried: set[int] = field(default_factory=set)  # the trials that this process has run
 
     def run(self) -> SweepResult:
-        """Raises RunError where the study is lost."""
+        """Runs trials until none is left; raises RunError if the study is lost."""
         print(f"search of {self.total} trials in {self.folder}: {self.describe_jobs()}", flush=True)
         minimized = self.study.directions[0] == Direction.MINIMIZE
         try:
@@ -198,12 +198,12 @@ class Search:
         return SweepResult(self.folder, after, [job for job in after if self.is_unsuccessful(job)])
 
     def is_unsuccessful(self, job: JobState) -> bool:
-        """Whether it did not end well; one that this process ran and that left nothing is lost."""
+        """Returns whether a job failed, was killed, or was run by this process but left nothing."""
         lost = job.status == "none" and job.number in self.tried
         return lost or job.status in ("failed", "killed")
 
     def read_objective(self, job: JobState) -> float | None:
-        """What a finished job came to, by the first objective."""
+        """Returns the first objective of a finished job, or None."""
         values, _ = read_final_values(job.folder, self.objectives[:1])
         return values[0] if values and job.status == "finished" else None
 
@@ -212,11 +212,11 @@ class Search:
         return count_trials(self.options, self.space)
 
     def describe_jobs(self) -> str:
-        done = self.read_job_states()
-        return count_by_status(own.status for own in done) if done else "none yet"
+        jobs = self.read_job_states()
+        return count_by_status(job.status for job in jobs) if jobs else "none yet"
 
     def run_batch(self) -> bool:
-        """Runs as many trials as go at once; false where none is left."""
+        """Runs up to `n_jobs` trials at once; returns False if none is left."""
         with ExitStack() as claims:
             with exclusive(self.folder):
                 taken = self.claim_trials(claims)
@@ -231,12 +231,12 @@ class Search:
         return True
 
     def claim_trials(self, claims: ExitStack) -> list[FrozenTrial]:
-        """Trials whose jobs are left to do, then new ones; no other process will take them."""
+        """Claims trials whose jobs are left to do, then new ones; other processes skip them."""
         begun = self.list_begun_trials()
         taken = [trial for trial in begun if self.is_available(trial)][: self.options.n_jobs]
         while len(taken) < self.options.n_jobs and len(begun) < self.total:
-            if own := self.add_trial(self.propose_trial(begun)):
-                taken.append(own)
+            if added := self.add_trial(self.propose_trial(begun)):
+                taken.append(added)
             begun = self.list_begun_trials()
         for trial in taken:
             self.locate_claim(trial.number).touch()
@@ -249,16 +249,17 @@ class Search:
         return taken
 
     def propose_trial(self, begun: Sequence[FrozenTrial]) -> FrozenTrial:
-        """A new trial with all its values, which the study doesn't know yet.
+        """Returns a new trial with all its values, which is not in the study yet.
 
-        They are chosen in a copy of it: so no process can end with a trial that has half of them.
+        The values are chosen in a copy of the study, so a process that dies can't leave a trial
+        with only some of them.
         """
         if self.options.sampler == "grid":
             past = [trial.params for trial in begun]
-            values = next(one for one in list_combinations(self.space) if one not in past)
+            values = next(new for new in list_combinations(self.space) if new not in past)
             return create_trial(state=TrialState.RUNNING, params=values, distributions=self.space)
         copy = optuna.create_study(
-            study_name=self.study.study_name,  # by which Hyperband puts trials into brackets
+            study_name=self.study.study_name,  # Hyperband assigns brackets by it
             directions=self.study.directions,
             pruner=self.study.pruner,
             sampler=self.options.make_sampler(len(begun)),
@@ -268,7 +269,7 @@ class Search:
         return copy.trials[number]
 
     def add_trial(self, proposed: FrozenTrial) -> FrozenTrial | None:
-        """The same in the study; None where another folder's process was faster."""
+        """Adds a trial to the study; returns None if a process of another folder was faster."""
         known = {trial.number for trial in self.study.get_trials(deepcopy=False)}
         self.study.add_trial(
             create_trial(
@@ -280,13 +281,13 @@ class Search:
             )
         )
         begun = self.list_begun_trials()
-        (own,) = [t for t in begun if self.is_in_folder(t) and t.number not in known]
-        before = [trial for trial in begun if trial.number < own.number]
-        twice = self.options.sampler == "grid" and own.params in [t.params for t in before]
+        (added,) = [t for t in begun if self.is_in_folder(t) and t.number not in known]
+        before = [trial for trial in begun if trial.number < added.number]
+        twice = self.options.sampler == "grid" and added.params in [t.params for t in before]
         if len(before) < self.total and not twice:
-            return own
-        optuna.trial.Trial(self.study, own._trial_id).set_user_attr("folder", NO_FOLDER)
-        self.study.tell(own.number, state=TrialState.FAIL)
+            return added
+        optuna.trial.Trial(self.study, added._trial_id).set_user_attr("folder", NO_FOLDER)
+        self.study.tell(added.number, state=TrialState.FAIL)
         return None
 
     def list_begun_trials(self) -> list[FrozenTrial]:
@@ -297,14 +298,14 @@ class Search:
         ]
 
     def is_in_folder(self, trial: FrozenTrial) -> bool:
-        """Whether its job is in this folder; a study in a database may have several."""
+        """Returns whether a trial's job is in this folder; a study may have several folders."""
         return bool(trial.user_attrs.get("folder") == self.folder_id)
 
     def is_available(self, trial: FrozenTrial) -> bool:
-        """Whether its job is to be run, and nobody is at it.
+        """Returns whether a trial's job is left to do and no process is running it.
 
-        One that failed stays open in the study and is tried once by each process; one that has
-        finished is left to do where its folder was deleted. One of another folder is that folder's.
+        A failed trial stays open in the study, and each process tries it once. A finished trial
+        runs again if its folder was deleted. Trials of other folders are left to those.
         """
         if not self.is_in_folder(trial) or trial.number in self.tried:
             return False
@@ -323,26 +324,26 @@ class Search:
         return claims / str(number)
 
     def tell(self, job: JobState) -> None:
-        """What became of a trial; one whose job can go on is left open."""
+        """Tells the study how a job ended; the trial of a job that can go on stays open."""
         if job.status == "pruned":
             self.study.tell(job.number, state=TrialState.PRUNED)
         elif job.status == "finished":
             values, missing = read_final_values(job.folder, self.objectives)
             if missing:
-                note_failure(job.folder, f"{missing}: no value of it at the end")
+                note_failure(job.folder, f"{missing}: has no value at the end")
                 self.study.tell(job.number, state=TrialState.FAIL)
             else:
                 self.study.tell(job.number, values)
 
     def read_job_states(self) -> list[JobState]:
         return [
-            read_job_state(self.folder, t.number)
-            for t in self.list_begun_trials()
-            if self.is_in_folder(t)
+            read_job_state(self.folder, trial.number)
+            for trial in self.list_begun_trials()
+            if self.is_in_folder(trial)
         ]
 
     def format_best(self) -> str:
-        """The best of all, or those that no other one beats in everything."""
+        """Formats the best trial or, with several objectives, the Pareto-optimal ones."""
         try:
             best = self.study.best_trials if len(self.objectives) > 1 else [self.study.best_trial]
         except ValueError:

@@ -1,4 +1,4 @@
-"""What a search chooses from: Hydra's own syntax for values, as Optuna's distributions."""
+"""A search's space: Hydra's syntax for several values, as Optuna's distributions."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Space = dict[str, BaseDistribution]
 
 
 def build_space(overrides: Sequence[Override]) -> Space:
-    """The distribution of each key that has several values; a later override of a key wins.
+    """Returns the distribution of each key with several values; a key's last override wins.
 
     Raises:
-        ConfigError: Optuna can't sample one.
+        ConfigError: Optuna can't sample a key.
     """
     swept = {o.get_key_element(): o for o in overrides}
     return {key: make_distribution(o) for key, o in swept.items() if o.is_sweep_override()}
 
 
 def make_distribution(override: Override) -> BaseDistribution:
-    """Numbers between two ends, or some of them, or a choice.
+    """Converts an override to a distribution: an interval, a range with steps, or a choice.
 
     Raises:
-        ConfigError: there is nothing between them, or no logarithm.
+        ConfigError: it has no values, equal values, or values without a logarithm.
     """
-    values, asked = override.value(), override.input_line
+    values, text = override.value(), override.input_line
     log = "log" in getattr(values, "tags", set())
     try:
         if isinstance(values, IntervalSweep):
@@ -51,23 +51,23 @@ def make_distribution(override: Override) -> BaseDistribution:
         if isinstance(values, RangeSweep):
             steps = sorted(values.range())
             if not steps:
-                raise ValueError("there is no value in it")
+                raise ValueError("the range is empty")
             width = abs(values.step)
             if all(isinstance(step, int) for step in steps):
                 return IntDistribution(steps[0], steps[-1], log=log, step=int(width))
             return FloatDistribution(steps[0], steps[-1], log=log, step=float(width))
     except ValueError as error:
-        raise ConfigError(f"{asked}: can't be sampled ({error}).") from error
+        raise ConfigError(f"{text}: can't be sampled ({error}).") from error
     if log:
-        raise ConfigError(f"{asked}: only numbers of an interval or a range have a logarithm.")
+        raise ConfigError(f"{text}: only an interval or a range can be tagged log.")
     choices = [encode_choice(value) for value in override.sweep_iterator()]
     if len(set(map(str, choices))) < len(choices):
-        raise ConfigError(f"{asked}: has the same value twice.")
+        raise ConfigError(f"{text}: has the same value twice.")
     return CategoricalDistribution(choices)
 
 
 def encode_choice(value: object) -> Any:
-    """A choice as Optuna can keep it: what is more than a number or a word, as Hydra writes it."""
+    """Returns a choice that Optuna can store; lists and dicts become text in Hydra's syntax."""
     if isinstance(value, QuotedString):
         return value.with_quotes()
     if value is None or isinstance(value, bool | int | float | str):
@@ -76,39 +76,40 @@ def encode_choice(value: object) -> Any:
 
 
 def format_override(key: str, value: object) -> str:
-    """A value as an override."""
+    """Formats a value as an override."""
     if value is None:
         return f"{key}=null"
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def list_corners(space: Space) -> list[dict[str, Any]]:
-    """The lowest values with every choice, and the highest: if these can be run, the rest can."""
+    """Returns the lowest values with every choice, and the highest: if these run, the rest do."""
     lowest: dict[str, Any] = {}
     highest: dict[str, Any] = {}
-    for key, own in space.items():
-        if isinstance(own, CategoricalDistribution):
-            lowest[key], highest[key] = own.choices[0], own.choices[-1]
-        elif isinstance(own, IntDistribution | FloatDistribution):
-            lowest[key], highest[key] = own.low, own.high
+    for key, distribution in space.items():
+        if isinstance(distribution, CategoricalDistribution):
+            lowest[key], highest[key] = distribution.choices[0], distribution.choices[-1]
+        elif isinstance(distribution, IntDistribution | FloatDistribution):
+            lowest[key], highest[key] = distribution.low, distribution.high
     others = [
         {**lowest, key: choice}
-        for key, own in space.items()
-        if isinstance(own, CategoricalDistribution)
-        for choice in own.choices[1:]
+        for key, distribution in space.items()
+        if isinstance(distribution, CategoricalDistribution)
+        for choice in distribution.choices[1:]
     ]
     return [lowest, *others, highest]
 
 
 def list_combinations(space: Space) -> list[dict[str, Any]]:
-    """Every combination.
+    """Returns every combination of values.
 
     Raises:
-        ConfigError: one of the keys has no end of values.
+        ConfigError: a key has infinitely many values, or a logarithmic scale.
     """
     found: list[dict[str, Any]] = [{}]
-    for key, own in space.items():
-        found = [{**some, key: value} for some in found for value in list_values(key, own)]
+    for key, distribution in space.items():
+        values = list_values(key, distribution)
+        found = [{**combination, key: value} for combination in found for value in values]
     return found
 
 
@@ -120,4 +121,4 @@ def list_values(key: str, distribution: BaseDistribution) -> list[Any]:
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
         count = round((distribution.high - distribution.low) / distribution.step) + 1
         return [distribution.low + n * distribution.step for n in range(count)]
-    raise ConfigError(f"{key}: hydra/sweeper.sampler=grid takes choices and ranges alone.")
+    raise ConfigError(f"{key}: hydra.sweeper.sampler=grid takes only choices and ranges.")

@@ -1,4 +1,4 @@
-"""The Optuna study of a search: where it is kept, what samples it, what prunes it."""
+"""The Optuna study of a search: its storage, sampler and pruner."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
+from grpo.config.extras import require_extra
 from grpo.config.suggest import suggest_names
 from grpo.errors import ConfigError
 from grpo.seeds import SEED_LIMIT, derive_seed
@@ -28,15 +29,12 @@ from grpo.sweep.space import Space
 JOURNAL = "study.journal"
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
 PRUNERS = ("none", "median", "hyperband")
-DATABASE_ERRORS = (
-    sqlalchemy.exc.SQLAlchemyError,
-    optuna.exceptions.StorageInternalError,
-)  # of a database
+DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """conf/hydra/sweeper/optuna.yaml."""
+    """The keys of conf/hydra/sweeper/optuna.yaml, which explains them."""
 
     n_trials: int
     n_jobs: int
@@ -51,13 +49,13 @@ class SearchOptions:
     seed: int
 
     @classmethod
-    def from_config(cls, given: Mapping[str, Any]) -> SearchOptions:
-        """Raises ConfigError where one can't be."""
+    def from_config(cls, config: Mapping[str, Any]) -> SearchOptions:
+        """Checks the options; raises ConfigError if one is wrong."""
         known = [field.name for field in fields(cls)]
-        for key in given:
+        for key in config:
             if key not in known:
                 raise ConfigError(f"hydra.sweeper.{key}: no such key{suggest_names(key, known)}")
-        options = cls(**given)
+        options = cls(**config)
         for key in ("n_trials", "n_jobs", "seed"):
             value, least = getattr(options, key), 0 if key == "seed" else 1
             most = SEED_LIMIT - 1 if key == "seed" else 2**31 - 1
@@ -72,6 +70,8 @@ class SearchOptions:
                     f"hydra.sweeper.{key}={value}: use one of {', '.join(choices)}"
                     f"{suggest_names(str(value), choices)}"
                 )
+        if options.sampler == "cmaes":
+            require_extra("hydra.sweeper.sampler=cmaes", "cmaes", "cmaes")
         check_directions(options.objectives, options.direction)
         if "seed" in options.sampler_options:
             raise ConfigError(
@@ -79,27 +79,27 @@ class SearchOptions:
             )
         if options.pruner != "none" and len(options.objectives or {}) > 1:
             raise ConfigError(
-                f"hydra.sweeper.pruner={options.pruner}: which of several objectives a trial falls "
-                f"behind in can't be said; use pruner=none."
+                f"hydra.sweeper.pruner={options.pruner}: a pruner compares trials by one "
+                f"objective; with several, use pruner=none."
             )
         options.make_sampler(0)
         options.make_pruner()
         return options
 
     def make_sampler(self, num_trials: int) -> optuna.samplers.BaseSampler:
-        """Anew for each trial, from how many there were: so a search resumed is the same search."""
+        """Makes the next trial's sampler, seeded by the number of trials, so resuming is exact."""
         seed = derive_seed(self.seed, num_trials) % 2**32  # NumPy takes no more
-        made: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+        samplers: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
             "tpe": optuna.samplers.TPESampler,
             "gp": optuna.samplers.GPSampler,
             "cmaes": optuna.samplers.CmaEsSampler,
             "random": optuna.samplers.RandomSampler,
-            "grid": optuna.samplers.RandomSampler,  # its trials are all said beforehand
+            "grid": optuna.samplers.RandomSampler,  # not used: its trials are listed beforehand
         }
-        own = {"constant_liar": True} if self.sampler == "tpe" else {}  # trials that run count too
-        options = {**own, **self.sampler_options, "seed": seed}
+        defaults = {"constant_liar": True} if self.sampler == "tpe" else {}  # counts running trials
+        options = {**defaults, **self.sampler_options, "seed": seed}
         sampler: optuna.samplers.BaseSampler = construct(
-            made[self.sampler], options, "sampler_options"
+            samplers[self.sampler], options, "sampler_options"
         )
         return sampler
 
@@ -107,29 +107,27 @@ class SearchOptions:
         return make_pruner(self.pruner, self.pruner_options)
 
     def check_space(self, space: Space) -> None:
-        """Refuses a space that the sampler can't search."""
-        numbers = [
-            key for key, own in space.items() if not isinstance(own, CategoricalDistribution)
-        ]
+        """Raises ConfigError if the sampler can't search the space."""
+        numbers = [key for key, d in space.items() if not isinstance(d, CategoricalDistribution)]
         if self.sampler == "cmaes" and len(numbers) < 2:
             raise ConfigError(
-                "hydra.sweeper.sampler=cmaes: searches two keys of numbers at least "
+                "hydra.sweeper.sampler=cmaes: needs at least two keys with numbers "
                 "(interval or range); use tpe."
             )
 
 
 def make_pruner(name: str, options: Mapping[str, Any]) -> optuna.pruners.BasePruner:
-    made: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
+    pruners: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
         "none": optuna.pruners.NopPruner,
         "median": optuna.pruners.MedianPruner,
         "hyperband": optuna.pruners.HyperbandPruner,
     }
-    pruner: optuna.pruners.BasePruner = construct(made[name], options, "pruner_options")
+    pruner: optuna.pruners.BasePruner = construct(pruners[name], options, "pruner_options")
     return pruner
 
 
 def construct(make: Callable[..., Any], options: Mapping[str, Any], key: str) -> Any:
-    """Raises ConfigError where Optuna's class doesn't take the options."""
+    """Calls Optuna's class with the options; raises ConfigError if it doesn't take them."""
     try:
         return make(**options)
     except (TypeError, ValueError) as error:
@@ -137,13 +135,13 @@ def construct(make: Callable[..., Any], options: Mapping[str, Any], key: str) ->
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """A database, or the journal in the sweep's folder.
+    """Opens a database, or the journal in the sweep's folder.
 
     Args:
-        url: as study.json keeps it: what it takes from the environment is still to be looked up.
+        url: as in study.json: references to the environment are not resolved; None: the journal.
 
     Raises:
-        ConfigError: it can't be used.
+        ConfigError: the storage can't be opened.
     """
     if url is None:
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
@@ -153,15 +151,15 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         try:
             return RDBStorage(url, engine_kwargs=options)
         except sqlalchemy.exc.SQLAlchemyError:
-            time.sleep(2)  # another process may be making its tables just now
+            time.sleep(2)  # another process may be creating the tables right now
             return RDBStorage(url, engine_kwargs=options)
 
 
 def resolve_url(url: str) -> str:
-    """The URL with what it takes from the environment, as `${oc.env:STORAGE}`.
+    """Resolves references to the environment in a URL, such as `${oc.env:STORAGE}`.
 
     Raises:
-        ConfigError: that isn't set.
+        ConfigError: the variable isn't set.
     """
     try:
         return str(OmegaConf.create({"url": url}).url)
@@ -171,13 +169,13 @@ def resolve_url(url: str) -> str:
 
 
 def check_connection(url: str) -> None:
-    """Refuses a database that doesn't answer; changes nothing in it."""
+    """Raises ConfigError if the database doesn't answer; changes nothing in it."""
     with storage_errors(url):
         sqlalchemy.inspect(sqlalchemy.create_engine(url, **sqlite_timeout(url))).get_table_names()
 
 
 def sqlite_timeout(url: str) -> dict[str, Any]:
-    """How long another writer of a file is waited for."""
+    """Returns options to wait 30 seconds for another writer of an SQLite file; else none."""
     if not url.startswith("sqlite") or "timeout=" in url:
         return {}
     return {"connect_args": {"timeout": 30}}
@@ -185,7 +183,7 @@ def sqlite_timeout(url: str) -> dict[str, Any]:
 
 @contextmanager
 def storage_errors(url: str | None) -> Iterator[None]:
-    """A storage's errors in a line: each database has its own."""
+    """Within it, a storage's errors, of whatever database, become a ConfigError."""
     try:
         yield
     except (
@@ -201,12 +199,12 @@ def storage_errors(url: str | None) -> Iterator[None]:
 
 
 def format_reason(error: Exception) -> str:
-    """A storage's error in a line: its database's own words, where it has some."""
+    """Formats a storage's error in one line, with the database's message if there is one."""
     return str(error.__cause__ or error).splitlines()[0]
 
 
 def hide_password(url: str | None) -> str:
-    """A URL without its password."""
+    """Returns a URL without its password; "null" for None."""
     if url is None:
         return "null"
     try:
@@ -216,11 +214,11 @@ def hide_password(url: str | None) -> str:
 
 
 def serialize_space(space: Space) -> dict[str, Any]:
-    """A space as it can be kept beside a study, and compared."""
-    return {key: json.loads(distribution_to_json(own)) for key, own in sorted(space.items())}
+    """Converts a space to JSON values, to be stored with a study and compared."""
+    return {key: json.loads(distribution_to_json(space[key])) for key in sorted(space)}
 
 
 def silence_optuna() -> None:
-    """Optuna's own lines would stand between the jobs'."""
+    """Silences Optuna's log lines, which would stand between those of the jobs."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)

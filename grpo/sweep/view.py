@@ -1,4 +1,4 @@
-"""A sweep in the terminal: which jobs run and how they come along, the best so far, time left."""
+"""A sweep in the terminal: running jobs and their progress, the best so far, the time left."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from grpo.tracking.text_charts import draw_chart
 
 REFRESHES_PER_SECOND = 0.5
 CHART_WIDTH = 24
-MAX_FAILURES = 3  # whose reasons are shown; all are told at the end
+MAX_FAILURES = 3  # failures that are shown; the end shows all
 
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a job has come."""
+    """The progress of a job."""
 
     job: JobState
     step: int
@@ -47,12 +47,12 @@ def viewed(
     read_objective: Callable[[JobState], float | None],
     minimized: bool,
 ) -> Iterator[None]:
-    """Within it, a terminal shows the sweep; elsewhere its jobs write their own plain lines.
+    """Within it, a terminal shows the sweep; without a terminal, jobs write their own plain lines.
 
     Args:
         total: jobs in all, begun or not.
-        value_of: what a finished job came to.
-        minimized: whether less of it is better.
+        read_objective: returns the objective of a finished job, or None.
+        minimized: whether a lower objective is better.
     """
     console = Console()
     if not console.is_terminal:
@@ -86,87 +86,85 @@ class View:
         self.folder, self.total = folder, total
         self.read_objective, self.minimized = read_objective, minimized
         self.ended: dict[int, tuple[JobState, float | None]] = {}
-        self.to_rerun: dict[
-            int, tuple[int, JobProgress]
-        ] = {}  # to be run again: when it ended, how far
-        for own in self.take_snapshot().begun:
-            if not own.ended:
-                self.to_rerun[own.number] = read_summary_mtime(own), read_progress(own)
+        # Jobs that will run again: when their summary was written, and their progress.
+        self.to_rerun: dict[int, tuple[int, JobProgress]] = {}
+        for job in self.take_snapshot().begun:
+            if not job.ended:
+                self.to_rerun[job.number] = read_summary_mtime(job), read_progress(job)
         self.started = time.monotonic()
         self.jobs_done_before = self.take_snapshot().jobs_done
 
     def take_snapshot(self) -> SweepSnapshot:
         record = read_record(self.folder)
-        found = SweepSnapshot(record.jobs if record else [])
-        for number, job in enumerate(found.overrides):
+        snapshot = SweepSnapshot(record.jobs if record else [])
+        for number, overrides in enumerate(snapshot.overrides):
             if number in self.ended:
-                found.begun.append(self.ended[number][0])
-            elif job and (own := read_job_state(self.folder, number)).status != "none":
-                found.begun.append(own)
-                if own.status == RUNNING:
-                    found.running.append(read_progress(own))
-                elif own.status in ENDED:
-                    self.ended[number] = own, self.read_objective(own)
+                snapshot.begun.append(self.ended[number][0])
+            elif overrides and (job := read_job_state(self.folder, number)).status != "none":
+                snapshot.begun.append(job)
+                if job.status == RUNNING:
+                    snapshot.running.append(read_progress(job))
+                elif job.status in ENDED:
+                    self.ended[number] = job, self.read_objective(job)
                 elif (
-                    number in self.to_rerun and read_summary_mtime(own) == self.to_rerun[number][0]
+                    number in self.to_rerun and read_summary_mtime(job) == self.to_rerun[number][0]
                 ):
-                    found.to_rerun.append(self.to_rerun[number][1])
-        return found
+                    snapshot.to_rerun.append(self.to_rerun[number][1])
+        return snapshot
 
     def render_view(self, width: int) -> Group:
-        look = self.take_snapshot()
-        counts = Counter(own.status for own in look.begun)
-        counts.subtract(own.job.status for own in look.to_rerun)
-        counts["to run again"] = len(look.to_rerun)
-        counts["to run"] = self.total - len(look.begun)
+        snapshot = self.take_snapshot()
+        counts = Counter(job.status for job in snapshot.begun)
+        counts.subtract(progress.job.status for progress in snapshot.to_rerun)
+        counts["to run again"] = len(snapshot.to_rerun)
+        counts["to run"] = self.total - len(snapshot.begun)
         parts = [", ".join(f"{count} {status}" for status, count in counts.items() if count)]
         values = {n: value for n, (_, value) in self.ended.items() if value is not None}
         if values:
             best = (min if self.minimized else max)(values, key=lambda n: values[n])
-            overrides = " ".join(look.overrides[best])
+            overrides = " ".join(snapshot.overrides[best])
             parts.append(f"best {values[best]:.4g}: job {best}, {overrides}")
         now = time.monotonic()
-        if look.jobs_done > self.jobs_done_before:
-            each = (now - self.started) / (look.jobs_done - self.jobs_done_before)
-            parts.append(f"{format_duration((self.total - look.jobs_done) * each)} left")
+        if snapshot.jobs_done > self.jobs_done_before:
+            each = (now - self.started) / (snapshot.jobs_done - self.jobs_done_before)
+            parts.append(f"{format_duration((self.total - snapshot.jobs_done) * each)} left")
         lines = ["  ".join(parts)]
-        lines += [format_failure(own) for own in look.failed[-MAX_FAILURES:]]
-        lines += [format_progress(own, look.overrides[own.job.number]) for own in look.running]
+        lines += [format_failure(job) for job in snapshot.failed[-MAX_FAILURES:]]
+        overrides_of = snapshot.overrides
+        lines += [format_progress(p, overrides_of[p.job.number]) for p in snapshot.running]
         return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
 
 @dataclass(frozen=True)
 class SweepSnapshot:
-    """A sweep's jobs as they are just now."""
+    """The state of a sweep's jobs at one moment."""
 
     overrides: list[list[str]]  # of each job
     begun: list[JobState] = field(default_factory=list)
     running: list[JobProgress] = field(default_factory=list)
-    to_rerun: list[JobProgress] = field(
-        default_factory=list
-    )  # broken before, and not yet run again
+    to_rerun: list[JobProgress] = field(default_factory=list)  # broken off, not yet run again
 
     @property
     def jobs_done(self) -> float:
-        """How much has been done, in jobs."""
+        """The work that is done, in jobs; a job that runs counts in part."""
         unfinished = [*self.running, *self.to_rerun]
-        return len(self.begun) - len(unfinished) + sum(own.fraction_done for own in unfinished)
+        return len(self.begun) - len(unfinished) + sum(job.fraction_done for job in unfinished)
 
     @property
     def failed(self) -> list[JobState]:
-        left = {own.job.number for own in self.to_rerun}
-        return [own for own in self.begun if own.status == "failed" and own.number not in left]
+        left = {progress.job.number for progress in self.to_rerun}
+        return [job for job in self.begun if job.status == "failed" and job.number not in left]
 
 
 def read_progress(job: JobState) -> JobProgress:
-    steps = [own for own in read_lines(job.folder / "metrics.jsonl") if "time/step" in own]
-    rewards = [own["reward/mean"] for own in steps if own["reward/mean"] is not None]
+    steps = [line for line in read_lines(job.folder / "metrics.jsonl") if "time/step" in line]
+    rewards = [line["reward/mean"] for line in steps if line["reward/mean"] is not None]
     total = job.summary.get("total_steps", 0)
     return JobProgress(job, steps[-1]["step"] if steps else 0, total, rewards)
 
 
 def read_summary_mtime(job: JobState) -> int:
-    """When its summary was last written; nanoseconds."""
+    """Returns when the job's summary was last written, in nanoseconds."""
     return (job.folder / "summary.json").stat().st_mtime_ns
 
 
@@ -178,5 +176,5 @@ def format_progress(job_progress: JobProgress, overrides: list[str]) -> str:
     (curve,) = draw_chart(job_progress.rewards, CHART_WIDTH)
     reward = f"reward {job_progress.rewards[-1]:.3f}" if job_progress.rewards else "starting"
     steps = f"step {job_progress.step}/{job_progress.total_steps}"
-    words = f"  job {job_progress.job.number}  {steps}  {reward}  {curve}  "
-    return words + " ".join(overrides)
+    text = f"  job {job_progress.job.number}  {steps}  {reward}  {curve}  "
+    return text + " ".join(overrides)

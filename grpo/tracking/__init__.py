@@ -1,4 +1,4 @@
-"""One `log(step, metrics)`, and behind it whatever sinks the run was built with."""
+"""Tracking: a call of `log(step, metrics)` reaches all sinks that the run was built with."""
 
 from grpo.tracking.console import Console
 from grpo.tracking.jsonl_sink import JsonlFiles

@@ -1,6 +1,6 @@
-"""The terminal: a live line while it trains, plain lines where the output is a pipe or a file.
+"""The terminal: a live line during training, or plain lines if the output is a pipe or a file.
 
-In a wide terminal there are small charts above it; a sweep shows its own lines (sweep/view.py).
+A wide terminal shows small charts above the line; a sweep shows its own lines (sweep/view.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grpo.tracking.text_charts import draw_chart
 from grpo.tracking.tracker import Metrics, RunInfo, Sink
 
 SECONDS_BETWEEN_LINES = 1.0  # in a pipe
-CHARTS = {  # drawn where the terminal has this many columns and rows
+CHARTS = {  # drawn if the terminal has at least the columns and rows below
     "reward": "reward/mean",
     "kl": "kl/mean",
     "length": "completion/length_mean",
@@ -97,7 +97,7 @@ def format_step_line(step: int, total: int, metrics: Metrics, seconds_a_step: fl
 
 
 def draw_charts(history: Mapping[str, list[float]], width: int) -> list[Text]:
-    """Curves beside each other, below their names and ends."""
+    """Draws curves side by side, each below its name and its first and last value."""
     each = (width - 2 * (len(history) - 1)) // len(history)
     columns = []
     for name, values in history.items():
@@ -116,12 +116,12 @@ def format_evaluation(metrics: Metrics) -> str:
 
 
 def format_evaluation_table(reports: Mapping[str, Mapping[str, float]]) -> str:
-    """The figures of `grpo eval`: a line for all rows and one for each set of a mix."""
+    """Formats the results of `grpo eval`: a line for all rows and one for each set of a mix."""
     figures = list(next(iter(reports.values())))
     table = Table("rows", *figures, box=box.SIMPLE)
-    for name, own in reports.items():
-        shown = [f"{v:.1%}" if isinstance(v, float) else str(v) for v in own.values()]
-        table.add_row(name, *shown)
+    for name, report in reports.items():
+        cells = [f"{v:.1%}" if isinstance(v, float) else str(v) for v in report.values()]
+        table.add_row(name, *cells)
     text = io.StringIO()
     RichConsole(width=16 * len(figures) + 30, file=text).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())

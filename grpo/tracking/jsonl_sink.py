@@ -1,4 +1,4 @@
-"""metrics.jsonl, completions.jsonl, evaluations.jsonl: what every other view can be made from."""
+"""metrics.jsonl, completions.jsonl, evaluations.jsonl: the data that all reports are made from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grpo.tracking.tracker import CompletionRow, Metrics, RunInfo, Sink
 
 
 class JsonlFiles(Sink):
-    """Appends a line a step and flushes it; a resumed run first forgets the steps it will redo."""
+    """Appends a line per step and flushes it; a resumed run first drops the steps it repeats."""
 
     def __init__(self, info: RunInfo) -> None:
         self.metrics_file = reopen(info.folder / "metrics.jsonl", info.logged_step)

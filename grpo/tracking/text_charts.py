@@ -10,10 +10,10 @@ LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def draw_chart(values: Sequence[float], width: int, height: int = 1) -> list[str]:
-    """Lines from the top, the newest value at the right end, the lowest a single mark high.
+    """Draws a curve as `height` lines, the top one first, with the newest value at the right end.
 
-    Where there are more values than columns, a column is the mean of its share of them; where
-    there are fewer, the curve is shorter. What is no number leaves its column empty.
+    The lowest value is one mark high. If there are more values than columns, a column is the mean
+    of its share of them; if fewer, the curve is shorter. A column without a finite value is empty.
     """
     columns = average_bins(values, width)
     known = [value for value in columns if value is not None]
@@ -27,21 +27,21 @@ def draw_chart(values: Sequence[float], width: int, height: int = 1) -> list[str
     ]
     rows = []
     for row in reversed(range(height)):
-        filled = [max(0, min(len(LEVELS) - 1, own - row * (len(LEVELS) - 1))) for own in tall]
-        rows.append("".join(LEVELS[own] for own in filled))
+        filled = [max(0, min(len(LEVELS) - 1, marks - row * (len(LEVELS) - 1))) for marks in tall]
+        rows.append("".join(LEVELS[level] for level in filled))
     return rows
 
 
 def average_bins(values: Sequence[float | None], count: int) -> list[float | None]:
-    """At most so many, each the mean of its share; none where a share holds no number."""
+    """Returns the means of at most `count` bins; None for a bin without a finite value."""
     found: list[float | None] = []
     for start, end in split_into_bins(len(values), count):
-        own = [value for value in values[start:end] if value is not None and math.isfinite(value)]
-        found.append(sum(own) / len(own) if own else None)
+        finite = [v for v in values[start:end] if v is not None and math.isfinite(v)]
+        found.append(sum(finite) / len(finite) if finite else None)
     return found
 
 
 def split_into_bins(length: int, count: int) -> Iterable[tuple[int, int]]:
-    """Where each of at most so many shares, alike in size, starts and ends."""
+    """Returns the start and end of at most `count` bins of nearly equal size."""
     count = min(count, length)
     return pairwise([length * n // count for n in range(count + 1)] if count else [])

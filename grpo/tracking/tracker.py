@@ -1,4 +1,4 @@
-"""What a sink is, and the tracker that hands everything to all of them."""
+"""The interface of a sink, and the tracker that passes every call to all sinks."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a sink may want to know of the run it records."""
+    """What a sink needs to know of the run that it records."""
 
-    id: str  # kept over resumes
+    id: str  # the same after a resume
     name: str
     folder: Path
     config: Mapping[str, Any]
     group: str | None  # the sweep this run is a job of
-    first_step: int  # 0, or the step a resumed run goes on from
-    logged_step: int  # the last step whose metrics stand; -1 for a new run
+    first_step: int  # 0, or the step that a resumed run goes on from
+    logged_step: int  # the last step whose metrics are kept; -1 for a new run
     total_steps: int
-    commit: str | None  # of the code it was run with, where that is a checkout
+    commit: str | None  # of the code, if it runs from a checkout
     job_type: str = "train"  # or eval
 
 
@@ -44,12 +44,12 @@ class CompletionRow:
     advantage: float
     tokens: int
     truncated: bool
-    failed: str  # which rewards could not be worked out, and why; mostly empty
+    failed: str  # which rewards failed, and why; mostly empty
     token_ends: Sequence[int] = ()  # where in the completion each of its tokens ends
-    token_kl: Sequence[float] = ()  # its log-probability less the reference's, in nats
+    token_kl: Sequence[float] = ()  # each one's log-probability minus the reference's, in nats
 
     def to_table_row(self) -> dict[str, Any]:
-        """What can stand in a table."""
+        """Returns the row for a table: a column for each reward, without the token fields."""
         row = asdict(self)
         parts = row.pop("rewards")
         del row["token_ends"], row["token_kl"]
@@ -57,26 +57,26 @@ class CompletionRow:
 
 
 class Sink:
-    """Somewhere that metrics go. A sink takes what it can show and leaves the rest."""
+    """A destination of metrics. A sink uses what it can show and ignores the rest."""
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """One step's metrics; step 0 is before training."""
+        """Logs one step's metrics; step 0 is before training."""
 
     def log_completions(self, rows: Sequence[CompletionRow]) -> None:
-        """Some of a step's completions."""
+        """Logs some of a step's completions."""
 
     def log_distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """All values of a step behind a mean: of each completion, or of each token."""
+        """Logs all values behind a step's means: one per completion, or per token."""
 
     def log_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The greedy completions of an evaluation."""
+        """Logs the greedy completions of an evaluation."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
-        """The end: finished, interrupted or failed."""
+        """Ends the record; status: finished, pruned, interrupted or failed."""
 
 
 class Tracker:
-    """All sinks of a run."""
+    """Passes every call to all sinks of a run."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = sinks
@@ -103,9 +103,9 @@ class Tracker:
 
 
 def select_finite(values: Tensor) -> Tensor:
-    """All of them that are numbers, [T] on the CPU, in the precision that NumPy's bins need.
+    """Returns the finite values, [T] on the CPU, in float64, which NumPy's bins need.
 
-    A reward that doesn't apply is none.
+    A reward that doesn't apply is NaN, so it is left out.
     """
     values_T = values.detach().flatten().cpu().double()
     return values_T[values_T.isfinite()]
@@ -114,7 +114,7 @@ def select_finite(values: Tensor) -> Tensor:
 def make_completion_rows(
     step: int, rollout: Rollout, scores: Scores, advantages_BG: Any, num_prompts: int
 ) -> list[CompletionRow]:
-    """The completions of a step's first prompts, whole groups."""
+    """Makes rows of the completions of a step's first prompts, in whole groups."""
     count = min(num_prompts, len(rollout.prompts)) * rollout.num_generation
     totals, advantages = scores.total_BG.flatten().tolist(), advantages_BG.flatten().tolist()
     parts = {name: part_N.tolist() for name, part_N in scores.parts.items()}
@@ -139,13 +139,13 @@ def make_completion_rows(
 
 
 def make_evaluation_rows(rollout: Rollout, scores: Scores) -> list[CompletionRow]:
-    """Each completion of an evaluation, which has no advantage."""
-    nothing_BG = scores.total_BG.new_zeros(scores.total_BG.shape)
-    return make_completion_rows(0, rollout, scores, nothing_BG, len(rollout.prompts))
+    """Makes a row of each completion of an evaluation; the advantage, which it lacks, is 0."""
+    zeros_BG = scores.total_BG.new_zeros(scores.total_BG.shape)
+    return make_completion_rows(0, rollout, scores, zeros_BG, len(rollout.prompts))
 
 
 def make_answer_rows(rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
-    """Each completion of an evaluation, as a line of its completions.jsonl."""
+    """Makes a line of completions.jsonl of each completion of an evaluation."""
     size = rollout.num_generation
     rows = make_evaluation_rows(rollout, scores)
     return [

@@ -1,4 +1,4 @@
-"""Trackio: a dashboard on this machine, without an account. `grpo dashboard` opens it."""
+"""Trackio: a local dashboard that needs no account. `grpo dashboard` opens it."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ log = logging.getLogger(__name__)
 
 
 class Trackio(Sink):
-    """One Trackio run for one run here; a resumed one goes on in it, less the steps it redoes."""
+    """Records a run as one Trackio run; a resumed run continues it, less the steps it repeats."""
 
     def __init__(
         self, info: RunInfo, project: str, folder: str, group: str | None, table_every: int
     ) -> None:
-        """folder: where the database is; all runs that are to be compared share it.
+        """folder: of the database; all runs that are to be compared share it.
 
         Raises:
-            ConfigError: the folder can't be written, or this process has written to another one.
+            ConfigError: the folder can't be written, or this process already uses another one.
         """
         place = Path(folder).expanduser().absolute()
         check_writable(place, "tracking.trackio.folder")
-        os.environ["TRACKIO_DIR"] = str(place)  # which it reads once, when it is imported
+        os.environ["TRACKIO_DIR"] = str(place)  # Trackio reads it once, at import
         import trackio
 
         if place != trackio.utils.TRACKIO_DIR:
             raise ConfigError(
                 f"tracking.trackio.folder={folder}: Trackio writes to {trackio.utils.TRACKIO_DIR} "
-                f"in this process already; one folder for all jobs of a sweep."
+                f"in this process already; use one folder for all jobs of a sweep."
             )
 
         self.table_every = table_every
-        self.pending: dict[str, Any] = {}  # of the step under way, so that it is logged at once
-        name = f"{info.name}-{info.id}"  # Trackio tells runs apart by their names
+        self.pending: dict[str, Any] = {}  # of this step, logged with its metrics
+        name = f"{info.name}-{info.id}"  # Trackio identifies runs by their names
         history = pop_run(project, name) if info.first_step else []
-        with redirect_stdout(io.StringIO()):  # what it has to say is said at the end
+        with redirect_stdout(io.StringIO()):  # hides its messages; close() logs one
             self.run = trackio.init(
                 project=project,
                 name=name,
@@ -80,19 +80,19 @@ class Trackio(Sink):
     def log_distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
         import trackio
 
-        found = {name: select_finite(own) for name, own in values.items()}
-        self.pending |= {name: trackio.Histogram(own.numpy()) for name, own in found.items()}
+        found = {name: select_finite(tensor) for name, tensor in values.items()}
+        self.pending |= {name: trackio.Histogram(finite.numpy()) for name, finite in found.items()}
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         import trackio
 
         with redirect_stdout(io.StringIO()):
             trackio.finish()
-        log.info("Trackio has it; to see it: grpo dashboard")
+        log.info("Trackio recorded this run; to see it: grpo dashboard")
 
 
 def pop_run(project: str, name: str) -> list[tuple[int, dict[str, Any]]]:
-    """Takes a run out of Trackio and returns what it had logged, by step."""
+    """Removes a run from Trackio and returns its logged values with their steps."""
     from trackio.sqlite_storage import SQLiteStorage
 
     lines = SQLiteStorage.get_logs(project, name)

@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""The Weights & Biases sink."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROJECT = "grpo-bench"
-DATA_DIR = "WANDB_DATA_DIR"
-# W&B makes a section of each, with the training's own step below every chart.
+DATA_DIR, CACHE_DIR = "WANDB_DATA_DIR", "WANDB_CACHE_DIR"
+# W&B shows each as a section, in which every chart has the training step as its x-axis.
 METRIC_SECTIONS = (
     "reward", "kl", "loss", "policy", "completion", "eval",
     "optim", "sampler", "histogram", "time", "perf", "memory",
 )  # fmt: skip
-BEST_IS_HIGHEST = (  # their best is in the run's summary beside their last
+BEST_IS_HIGHEST = (  # the run's summary has their highest value beside their last
     "reward/mean", "eval/reward", "eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k",
 )  # fmt: skip
 
 
 class WandB(Sink):
-    """One W&B run for one run here, the same one after a resume, always finished."""
+    """Records a run as one W&B run, which a resumed run continues and which is always finished."""
 
     def __init__(
         self,
@@ -45,11 +45,14 @@ class WandB(Sink):
         table_every: int,
         log_model: bool,
     ) -> None:
-        """What is None is taken from W&B's own environment variables, where they are set.
+        """Starts the W&B run; an argument that is None comes from W&B's environment variables.
 
         Args:
-            mode: auto is online where a key is known, else offline.
-            table_every: steps; 0: never.
+            mode: online, offline, or auto: online if an API key is known, else offline.
+            table_every: steps between tables of completions; 0: none.
+
+        Raises:
+            ConfigError: W&B rejects the arguments, or can't be reached with mode=online.
         """
         import wandb
 
@@ -72,7 +75,7 @@ class WandB(Sink):
                     "reinit": "finish_previous",
                 },
             )
-        except (wandb.errors.Error, ValueError, TypeError) as error:  # of these or WANDB_…
+        except (wandb.errors.Error, ValueError, TypeError) as error:  # or WANDB_…
             key = "tracking.wandb.mode=online" if mode == "online" else "tracking.wandb"
             raise ConfigError(f"{key}: {format_error(error)}") from error
         self.run.define_metric("step", hidden=True)
@@ -102,22 +105,18 @@ class WandB(Sink):
     def log_distributions(self, step: int, values: Mapping[str, Tensor]) -> None:
         import wandb
 
-        found = {name: select_finite(own) for name, own in values.items()}
-        drawn = {name: wandb.Histogram(own.tolist()) for name, own in found.items() if len(own)}
-        self.run.log(drawn, step=step)
+        found = {name: select_finite(tensor) for name, tensor in values.items()}
+        histograms = {name: wandb.Histogram(v.tolist()) for name, v in found.items() if len(v)}
+        self.run.log(histograms, step=step)
 
     @contextmanager
     def staging(self) -> Iterator[None]:
-        """Within it, W&B keeps an artifact's files with the run until they are uploaded, and not at
-        home; unless its own variable names a place.
+        """Within it, W&B keeps an artifact's files in the run's folder until they are uploaded.
+
+        Otherwise it keeps them in the home directory. WANDB_DATA_DIR wins if it is set.
         """
-        asked = os.environ.get(DATA_DIR)
-        os.environ[DATA_DIR] = asked or str(self.info.folder / "wandb")
-        try:
+        with default_variable(DATA_DIR, self.info.folder / "wandb"):
             yield
-        finally:
-            if asked is None:
-                del os.environ[DATA_DIR]
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         import wandb
@@ -132,16 +131,28 @@ class WandB(Sink):
                 self.run.log_artifact(artifact)
         self.run.finish(exit_code=0 if status in ENDED else 1)
         if self.mode == "offline":
-            parts = sorted(own.name for own in Path(folder).parents[1].glob("offline-run-*"))
+            parts = sorted(run.name for run in Path(folder).parents[1].glob("offline-run-*"))
             places = " ".join(str(Path(folder).parents[1] / part) for part in parts)
             log.info("W&B ran offline; to upload: wandb sync %s", places)
 
 
+@contextmanager
+def default_variable(name: str, folder: Path) -> Iterator[None]:
+    """Within it, a variable of W&B's names this folder, unless it names another already."""
+    asked = os.environ.get(name)
+    os.environ[name] = asked or str(folder)
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ[name]
+
+
 def open_run(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
-    """The W&B run, and the mode it is recorded in: offline where W&B can't be reached.
+    """Starts the W&B run; returns it and its mode, offline if W&B can't be reached.
 
     Raises:
-        ConfigError: it can't be reached, and mode=online.
+        ConfigError: W&B can't be reached, and mode is online.
     """
     import wandb
 
@@ -151,7 +162,9 @@ def open_run(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, str]:
         chosen = os.environ.get("WANDB_MODE", "online" if known else "offline")
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
     try:
-        return wandb.init(**arguments, mode=chosen, resume="allow", settings=settings), chosen
+        # The process that this starts logs into its cache.
+        with default_variable(CACHE_DIR, Path(arguments["dir"]) / "wandb" / "cache"):
+            return wandb.init(**arguments, mode=chosen, resume="allow", settings=settings), chosen
     except wandb.errors.UsageError:
         raise
     except wandb.errors.Error as error:

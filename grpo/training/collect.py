@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,13 +14,14 @@ from grpo.errors import RunError
 from grpo.models.padding import pad_right
 from grpo.objective.advantages import has_equal_rewards
 from grpo.rewards import WeightedReward, compute_scores
-from grpo.rewards.scoring import raise_if_all_failed
+from grpo.rewards.scoring import explain_no_rewards, raise_if_all_failed
 from grpo.rollout import Engine
 from grpo.seeds import derive_seed
 from grpo.training.clock import Clock
 from grpo.training.metrics import rollout_metrics, score_metrics
 from grpo.types import Prompt, Rollout, Sampling, Scores
 
+log = logging.getLogger(__name__)
 MAX_PROMPT_TRIES = 1000  # prompts looked at for one that fits
 
 
@@ -52,6 +54,7 @@ class Collector:
     num_generation: int
     resample: int
     seed: int
+    warnings: list[str] = field(default_factory=list)  # that were logged, each once a run
 
     def collect(self, step: int) -> Batch:
         """The completions of a step; its number seeds what is random."""
@@ -88,6 +91,9 @@ class Collector:
         sampled = join_rollouts(rollouts, everything)
         scored = join_scores(scores, everything)
         raise_if_all_failed(sampled, scored)
+        if (reason := explain_no_rewards(scored)) and not self.warnings:
+            self.warnings.append(reason)
+            log.warning("step %d: %s", step, reason)
         metrics = {**score_metrics(scored), **rollout_metrics(sampled), **times}
         if self.resample:
             metrics["reward/resampled_groups"] = float(len(everything) - self.batch_size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.errors import ConfigError
-from grpo.rewards.scoring import is_right, to_samples
+from grpo.rewards.scoring import find_right, to_samples
 from grpo.rollout import Engine
 from grpo.runs.jsonl import encode_line, read_lines, reopen
 from grpo.types import Prompt, Sampling
@@ -87,5 +87,5 @@ def measure_solved_shares(
     prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int, seed: int
 ) -> list[float]:
     rollout = engine.generate(prompts, samples, sampling, seed)
-    right = [is_right(sample) for sample in to_samples(rollout)]
+    right = find_right(to_samples(rollout))
     return [sum(right[b * samples : (b + 1) * samples]) / samples for b in range(len(prompts))]

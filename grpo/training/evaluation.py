@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, fsum
 
 from grpo.data.answers import normalize_answer
 from grpo.rewards import WeightedReward, compute_scores
-from grpo.rewards.scoring import RewardError, format_reward_error, raise_if_all_failed, to_samples
+from grpo.rewards.scoring import find_right, raise_if_all_failed, to_samples
 from grpo.rollout import Engine
-from grpo.types import Example, Prompt, Rollout, Sample, Sampling, Scores
+from grpo.types import Example, Prompt, Rollout, Sampling, Scores
 from grpo.verifiers.numbers import Number
 
 EVALUATION_SEED = (
@@ -180,19 +180,8 @@ def read_vote(example: Example, text: str) -> Number | str | None:
 
 def verify_leniently_BG(rollout: Rollout) -> list[list[float]]:
     """What the verifier says where it takes an answer wherever it stands; else what it says."""
-
-    def verdict(sample: Sample) -> float:
-        check: Callable[[str], float] = sample.example.lenient or sample.example.verify
-        try:
-            return float(check(sample.completion) >= 1)
-        except Exception as error:
-            what = f"it raised {type(error).__name__}: {error}"
-            raise RewardError(
-                format_reward_error("verifier, read leniently", what, sample)
-            ) from error
-
     size = rollout.num_generation
-    verdicts = [verdict(sample) for sample in to_samples(rollout)]
+    verdicts = [float(own) for own in find_right(to_samples(rollout), leniently=True)]
     return [verdicts[start : start + size] for start in range(0, len(verdicts), size)]
 
 

@@ -12,27 +12,33 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import TimeoutError
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pebble import ProcessExpired, ProcessPool
-
+from grpo.types import Failure
 from grpo.verifiers.latex import start_worker
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 SCORING_SECONDS = 5.0  # of one answer, on the clock
 ENDLESS = re.compile(r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}")  # what may never end
 
 
-def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
-    """A task's own score of an answer; 0 where that takes too long or too much memory."""
+def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float | Failure:
+    """A task's own score of an answer; a failure where that takes too long or its process dies."""
     if not ENDLESS.search(answer):
         return float(problems.score_answer(answer, entry))
+    from pebble import ProcessExpired  # the extra [gym] brings it
+
     future = open_pool().schedule(
         score_in_worker, (problems, answer, entry), timeout=SCORING_SECONDS
     )
     try:
         return float(future.result())
-    except (TimeoutError, ProcessExpired):
-        return 0.0
+    except TimeoutError:
+        return Failure(f"no verdict within {SCORING_SECONDS:g} s")
+    except ProcessExpired as error:
+        return Failure(f"its worker died, exit code {error.exitcode}")
 
 
 def score_in_worker(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
@@ -49,6 +55,8 @@ def start_scoring_worker() -> None:
 @cache
 def open_pool() -> ProcessPool:
     """One process, started by the first answer that needs it, which ends with this one."""
+    from pebble import ProcessPool
+
     context = multiprocessing.get_context("spawn")
     pool = ProcessPool(max_workers=1, initializer=start_scoring_worker, context=context)
     atexit.register(close_pool, pool)

@@ -1,1 +1,1 @@
-"""The project's sweepers, where Hydra looks for them; what they do is in grpo.sweep."""
+"""The project's sweepers, in the package where Hydra looks for plugins; their code: grpo.sweep."""

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=grid`, what -m does unless told otherwise: conf/hydra/sweeper/grid.yaml."""
+"""`hydra/sweeper=grid`, the default of -m; its keys are in conf/hydra/sweeper/grid.yaml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class GridSweeper(Sweeper):
-    """Every combination of the values given; see `grpo.sweep.grid`."""
+    """Runs every combination of the given values; see `grpo.sweep.grid`."""
 
     def __init__(
         self,
@@ -35,14 +35,14 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         from grpo.sweep.grid import run_grid
 
-        end = run_grid(self.launch, self.params, arguments, self.objectives, self.direction)
+        result = run_grid(self.launch, self.params, arguments, self.objectives, self.direction)
 
-        from grpo.commands.report import report_sweep_end  # only now: it brings the drawing with it
+        from grpo.commands.report import report_sweep_end  # late: it imports Plotly
 
-        report_sweep_end(end)
+        report_sweep_end(result)
 
     def plan(self, arguments: list[str]) -> SweepPlan:
-        """What `sweep` would run, for `grpo check -m`."""
+        """Returns what `sweep` would run, for `grpo check -m`."""
         from grpo.sweep.grid import plan_grid
 
         return plan_grid(self.launch, self.params, arguments, self.objectives, self.direction)

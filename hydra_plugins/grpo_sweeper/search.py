@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: conf/hydra/sweeper/optuna.yaml."""
+"""`hydra/sweeper=optuna`; its keys are in conf/hydra/sweeper/optuna.yaml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class OptunaSweeper(Sweeper):
-    """A search for the best values; see `grpo.sweep.search`."""
+    """Searches for the best values; see `grpo.sweep.search`."""
 
     def __init__(self, params: Mapping[str, Any] | None, **options: Any) -> None:
         self.params, self.options = params or {}, options
@@ -30,16 +30,16 @@ class OptunaSweeper(Sweeper):
         from grpo.sweep.search import run_search
         from grpo.sweep.study import SearchOptions
 
-        end = run_search(
+        result = run_search(
             self.launch, self.params, arguments, SearchOptions.from_config(self.options)
         )
 
-        from grpo.commands.report import report_sweep_end  # only now: it brings the drawing with it
+        from grpo.commands.report import report_sweep_end  # late: it imports Plotly
 
-        report_sweep_end(end)
+        report_sweep_end(result)
 
     def plan(self, arguments: list[str]) -> SweepPlan:
-        """What `sweep` would run, for `grpo check -m`."""
+        """Returns what `sweep` would run, for `grpo check -m`."""
         from grpo.sweep.search import plan_search
         from grpo.sweep.study import SearchOptions
 

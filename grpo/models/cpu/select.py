@@ -1,7 +1,7 @@
 """Which of a model's parts are computed the fast way: those that are recognised, and tried.
 
-A module counts as one of the kind that is written out in `layer.py`, `lean.py` and `products.py` if
-it has its parts and gives its numbers; all others compute as ever.
+A module counts as one of the kind that is written out in `layer.py`, `modules.py` and `linear.py`
+if it has its parts and gives its numbers; all others compute as ever.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""A run's page, and that of several runs laid over each other."""
+"""The page of one run, and the page that compares several runs."""

@@ -1,4 +1,4 @@
-"""What the page's completions browser reads: the samples by step and prompt, before and after."""
+"""The data of a page's browser: completions by step and prompt, answers before and after."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from grpo.report.run.read import Run
 
 CompletionLine = Mapping[str, Any]  # a line of completions.jsonl
 
-ZERO_WIDTH = ord("#")  # the letter of a width of 0
-KL_STEP, MAX_KL_STEPS = 0.05, 40  # nats, and so many steps up or down: the colours end there
+ZERO_WIDTH = ord("#")  # the letter for a width of 0
+KL_STEP, MAX_KL_STEPS = 0.05, 40  # nats; steps up or down, where the colours end
 KL_LETTERS = {step: chr(ord("P") + step) for step in range(-MAX_KL_STEPS, MAX_KL_STEPS + 1)}
 BLOCK_CHARACTERS = 1_000_000  # characters that the page unpacks at once
-MAX_PAGE_CHARACTERS = 14_900_000  # characters of a page; the completions have what the rest leaves
-SAMPLED_BLOCKS = 8  # blocks, to tell how well a large run packs
+MAX_PAGE_CHARACTERS = 14_900_000  # characters of a page; completions get what the rest leaves
+SAMPLED_BLOCKS = 8  # blocks that are packed to estimate the size of a large run
 
 T = TypeVar("T")
 
 
 def render_browser(page: Page, run: Run) -> str:
-    """Its place in the page; the texts go into the page's data."""
+    """Returns the browser's sections as HTML; adds the texts to the page's data."""
     page.payload["answers"] = pair_answers(run.evaluations)
     steps = group_by_step(run.completions)
     blocks = pack_blocks(steps, MAX_PAGE_CHARACTERS - len(page.render_html()))
@@ -35,17 +35,17 @@ def render_browser(page: Page, run: Run) -> str:
     }
     parts = []
     if blocks:
-        there = sum(len(block.steps) for block in blocks)
+        shown = sum(len(block.steps) for block in blocks)
         left_out = (
-            f" They are of {there} of the {len(steps)} steps: all would make this page too large. "
+            f" They are of {shown} of the {len(steps)} steps: all would make this page too large. "
             f"The others are in completions.jsonl."
-            if there < len(steps)
+            if shown < len(steps)
             else ""
         )
         parts.append(
-            f"<section id=completions><h2>Completions</h2><p>What the policy wrote in training, a "
-            f"group beside each other: the same prompt, and how much better than its group each "
-            f"one did.{left_out}</p></section>"
+            f"<section id=completions><h2>Completions</h2><p>What the policy wrote in training. A "
+            f"group's completions answer the same prompt; the advantage says how much better than "
+            f"its group one did.{left_out}</p></section>"
         )
     if page.payload["answers"]:
         first, last = (page.payload["answers"][key] for key in ("first", "last"))
@@ -58,7 +58,7 @@ def render_browser(page: Page, run: Run) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """The completions of some steps that follow each other."""
+    """The packed completions of several successive steps."""
 
     steps: list[int]
     groups: int
@@ -73,20 +73,19 @@ def group_by_step(rows: Sequence[CompletionLine]) -> dict[int, list[CompletionLi
 
 
 def pack_blocks(steps: Mapping[int, Sequence[CompletionLine]], max_size: int) -> list[Block]:
-    """Every step's completions, or as many steps, evenly spread, as there is room for.
+    """Packs the completions of all steps, or of as many, evenly spread, as there is room for.
 
     Args:
-        room: characters that all of them may have, packed.
+        max_size: characters that all blocks together may have, packed.
     """
     share, whole = 1.0, group_into_blocks(list(steps), steps)
-    if len(whole) > SAMPLED_BLOCKS:  # packing all of a large run to find it too large takes long
-        sampled = sum(
-            len(pack_block(own, steps).packed) for own in pick_evenly(whole, SAMPLED_BLOCKS)
-        )
+    if len(whole) > SAMPLED_BLOCKS:  # packing all of a large run only to find it too large is slow
+        picked = pick_evenly(whole, SAMPLED_BLOCKS)
+        sampled = sum(len(pack_block(block_steps, steps).packed) for block_steps in picked)
         share = min(1.0, max_size / (sampled * len(whole) / SAMPLED_BLOCKS))
     while True:
         wanted = pick_evenly(list(steps), round(share * len(steps)))
-        blocks = [pack_block(own, steps) for own in group_into_blocks(wanted, steps)]
+        blocks = [pack_block(part, steps) for part in group_into_blocks(wanted, steps)]
         size = sum(len(block.packed) for block in blocks)
         if size <= max_size or len(wanted) <= 2:
             return blocks
@@ -94,7 +93,7 @@ def pack_blocks(steps: Mapping[int, Sequence[CompletionLine]], max_size: int) ->
 
 
 def pick_evenly(items: list[T], count: int) -> list[T]:
-    """So many, but at least two, evenly from the first to the last."""
+    """Picks `count` items, but at least two, evenly from the first to the last."""
     count = min(len(items), max(2, count))
     if count < 2:
         return items
@@ -104,7 +103,7 @@ def pick_evenly(items: list[T], count: int) -> list[T]:
 def group_into_blocks(
     wanted: Sequence[int], steps: Mapping[int, Sequence[CompletionLine]]
 ) -> list[list[int]]:
-    """Steps that are unpacked together."""
+    """Groups steps into blocks, each of which the browser unpacks as a whole."""
     found: list[list[int]] = []
     size = BLOCK_CHARACTERS
     for step in wanted:
@@ -127,12 +126,12 @@ def pack_block(block_steps: Sequence[int], steps: Mapping[int, Sequence[Completi
 
 
 def list_reward_parts(rows: Sequence[CompletionLine]) -> list[str]:
-    """The rewards that were summed."""
+    """Returns the keys of the rewards that were summed."""
     return [key for key in (rows[0] if rows else {}) if key.startswith("reward/")]
 
 
 def encode_completions(rows: Sequence[CompletionLine]) -> dict[str, Any]:
-    """Columns, since like packs well with like, and each prompt once."""
+    """Encodes rows as columns, which pack better, with each prompt once."""
     prompts = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
     parts = list_reward_parts(rows)
     return {
@@ -152,7 +151,7 @@ def encode_completions(rows: Sequence[CompletionLine]) -> dict[str, Any]:
 
 
 def encode_widths(ends: Sequence[int]) -> str:
-    """How many characters each token has, as a letter each."""
+    """Encodes the number of characters of each token as a letter."""
     starts = [0, *ends]
     return "".join(
         [chr(ZERO_WIDTH + end - start) for start, end in zip(starts, ends, strict=False)]
@@ -160,14 +159,14 @@ def encode_widths(ends: Sequence[int]) -> str:
 
 
 def encode_kl(kl: Sequence[float]) -> str:
-    """The KL of each token in steps as fine as the colours, as a letter each."""
+    """Encodes the KL of each token as a letter, in steps as fine as the colours."""
     return "".join(
         [KL_LETTERS[max(-MAX_KL_STEPS, min(MAX_KL_STEPS, round(x / KL_STEP)))] for x in kl]
     )
 
 
 def pair_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The first and the last answer to each evaluation prompt; None where there are no two."""
+    """Pairs the first and last answer to each evaluation prompt; None without two evaluations."""
     steps = sorted({row["step"] for row in rows})
     if len(steps) < 2:
         return None

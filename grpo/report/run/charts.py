@@ -1,4 +1,4 @@
-"""A run's charts, by section; laid over each other where there are several runs."""
+"""A run's charts, by section; several runs are drawn in the same charts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from grpo.report.html import COLORS, Figure
 from grpo.report.run.read import Run
 from grpo.tracking.text_charts import average_bins, split_into_bins
 
-MAX_POINTS = 1000  # of a line: beyond, each point is the mean of several steps
+MAX_POINTS = 1000  # of a line; with more steps, each point is the mean of several
 DASHES = ("solid", "dot", "dash", "dashdot")
 MIN_SMOOTHED_STEPS = 50  # steps from which a noisy line gets its running mean
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Some metrics in one picture."""
+    """One or several metrics in one picture."""
 
     name: str
     meaning: str
@@ -28,7 +28,7 @@ class Chart:
     log: bool = False
     stacked: bool = False
     from_zero: bool = False
-    compared: tuple[str, ...] = ()  # where several runs lie over each other; none: the first metric
+    compared: tuple[str, ...] = ()  # metrics drawn for several runs; empty: the first metric
 
 
 CHART_SECTIONS: dict[str, tuple[Chart, ...]] = {
@@ -36,7 +36,7 @@ CHART_SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("Reward", "Mean over a step's completions.", ("reward/mean",)),
         Chart(
             "Accuracy",
-            "On the evaluation rows: the likeliest answer, sampled ones, and any of the samples.",
+            "Right answers to the evaluation rows: greedy, sampled, and any of the samples.",
             ("eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k"),
             percent=True,
             compared=("eval/sampled_accuracy", "eval/accuracy"),
@@ -44,8 +44,8 @@ CHART_SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("Parts of the reward", "Each before its weight.", ("reward/*",)),
         Chart(
             "Groups",
-            "Solved by all their completions, by none, and those whose rewards agree: they teach "
-            "nothing.",
+            "Share of groups: all completions right, none right, all rewards equal (these teach "
+            "nothing).",
             ("reward/solved_groups", "reward/unsolved_groups", "reward/zero_variance_groups"),
             percent=True,
         ),
@@ -56,12 +56,12 @@ CHART_SECTIONS: dict[str, tuple[Chart, ...]] = {
             "Nats a token, by each estimator; mean is the one in the loss.",
             ("kl/mean", "kl/k1", "kl/k2", "kl/k3", "kl/full"),
         ),
-        Chart("Entropy", "Nats a token: how undecided the policy is.", ("policy/entropy",)),
+        Chart("Entropy", "Nats a token: how uncertain the policy is.", ("policy/entropy",)),
         Chart("Clipped tokens", "Share of tokens.", ("policy/clip_fraction",), percent=True),
-        Chart("Largest ratio", "Of a token, new to old policy.", ("policy/ratio_max",)),
+        Chart("Largest ratio", "Of any token, new policy to old.", ("policy/ratio_max",)),
         Chart(
             "Sampler against policy",
-            "Nats a token between what sampled and what trains.",
+            "Nats a token between the sampler's and the trained policy's distribution.",
             ("sampler/kl",),
         ),
     ),
@@ -79,8 +79,8 @@ CHART_SECTIONS: dict[str, tuple[Chart, ...]] = {
         ),
     ),
     "Optimization": (
-        Chart("Loss", "And what it is made of.", ("loss/total", "loss/policy", "loss/kl")),
-        Chart("Gradient norm", "Before it is scaled down.", ("optim/grad_norm",), log=True),
+        Chart("Loss", "The total and its parts.", ("loss/total", "loss/policy", "loss/kl")),
+        Chart("Gradient norm", "Before clipping.", ("optim/grad_norm",), log=True),
         Chart("Learning rate", "Of the step.", ("optim/learning_rate",), from_zero=True),
     ),
     "Time and memory": (
@@ -98,7 +98,7 @@ CHART_SECTIONS: dict[str, tuple[Chart, ...]] = {
 
 
 def build_sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[tuple[Chart, Figure]]]]:
-    """Each section's charts, those for which there is something to draw."""
+    """Yields each section with its charts that have data."""
     for title, charts in CHART_SECTIONS.items():
         drawn = []
         for chart in charts:
@@ -119,45 +119,45 @@ def build_sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[tuple[Chart,
 
 
 def select_metrics(chart: Chart, runs: Sequence[Run]) -> list[str]:
-    """Those of a chart that some run has."""
-    there = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    """Returns a chart's metrics that any run has logged."""
+    logged = list(dict.fromkeys(name for run in runs for name in run.metrics))
     found = []
     for metric in chart.metrics:
         if metric == "reward/*":
-            parts = [name for name in there if name.startswith("reward/")]
+            parts = [name for name in logged if name.startswith("reward/")]
             found += [name for name in parts if name.partition("/")[2] not in REWARD_METRICS]
-        elif metric in there:
+        elif metric in logged:
             found.append(metric)
     return found
 
 
 def draw_one_run(run: Run, chart: Chart, metrics: Sequence[str]) -> Figure:
-    """A line for each metric of one run."""
+    """Draws a line for each metric of one run."""
     traces = []
     names = [metric.partition("/")[2] for metric in metrics]
     for n, (metric, name) in enumerate(zip(metrics, names, strict=True)):
-        named = name if names.count(name) == 1 else metric
-        traces += make_traces(run, chart, metric, COLORS[n % len(COLORS)], named)
+        label = name if names.count(name) == 1 else metric
+        traces += make_traces(run, chart, metric, COLORS[n % len(COLORS)], label)
     return {"data": traces, "layout": make_layout(chart, legend=len(metrics) > 1)}
 
 
 def draw_runs(runs: Sequence[Run], chart: Chart, metrics: Sequence[str]) -> Figure:
-    """A color for each run and a dash for each metric, of those that are compared."""
+    """Draws the compared metrics of several runs: a color for each run, a dash for each metric."""
     compared = [metric for metric in chart.compared if any(metric in run.metrics for run in runs)]
     if chart.metrics == ("reward/*",):
         compared = list(metrics)
-    beside = replace(chart, stacked=False)  # one run's seconds don't add to another's
+    unstacked = replace(chart, stacked=False)  # one run's seconds don't add to another's
     traces = []
     for n, run in enumerate(runs):
         for metric, dash in zip(compared or metrics[:1], cycle(DASHES), strict=False):
-            own = metric.partition("/")[2]
-            name = f"{run.name}: {own}" if len(compared) > 1 else run.name
-            for trace in make_traces(run, beside, metric, COLORS[n % len(COLORS)], name):
+            short_name = metric.partition("/")[2]
+            name = f"{run.name}: {short_name}" if len(compared) > 1 else run.name
+            for trace in make_traces(run, unstacked, metric, COLORS[n % len(COLORS)], name):
                 traces.append({**trace, "line": {**trace["line"], "dash": dash}})
-    shown = make_layout(chart, legend=True)
+    layout = make_layout(chart, legend=True)
     if len(compared) < 2:
-        shown["yaxis"]["title"] = {"text": (compared or metrics)[0], "font": {"size": 10}}
-    return {"data": traces, "layout": shown}
+        layout["yaxis"]["title"] = {"text": (compared or metrics)[0], "font": {"size": 10}}
+    return {"data": traces, "layout": layout}
 
 
 def make_traces(run: Run, chart: Chart, metric: str, color: str, name: str) -> list[dict[str, Any]]:
@@ -180,19 +180,19 @@ def make_traces(run: Run, chart: Chart, metric: str, color: str, name: str) -> l
 def downsample(
     steps: list[int], values: list[float | None]
 ) -> tuple[list[int], list[float | None]]:
-    """At most as many points as a line needs: means of neighbours, at the first one's step."""
+    """Reduces a line to MAX_POINTS points: means of neighbours, at the first one's step."""
     firsts = [steps[start] for start, _ in split_into_bins(len(steps), MAX_POINTS)]
     return firsts, average_bins(values, MAX_POINTS)
 
 
 def smooth(values: Sequence[float | None], decay: float = 0.8) -> list[float | None]:
-    """Exponential running means, unbiased at their start."""
+    """Returns exponential running means, unbiased at their start."""
     total = weight = 0.0
     found: list[float | None] = []
     for value in values:
         if value is not None:
             total, weight = decay * total + value, decay * weight + 1
-        found.append(float(f"{total / weight:.9g}") if weight else None)  # as a constant stays one
+        found.append(float(f"{total / weight:.9g}") if weight else None)  # keeps constants
     return found
 
 

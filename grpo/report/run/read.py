@@ -1,4 +1,4 @@
-"""A run, read from its folder alone; one that is still going is read as far as it has come."""
+"""Reads a run from its folder alone; an unfinished run is read as far as it has come."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_COMPARED = ("hydra", "sweep_dir", "resume", "name")
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run."""
+    """What a run's folder holds."""
 
     name: str
     folder: Path
@@ -42,9 +42,9 @@ class Run:
         return [line for line in self.lines if "time/step" in line]
 
     def series(self, metric: str) -> tuple[list[int], list[float | None]]:
-        """Steps and values of a metric, where it was logged; null where it was no number."""
-        own = [line for line in self.lines if metric in line]
-        return [line["step"] for line in own], [line[metric] for line in own]
+        """Returns the steps at which a metric was logged, and its values; None if not finite."""
+        logged = [line for line in self.lines if metric in line]
+        return [line["step"] for line in logged], [line[metric] for line in logged]
 
     @property
     def metrics(self) -> list[str]:
@@ -56,7 +56,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ConfigError where there is no run, or one that hasn't done a step."""
+    """Reads a run; raises ConfigError if there is none, or it has logged nothing yet."""
     config = read_yaml(folder / ".hydra" / "config.yaml")
     if config is None:
         raise ConfigError(f"{folder}: holds no run (.hydra/config.yaml is not there).")
@@ -78,13 +78,13 @@ def read_run(folder: Path) -> Run:
 
 
 def diagnose_run(lines: list[dict[str, Any]], config: Mapping[str, Any]) -> list[Diagnosis]:
-    """What the doctor says of a run, by the limits in its config; nothing at doctor=none."""
+    """Returns the doctor's diagnoses, by the limits in the run's config; none with doctor=none."""
     limits = config.get("doctor")
     return diagnose(lines, config, DoctorConfig(**limits)) if limits else []
 
 
 def make_names_unique(runs: Sequence[Run]) -> list[Run]:
-    """The same, those that share a name with where they lie behind it."""
+    """Returns the runs; appends the folder to names that several runs share."""
     counts = Counter(run.name for run in runs)
     return [
         replace(run, name=f"{run.name} ({run.folder})") if counts[run.name] > 1 else run
@@ -93,18 +93,18 @@ def make_names_unique(runs: Sequence[Run]) -> list[Run]:
 
 
 def resolve_config(config: Any) -> dict[str, Any]:
-    """The config with what its keys refer to in their place, and without what is not compared.
+    """Resolves a config's references and drops the keys that are not compared.
 
-    Texts of the environment stay as they are written.
+    References to the environment stay as they are written.
     """
     content = OmegaConf.create({k: v for k, v in config.items() if k != "hydra"})
-    written, made = OmegaConf.to_container(content), resolve_values(content)
-    made = hide_texts(written, made, set(find_environment_texts(written, made)))
-    return {key: value for key, value in made.items() if key == "name" or key not in NOT_COMPARED}
+    written, found = OmegaConf.to_container(content), resolve_values(content)
+    found = hide_texts(written, found, set(find_environment_texts(written, found)))
+    return {key: value for key, value in found.items() if key == "name" or key not in NOT_COMPARED}
 
 
 def resolve_values(config: DictConfig) -> dict[str, Any]:
-    """What can't be known any more, as ${now:…} may be, stays as it was written."""
+    """Resolves references; one that can't be resolved, as ${now:…} may be, stays as written."""
     found: dict[str, Any] = {}
     written: Any = OmegaConf.to_container(config)
     for key in config:
@@ -119,16 +119,16 @@ def resolve_values(config: DictConfig) -> dict[str, Any]:
 
 
 def diff_configs(configs: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The keys in which configs differ, with the value in each; missing is null."""
+    """Returns the keys in which configs differ, with each config's value; missing is None."""
     flats = [flatten_config(config) for config in configs]
-    keys = dict.fromkeys(key for own in flats for key in own)
-    values = {key: [own.get(key) for own in flats] for key in keys if key not in NOT_COMPARED}
-    return {key: own for key, own in values.items() if any(value != own[0] for value in own)}
+    keys = dict.fromkeys(key for flat in flats for key in flat)
+    found = {key: [flat.get(key) for flat in flats] for key in keys if key not in NOT_COMPARED}
+    return {key: values for key, values in found.items() if any(v != values[0] for v in values)}
 
 
 @cache
 def load_default_config() -> dict[str, Any]:
-    """The config of `grpo` without an override."""
+    """Returns the config of `grpo` without overrides."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode

@@ -1,4 +1,4 @@
-"""A sweep's pictures, as Plotly figures."""
+"""A sweep's figures, drawn with Plotly."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ STATUS_COLORS = {
     "failed": "#dc2626",
     "killed": "#7f1d1d",
 }
-MAX_COLORED_SETTINGS = 8  # that have a colour of their own; the rest is gray
+MAX_COLORED_SETTINGS = 8  # settings with a colour of their own; the others are gray
 MAX_RANKED_SETTINGS = 25
 
 
 def draw_figures(
     sweep: Sweep, ranking: Ranking, importances: Mapping[str, float]
 ) -> Iterator[tuple[str, str, go.Figure]]:
-    """Title, what it shows, and the figure; those for which there is something to draw."""
+    """Yields the title, the meaning and the figure of each figure that has data."""
     done = [job for job in sweep.jobs if job.value is not None]
     if ranking.settings:
         yield (
@@ -40,7 +40,7 @@ def draw_figures(
     if sweep.keys and done:
         yield (
             "The objective by each key",
-            "A point a job; the line joins the means.",
+            "A point for each job; the line joins the means.",
             draw_marginals(sweep, done),
         )
     pairs = list(itertools.combinations(sweep.keys, 2))
@@ -54,13 +54,13 @@ def draw_figures(
         yield (
             "What matters",
             "The share of the objective's variance that each key explains (fANOVA). The seed's is "
-            "luck.",
+            "chance.",
             draw_importances(importances),
         )
     if len(sweep.keys) > 1 and len(done) > 1:
         yield (
             "All keys at once",
-            "A line a job; drag along an axis to choose some.",
+            "A line for each job; drag along an axis to select jobs.",
             draw_parallel_coordinates(sweep, done),
         )
     if any(len(job.evaluations) > 1 for job in sweep.jobs):
@@ -72,7 +72,7 @@ def draw_figures(
     if len(sweep.objectives) > 1 and done:
         yield (
             "The objectives against each other",
-            "A point a job. In blue, those that no other one beats in everything.",
+            "A point for each job. In blue the Pareto front: jobs that no other one dominates.",
             draw_pareto_fronts(sweep, done),
         )
     if any("kl/mean" in job.last_values for job in done) and not sweep.minimized:
@@ -84,7 +84,7 @@ def draw_figures(
         )
     yield (
         "Time and tokens",
-        "What each job took; pruned and failed ones too.",
+        "What each job took, pruned and failed ones included.",
         draw_costs(sweep),
     )
 
@@ -95,9 +95,9 @@ def choose_color(ranking: Ranking, setting: Setting) -> str:
 
 
 def draw_ranking(sweep: Sweep, ranking: Ranking) -> go.Figure:
-    shown_ones = ranking.settings[:MAX_RANKED_SETTINGS][::-1]
+    shown = ranking.settings[:MAX_RANKED_SETTINGS][::-1]
     figure = go.Figure()
-    for setting in shown_ones:
+    for setting in shown:
         name, color = ranking.format_setting(setting), choose_color(ranking, setting)
         values = list(setting.by_seed.values())
         figure.add_scatter(
@@ -116,7 +116,7 @@ def draw_ranking(sweep: Sweep, ranking: Ranking) -> go.Figure:
         )  # fmt: skip
     figure.update_xaxes(title=sweep.objective)
     figure.update_yaxes(automargin=True)
-    return apply_layout(figure, 120 + 34 * len(shown_ones))
+    return apply_layout(figure, 120 + 34 * len(shown))
 
 
 def draw_importances(importances: Mapping[str, float]) -> go.Figure:
@@ -136,9 +136,10 @@ def draw_importances(importances: Mapping[str, float]) -> go.Figure:
 
 
 def draw_learning_curves(sweep: Sweep, ranking: Ranking) -> go.Figure:
-    """Settings that have finished in their colours, everything else behind them in gray."""
+    """Draws finished settings in their colours, and all other jobs behind them in gray."""
     figure = go.Figure()
-    colored = {id(job) for one in ranking.settings[:MAX_COLORED_SETTINGS] for job in one.jobs}
+    first = ranking.settings[:MAX_COLORED_SETTINGS]
+    colored = {id(job) for setting in first for job in setting.jobs}
     for job in sweep.jobs:
         if id(job) in colored or len(job.evaluations) < 2:
             continue
@@ -149,7 +150,7 @@ def draw_learning_curves(sweep: Sweep, ranking: Ranking) -> go.Figure:
             line={"color": GRAY, "width": 1, "dash": "dot" if job.status == "pruned" else "solid"},
             hovertemplate=f"job {job.number}, {job.status}: %{{y:.4g}}",
         )  # fmt: skip
-    for setting in ranking.settings[:MAX_COLORED_SETTINGS]:
+    for setting in first:
         color = choose_color(ranking, setting)
         by_step: dict[int, list[float]] = {}
         for job in setting.jobs:
@@ -174,24 +175,25 @@ def draw_learning_curves(sweep: Sweep, ranking: Ranking) -> go.Figure:
 def draw_kl_frontier(sweep: Sweep, ranking: Ranking, done: Sequence[Job]) -> go.Figure:
     figure = go.Figure()
     points = [(job.last_values["kl/mean"], job) for job in done if "kl/mean" in job.last_values]
-    edge: list[tuple[float, float]] = []
+    frontier: list[tuple[float, float]] = []
     for kl, job in sorted(points, key=lambda point: (point[0], -(point[1].value or 0))):
-        if not edge or (job.value or 0) > edge[-1][1]:
-            edge.append((kl, float(job.value or 0)))
+        if not frontier or (job.value or 0) > frontier[-1][1]:
+            frontier.append((kl, float(job.value or 0)))
     figure.add_scatter(
-        x=[kl for kl, _ in edge], y=[value for _, value in edge], mode="lines",
+        x=[kl for kl, _ in frontier], y=[value for _, value in frontier], mode="lines",
         line={"color": GRAY, "shape": "hv", "dash": "dot"}, name="frontier", hoverinfo="skip",
     )  # fmt: skip
     for setting in ranking.settings:
-        own = [(kl, job) for kl, job in points if job in setting.jobs]
-        if not own:
+        own_points = [(kl, job) for kl, job in points if job in setting.jobs]
+        if not own_points:
             continue
         place = ranking.settings.index(setting)
         figure.add_scatter(
-            x=[kl for kl, _ in own], y=[job.value for _, job in own], mode="markers",
+            x=[kl for kl, _ in own_points], y=[job.value for _, job in own_points],
+            mode="markers",
             marker={"color": choose_color(ranking, setting), "size": 10},
             name=ranking.format_setting(setting), showlegend=place < MAX_COLORED_SETTINGS,
-            text=[f"job {job.number}" for _, job in own],
+            text=[f"job {job.number}" for _, job in own_points],
             hovertemplate="%{text}: KL %{x:.4g}, %{y:.4g}",
         )  # fmt: skip
     figure.update_xaxes(title="KL from the reference at the last step (nats a token)")
@@ -203,16 +205,16 @@ def draw_costs(sweep: Sweep) -> go.Figure:
     figure = make_subplots(1, 2, subplot_titles=("minutes", "completion tokens"))
     names = [f"{job.sweep} {job.number}".strip() for job in sweep.jobs]
     for status in dict.fromkeys(job.status for job in sweep.jobs):
-        own = [
+        named_jobs = [
             (name, job) for name, job in zip(names, sweep.jobs, strict=True) if job.status == status
         ]
-        for column, amounts in enumerate(
-            ([job.seconds / 60 for _, job in own], [job.tokens for _, job in own]), start=1
-        ):
+        minutes = [job.seconds / 60 for _, job in named_jobs]
+        tokens = [job.tokens for _, job in named_jobs]
+        for column, amounts in enumerate((minutes, tokens), start=1):
             figure.add_bar(
-                x=[name for name, _ in own], y=amounts, name=status, legendgroup=status,
+                x=[name for name, _ in named_jobs], y=amounts, name=status, legendgroup=status,
                 showlegend=column == 1, marker={"color": STATUS_COLORS.get(status, GRAY)},
-                text=[f"{int(job.last_values.get('step', 0))} steps" for _, job in own],
+                text=[f"{int(job.last_values.get('step', 0))} steps" for _, job in named_jobs],
                 textposition="none",
                 hovertemplate="job %{x}: %{y:.3g}, %{text}", row=1, col=column,
             )  # fmt: skip

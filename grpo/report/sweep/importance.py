@@ -1,4 +1,4 @@
-"""How much of the objective's spread each key explains."""
+"""Computes how much of the objective's variance each key explains."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from grpo.report.sweep.read import Sweep
 
 
 def compute_importances(sweep: Sweep) -> dict[str, float]:
-    """Shares of the variance by key, seed included, most important first; empty where unknown.
+    """Returns each key's share of the variance, the largest first; empty if unknown.
 
-    fANOVA (Hutter et al. 2014), by Optuna. Jobs of different seeds are jobs of their own, so the
-    seed's share says how much is luck.
+    fANOVA (Hutter et al. 2014), by Optuna. The seed is one of the keys, so its share shows how
+    much is chance.
     """
     jobs = [job for job in sweep.jobs if job.value is not None]
     keys = [key for key in sweep.keys_and_seed if len({str(job.values[key]) for job in jobs}) > 1]
@@ -30,10 +30,13 @@ def fanova(
     outcomes: Sequence[float],
     searched_space: Mapping[str, Any],
 ) -> dict[str, float]:
-    """searched: the distributions of a search's numbers, as JSON; other numbers are a grid's.
+    """Returns each key's share of the outcomes' variance.
 
-    A number is put in on a logarithmic scale where it was drawn on one; a grid's, where its values
-    are spread over more than a magnitude.
+    A number is on a logarithmic scale if a search sampled it on one, or if a grid's values of it
+    span more than a factor of ten.
+
+    Args:
+        searched_space: the distributions of a search's numbers, as JSON; empty for a grid.
     """
     import optuna
     from optuna.distributions import (
@@ -57,8 +60,8 @@ def fanova(
     study = optuna.create_study(direction="maximize")
     for row, outcome in zip(rows, outcomes, strict=True):
         params = {
-            key: str(row[key]) if isinstance(own, CategoricalDistribution) else float(row[key])
-            for key, own in space.items()
+            key: str(row[key]) if isinstance(scale, CategoricalDistribution) else float(row[key])
+            for key, scale in space.items()
         }
         study.add_trial(
             optuna.trial.create_trial(params=params, distributions=space, value=outcome)

@@ -1,4 +1,4 @@
-"""A sweep's pictures of its keys: one at a time, two, and all of them."""
+"""A sweep's figures of its keys: one key at a time, two, and all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grpo.report.sweep.layout import apply_layout
 from grpo.report.sweep.ranking import format_value
 from grpo.report.sweep.read import Job, Sweep
 
-WORST_TO_BEST = [[0, COLORS[1]], [0.5, GRAY], [1, COLORS[0]]]  # to be seen on light and on dark
+WORST_TO_BEST = [[0, COLORS[1]], [0.5, GRAY], [1, COLORS[0]]]  # visible on light and on dark
 
 
 def draw_marginals(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
@@ -82,7 +82,7 @@ def draw_heatmaps(sweep: Sweep, done: Sequence[Job], pairs: Sequence[tuple[str, 
 
 
 def bin_values(values: Sequence[Any], max_values: int = 8) -> tuple[list[str], list[int]]:
-    """Names of the values, or of ranges of them where they are many; and which one each is in."""
+    """Returns names of the values, or of ranges if there are many, and the index of each value."""
     order = sort_distinct(values)
     if len(order) <= max_values or not all(map(is_number, order)):
         names = [format_value(value) for value in order]
@@ -128,7 +128,7 @@ def draw_parallel_coordinates(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
 
 
 def make_dimension(values: Sequence[float]) -> dict[str, Any]:
-    """Numbers on an axis, by their logarithms where they are of several magnitudes."""
+    """Makes an axis of numbers; uses their logarithms if they span more than a factor of ten."""
     if not spans_magnitudes(values):
         return {"values": list(values)}
     low, high = min(values), max(values)
@@ -145,7 +145,7 @@ def spans_magnitudes(values: Sequence[float]) -> bool:
 
 
 def sort_distinct(values: Sequence[Any]) -> list[Any]:
-    """Distinct values, numbers by size, then the rest by name."""
+    """Sorts the distinct values: numbers by size, then the rest by name."""
     distinct = {str(value): value for value in values}.values()
     return sorted(distinct, key=lambda v: (not is_number(v), v if is_number(v) else 0, str(v)))
 

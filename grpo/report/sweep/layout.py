@@ -1,4 +1,4 @@
-"""What a sweep's figures have in common."""
+"""The layout that all figures of a sweep share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's page: verdict, ranking, pictures, jobs."""
+"""A sweep's page: conclusion, ranking, figures, jobs."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ def render_page(
     command: str,
     figures: Sequence[tuple[str, str, go.Figure]],
 ) -> str:
-    """HTML. command: what runs the best setting again; empty where there is none."""
-    made = Page(f"Sweep {', '.join(folder.name for folder in sweep.folders)}")
+    """Returns the page as HTML. command: runs the best setting again; empty if there is none."""
+    page = Page(f"Sweep {', '.join(folder.name for folder in sweep.folders)}")
     counts = count_by_status(job.status for job in sweep.jobs)
-    made.add(f"<h1>{escape(made.title)}</h1><p class=lead>{escape(ranking.conclusion)}</p>")
-    made.add(
+    page.add(f"<h1>{escape(page.title)}</h1><p class=lead>{escape(ranking.conclusion)}</p>")
+    page.add(
         f"<p class=facts>{len(sweep.jobs)} jobs: {escape(counts)}. {format_objectives(sweep)}</p>"
     )
     if command:
-        made.add(f"<p>The best setting again:</p><pre>{escape(command)}</pre>")
-    made.add(render_failures(sweep.jobs))
-    made.add(render_ranking(sweep, ranking))
+        page.add(f"<p>The best setting again:</p><pre>{escape(command)}</pre>")
+    page.add(render_failures(sweep.jobs))
+    page.add(render_ranking(sweep, ranking))
     for name, meaning, figure in figures:
-        drawn = made.add_figure(name, meaning, json.loads(figure.to_json()))
-        made.add(f"<section>{drawn}</section>")
-    made.add(render_jobs(sweep))
-    return made.render_html()
+        drawn = page.add_figure(name, meaning, json.loads(figure.to_json()))
+        page.add(f"<section>{drawn}</section>")
+    page.add(render_jobs(sweep))
+    return page.render_html()
 
 
 def format_objectives(sweep: Sweep) -> str:
-    own = [
+    names = [
         f"<code>{escape(name)}</code>{', minimized' if direction == 'minimize' else ''}"
         for name, direction in sweep.objectives.items()
     ]
-    if len(own) == 1:
-        return f"Objective: {own[0]}."
-    return f"Objectives: {'; '.join(own)}. Settings are ranked by the first."
+    if len(names) == 1:
+        return f"Objective: {names[0]}."
+    return f"Objectives: {'; '.join(names)}. Settings are ranked by the first."
 
 
 def render_failures(jobs: Sequence[Job]) -> str:
-    """Why jobs failed; nothing where none did."""
+    """Renders why jobs failed; "" if none did."""
     rows = [
         f"<li>job {job.number}: {escape(job.reason or job.status)}</li>"
         for job in jobs
@@ -61,7 +61,7 @@ def render_failures(jobs: Sequence[Job]) -> str:
 
 
 def render_ranking(sweep: Sweep, ranking: Ranking) -> str:
-    """What only several seeds can say is left out where each setting has one."""
+    """Renders the ranking; if each setting has one seed, without the columns that need several."""
     if not ranking.settings:
         return ""
     repeated = any(len(setting.by_seed) > 1 for setting in ranking.settings)
@@ -70,20 +70,20 @@ def render_ranking(sweep: Sweep, ranking: Ranking) -> str:
     for place, setting in enumerate(ranking.settings):
         spread = setting.interval
         cells = dict.fromkeys(more, "")
-        sure = ""
+        kind = ""
         if repeated and spread is not None:
             cells["95% interval"] = f"{spread.low:.4g} to {spread.high:.4g}"
         if place:
             cells["behind the best"] = f"{ranking.gaps_to_best[place - 1]:.3g}"
             if len(setting.by_seed) > 1:
                 cells["p"] = f"{ranking.p[place - 1]:.3f}"
-                sure = "sure" if ranking.significant[place - 1] else ""
+                kind = "sure" if ranking.significant[place - 1] else ""
         first = [
             *map(format_value, setting.values),
             str(len(setting.by_seed)),
             f"{setting.mean:.4g}",
         ]
-        rows.append(render_row([*first, *cells.values()], sure))
+        rows.append(render_row([*first, *cells.values()], kind))
     heads = [*ranking.keys, "seeds", f"mean {sweep.objective}" if repeated else sweep.objective]
     note = (
         explain_ranking(ranking)
@@ -94,11 +94,11 @@ def render_ranking(sweep: Sweep, ranking: Ranking) -> str:
 
 
 def explain_ranking(ranking: Ranking) -> str:
-    """How to read the table."""
+    """Explains how to read the table."""
     text = (
         "Intervals are Student's, of one setting's mean over seeds. p compares with the best, for "
         "all pairs of settings together (Tukey's range test and each pair's own t-test, see "
-        "docs/statistics.md); a bold p is a difference that the data supports. "
+        "docs/statistics.md); a bold p is a significant difference. "
     )
     if ranking.has_missing_seeds:
         text += (
@@ -106,8 +106,8 @@ def explain_ranking(ranking: Ranking) -> str:
             "settings and seeds takes out what the missing seeds would change. "
         )
     return (
-        f"{text}The best is chosen by the same evaluation that it is shown by, so expect a little "
-        f"less of it on fresh seeds and rows."
+        f"{text}The best is chosen by the same evaluation that measures it, so expect a little "
+        f"less of it on new seeds and rows."
     )
 
 

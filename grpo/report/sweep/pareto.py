@@ -1,4 +1,4 @@
-"""Several objectives at once: the jobs that no other one beats in everything (the Pareto front)."""
+"""Several objectives at once: the Pareto front, the jobs that no other job dominates."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from grpo.report.sweep.read import Job, Sweep
 
 
 def pareto_mask(points: Sequence[Sequence[float]], minimized: Sequence[bool]) -> list[bool]:
-    """Of each point, whether none is as good in every objective and better in one.
+    """Returns for each point whether no other is as good in every objective and better in one.
 
     Args:
         points: [N, objectives].
-        minimized: of each objective, whether less is better.
+        minimized: for each objective, whether less is better.
     """
     values = np.asarray(points, dtype=float) * np.where(minimized, -1.0, 1.0)
     as_good = (values[:, None] >= values[None]).all(axis=-1)
     better = (values[:, None] > values[None]).any(axis=-1)
     beaten = np.any(as_good & better, axis=0)
-    return [not own for own in beaten.tolist()]
+    return [not dominated for dominated in beaten.tolist()]
 
 
 def draw_pareto_fronts(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
-    """The first objective over each of the others; of two, the front is joined."""
+    """Draws the first objective over each of the others; with two, a line joins the front."""
     first, *others = sweep.objectives
     known = [job for job in done if all(name in job.last_values for name in sweep.objectives)]
     points = [[job.last_values[name] for name in sweep.objectives] for job in known]
@@ -36,15 +36,15 @@ def draw_pareto_fronts(sweep: Sweep, done: Sequence[Job]) -> go.Figure:
     best = pareto_mask(points, minimized) if points else []
     figure = make_subplots(1, len(others), horizontal_spacing=0.08)
     for column, other in enumerate(others, start=1):
-        for chosen, color in ((False, GRAY), (True, COLORS[0])):
-            own = [job for job, is_best in zip(known, best, strict=True) if is_best == chosen]
-            own.sort(key=lambda job: job.last_values[other])
+        for on_front, color in ((False, GRAY), (True, COLORS[0])):
+            jobs = [job for job, is_best in zip(known, best, strict=True) if is_best == on_front]
+            jobs.sort(key=lambda job: job.last_values[other])
             figure.add_scatter(
-                x=[job.last_values[other] for job in own],
-                y=[job.last_values[first] for job in own],
-                mode="lines+markers" if chosen and len(others) == 1 else "markers",
+                x=[job.last_values[other] for job in jobs],
+                y=[job.last_values[first] for job in jobs],
+                mode="lines+markers" if on_front and len(others) == 1 else "markers",
                 line={"color": color, "dash": "dot"}, marker={"color": color, "size": 10},
-                showlegend=False, text=[f"job {job.number}" for job in own],
+                showlegend=False, text=[f"job {job.number}" for job in jobs],
                 hovertemplate="%{text}: %{x:.4g}, %{y:.4g}", row=1, col=column,
             )  # fmt: skip
         figure.update_xaxes(title=other, row=1, col=column)

@@ -1,4 +1,4 @@
-"""Settings in order of their objective, and which of the differences the data supports."""
+"""Ranks settings by their objective, and says which differences are significant."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from grpo.report.sweep.statistics import (
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs that differ in the seed alone."""
+    """Jobs that differ only in the seed."""
 
     values: tuple[Any, ...]  # of the sweep's keys
     by_seed: dict[int, float]  # the objective
-    jobs: list[Job]  # that have one
+    jobs: list[Job]  # that have an objective
     interval: Interval | None  # of its mean
 
     @property
@@ -35,13 +35,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Best first, and how each compares with the best.
+    """Settings, best first, and how each compares with the best.
 
     Attributes:
-        levels: by which settings are ranked: their means, on equal terms where they lack seeds.
-        p: of each but the best, that it is no worse; for all comparisons together.
-        spread: of a result from seed to seed; NaN where no setting has two.
-        unequal: some settings lack seeds that others have.
+        adjusted_means: what settings are ranked by: their means, corrected for missing seeds.
+        p: p-value of each setting but the best, against the best; for all comparisons together.
+        seed_std: standard deviation of a result, seeds' own effects taken out; NaN if no setting
+            has two seeds.
+        has_missing_seeds: whether some settings lack seeds that others have.
     """
 
     keys: list[str]
@@ -56,28 +57,28 @@ class Ranking:
     def gaps_to_best(self) -> list[float]:
         """How much better the best is than each of the others."""
         sign = -1.0 if self.minimized else 1.0
-        return [sign * (self.adjusted_means[0] - level) for level in self.adjusted_means[1:]]
+        return [sign * (self.adjusted_means[0] - mean) for mean in self.adjusted_means[1:]]
 
     @property
     def significant(self) -> list[bool]:
-        """Of each but the best, whether the data tells it from the best."""
+        """For each setting but the best, whether it differs significantly from the best."""
         return [p <= 1 - CONFIDENCE for p in self.p]
 
     @property
     def ties(self) -> list[Setting]:
-        """The best and all that came out equal to it to the last digit."""
-        levels = zip(self.settings, self.adjusted_means, strict=True)
-        return [setting for setting, level in levels if level == self.adjusted_means[0]]
+        """The best setting and all whose means equal its mean to the last digit."""
+        means = zip(self.settings, self.adjusted_means, strict=True)
+        return [setting for setting, mean in means if mean == self.adjusted_means[0]]
 
     @property
     def conclusion(self) -> str:
-        """What can be said of the best in a sentence or two."""
+        """Describes the best setting in one or two sentences."""
         if not self.settings:
             return "No job has finished with a value of the objective yet."
         best, end = self.settings[0], "lowest" if self.minimized else "highest"
         value = format_value(self.adjusted_means[0])
         if len(self.settings) == 1:
-            return f"There is one setting only, at {value}, so nothing to compare."
+            return f"There is only one setting, at {value}, so there is nothing to compare."
         if len(self.ties) > 1:
             named = [self.format_setting(setting) for setting in self.ties]
             text = f"{', '.join(named[:-1])} and {named[-1]} are tied at {value}, the {end}"
@@ -86,22 +87,23 @@ class Ranking:
         if all(len(setting.by_seed) < 2 for setting in self.settings):
             return (
                 f"{text}, on one seed each, so the differences may be noise. "
-                f"Run the first few on more seeds: seed=0,1,2"
+                f"Run the best few on more seeds: seed=0,1,2"
             )
-        told = sum(self.significant)
-        if told == len(self.p):
-            return f"{text}, and the data tells it from every other setting."
+        count = sum(self.significant)
+        if count == len(self.p):
+            return f"{text}, significantly better than every other setting."
         text += (
-            f", and the data tells it from {told} of {len(self.p)} others."
-            if told
-            else ", and the data tells it from no other setting."
+            f", significantly better than {count} of {len(self.p)} others."
+            if count
+            else ", but not significantly better than any other setting."
         )
         nearest = self.significant.index(False) + 1
-        text += f" From {self.format_setting(self.settings[nearest])} it is not told apart"
+        name = self.format_setting(self.settings[nearest])
+        text += f" The difference from {name} is not significant"
         return f"{text}{self.explain_insignificance(nearest)}."
 
     def explain_insignificance(self, place: int) -> str:
-        """Why a setting isn't told from the best, and what would help."""
+        """Explains why a setting's difference from the best isn't significant, and what helps."""
         seeds = [len(self.settings[n].by_seed) for n in (0, place)]
         if min(seeds) < 2:
             return ": one of the two has a single seed; run both on more, seed=0,1,2"
@@ -115,7 +117,7 @@ class Ranking:
             return ": there is no spread to judge a difference by"
         more = detectable_difference(self.seed_std, counted, 2 * min(seeds))
         return (
-            f": they differ by {self.gaps_to_best[place - 1]:.2g}; {min(seeds)} seeds each tell a "
+            f": they differ by {self.gaps_to_best[place - 1]:.2g}; {min(seeds)} seeds each find a "
             f"difference of {least:.2g} four times in five, {2 * min(seeds)} one of {more:.2g}"
         )
 
@@ -131,36 +133,39 @@ def format_value(value: object) -> str:
 
 
 def rank_settings(sweep: Sweep) -> Ranking:
-    """By the objective, the first of several."""
+    """Ranks a sweep's settings by its first objective."""
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in sweep.jobs:
         if job.value is not None:
             groups.setdefault(tuple(map(str, sweep.get_setting_values(job))), []).append(job)
     settings = [make_setting(sweep, jobs) for jobs in groups.values()]
     repeated = [n for n, setting in enumerate(settings) if len(setting.by_seed) > 1]
-    levels = [setting.mean for setting in settings]
-    found = None
+    means = [setting.mean for setting in settings]
+    comparison = None
     if repeated:
         trials = min(job.answer_count for setting in settings for job in setting.jobs)
-        found = compare_settings([settings[n].by_seed for n in repeated], trials)
-        for n, level in zip(repeated, found.adjusted_means, strict=True):
-            levels[n] = float(level)
-    levels = [round(level, 12) for level in levels]  # so that a tie is one
+        comparison = compare_settings([settings[n].by_seed for n in repeated], trials)
+        for n, mean in zip(repeated, comparison.adjusted_means, strict=True):
+            means[n] = float(mean)
+        for n in set(range(len(settings))) - set(repeated):
+            ((seed, value),) = settings[n].by_seed.items()
+            means[n] = value - comparison.seed_effects.get(seed, 0.0)
+    means = [round(mean, 12) for mean in means]  # so that rounding errors break no tie
     sign = -1.0 if sweep.minimized else 1.0
-    order = sorted(range(len(settings)), key=lambda n: -sign * levels[n])
+    order = sorted(range(len(settings)), key=lambda n: -sign * means[n])
 
     def p(n: int) -> float:
-        if found is None or not {order[0], n} <= set(repeated):
+        if comparison is None or not {order[0], n} <= set(repeated):
             return 1.0
-        return found.p(repeated.index(order[0]), repeated.index(n))
+        return comparison.p(repeated.index(order[0]), repeated.index(n))
 
     return Ranking(
         keys=sweep.keys,
         settings=[settings[n] for n in order],
-        adjusted_means=[levels[n] for n in order],
+        adjusted_means=[means[n] for n in order],
         p=[p(n) for n in order[1:]],
         minimized=sweep.minimized,
-        seed_std=math.sqrt(found.variance) if found else math.nan,
+        seed_std=math.sqrt(comparison.variance) if comparison else math.nan,
         has_missing_seeds=len({frozenset(setting.by_seed) for setting in settings}) > 1,
     )
 

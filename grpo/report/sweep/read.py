@@ -1,4 +1,4 @@
-"""The jobs of sweeps, read from their folders; a half-finished sweep is read like a whole one."""
+"""Reads the jobs of sweeps from their folders, also those of unfinished sweeps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from grpo.runs.jsonl import find_last_values, read_lines
 from grpo.runs.resume import read_yaml
 from grpo.sweep.folder import StudyFile, read_job_state, require_record
 
-NOT_SETTING_KEYS = ("seed", "sweep", "name")  # overrides that don't make a setting
+NOT_SETTING_KEYS = ("seed", "sweep", "name")  # overrides that are no part of a setting
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep, as far as it came."""
+    """One job of a sweep, as far as it has come."""
 
     sweep: str
     number: int
@@ -32,9 +32,7 @@ class Job:
     objective: str
     lines: list[dict[str, Any]]  # of metrics.jsonl
     seconds: float
-    answer_count: int = (
-        0  # of how many right or wrong answers the objective is the share; 0: of none
-    )
+    answer_count: int = 0  # right or wrong answers that the objective is a share of; 0: no share
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -42,7 +40,7 @@ class Job:
 
     @property
     def value(self) -> float | None:
-        """The objective at its end; None where it hasn't come to it, or is no number there."""
+        """The objective at the job's end; None if it hasn't finished or the value isn't finite."""
         logged = [line[self.objective] for line in self.lines if self.objective in line]
         if self.status != "finished" or not logged or logged[-1] is None:
             return None
@@ -69,11 +67,11 @@ class Sweep:
     folders: list[Path]
     jobs: list[Job]
     objectives: dict[str, str]  # each metric, and whether to maximize or minimize it
-    space: dict[str, Any] = field(default_factory=dict)  # of a search: as StudyFile's
+    space: dict[str, Any] = field(default_factory=dict)  # of a search; as in StudyFile
 
     @property
     def objective(self) -> str:
-        """The one that settings are ranked by."""
+        """The objective that settings are ranked by."""
         return next(iter(self.objectives))
 
     @property
@@ -82,42 +80,44 @@ class Sweep:
 
     @property
     def keys(self) -> list[str]:
-        """Those in which jobs differ, the seed aside."""
+        """The keys in which jobs differ, without the seed."""
         keys = [key for key in self.jobs[0].values if key not in NOT_SETTING_KEYS]
         return [key for key in keys if len({str(job.values[key]) for job in self.jobs}) > 1]
 
     @property
     def keys_and_seed(self) -> list[str]:
-        """The same, and the seed where jobs differ in it."""
+        """The keys in which jobs differ, with the seed if they differ in it."""
         seeds = {str(job.values.get("seed")) for job in self.jobs}
         return [*self.keys, *(["seed"] if len(seeds) > 1 else [])]
 
     def get_setting_values(self, job: Job) -> tuple[Any, ...]:
-        """What jobs have in common that differ in the seed alone."""
+        """Returns the values that all jobs of this job's setting share."""
         return tuple(job.values[key] for key in self.keys)
 
 
 def read_sweeps(folders: Sequence[Path]) -> Sweep:
-    """The objectives are those of the search, of a grid the config's.
+    """Reads the jobs and objectives of one or several sweeps.
+
+    The objectives are those in study.json or sweep.json, or else the config's objective.
 
     Raises:
-        ConfigError: one is no sweep, none has a job, or their objectives differ.
+        ConfigError: a folder holds no sweep, no job has begun, or the objectives differ.
     """
     found: list[tuple[str, int, Path, list[str]]] = []
     records = {folder: require_record(folder) for folder in folders}
     for folder, record in records.items():
         name = folder.name if len(folders) > 1 else ""
-        found += [(name, n, folder, own) for n, own in enumerate(record.jobs) if own]
+        found += [(name, n, folder, job) for n, job in enumerate(record.jobs) if job]
     given = [parse_override_values(overrides) for _, _, _, overrides in found]
-    keys = list(dict.fromkeys(key for one in given for key in one))
+    keys = list(dict.fromkeys(key for values in given for key in values))
     studies = {folder: StudyFile.read(folder) for folder in folders}
-    searched = {
-        folder: own.objectives if own else records[folder].objectives
-        for folder, own in studies.items()
+    recorded = {
+        folder: study.objectives if study else records[folder].objectives
+        for folder, study in studies.items()
     }
     jobs = [
-        read_job(name, number, folder, overrides, own, keys, next(iter(searched[folder]), ""))
-        for (name, number, folder, overrides), own in zip(found, given, strict=True)
+        read_job(name, number, folder, overrides, values, keys, next(iter(recorded[folder]), ""))
+        for (name, number, folder, overrides), values in zip(found, given, strict=True)
     ]
     if not jobs:
         raise ConfigError(f"{folders[0]}: no job of this sweep has begun.")
@@ -125,18 +125,19 @@ def read_sweeps(folders: Sequence[Path]) -> Sweep:
     jobs = [job if job.objective else replace(job, objective=known) for job in jobs]
     objectives = {job.objective for job in jobs}
     if len(objectives) > 1:
-        raise ConfigError(f"these sweeps have several objectives: {', '.join(sorted(objectives))}.")
-    directions = [own for own in searched.values() if own] or [{jobs[0].objective: "maximize"}]
-    if any(own != directions[0] for own in directions):
+        names = ", ".join(sorted(objectives))
+        raise ConfigError(f"these sweeps have different objectives: {names}.")
+    directions = [each for each in recorded.values() if each] or [{jobs[0].objective: "maximize"}]
+    if any(each != directions[0] for each in directions):
         raise ConfigError(f"these sweeps' objectives differ: {' and '.join(map(str, directions))}.")
-    spaces = [own.space for own in studies.values() if own]
+    spaces = [study.space for study in studies.values() if study]
     return Sweep(list(folders), jobs, directions[0], spaces[0] if spaces else {})
 
 
 def parse_override_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """The value that each override gives."""
-    given = OverridesParser.create().parse_overrides(list(overrides))
-    return {one.key_or_group: one.value() for one in given}
+    """Returns the value of each override by its key or group."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {override.key_or_group: override.value() for override in parsed}
 
 
 def read_job(
@@ -148,19 +149,19 @@ def read_job(
     keys: list[str],
     search_metric: str,
 ) -> Job:
-    """searched: the metric that a search went by, if it is a job of one."""
-    where = read_job_state(folder, number)
-    config = resolve_config(read_yaml(where.folder / ".hydra" / "config.yaml") or {})
-    hydra = read_yaml(where.folder / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
+    """Reads a job; search_metric: the first objective that its sweep recorded, or ""."""
+    state = read_job_state(folder, number)
+    config = resolve_config(read_yaml(state.folder / ".hydra" / "config.yaml") or {})
+    hydra = read_yaml(state.folder / ".hydra" / "hydra.yaml") or {"hydra": {"runtime": {}}}
     choices = hydra["hydra"]["runtime"].get("choices", {})
-    metric = (where.summary.get("objective") or {}).get("name") or config.get("objective")
-    objective = str(search_metric or metric or "")  # one that hasn't begun has none of its own
+    metric = (state.summary.get("objective") or {}).get("name") or config.get("objective")
+    objective = str(search_metric or metric or "")  # a job that hasn't begun has none
     return Job(
         sweep=sweep,
         number=number,
-        folder=where.folder,
-        status=where.status,
-        reason=where.reason,
+        folder=state.folder,
+        status=state.status,
+        reason=state.reason,
         overrides=overrides,
         values={
             key: normalize_number(
@@ -169,14 +170,14 @@ def read_job(
             for key in keys
         },
         objective=objective,
-        lines=read_lines(where.folder / "metrics.jsonl"),
-        seconds=float(where.summary.get("wall_seconds") or 0.0),
-        answer_count=int((where.summary.get("trials") or {}).get(objective, 0)),
+        lines=read_lines(state.folder / "metrics.jsonl"),
+        seconds=float(state.summary.get("wall_seconds") or 0.0),
+        answer_count=int((state.summary.get("trials") or {}).get(objective, 0)),
     )
 
 
 def normalize_number(value: Any) -> Any:
-    """A whole float as an int: 1.0 and 1 are one setting, whoever wrote it how."""
+    """Converts a whole float to an int, as 1.0 and 1 are the same setting."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -1,7 +1,7 @@
-"""What a handful of seeds lets one say. docs/statistics.md: what is claimed, and how it was tested.
+"""Statistics of a few seeds; docs/statistics.md says what is claimed and how it was tested.
 
-A setting s on a seed k comes to mean_s + seed_k + training noise + evaluation noise. The last is
-known where the objective is a share of right answers: it is binomial.
+The result of setting s on seed k is mean_s + seed_k + training noise + evaluation noise. The last
+is known if the objective is a share of right answers: it is binomial.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
-# Where there are more than two settings, a pair's own test counts up to so much more strictly: one
-# that varies more than the others must not be told apart by their small spread.
+# With more than two settings, the p of a pair's own test is multiplied by up to this factor: a
+# setting that varies more than the others must not look different because of their small spread.
 MAX_STRICTNESS = 2.5
 
 Floats = NDArray[np.float64]
@@ -32,11 +32,11 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], answer_count: int = 0) -> Interval | None:
-    """Where a setting's mean over all seeds lies, at `CONFIDENCE`; None for fewer than two seeds.
+    """Returns the `CONFIDENCE` interval of a setting's mean over all seeds; None below two seeds.
 
-    Student's t. Where each value is a share of `trials` right answers, it is never narrower than
-    two thirds of the evaluation's own standard error and half a step of the scale: two seeds that
-    happen to agree don't make it certain.
+    Student's t. If each value is a share of right answers out of `answer_count`, half its width is
+    at least two thirds of the evaluation's own standard error plus half a step of the scale: two
+    seeds that happen to agree don't make the mean certain.
     """
     count = len(values)
     if count < 2:
@@ -51,9 +51,9 @@ def mean_interval(values: Sequence[float], answer_count: int = 0) -> Interval | 
 
 
 def evaluation_variance(share: float, answer_count: int) -> float:
-    """The variance of a share of right answers out of `trials`; 0 where there are none.
+    """Returns the variance of a share of right answers out of `answer_count`; 0 if that is 0.
 
-    Agresti and Coull (1998): as of two more right and two more wrong, so that it is never 0.
+    Agresti and Coull (1998): with two more right and two more wrong answers, so it is never 0.
     """
     if not answer_count:
         return 0.0
@@ -66,13 +66,13 @@ class Comparison:
     """Settings side by side, by least squares of value = setting + seed.
 
     Attributes:
-        settings: S of them, each on two seeds at least.
-        levels: [S], their least-squares means: where settings lack seeds, what those seeds would
-            change is taken out.
-        inverse: [S, S], of the normal equations: what the variances of differences are made of.
-        variance: of what settings and seeds leave; never below the evaluation's own.
-        freedom: the degrees of freedom that it is known by.
-        trials: of how many right or wrong answers a value is the share; 0: of none.
+        settings: S of them, each on at least two seeds.
+        adjusted_means: [S], their least-squares means, which correct for missing seeds.
+        inverse: [S, S], inverse of the normal equations; gives the variances of differences.
+        variance: of the residuals; at least the evaluation's own variance.
+        freedom: the residuals' degrees of freedom.
+        answer_count: right or wrong answers that a value is a share of; 0: no share.
+        seed_effects: what each seed adds, 0 on average; empty if that can't be told.
     """
 
     settings: Sequence[BySeed]
@@ -81,29 +81,24 @@ class Comparison:
     variance: float
     freedom: int
     answer_count: int
+    seed_effects: BySeed
 
     def p(self, a: int, b: int) -> float:
-        """That two settings are equal, for all pairs of settings together; 1: nothing is known.
+        """Returns the p-value of two settings' difference, for all pairs of settings together.
 
-        The larger of two: that of Tukey's and Kramer's range test, in which all settings share one
-        variance, and that of the two settings' own t-test, `strictness` times. Where they see the
-        two in a different order, it is 1.
+        It is the larger of two: that of the Tukey-Kramer range test, in which all settings share
+        one variance, and that of the pair's own t-test times `strictness`. It is 1 if nothing is
+        known, or if the two tests see the settings in a different order.
         """
         alone, ahead = p_of_pair(self.settings[a], self.settings[b], self.answer_count)
         if self.freedom < 1 or ahead * (self.adjusted_means[a] - self.adjusted_means[b]) <= 0:
             return 1.0
-        own = min(1.0, strictness(len(self.settings)) * alone)
-        return max(
-            float(
-                stats.studentized_range.sf(
-                    self.studentized_difference(a, b), *self.range_parameters
-                )
-            ),
-            own,
-        )
+        difference = self.studentized_difference(a, b)
+        together = float(stats.studentized_range.sf(difference, *self.range_parameters))
+        return max(together, min(1.0, strictness(len(self.settings)) * alone))
 
     def is_significant(self, a: int, b: int) -> bool:
-        """The same as p <= 1 - `CONFIDENCE`, sooner."""
+        """Returns whether p <= 1 - `CONFIDENCE`; faster than computing p."""
         alone, ahead = p_of_pair(self.settings[a], self.settings[b], self.answer_count)
         return (
             self.freedom > 0
@@ -113,7 +108,7 @@ class Comparison:
         )
 
     def studentized_difference(self, a: int, b: int) -> float:
-        """The difference in units of the studentized range."""
+        """Returns the absolute difference in units of the studentized range."""
         unit = self.inverse[a, a] + self.inverse[b, b] - 2 * self.inverse[a, b]
         error = math.sqrt(self.variance * unit / 2)
         return abs(float(self.adjusted_means[a] - self.adjusted_means[b])) / error if error else 0.0
@@ -124,12 +119,12 @@ class Comparison:
 
 
 def compare_settings(settings: Sequence[BySeed], answer_count: int = 0) -> Comparison:
-    """Fits settings, each on two seeds at least; with seeds' effects where these can be told.
+    """Fits value = setting + seed to settings on at least two seeds each.
 
-    They can't where settings share too few seeds, as where each has seeds of its own.
+    Seeds' effects are left out if they can't be estimated, because settings share too few seeds.
     """
-    seeds = sorted({seed for own in settings for seed in own})
-    rows = [(s, seeds.index(k), y) for s, own in enumerate(settings) for k, y in own.items()]
+    seeds = sorted({seed for by_seed in settings for seed in by_seed})
+    rows = [(s, seeds.index(k), y) for s, values in enumerate(settings) for k, y in values.items()]
     count = len(settings)
     design = np.zeros((len(rows), count + len(seeds) - 1))
     for n, (s, k, _) in enumerate(rows):
@@ -140,18 +135,22 @@ def compare_settings(settings: Sequence[BySeed], answer_count: int = 0) -> Compa
             design[n, count:] = -1
     if np.linalg.matrix_rank(design) < design.shape[1]:
         design = design[:, :count]
-    values = np.array([y for _, _, y in rows])
-    found, *_ = np.linalg.lstsq(design, values)
+    results = np.array([y for _, _, y in rows])
+    found, *_ = np.linalg.lstsq(design, results)
     freedom = len(rows) - design.shape[1]
-    rest = float(np.sum((values - design @ found) ** 2))
-    least = float(np.mean([evaluation_variance(y, answer_count) for y in values]))
+    rest = float(np.sum((results - design @ found) ** 2))
+    least = float(np.mean([evaluation_variance(y, answer_count) for y in results]))
     variance = max(rest / freedom if freedom else 0.0, least)
     inverse = np.linalg.inv(design.T @ design)[:count, :count]
-    return Comparison(list(settings), found[:count], inverse, variance, freedom, answer_count)
+    told = [float(effect) for effect in found[count:]]
+    effects = dict(zip(seeds, [*told, -sum(told)], strict=True)) if told else {}
+    return Comparison(
+        list(settings), found[:count], inverse, variance, freedom, answer_count, effects
+    )
 
 
 def strictness(settings: int) -> float:
-    """How much more strictly a pair's own test counts: of two settings, it is all there is."""
+    """Returns the factor on the p of a pair's own test: 1 with two settings, the only pair."""
     return min(settings - 1.0, MAX_STRICTNESS)
 
 
@@ -161,16 +160,19 @@ def critical_range(settings: int, freedom: int) -> float:
 
 
 def p_of_pair(one: BySeed, other: BySeed, answer_count: int) -> tuple[float, float]:
-    """Two-sided p of two settings alone, and how much the first is ahead."""
+    """Returns the two-sided p of two settings alone, and how much the first is ahead.
+
+    A paired t-test on the seeds that both have, if there are at least two; else Welch's t-test.
+    """
     common = sorted(set(one) & set(other))
     if len(common) > 1:
         apart = [one[seed] - other[seed] for seed in common]
-        means = [float(np.mean([own[seed] for seed in common])) for own in (one, other)]
+        means = [float(np.mean([side[seed] for seed in common])) for side in (one, other)]
         least = sum(evaluation_variance(mean, answer_count) for mean in means)
         variance = max(float(np.var(apart, ddof=1)), least)
         ahead, error, freedom = float(np.mean(apart)), variance / len(common), len(common) - 1.0
     else:
-        sides = [np.array(list(own.values())) for own in (one, other)]
+        sides = [np.array(list(side.values())) for side in (one, other)]
         errors = [
             max(float(np.var(y, ddof=1)), evaluation_variance(float(y.mean()), answer_count))
             / len(y)
@@ -185,12 +187,12 @@ def p_of_pair(one: BySeed, other: BySeed, answer_count: int) -> tuple[float, flo
 
 
 def detectable_difference(seed_std: float, settings: int, seeds: int) -> float:
-    """The true difference of two settings that so many seeds tell with a chance of `POWER`.
+    """Returns the true difference of two settings that so many seeds find with power `POWER`.
 
-    By the harder of the two tests that `compare_settings` asks, each setting on the same seeds.
+    By the harder of the two tests in `Comparison.p`, with each setting on the same seeds.
 
     Args:
-        spread: the standard deviation of a result, seeds' own effects taken out.
+        seed_std: the standard deviation of a result, seeds' own effects taken out.
     """
     freedom = (settings - 1) * (seeds - 1)
     together = critical_range(settings, freedom) / math.sqrt(2)
@@ -200,10 +202,10 @@ def detectable_difference(seed_std: float, settings: int, seeds: int) -> float:
 
 
 def detectable_shift(critical: float, freedom: int) -> float:
-    """How many standard errors a mean has to be off for its t to pass `critical`, at `POWER`."""
-    shown = stats.chi.ppf((np.arange(2000) + 0.5) / 2000, freedom) / math.sqrt(freedom)
+    """Returns the mean, in standard errors, whose t exceeds `critical` with power `POWER`."""
+    stds = stats.chi.ppf((np.arange(2000) + 0.5) / 2000, freedom) / math.sqrt(freedom)
 
-    def short(shift: float) -> float:  # scipy's noncentral t has no number for large shifts
-        return float(np.mean(stats.norm.sf(critical * shown - shift))) - POWER
+    def excess_power(shift: float) -> float:  # scipy's noncentral t is NaN for large shifts
+        return float(np.mean(stats.norm.sf(critical * stds - shift))) - POWER
 
-    return float(optimize.brentq(short, 0.0, 10 + 10 * critical))
+    return float(optimize.brentq(excess_power, 0.0, 10 + 10 * critical))

@@ -1,4 +1,4 @@
-"""A sweep's report: its page, its table, and its best setting as a file."""
+"""Writes the report of a sweep, or of several: a page, a table, and the best setting as a file."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ from grpo.sweep.folder import read_record
 
 
 def write_report(folders: Sequence[Path]) -> str:
-    """Writes the report, and returns the last lines for the terminal."""
+    """Writes the report, and returns the last lines for the terminal.
+
+    Of several sweeps it goes into the first one's folder, beside the files of that one's own.
+    """
     sweep = read_sweeps(folders)
     ranking = rank_settings(sweep)
-    folder = folders[0]
-    best = choose_best(sweep, ranking, folder)
+    folder, joint = folders[0], len(folders) > 1
+    best = choose_best(sweep, ranking, folder, "sweeps_best" if joint else "best")
     if best is not None:
         best.write()
     command = best.command if best else ""
     importances = compute_importances(sweep)
     html = build_page(sweep, ranking, command, importances)
     rows = tabulate_results(sweep)
-    write_atomically(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
-    write_atomically(folder / "results.csv", lambda file: rows.to_csv(file, index=False))
-    write_atomically(folder / "results.parquet", lambda file: rows.to_parquet(file, index=False))
+    page, table = ("sweeps.html", "sweeps") if joint else ("report.html", "results")
+    write_atomically(folder / page, lambda file: file.write_text(html, encoding="utf-8"))
+    write_atomically(folder / f"{table}.csv", lambda file: rows.to_csv(file, index=False))
+    write_atomically(folder / f"{table}.parquet", lambda file: rows.to_parquet(file, index=False))
     lines = [f"{sweep.objective}: {ranking.conclusion}", *explain_differences(importances)]
-    lines += [f"  report: {folder}/report.html, results.csv"]
+    lines += [f"  report: {folder}/{page}, {table}.csv"]
     return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
 
 
 def render_sweep_page(folder: Path) -> str:
-    """The HTML that `write_report` would write of one sweep; nothing is written."""
+    """Returns the HTML that `write_report` would write of one sweep; writes nothing."""
     sweep = read_sweeps([folder])
     ranking = rank_settings(sweep)
     best = choose_best(sweep, ranking, folder)
@@ -61,22 +65,26 @@ def build_page(
     return render_page(sweep, ranking, command, list(draw_figures(sweep, ranking, importances)))
 
 
-def choose_best(sweep: Sweep, ranking: Ranking, folder: Path) -> BestSetting | None:
-    """None where no setting has come to anything."""
+def choose_best(
+    sweep: Sweep, ranking: Ranking, folder: Path, name: str = "best"
+) -> BestSetting | None:
+    """Builds the best setting as a file; returns None if no setting has a result."""
     if not ranking.settings:
         return None
     best = ranking.settings[0]
     job = min(best.jobs, key=lambda job: int(job.values.get("seed") or 0))
-    why = f"The best setting of {folder}: {sweep.objective} {best.mean:.4g}\n"
+    source = " and ".join(map(str, sweep.folders))
+    why = f"The best setting of {source}: {sweep.objective} {ranking.adjusted_means[0]:.4g}\n"
     why += (
         f"on {len(best.by_seed)} seed{'s' if len(best.by_seed) > 1 else ''}. {ranking.conclusion}"
     )
     record = read_record(job.folder.parent)
-    return build_best_setting(folder, job.overrides, why, record.config_dir if record else None)
+    config_dir = record.config_dir if record else None
+    return build_best_setting(folder, job.overrides, why, config_dir, name)
 
 
 def tabulate_results(sweep: Sweep) -> pd.DataFrame:
-    """A row a job: overrides, status, objective, last metrics, time."""
+    """Returns a table with a row for each job: overrides, status, objective, last metrics, time."""
     rows = []
     for job in sweep.jobs:
         last = {key: value for key, value in job.last_values.items() if key != "step"}
@@ -86,7 +94,7 @@ def tabulate_results(sweep: Sweep) -> pd.DataFrame:
                 "job": job.number,
                 "status": job.status,
                 "reason": job.reason,
-                **{key: convert_cell(own) for key, own in job.values.items() if key != "sweep"},
+                **{key: convert_cell(cell) for key, cell in job.values.items() if key != "sweep"},
                 "objective": job.value,
                 "steps": int(job.last_values.get("step", 0)),
                 "seconds": job.seconds,
@@ -95,7 +103,7 @@ def tabulate_results(sweep: Sweep) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows)
-    for key in table.columns:  # parquet wants one type a column
+    for key in table.columns:  # parquet requires one type for a column
         if table[key].map(type).nunique() > 1 and not pd.api.types.is_numeric_dtype(table[key]):
             table[key] = table[key].map(lambda value: None if value is None else str(value))
     return table
