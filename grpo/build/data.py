@@ -149,7 +149,7 @@ def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
 
 
 def find_missing_options(function: Any, given: int = 1) -> list[str]:
-    """The parameters without a value, beyond those that are given by position.
+    """The parameters without a value that a key could give, beyond those given by position.
 
     A reward is called with its samples, a class with nothing.
     """
@@ -160,7 +160,8 @@ def find_missing_options(function: Any, given: int = 1) -> list[str]:
     required = [p for p in parameters if p.default is p.empty and p.kind not in VARIADIC]
     positional = [p for p in required if p.kind is not p.KEYWORD_ONLY]
     keyword = [p for p in required if p.kind is p.KEYWORD_ONLY]
-    return [p.name for p in (*positional[given:], *keyword)]
+    lacking = [p for p in (*positional[given:], *keyword) if p.kind is not p.POSITIONAL_ONLY]
+    return [p.name for p in lacking]
 
 
 def accepts_samples(function: Any) -> bool:
