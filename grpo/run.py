@@ -223,12 +223,16 @@ def resume_or_start(
     if start.base != base:
         raise ConfigError(
             f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "
-            f"began, so its reference would be another one."
+            f"began, so its reference would be another one.",
+            key="resume",
+            value=cfg.resume,
         )
     if start.step >= steps and is_finished(run):
         raise ConfigError(
             f"resume={cfg.resume}: this run has done its {steps} steps already; raise max_steps or "
-            f"num_epochs to go on."
+            f"num_epochs to go on.",
+            key="resume",
+            value=cfg.resume,
         )
     return start
 

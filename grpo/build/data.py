@@ -51,7 +51,11 @@ def build_prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
     except TypeError as error:
         raise ConfigError(f"{key}.worked_examples: each needs a question and an answer.") from error
     if not isinstance(options["allow_overlap"], bool):
-        raise ConfigError(f"{key}.allow_overlap={options['allow_overlap']}: should be bool.")
+        raise ConfigError(
+            f"{key}.allow_overlap={options['allow_overlap']}: should be bool.",
+            key=f"{key}.allow_overlap",
+            value=options["allow_overlap"],
+        )
     return PromptFormat(worked_examples=worked, **keys)
 
 
@@ -143,7 +147,11 @@ def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
         return bound()
     except ConfigError as error:
         own = str(error).partition("=")[0] in bound.keywords
-        raise ConfigError(f"{key}{'.' if own else ': '}{error}") from error
+        raise ConfigError(
+            f"{key}{'.' if own else ': '}{error}",
+            key=f"{key}.{error.key}" if own else key,
+            value=error.value,
+        ) from error
     except Exception as error:
         raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
 

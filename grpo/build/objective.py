@@ -79,7 +79,9 @@ def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
     ):
         raise ConfigError(
             f"algorithm.aggregate={algorithm.aggregate}: has no parameter penalty_BG for the KL "
-            f"that kl.within=reward takes off; add it, or use kl.within=loss."
+            f"that kl.within=reward takes off; add it, or use kl.within=loss.",
+            key="algorithm.aggregate",
+            value=algorithm.aggregate,
         )
 
     return functools.partial(aggregate, normalize=normalize)

@@ -104,11 +104,13 @@ def check_known_keys(node: DictConfig, prefix: str = "") -> None:
 def check_sizes(cfg: DictConfig) -> None:
     """Refuses numbers beyond what torch or a machine takes."""
     if cfg.seed >= SEED_LIMIT:
-        raise ConfigError(f"seed={cfg.seed}: must be less than 2**64 = {SEED_LIMIT}.")
+        raise ConfigError(
+            f"seed={cfg.seed}: must be less than 2**64 = {SEED_LIMIT}.", key="seed", value=cfg.seed
+        )
     for key, value in flatten_config(OmegaConf.to_container(cfg, resolve=True)).items():  # type: ignore[arg-type]
         whole = isinstance(value, int) and not key.endswith("seed")
         if whole and abs(value) > INT32_MAX:
-            raise ConfigError(f"{key}={value}: must be at most {INT32_MAX}.")
+            raise ConfigError(f"{key}={value}: must be at most {INT32_MAX}.", key=key, value=value)
     for keys in (("batch_size", "num_generation"), ("eval.samples",), ("curriculum.samples",)):
         factors = {key: OmegaConf.select(cfg, key) for key in (*keys, "max_new_tokens")}
         if math.prod(factors.values()) > INT32_MAX:
@@ -141,7 +143,11 @@ def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
 def check_training(cfg: DictConfig) -> None:
     """What is particular to training: in evaluation, `checkpoint` is a folder."""
     if not isinstance(cfg.checkpoint, DictConfig):
-        raise ConfigError(f"checkpoint={cfg.checkpoint}: that is for grpo eval checkpoint=DIR.")
+        raise ConfigError(
+            f"checkpoint={cfg.checkpoint}: that is for grpo eval checkpoint=DIR.",
+            key="checkpoint",
+            value=cfg.checkpoint,
+        )
     if not (cfg.eval.greedy and cfg.eval.samples):
         raise ConfigError(
             f"eval.samples={cfg.eval.samples} eval.greedy={cfg.eval.greedy}: training is followed "
@@ -152,7 +158,11 @@ def check_training(cfg: DictConfig) -> None:
     check_at_least(cfg, "checkpoint.keep", 1, whole=True)
     betas = list(cfg.optim.betas)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"optim.betas={betas}: needs two numbers from 0 up to, not with, 1.")
+        raise ConfigError(
+            f"optim.betas={betas}: needs two numbers from 0 up to, not with, 1.",
+            key="optim.betas",
+            value=betas,
+        )
 
 
 def check_model(model: DictConfig) -> None:
@@ -160,7 +170,9 @@ def check_model(model: DictConfig) -> None:
     if len(given) != 1:
         raise ConfigError(
             f"model={model.name}: give exactly one of model.id=ORG/NAME (on the hub) and "
-            f"model.path=FOLDER, not {' and '.join(given) or 'none'}."
+            f"model.path=FOLDER, not {' and '.join(given) or 'none'}.",
+            key="model",
+            value=model.name,
         )
     check_revision("model.revision", model.revision)
 
@@ -170,7 +182,9 @@ def check_trained_model(model: DictConfig) -> None:
     if model.revision is not None and model.id is None:
         raise ConfigError(
             f"model.revision={model.revision}: only a model on the hub has revisions, and "
-            f"model={model.name} is none; leave it out, or give model.id=ORG/NAME."
+            f"model={model.name} is none; leave it out, or give model.id=ORG/NAME.",
+            key="model.revision",
+            value=model.revision,
         )
     if model.trust_remote_code and model.packaged is not None:
         raise ConfigError(
@@ -193,14 +207,23 @@ def check_wandb(cfg: DictConfig) -> None:
         raise ConfigError(
             f"{key}={project}: should be a name of 1 to 128 characters, none of "
             f"them {' '.join(INVALID_IN_PROJECT)}; an entity is a key of its own, "
-            f"tracking.wandb.entity."
+            f"tracking.wandb.entity.",
+            key=key,
+            value=project,
         )
     tags = cfg.tracking.wandb.tags
     if not isinstance(tags, ListConfig | None):
-        raise ConfigError(f"tracking.wandb.tags={tags}: should be a list: [{tags}]")
+        raise ConfigError(
+            f"tracking.wandb.tags={tags}: should be a list: [{tags}]",
+            key="tracking.wandb.tags",
+            value=tags,
+        )
     for tag in tags or ():
         if not 1 <= len(str(tag)) <= 64:
-            raise ConfigError(f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.")
+            raise ConfigError(
+                f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.",
+                key="tracking.wandb.tags",
+            )
     own = os.environ.get("WANDB_RUN_ID")
     if own and cfg.resume is None and (own != own.strip() or set(own) & set(INVALID_IN_RUN_ID)):
         raise ConfigError(
@@ -217,7 +240,9 @@ def check_adapter(cfg: DictConfig) -> None:
         names = target if isinstance(target, ListConfig) else [target]
         if not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(
-                f"adapter.target={target}: should be all-linear, or the names of modules."
+                f"adapter.target={target}: should be all-linear, or the names of modules.",
+                key="adapter.target",
+                value=target,
             )
 
 
@@ -249,7 +274,9 @@ def check_curriculum(cfg: DictConfig) -> None:
         )
     if curriculum.order != "shuffled" and "sets" in cfg.dataset:
         raise ConfigError(
-            f"curriculum.order={curriculum.order}: a mix is drawn at random; use shuffled."
+            f"curriculum.order={curriculum.order}: a mix is drawn at random; use shuffled.",
+            key="curriculum.order",
+            value=curriculum.order,
         )
 
 
