@@ -180,7 +180,7 @@ def test_a_check_says_what_a_run_would_do(answer: Answer, tmp_path: Path) -> Non
         "name": "arithmetic", "training_rows": 1600, "evaluation_rows": 8,
         "training_prompts": 1600, "evaluation_prompts": 8,
     }  # fmt: skip
-    assert plan["kl"] == {"estimator": "k3", "weight": 0.03, "within": "reward", "target": None}
+    assert plan["kl"] == {"estimator": "k1", "weight": 0.03, "within": "reward", "target": None}
     assert (plan["steps"], plan["completions"]) == (5, 5 * 4 * 4)
     assert plan["memory_gb_at_least"] < plan["memory_gb_here"]
     assert plan["ignored"] == [
