@@ -86,7 +86,11 @@ def open_device(kind: str, precision: str) -> Device:
         kind = next(name for name, there in present.items() if there)
     if not present[kind]:
         choices = ", ".join(name for name, there in present.items() if there)
-        raise ConfigError(f"device={kind}: this machine has none; use device={choices} or auto.")
+        raise ConfigError(
+            f"device={kind}: this machine has none; use device={choices} or auto.",
+            key="device",
+            value=kind,
+        )
     if precision == "auto":
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     reset_peak_memory(kind)

@@ -83,7 +83,10 @@ def locate_model(model: DictConfig) -> Callable[[], Path]:
 def find_for_evaluation(cfg: DictConfig) -> RunInputs:
     """Raises ConfigError where rows or checkpoint can't be had."""
     if cfg.checkpoint is None:
-        raise ConfigError("checkpoint is not set: grpo eval checkpoint=DIR, a run's or a model's.")
+        raise ConfigError(
+            "checkpoint is not set: grpo eval checkpoint=DIR, a run's or a model's.",
+            key="checkpoint",
+        )
     sets = find_sets(cfg, training=False)
     model = cfg.model
     found = locate_checkpoint_model(str(cfg.checkpoint), model.revision, model.trust_remote_code)
@@ -109,7 +112,7 @@ def find_sets(cfg: DictConfig, *, training: bool) -> list[ExampleSet]:
         check_at_least(cfg, f"dataset.sets.{name}.probability", 0.0)
     chosen = {str(name): options for name, options in sets.items() if options.probability > 0}
     if not chosen:
-        raise ConfigError("dataset.sets: none has a probability above 0.")
+        raise ConfigError("dataset.sets: none has a probability above 0.", key="dataset.sets")
     return [
         find_set(options, f"dataset.sets.{name}", name, options.probability, training=training)
         for name, options in chosen.items()
@@ -150,5 +153,9 @@ def build_source(options: DictConfig, key: str) -> Source:
     own = [str(option) for option in options if option not in apart]
     source = bind(OmegaConf.masked_copy(options, own), key)()
     if not isinstance(source, Source):
-        raise ConfigError(f"{key}._target_={options._target_}: is no grpo.data.source.Source.")
+        raise ConfigError(
+            f"{key}._target_={options._target_}: is no grpo.data.source.Source.",
+            key=f"{key}._target_",
+            value=options._target_,
+        )
     return source

@@ -27,6 +27,8 @@ from grpo.build.objective import (
     build_objective,
     build_optimizer,
     count_updates_per_step,
+    describe_kl,
+    format_kl,
     warn_unused_kl,
 )
 from grpo.build.tracking import bind_sinks, build_run_info
@@ -50,7 +52,7 @@ from grpo.runs.folder import find_newest_checkpoint
 from grpo.runs.interrupt import Interrupt
 from grpo.runs.progress import Progress
 from grpo.runs.stop import is_stop_requested, is_sweep_job, request_stop
-from grpo.runs.summary import Summary
+from grpo.runs.summary import Summary, make_relative
 from grpo.sweep.pruning import make_prune_check, never_prune
 from grpo.tracking import Console, JsonlFiles, Tracker
 from grpo.training.checkpoint import Checkpoints
@@ -155,8 +157,10 @@ def build_training(
     if cfg.doctor is not None:
         sinks.append(DoctorSink(info, DoctorConfig(**resolve_node(cfg.doctor))))
     log.info(
-        "%s: %d steps of %d x %d completions from %d prompts, on %s",
-        info.name, steps, cfg.batch_size, cfg.num_generation, len(train_prompts), device.describe(),
+        "%s in %s: %d steps of %d x %d completions from %d prompts; algorithm %s, %s; on %s",
+        info.name, make_relative(folder), steps, cfg.batch_size, cfg.num_generation,
+        len(train_prompts), hydra.runtime.choices["algorithm"], format_kl(describe_kl(cfg)),
+        device.describe(),
     )  # fmt: skip
     exact = isinstance(engine, NativeEngine | HFEngine) and device.autocast_dtype is None
     facts = Facts(exact, steps * count_updates_per_step(cfg), has_remote_code(found.model()))
@@ -219,12 +223,16 @@ def resume_or_start(
     if start.base != base:
         raise ConfigError(
             f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "
-            f"began, so its reference would be another one."
+            f"began, so its reference would be another one.",
+            key="resume",
+            value=cfg.resume,
         )
     if start.step >= steps and is_finished(run):
         raise ConfigError(
             f"resume={cfg.resume}: this run has done its {steps} steps already; raise max_steps or "
-            f"num_epochs to go on."
+            f"num_epochs to go on.",
+            key="resume",
+            value=cfg.resume,
         )
     return start
 

@@ -30,7 +30,7 @@ from optuna.distributions import (
 
 from grpo.cli.exits import refuse
 from grpo.cli.explain import explain_hydra_error
-from grpo.commands.arguments import take_option
+from grpo.commands.arguments import CommandParser
 from grpo.config import schema
 from grpo.config.overrides import parse_key, quote_value
 from grpo.config.secrets import refuse_secrets
@@ -43,7 +43,10 @@ METHODS = {"random": "random", "grid": "grid"}  # of our samplers; all others le
 
 def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
     """Raises ConfigError where there is nothing to sweep."""
-    overrides, own_configs = take_option(arguments, "--config-dir", "a folder")
+    parser = CommandParser("scripts/wandb_sweep [--config-dir DIR] sweep=CHOICE [overrides]")
+    parser.add_value("--config-dir", needs="a folder")
+    options, overrides = parser.parse_known_args(arguments)
+    own_configs = options.config_dir
     if own_configs is not None and not Path(own_configs).is_dir():
         raise ConfigError(f"--config-dir {own_configs}: there is no such folder.")
     where = [] if own_configs is None else [searched(own_configs)]

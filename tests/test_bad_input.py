@@ -457,11 +457,63 @@ CASES = {
         "reward.mine._target_=my_rewards.fun",
         "my_rewards",
     ),
-    "reward without a weight": (
-        ["+reward.mine._target_=math.sqrt"],
-        "reward.mine.weight is not set",
-        "+reward.mine.weight=1.0",
+    "reward with a weight that is nothing": (
+        ["+reward.mine._target_=math.sqrt", "+reward.mine.weight=null"],
+        "reward.mine.weight=None",
+        "number",
     ),
+    "reward without an option that it needs": (
+        ["+reward.mine._target_=textwrap.indent"],
+        "reward.mine",
+        "needs `prefix`: add +reward.mine.prefix=…",
+    ),
+    "reward that is a class, without an option that it needs": (
+        ["+reward.mine._target_=grpo.rewards.Endpoint"],
+        "reward.mine",
+        "needs `url`: add +reward.mine.url=…",
+    ),
+    "a key of nobody's, added": (["+kl_wieght=0.1"], "kl_wieght: no such key", "kl_weight"),
+    "a key of nobody's, added to a part": (
+        ["+optim.warmup=3"],
+        "optim.warmup: no such key",
+        "optim.warmup_steps",
+    ),
+    "another tool's name": (["beta=0.1"], "beta: here it is kl_weight", "kl_weight=0.1"),
+    "another tool's name, added": (["+beta=0.1"], "beta: here it is kl_weight", "kl_weight=0.1"),
+    "another tool's name, in its sections": (
+        ["actor_rollout_ref.rollout.n=8"],
+        "here it is num_generation",
+        "num_generation=8",
+    ),
+    "a weight for the choice of a KL": (["kl=0"], "kl=0: no such choice", "kl_weight=0"),
+    "a size for a model": (["model=1.5"], "model=1.5: no such choice", "qwen2_5_1_5b"),
+    "a number of GPUs": (["parallel=4"], "parallel=4: no such choice", "The only one is none."),
+    "a path without its data set": (
+        ["dataset.path=mine.jsonl"],
+        "dataset.path: ",
+        "add dataset=jsonl.",
+    ),
+    "a file for a data set": (
+        ["dataset=mine.csv"],
+        "dataset=mine.csv: no such choice",
+        "dataset=jsonl dataset.path=mine.csv",
+    ),
+    "a hub id for a model": (
+        ["model=Qwen/Qwen2.5-1.5B-Instruct"],
+        "model=Qwen/Qwen2.5-1.5B-Instruct: no such choice",
+        "model=hub model.id=Qwen/Qwen2.5-1.5B-Instruct.",
+    ),
+    "a part of files for a choice": (
+        ["dataset=_bas"],
+        "dataset=_bas: no such choice",
+        "There are arithmetic, gsm8k",
+    ),
+    "several rewards without a list": (
+        ["reward=answer,length"],
+        "reward=answer,length: several values; add -m",
+        "reward=[answer,length]",
+    ),
+    "several values without a sweep": (["kl_weight=0,0.1"], "kl_weight=0,0.1: several", "add -m"),
     "reward with an unknown option": (
         ["+reward.answer.tag=x"],
         "reward.answer.tag",

@@ -156,7 +156,7 @@ def test_nothing_else_is_shown_or_changed(address: str, path: str, method: str, 
 @pytest.mark.parametrize("name", ["delete_run", "force_sync", "bulk_log", "upload"])
 def test_trackio_is_not_written_through_it(name: str, address: str, outputs: Path) -> None:
     files = {file for file in (outputs / "trackio").rglob("*") if file.suffix == ".parquet"}
-    assert ask(f"{address}/trackio/api/{name}", "POST") == (405, "This dashboard only shows.")
+    assert ask(f"{address}/trackio/api/{name}", "POST") == (405, "This dashboard is read-only.")
     assert files == {f for f in (outputs / "trackio").rglob("*") if f.suffix == ".parquet"}
 
 

@@ -284,7 +284,7 @@ def test_a_tie_to_the_last_digit_is_called_one() -> None:
         found = rank_settings(
             made({n: dict.fromkeys(seeds, v) for n, v in {"a": 0.5, "b": 0.25, "c": 0.5}.items()})
         )
-        assert found.conclusion.startswith("key=a and key=c came out alike, highest at 0.5, ")
+        assert found.conclusion.startswith("key=a and key=c are tied at 0.5, the highest, ")
         assert found.gaps_to_best == [0.0, 0.25]
 
 

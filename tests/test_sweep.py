@@ -158,7 +158,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("-m", "kl_weight=0"), "nothing to sweep"),
-        (("-m", "kl_weight=0,0.1", "resume=auto"), "go on by themselves"),
+        (("-m", "kl_weight=0,0.1", "resume=auto"), "resumes its own jobs"),
         (("-m", "num_generation=1,2"), "num_generation=1"),
         (("-m", "kl_wieght=0,1"), "kl_weight"),
         (("-m", "seed=0,0"), "twice"),
@@ -171,7 +171,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
         (("-m", "hydra/sweeper=optuna", "kl_weight=tag(log,interval(0,1))"), "can't be sampled"),
         (("-m", "hydra/sweeper=optuna", "kl_weight=interval(1,0)"), "can't be sampled"),
         (("-m", "hydra/sweeper=optuna", "seed=range(4,4)"), "can't be sampled"),
-        (("-m", "hydra/sweeper=optuna", "kl_weight=tag(log,choice(1,2))"), "logarithm"),
+        (("-m", "hydra/sweeper=optuna", "kl_weight=tag(log,choice(1,2))"), "tagged log"),
         (("-m", "hydra/sweeper=optuna", "temperature=interval(0,1)"), "temperature"),
         (("-m", "hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.sampler=tpee"), "tpe"),
         (("-m", "hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.n_trials=0"), "n_trials=0"),

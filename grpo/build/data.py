@@ -32,6 +32,7 @@ from grpo.training.difficulty import Curriculum
 from grpo.training.evaluation import Evaluation
 from grpo.types import Prompt
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 REWARD_KEYS = ("weight", "sources")  # of any reward, beside its callable's options
 
 
@@ -50,7 +51,11 @@ def build_prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
     except TypeError as error:
         raise ConfigError(f"{key}.worked_examples: each needs a question and an answer.") from error
     if not isinstance(options["allow_overlap"], bool):
-        raise ConfigError(f"{key}.allow_overlap={options['allow_overlap']}: should be bool.")
+        raise ConfigError(
+            f"{key}.allow_overlap={options['allow_overlap']}: should be bool.",
+            key=f"{key}.allow_overlap",
+            value=options["allow_overlap"],
+        )
     return PromptFormat(worked_examples=worked, **keys)
 
 
@@ -107,6 +112,12 @@ def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward
         function = (
             instantiate_reward(bound, f"reward.{name}") if inspect.isclass(bound.func) else bound
         )
+        if missing := find_missing_options(function):
+            raise ConfigError(
+                f"reward.{name}._target_={node._target_}: needs `{missing[0]}`: add "
+                f"+reward.{name}.{missing[0]}=…",
+                key=f"reward.{name}.{missing[0]}",
+            )
         if not accepts_samples(function):
             raise ConfigError(
                 f"reward.{name}._target_={node._target_}: should be called with a list of samples "
@@ -120,19 +131,45 @@ def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward
                     f"{', '.join(filter(None, names)) or 'none, for it is no mix'}."
                 )
         only = None if sources is None else frozenset(sources)
-        rewards[str(name)] = WeightedReward(function, float(node.weight), only)
+        rewards[str(name)] = WeightedReward(function, float(node.get("weight", 1.0)), only)
     return rewards
 
 
 def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
     """An instance of a user's class; what its constructor raises is refused under its key."""
+    if missing := find_missing_options(bound, given=0):
+        raise ConfigError(
+            f"{key}._target_: {bound.func.__qualname__} needs `{missing[0]}`: add "
+            f"+{key}.{missing[0]}=…",
+            key=f"{key}.{missing[0]}",
+        )
     try:
         return bound()
     except ConfigError as error:
         own = str(error).partition("=")[0] in bound.keywords
-        raise ConfigError(f"{key}{'.' if own else ': '}{error}") from error
+        raise ConfigError(
+            f"{key}{'.' if own else ': '}{error}",
+            key=f"{key}.{error.key}" if own else key,
+            value=error.value,
+        ) from error
     except Exception as error:
         raise ConfigError(f"{key}: can't be made ({type(error).__name__}: {error}).") from error
+
+
+def find_missing_options(function: Any, given: int = 1) -> list[str]:
+    """The parameters without a value that a key could give, beyond those given by position.
+
+    A reward is called with its samples, a class with nothing.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return []
+    required = [p for p in parameters if p.default is p.empty and p.kind not in VARIADIC]
+    positional = [p for p in required if p.kind is not p.KEYWORD_ONLY]
+    keyword = [p for p in required if p.kind is p.KEYWORD_ONLY]
+    lacking = [p for p in (*positional[given:], *keyword) if p.kind is not p.POSITIONAL_ONLY]
+    return [p.name for p in lacking]
 
 
 def accepts_samples(function: Any) -> bool:

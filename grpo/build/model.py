@@ -54,7 +54,9 @@ def build_policy(cfg: DictConfig, found: RunInputs, device: Device) -> tuple[Lan
     if getattr(policy.model, "is_quantized", False) and is_quantized(folder):
         raise ConfigError(
             f"model={cfg.model.name}: its weights are quantized already, so they can't be trained; "
-            f"take the model that they were made of, which adapter=qlora puts in 4 bits."
+            f"take the model that they were made of, which adapter=qlora puts in 4 bits.",
+            key="model",
+            value=cfg.model.name,
         )
     if adapter is not None:
         add_adapter(policy.model, adapter, cfg.seed)
@@ -140,7 +142,9 @@ def fit_to_lengths(
         raise ConfigError(
             f"max_new_tokens={cfg.max_new_tokens}: with a prompt of {longest} tokens that is more "
             f"than the model's context of {policy.context_length}; lower it or "
-            f"dataset.max_prompt_tokens."
+            f"dataset.max_prompt_tokens.",
+            key="max_new_tokens",
+            value=cfg.max_new_tokens,
         )
     policy = prepare_for_lengths(policy, longest, cfg.max_new_tokens)
     return policy, longest + int(cfg.max_new_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -79,7 +79,9 @@ def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
     ):
         raise ConfigError(
             f"algorithm.aggregate={algorithm.aggregate}: has no parameter penalty_BG for the KL "
-            f"that kl.within=reward takes off; add it, or use kl.within=loss."
+            f"that kl.within=reward takes off; add it, or use kl.within=loss.",
+            key="algorithm.aggregate",
+            value=algorithm.aggregate,
         )
 
     return functools.partial(aggregate, normalize=normalize)
@@ -110,6 +112,22 @@ def build_kl_term(cfg: DictConfig) -> KLTerm | None:
         in_reward=kl.within == "reward",
         unbiased_gradient=kl.unbiased_gradient,
     )
+
+
+def describe_kl(cfg: DictConfig) -> dict[str, Any] | None:
+    """The KL of a run by its keys; None where it has none."""
+    if cfg.kl.estimator is None or cfg.kl_weight == 0:
+        return None
+    keys = ("estimator", "within", "target")
+    return {"weight": cfg.kl_weight, **{key: cfg.kl[key] for key in keys}}
+
+
+def format_kl(kl: Mapping[str, Any] | None) -> str:
+    """`describe_kl` in words."""
+    if kl is None:
+        return "no KL"
+    target = "" if kl["target"] is None else f", target {kl['target']:g}"
+    return f"KL {kl['estimator']} of weight {kl['weight']:g} in the {kl['within']}{target}"
 
 
 def warn_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> None:

@@ -24,7 +24,7 @@ grpo: train a language model by group-relative policy optimization (GRPO)
   grpo export RUN DIR [--push ORG/NAME]   a plain model with a card
 
   --json                  one JSON object as the only output: train, sweep, eval, check, runs,
-                          report, export (docs/reference-json.md)
+                          report, export (docs/reference/json.md)
   --cfg job               the config with these overrides, as YAML
   --info defaults-tree    the files it comes from
   --trust                 run what DIR names, though it is neither this package's nor yours

@@ -30,12 +30,16 @@ def check_hydra(config: DictConfig) -> None:
         given = "null" if own.output_subdir is None else own.output_subdir
         raise ConfigError(
             f"hydra.output_subdir={given}: must be .hydra, where resume, eval and reports read a "
-            f"run's config."
+            f"run's config.",
+            key="hydra.output_subdir",
+            value=given,
         )
     if own.job.chdir:
         raise ConfigError(
             "hydra.job.chdir=true: relative paths (model.path, dataset.path, resume) are relative "
-            "to where you start, so a run stays there; leave it out."
+            "to where you start, so a run stays there; leave it out.",
+            key="hydra.job.chdir",
+            value="true",
         )
 
 
@@ -86,12 +90,15 @@ def check_sweep(config: DictConfig) -> None:
     if any(own.startswith("hydra.sweep.subdir=") for own in config.hydra.overrides.hydra):
         raise ConfigError(
             "hydra.sweep.subdir: a sweep's jobs lie in folders of their numbers, by which it goes "
-            "on and is reported; leave it out."
+            "on and is reported; leave it out.",
+            key="hydra.sweep.subdir",
         )
     if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
         raise ConfigError(
             "hydra/sweeper=basic: has no report and can't go on after a kill; leave it out for "
-            "grid, which takes the same overrides."
+            "grid, which takes the same overrides.",
+            key="hydra/sweeper",
+            value="basic",
         )
 
 

@@ -1,6 +1,6 @@
 """`--json`: one JSON object on standard output, which says what the command came to.
 
-docs/reference-json.md describes it. Whatever else the command prints goes to standard error.
+docs/reference/json.md describes it. Whatever else the command prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -113,4 +113,4 @@ def plain(value: Any) -> Any:
         return [plain(own) for own in value]
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    return value if value is None or isinstance(value, bool | int) else redact(str(value))

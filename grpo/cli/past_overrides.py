@@ -106,7 +106,9 @@ def add_sweep_overrides(
     record = read_record(sweep)
     if record is None:
         if not multirun and find_value("sweep", given) is None:
-            raise ConfigError(f"sweep_dir={sweep}: holds no sweep; -m starts one.")
+            raise ConfigError(
+                f"sweep_dir={sweep}: holds no sweep; -m starts one.", key="sweep_dir", value=sweep
+            )
         return [*flags, *given]
     own_configs = None if has_config_dir(flags) else record.config_dir
     if not trusted:

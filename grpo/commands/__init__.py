@@ -1,1 +1,4 @@
-"""What reads what runs left: `grpo report`, `grpo export`, `grpo chat`, `grpo dashboard`."""
+"""What reads what runs left, or says what they would do.
+
+`grpo check`, `grpo runs`, `grpo report`, `grpo export`, `grpo chat`, `grpo dashboard`.
+"""

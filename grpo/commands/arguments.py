@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from argparse import ArgumentParser
+from typing import NoReturn
 
 from grpo.errors import ConfigError
 
 
-def take_option(
-    arguments: Sequence[str], name: str, expected: str = "a value"
-) -> tuple[list[str], str | None]:
-    """The arguments without `name VALUE` or `name=VALUE`, and the value; None: it is not there.
+class CommandParser(ArgumentParser):
+    """argparse's parser, whose errors are refusals of one line that begin with the usage."""
 
-    Args:
-        what: it is given, for the message.
+    def __init__(self, usage: str) -> None:
+        super().__init__("grpo", usage=usage, add_help=False, allow_abbrev=False)
 
-    Raises:
-        ConfigError: it is there without a value.
-    """
-    words = list(arguments)
-    for place, word in enumerate(words):
-        own, equals, value = word.partition("=")
-        if own != name:
-            continue
-        after = place + (1 if equals else 2)
-        if after > len(words) or (equals and not value):
-            raise ConfigError(f"{name} needs {expected}.")
-        return words[:place] + words[after:], value or words[place + 1]
-    return words, None
+    def add_value(self, name: str, default: str | None = None, needs: str = "a value") -> None:
+        """An option that takes a value, which may not be empty. needs: for the message."""
+
+        def read(value: str) -> str:
+            return value or self.error(f"argument {name}: expected {needs}")
+
+        self.add_argument(name, default=default, type=read, metavar=needs)
+
+    def error(self, message: str) -> NoReturn:
+        missing = re.fullmatch(r"argument (\S+): expected (.*)", message)
+        if missing is None:
+            raise ConfigError(f"{self.usage}: {message}.")
+        name = missing[1]
+        (needs,) = [own.metavar for own in self._actions if name in own.option_strings]
+        raise ConfigError(f"{name} needs {needs}.", key=name)

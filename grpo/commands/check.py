@@ -7,6 +7,7 @@ import logging
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +78,13 @@ def check_sweep(config: DictConfig) -> dict[str, Any]:
     return found
 
 
-class quiet_logs:
-    """Within it, parts that are built don't log what a run would; it is said at the end."""
-
-    def __enter__(self) -> None:
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *exception: object) -> None:
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Within it, parts that are built don't log what a run would."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
         logging.disable(logging.NOTSET)
 
 
@@ -105,6 +106,7 @@ def plan_run(config: DictConfig) -> dict[str, Any]:
     HydraConfig.instance().set_config(config)
     device, prompts, updates, ignored = build_cheap_parts(cfg, config, found, model_folder)
     rows = prompts[0] if prompts else sum(len(own.train) for own in found.sets)
+    from grpo.build.objective import describe_kl
     from grpo.data.order import count_steps
 
     steps = count_steps(rows, cfg.batch_size, cfg.num_epochs, cfg.max_steps)
@@ -115,8 +117,8 @@ def plan_run(config: DictConfig) -> dict[str, Any]:
         own_code=model_folder is not None and has_remote_code(model_folder),
     )
     choices = hydra.runtime.choices
-    with_kl = cfg.kl.estimator is not None and cfg.kl_weight > 0
-    memory = estimate_least_gb(cfg, device, parameters, with_reference=with_kl)
+    kl = describe_kl(cfg)
+    memory = estimate_least_gb(cfg, device, parameters, with_reference=kl is not None)
     return {
         "model": {
             "name": cfg.model.name,
@@ -133,10 +135,7 @@ def plan_run(config: DictConfig) -> dict[str, Any]:
         },
         "reward": {str(name): float(part.get("weight", 1.0)) for name, part in cfg.reward.items()},
         "algorithm": str(choices.algorithm),
-        "kl": {
-            "estimator": cfg.kl.estimator, "weight": cfg.kl_weight, "within": cfg.kl.within,
-            "target": cfg.kl.target,
-        } if with_kl else None,
+        "kl": kl,
         "learning_rate": cfg.learning_rate,
         "steps": steps,
         "steps_done": int(resumed.name[5:]) if resumed else 0,
@@ -264,6 +263,8 @@ def estimate_least_gb(
 
 def format_plan(plan: Mapping[str, Any]) -> str:
     """The lines that `grpo check` prints of a run."""
+    from grpo.build.objective import format_kl
+
     model, data, kl = plan["model"], plan["dataset"], plan["kl"]
     size = f", {format_count(model['parameters'])} parameters" if model["parameters"] else ""
     place = "" if model["folder"] else ", to be downloaded"
@@ -292,13 +293,6 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     width = max(map(len, lines)) + 2
     shown_lines = [f"  {name + ':':{width}}{value}" for name, value in lines.items()]
     return "\n".join(["this run would train:", *shown_lines, *(f"  {o}" for o in plan["ignored"])])
-
-
-def format_kl(kl: Mapping[str, Any] | None) -> str:
-    if kl is None:
-        return "no KL"
-    target = f", target {kl['target']:g}" if kl["target"] is not None else ""
-    return f"KL {kl['estimator']} of weight {kl['weight']:g} in the {kl['within']}{target}"
 
 
 def format_count(number: int) -> str:

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.commands.arguments import take_option
+from grpo.commands.arguments import CommandParser
 from grpo.config.extras import require_extra
 from grpo.errors import ConfigError
 
@@ -20,17 +20,17 @@ def dashboard(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: there is no such folder, or nothing can listen there.
     """
-    rest, host = take_option(arguments, "--host")
-    rest, port = take_option(rest, "--port")
-    if len(rest) > 1 or any(word.startswith("-") for word in rest):
-        raise ConfigError(f"{USAGE}: {' '.join(rest)} is not that.")
-    root = Path(rest[0] if rest else DEFAULT_FOLDER).expanduser()
+    parser = CommandParser(USAGE)
+    parser.add_argument("folder", nargs="?", default=DEFAULT_FOLDER)
+    parser.add_value("--host", DEFAULT_HOST)
+    parser.add_value("--port", DEFAULT_PORT)
+    options = parser.parse_args(arguments)
+    root, host = Path(options.folder).expanduser(), options.host
     if not root.is_dir():
         raise ConfigError(f"{root}: there is no such folder; runs make it, or name another one.")
     for package in ("uvicorn", "starlette", "trackio", "optuna_dashboard"):
         require_extra("grpo dashboard", package, "dashboard")
-    host = host or DEFAULT_HOST
-    listener = open_listener(host, port or DEFAULT_PORT)
+    listener = open_listener(host, options.port)
     import uvicorn
 
     from grpo.dashboard.app import LOOPBACK, build_app

@@ -1,6 +1,6 @@
 """Runs, evaluations and sweeps as JSON objects, from what lies in their folders.
 
-docs/reference-json.md describes each field. Sizes are small: curves and texts stay in the files.
+docs/reference/json.md describes each field. Sizes are small: curves and texts stay in the files.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from grpo.commands.arguments import take_option
+from grpo.commands.arguments import CommandParser
 from grpo.config.schema import flatten_config
 from grpo.config.secrets import find_texts
 from grpo.errors import ConfigError, RunError
@@ -21,7 +21,6 @@ from grpo.report.run.read import Run, diagnose_run, diff_configs, load_default_c
 from grpo.runs.folder import MODEL_ID, find_checkpoint_model, find_run
 
 USAGE = "grpo export RUN DIR [--push ORG/NAME [--private]] [--trust]"
-EXPORT_FLAGS = ("--private", "--trust")  # the second is of a base model under an adapter
 PRIVATE_SECTIONS = (
     "tracking",
     "hydra",
@@ -49,18 +48,21 @@ def export(arguments: Sequence[str]) -> dict[str, Any]:
         ConfigError: there is no run, the folder is not empty, or the hub doesn't let one write.
         RunError: the upload failed; the folder is written.
     """
-    what = "the model's id on the hub, ORG/NAME"
-    private, trusted = "--private" in arguments, "--trust" in arguments
-    given, hub_id = take_option(
-        [own for own in arguments if own not in EXPORT_FLAGS], "--push", what
-    )
-    if private and hub_id is None:
+    needs = "the model's id on the hub, ORG/NAME"
+    parser = CommandParser(USAGE)
+    parser.add_argument("places", nargs="*")
+    parser.add_value("--push", needs=needs)
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--trust", action="store_true")  # of a base model under an adapter
+    options = parser.parse_intermixed_args(arguments)
+    hub_id = options.push
+    if options.private and hub_id is None:
         raise ConfigError("--private: says how --push makes the model's page on the hub.")
     if hub_id is not None and not MODEL_ID.fullmatch(hub_id):
-        raise ConfigError(f"--push {hub_id}: needs {what}.")
-    if len(given) != 2:
+        raise ConfigError(f"--push {hub_id}: needs {needs}.")
+    if len(options.places) != 2:
         raise ConfigError(f"{USAGE}: name a run and the folder to write.")
-    source, folder = given[0], Path(given[1]).expanduser()
+    source, folder = options.places[0], Path(options.places[1]).expanduser()
     home = find_run(Path(source).expanduser())
     if home is None:
         raise ConfigError(f"{source}: holds no run; a plain model needs no export.")
@@ -72,11 +74,11 @@ def export(arguments: Sequence[str]) -> dict[str, Any]:
     run = cut_to_checkpoint(read_run(home), model)
     from grpo.models.merged import write_merged
 
-    write_merged(model, folder, trusted)
+    write_merged(model, folder, options.trust)
     (folder / "README.md").write_text(format_card(run, hub_id or folder.name), encoding="utf-8")
     print(f"written to {folder}: a model that transformers loads by path, and its card", flush=True)
     if hub_id is not None:
-        push_model(folder, hub_id, private)
+        push_model(folder, hub_id, options.private)
     return {"export": {"source": str(model), "folder": str(folder), "hub_id": hub_id}}
 
 

@@ -36,7 +36,7 @@ def report(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigError("grpo report: runs and sweeps don't go into one page.")
     if not runs:
         print(write_report(folders), flush=True)
-        file = folders[0] / "report.html"
+        file = folders[0] / ("report.html" if len(folders) == 1 else "sweeps.html")
         return {"report": str(file), "sweeps": [describe_sweep(folder) for folder in folders]}
     file = runs[0] / "runs.html"
     if len(runs) == 1:

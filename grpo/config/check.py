@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import fields, is_dataclass
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grpo.config.check_algorithm import check_algorithm, check_kl, check_sampling
 from grpo.config.extras import require_extra
+from grpo.config.foreign_names import explain_foreign_name
 from grpo.config.metric_names import (
     EVAL_METRICS,
     REWARD_METRICS,
@@ -16,7 +18,7 @@ from grpo.config.metric_names import (
     STEP_METRICS,
 )
 from grpo.config.schema import flatten_config
-from grpo.config.suggest import suggest_names
+from grpo.config.suggest import find_nearest, format_suggestion
 from grpo.config.validation import check_at_least, check_choice, check_positive, check_revision
 from grpo.errors import ConfigError
 from grpo.seeds import SEED_LIMIT
@@ -37,9 +39,10 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the key, its value, and what would be right.
     """
+    check_known_keys(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…")
+        raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…", key=missing[0])
     for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
         check_at_least(cfg, key, 1)
     for key in ("max_steps", "device.token_budget", "device.cache_budget"):
@@ -75,14 +78,39 @@ def check_config(cfg: DictConfig) -> None:
         raise ConfigError("eval.samples=0 eval.greedy=false: that leaves nothing to evaluate.")
 
 
+def check_known_keys(node: DictConfig, prefix: str = "") -> None:
+    """Refuses a key that was added with a + to a part whose keys are fixed: nothing would read it.
+
+    Raises:
+        ConfigError: naming the key here of another tool's, or the nearest ones.
+    """
+    kind = OmegaConf.get_type(node)
+    known = [own.name for own in fields(kind)] if is_dataclass(kind) else None
+    for name in map(str, node):
+        key = f"{prefix}{name}"
+        if known is not None and name not in known:
+            if foreign := explain_foreign_name(key, str(node[name])):
+                raise foreign
+            near = [f"{prefix}{own}" for own in find_nearest(name, known)]
+            raise ConfigError(
+                f"{key}: no such key{format_suggestion(near)}",
+                key=key, value=node[name], nearest=near,
+            )  # fmt: skip
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            check_known_keys(child, f"{key}.")
+
+
 def check_sizes(cfg: DictConfig) -> None:
     """Refuses numbers beyond what torch or a machine takes."""
     if cfg.seed >= SEED_LIMIT:
-        raise ConfigError(f"seed={cfg.seed}: must be less than 2**64 = {SEED_LIMIT}.")
+        raise ConfigError(
+            f"seed={cfg.seed}: must be less than 2**64 = {SEED_LIMIT}.", key="seed", value=cfg.seed
+        )
     for key, value in flatten_config(OmegaConf.to_container(cfg, resolve=True)).items():  # type: ignore[arg-type]
         whole = isinstance(value, int) and not key.endswith("seed")
         if whole and abs(value) > INT32_MAX:
-            raise ConfigError(f"{key}={value}: must be at most {INT32_MAX}.")
+            raise ConfigError(f"{key}={value}: must be at most {INT32_MAX}.", key=key, value=value)
     for keys in (("batch_size", "num_generation"), ("eval.samples",), ("curriculum.samples",)):
         factors = {key: OmegaConf.select(cfg, key) for key in (*keys, "max_new_tokens")}
         if math.prod(factors.values()) > INT32_MAX:
@@ -105,13 +133,21 @@ def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
         why = "kl=none" if cfg.kl.estimator is None else f"kl_weight={cfg.kl_weight}"
         raise ConfigError(f"{key}.{metric}: {why} has no reference, so no run logs this.")
     if metric not in known:
-        raise ConfigError(f"{key}.{metric}: no run logs this{suggest_names(metric, known)}")
+        near = find_nearest(metric, known)
+        raise ConfigError(
+            f"{key}.{metric}: no run logs this{format_suggestion(near)}",
+            key=key, value=metric, choices=known, nearest=near,
+        )  # fmt: skip
 
 
 def check_training(cfg: DictConfig) -> None:
     """What is particular to training: in evaluation, `checkpoint` is a folder."""
     if not isinstance(cfg.checkpoint, DictConfig):
-        raise ConfigError(f"checkpoint={cfg.checkpoint}: that is for grpo eval checkpoint=DIR.")
+        raise ConfigError(
+            f"checkpoint={cfg.checkpoint}: that is for grpo eval checkpoint=DIR.",
+            key="checkpoint",
+            value=cfg.checkpoint,
+        )
     if not (cfg.eval.greedy and cfg.eval.samples):
         raise ConfigError(
             f"eval.samples={cfg.eval.samples} eval.greedy={cfg.eval.greedy}: training is followed "
@@ -122,7 +158,11 @@ def check_training(cfg: DictConfig) -> None:
     check_at_least(cfg, "checkpoint.keep", 1, whole=True)
     betas = list(cfg.optim.betas)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"optim.betas={betas}: needs two numbers from 0 up to, not with, 1.")
+        raise ConfigError(
+            f"optim.betas={betas}: needs two numbers from 0 up to, not with, 1.",
+            key="optim.betas",
+            value=betas,
+        )
 
 
 def check_model(model: DictConfig) -> None:
@@ -130,7 +170,9 @@ def check_model(model: DictConfig) -> None:
     if len(given) != 1:
         raise ConfigError(
             f"model={model.name}: give exactly one of model.id=ORG/NAME (on the hub) and "
-            f"model.path=FOLDER, not {' and '.join(given) or 'none'}."
+            f"model.path=FOLDER, not {' and '.join(given) or 'none'}.",
+            key="model",
+            value=model.name,
         )
     check_revision("model.revision", model.revision)
 
@@ -140,7 +182,9 @@ def check_trained_model(model: DictConfig) -> None:
     if model.revision is not None and model.id is None:
         raise ConfigError(
             f"model.revision={model.revision}: only a model on the hub has revisions, and "
-            f"model={model.name} is none; leave it out, or give model.id=ORG/NAME."
+            f"model={model.name} is none; leave it out, or give model.id=ORG/NAME.",
+            key="model.revision",
+            value=model.revision,
         )
     if model.trust_remote_code and model.packaged is not None:
         raise ConfigError(
@@ -163,14 +207,23 @@ def check_wandb(cfg: DictConfig) -> None:
         raise ConfigError(
             f"{key}={project}: should be a name of 1 to 128 characters, none of "
             f"them {' '.join(INVALID_IN_PROJECT)}; an entity is a key of its own, "
-            f"tracking.wandb.entity."
+            f"tracking.wandb.entity.",
+            key=key,
+            value=project,
         )
     tags = cfg.tracking.wandb.tags
     if not isinstance(tags, ListConfig | None):
-        raise ConfigError(f"tracking.wandb.tags={tags}: should be a list: [{tags}]")
+        raise ConfigError(
+            f"tracking.wandb.tags={tags}: should be a list: [{tags}]",
+            key="tracking.wandb.tags",
+            value=tags,
+        )
     for tag in tags or ():
         if not 1 <= len(str(tag)) <= 64:
-            raise ConfigError(f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.")
+            raise ConfigError(
+                f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.",
+                key="tracking.wandb.tags",
+            )
     own = os.environ.get("WANDB_RUN_ID")
     if own and cfg.resume is None and (own != own.strip() or set(own) & set(INVALID_IN_RUN_ID)):
         raise ConfigError(
@@ -187,7 +240,9 @@ def check_adapter(cfg: DictConfig) -> None:
         names = target if isinstance(target, ListConfig) else [target]
         if not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(
-                f"adapter.target={target}: should be all-linear, or the names of modules."
+                f"adapter.target={target}: should be all-linear, or the names of modules.",
+                key="adapter.target",
+                value=target,
             )
 
 
@@ -219,7 +274,9 @@ def check_curriculum(cfg: DictConfig) -> None:
         )
     if curriculum.order != "shuffled" and "sets" in cfg.dataset:
         raise ConfigError(
-            f"curriculum.order={curriculum.order}: a mix is drawn at random; use shuffled."
+            f"curriculum.order={curriculum.order}: a mix is drawn at random; use shuffled.",
+            key="curriculum.order",
+            value=curriculum.order,
         )
 
 
@@ -230,9 +287,12 @@ def check_rewards(reward: DictConfig) -> None:
         if name in REWARD_METRICS:
             raise ConfigError(f"reward.{name}: this name is taken by the metric reward/{name}.")
         if not isinstance(part, DictConfig) or "_target_" not in part:
-            raise ConfigError(f"reward.{name}: needs _target_, the callable to use, and a weight.")
-        if "weight" not in part:
-            raise ConfigError(f"reward.{name}.weight is not set: add +reward.{name}.weight=1.0")
-        weight = part.weight
+            raise ConfigError(
+                f"reward.{name}: needs _target_, the callable to use: add "
+                f"+reward.{name}._target_=my_module.my_reward",
+                key=f"reward.{name}",
+            )
+        weight = part.get("weight", 1.0)
         if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ConfigError(f"reward.{name}.weight={weight}: should be a number.")
+            key = f"reward.{name}.weight"
+            raise ConfigError(f"{key}={weight}: should be a number.", key=key, value=weight)

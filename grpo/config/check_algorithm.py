@@ -35,9 +35,15 @@ def check_sampling(cfg: DictConfig) -> None:
     for key in ("sampling.top_k", "sampling.min_p"):
         check_at_least(cfg, key, 0)
     if cfg.sampling.min_p > 1:
-        raise ConfigError(f"sampling.min_p={cfg.sampling.min_p}: must be at most 1.")
+        raise ConfigError(
+            f"sampling.min_p={cfg.sampling.min_p}: must be at most 1.",
+            key="sampling.min_p",
+            value=cfg.sampling.min_p,
+        )
     if "" in cfg.sampling.stop:
-        raise ConfigError("sampling.stop: an empty text would end every completion at once.")
+        raise ConfigError(
+            "sampling.stop: an empty text would end every completion at once.", key="sampling.stop"
+        )
 
 
 def check_algorithm(cfg: DictConfig) -> None:
@@ -53,7 +59,9 @@ def check_algorithm(cfg: DictConfig) -> None:
     if algorithm.minibatches > cfg.batch_size:
         raise ConfigError(
             f"algorithm.minibatches={algorithm.minibatches}: a minibatch holds whole groups, and "
-            f"batch_size={cfg.batch_size} is all there are."
+            f"batch_size={cfg.batch_size} is all there are.",
+            key="algorithm.minibatches",
+            value=algorithm.minibatches,
         )
     by_group = (
         ("baseline", ("group_mean", "leave_one_out")),
@@ -63,12 +71,16 @@ def check_algorithm(cfg: DictConfig) -> None:
         if algorithm[key] in needs and cfg.num_generation < 2:
             raise ConfigError(
                 f"num_generation={cfg.num_generation}: algorithm.{key}={algorithm[key]} compares "
-                f"the completions of a prompt, so it needs at least 2."
+                f"the completions of a prompt, so it needs at least 2.",
+                key="num_generation",
+                value=cfg.num_generation,
             )
     if algorithm.resample and algorithm.baseline in ("batch_mean", "none"):
         raise ConfigError(
             f"algorithm.resample={algorithm.resample}: a group whose rewards agree still teaches "
-            f"something with algorithm.baseline={algorithm.baseline}; use 0."
+            f"something with algorithm.baseline={algorithm.baseline}; use 0.",
+            key="algorithm.resample",
+            value=algorithm.resample,
         )
     check_policy_loss(cfg)
 
@@ -85,7 +97,9 @@ def check_policy_loss(cfg: DictConfig) -> None:
     if isinstance(dual, int | float) and dual <= 1 + loss.get("clip_high", 0.0):
         raise ConfigError(
             f"algorithm.policy_loss.clip_dual={dual}: must be more than 1 + clip_high = "
-            f"{1 + loss.clip_high:g}, or it cuts off what is to be learnt."
+            f"{1 + loss.clip_high:g}, or it cuts off what is to be learnt.",
+            key="algorithm.policy_loss.clip_dual",
+            value=dual,
         )
 
 
@@ -101,7 +115,11 @@ def check_kl(cfg: DictConfig) -> None:
     without = {"kl.within": "loss", "kl.unbiased_gradient": False, "kl.sync_every": 0}
     for key, value in without.items():
         if kl.estimator is None and OmegaConf.select(cfg, key) != value:
-            raise ConfigError(f"{key}={OmegaConf.select(cfg, key)}: with kl=none there is no KL.")
+            raise ConfigError(
+                f"{key}={OmegaConf.select(cfg, key)}: with kl=none there is no KL.",
+                key=key,
+                value=OmegaConf.select(cfg, key),
+            )
     if kl.target is not None:
         check_positive(cfg, "kl.target")
         if cfg.kl_weight == 0 or kl.estimator is None:
@@ -114,12 +132,16 @@ def check_kl(cfg: DictConfig) -> None:
         if kl.horizon < cfg.batch_size * cfg.num_generation:
             raise ConfigError(
                 f"kl.horizon={kl.horizon}: kl_weight would change by more than a fifth a step; use "
-                f"at least batch_size x num_generation = {cfg.batch_size * cfg.num_generation}."
+                f"at least batch_size x num_generation = {cfg.batch_size * cfg.num_generation}.",
+                key="kl.horizon",
+                value=kl.horizon,
             )
     if kl.unbiased_gradient and kl.within == "reward":
         raise ConfigError(
             "kl.unbiased_gradient=true: a KL in the reward has no gradient of its own; use "
-            "kl.within=loss."
+            "kl.within=loss.",
+            key="kl.unbiased_gradient",
+            value="true",
         )
     if kl.unbiased_gradient and kl.estimator in ("k2", "full"):
         raise ConfigError(

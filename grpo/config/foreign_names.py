@@ -64,12 +64,17 @@ FOREIGN_NAMES: dict[str, Equivalent] = {
     "entropy_coeff": Equivalent("algorithm.entropy_weight"),
     "entropy_coef": Equivalent("algorithm.entropy_weight"),
     "entropy_loss_coef": Equivalent("algorithm.entropy_weight"),
+    "num_iterations": Equivalent("algorithm.num_iterations"),
     "ppo_epochs": Equivalent("algorithm.num_iterations"),
+    "max_epochs": Equivalent("algorithm.num_iterations"),
+    "vllm_importance_sampling_cap": Equivalent("algorithm.importance_cap"),
+    "rollout_is_threshold": Equivalent("algorithm.importance_cap"),
     "steps_per_generation": Equivalent("algorithm.minibatches"),
     "ppo_mini_batch_size": Equivalent(
         "algorithm.minibatches", "how many a step is divided into, not how large each is"
     ),
     "dynamic_filtering": Equivalent("algorithm.resample", "how often at most a step draws anew"),
+    "filter_groups": Equivalent("algorithm.resample", "how often at most a step draws anew"),
     "filter_groups.enable": Equivalent("algorithm.resample", "how often at most a step draws anew"),
     # sizes and lengths
     "num_generations": Equivalent("num_generation"),
@@ -122,6 +127,7 @@ FOREIGN_NAMES: dict[str, Equivalent] = {
     "pretrain": Equivalent("model.id", override="model=hub model.id={}"),
     "model_revision": Equivalent("model.revision"),
     "trust_remote_code": Equivalent("model.trust_remote_code"),
+    "peft_config": Equivalent("adapter", "none, lora or qlora"),
     "use_peft": Equivalent("adapter", override="adapter=lora"),
     "load_in_4bit": Equivalent("adapter", override="adapter=qlora"),
     "lora_r": Equivalent("adapter.rank", override="adapter=lora adapter.rank={}"),
@@ -139,10 +145,14 @@ FOREIGN_NAMES: dict[str, Equivalent] = {
     "label_key": Equivalent("dataset.answer_column"),
     "reward_funcs": Equivalent("reward", "several: reward=[answer,length]"),
     "reward_weights": Equivalent("reward.NAME.weight", "one for each reward"),
+    "overlong_buffer": Equivalent("reward", override="reward=[answer,soft_overlong]"),
+    "custom_reward_function": Equivalent("reward", "+reward.NAME._target_=my_module.my_function"),
+    "remote_rm_url": Equivalent("reward", override="reward=endpoint reward.endpoint.url={}"),
     "reward_model_name_or_path": Equivalent(
         "reward.reward_model.model", override="reward=reward_model reward.reward_model.model={}"
     ),
     # the run
+    "rollout.name": Equivalent("rollout", "native, hf or vllm"),
     "use_vllm": Equivalent("rollout", override="rollout=vllm"),
     "bf16": Equivalent("device.precision", override="device.precision=bf16"),
     "fp16": Equivalent("device.precision", "bf16 or fp32; fp16 does not train well"),
@@ -155,6 +165,7 @@ FOREIGN_NAMES: dict[str, Equivalent] = {
     "experiment_name": Equivalent("name"),
     "wandb_run_name": Equivalent("name"),
     "report_to": Equivalent("tracking"),
+    "trainer.logger": Equivalent("tracking", "wandb, trackio or none"),
     "use_wandb": Equivalent("tracking", override="tracking=wandb"),
     "project_name": Equivalent("tracking.wandb.project"),
     "wandb_project": Equivalent("tracking.wandb.project"),
@@ -166,6 +177,7 @@ FOREIGN_NAMES: dict[str, Equivalent] = {
     "test_freq": Equivalent("eval.every"),
     "log_completions": Equivalent("log_prompts", "how many prompts a step; 0 for none"),
     "resume_from_checkpoint": Equivalent("resume", "a run's folder, or auto"),
+    "resume_mode": Equivalent("resume", "a run's folder, or auto"),
     "load_checkpoint": Equivalent("resume", "a run's folder, or auto"),
 }
 

@@ -78,7 +78,9 @@ def choose_extractor(name: str) -> Callable[[str], str | None]:
     if name not in EXTRACTORS:
         raise ConfigError(
             f"dataset.extract={name!r}: use one of {', '.join(EXTRACTORS)}"
-            f"{suggest_names(name, EXTRACTORS)}"
+            f"{suggest_names(name, EXTRACTORS)}",
+            key="dataset.extract",
+            value=name,
         )
     return EXTRACTORS[name]
 

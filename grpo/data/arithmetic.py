@@ -34,10 +34,16 @@ class Arithmetic(Source):
         seed: int = 0,
     ) -> None:
         if not 1 <= digits <= 9:
-            raise ConfigError(f"dataset.digits={digits}: use 1 to 9 digits.")
+            raise ConfigError(
+                f"dataset.digits={digits}: use 1 to 9 digits.", key="dataset.digits", value=digits
+            )
         unknown = sorted(set(operations) - set(OPERATORS))
         if unknown or not operations:
-            raise ConfigError(f"dataset.operations={operations!r}: use +, - or +-.")
+            raise ConfigError(
+                f"dataset.operations={operations!r}: use +, - or +-.",
+                key="dataset.operations",
+                value=operations,
+            )
         self.digits, self.operations, self.seed = digits, sorted(set(operations)), seed
         choose_extractor(extract)
         self.extract = extract
@@ -50,7 +56,9 @@ class Arithmetic(Source):
         about, most = self._count_problems(held_out)
         none_left = ConfigError(
             f"dataset.{key}={size}: there are only about {about} different problems of "
-            f"{self.digits} digits; lower it, or raise dataset.digits."
+            f"{self.digits} digits; lower it, or raise dataset.digits.",
+            key=f"dataset.{key}",
+            value=size,
         )
         if size > most:
             raise none_left
@@ -108,7 +116,9 @@ class Arithmetic(Source):
 
 def check_count(count: int, key: str) -> int:
     if count < 1:
-        raise ConfigError(f"dataset.{key}={count}: needs at least 1 problem.")
+        raise ConfigError(
+            f"dataset.{key}={count}: needs at least 1 problem.", key=f"dataset.{key}", value=count
+        )
     return count
 
 
@@ -116,7 +126,11 @@ def get_size_key(split: str) -> str:
     """Returns the key that sets how many rows of a split are generated."""
     keys = {"train": "size", "test": "eval_size"}
     if split not in keys:
-        raise ConfigError(f"dataset.split={split}: a generated data set has train and test.")
+        raise ConfigError(
+            f"dataset.split={split}: a generated data set has train and test.",
+            key="dataset.split",
+            value=split,
+        )
     return keys[split]
 
 

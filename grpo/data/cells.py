@@ -46,7 +46,9 @@ def read_cell(row: Row, key: str, name: str, number: int) -> Any:
     """
     if name not in row:
         raise ConfigError(
-            f"dataset.{key}={name}: row {number + 1} has no such column; it has {', '.join(row)}."
+            f"dataset.{key}={name}: row {number + 1} has no such column; it has {', '.join(row)}.",
+            key=f"dataset.{key}",
+            value=name,
         )
     value = row[name]
     # pandas represents a missing value as NaN and writes NaN into JSON and parquet.

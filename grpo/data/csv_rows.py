@@ -37,11 +37,15 @@ def read_csv(file: Path) -> TableRows:
             schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
             batches = list(make_batches(read_records(reader, names, file), schema))
     except csv.Error as error:
-        raise ConfigError(f"dataset.path={file}: line {reader.line_num}: {error}.") from error
+        raise ConfigError(
+            f"dataset.path={file}: line {reader.line_num}: {error}.", key="dataset.path", value=file
+        ) from error
     except UnicodeDecodeError as error:
         number = find_undecodable_line(file)
         raise ConfigError(
-            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason})."
+            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason}).",
+            key="dataset.path",
+            value=file,
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -51,7 +55,11 @@ def read_csv(file: Path) -> TableRows:
 def check_names(names: Sequence[str], file: Path) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"dataset.path={file}: its first line names {name!r} twice.")
+            raise ConfigError(
+                f"dataset.path={file}: its first line names {name!r} twice.",
+                key="dataset.path",
+                value=file,
+            )
 
 
 def read_records(reader: Reader, names: Sequence[str], file: Path) -> Iterator[list[str]]:
@@ -62,7 +70,9 @@ def read_records(reader: Reader, names: Sequence[str], file: Path) -> Iterator[l
         elif row:
             raise ConfigError(
                 f"dataset.path={file}: line {reader.line_num} has {len(row)} cells, where the "
-                f"first line names {len(names)} columns: {', '.join(names)}."
+                f"first line names {len(names)} columns: {', '.join(names)}.",
+                key="dataset.path",
+                value=file,
             )
 
 

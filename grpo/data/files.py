@@ -39,15 +39,21 @@ def read_files(files: Sequence[Path]) -> Sequence[Row]:
     parts = [choose_reader(file)(file) for file in files]
     rows = parts[0] if len(parts) == 1 else JoinedRows(parts)
     if not rows:
-        raise ConfigError(f"dataset.path={files[0]}: the file has no rows.")
+        raise ConfigError(
+            f"dataset.path={files[0]}: the file has no rows.", key="dataset.path", value=files[0]
+        )
     return rows if len(rows) > MAX_EAGER_ROWS else list(rows)
 
 
 def choose_reader(file: Path) -> Callable[[Path], Rows]:
     if not file.is_file():
-        raise ConfigError(f"dataset.path={file}: there is no such file.")
+        raise ConfigError(
+            f"dataset.path={file}: there is no such file.", key="dataset.path", value=file
+        )
     if file.suffix.lower() not in READERS:
-        raise ConfigError(f"dataset.path={file}: use a {FILE_KINDS} file.")
+        raise ConfigError(
+            f"dataset.path={file}: use a {FILE_KINDS} file.", key="dataset.path", value=file
+        )
     return READERS[file.suffix.lower()]
 
 
@@ -58,7 +64,9 @@ def read_parquet(file: Path) -> Rows:
     try:
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"dataset.path={file}: not a parquet file ({error}).") from error
+        raise ConfigError(
+            f"dataset.path={file}: not a parquet file ({error}).", key="dataset.path", value=file
+        ) from error
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
     return TableRows(table, FloatShortener(types))
 
@@ -83,11 +91,15 @@ def find_split_files(folder: Path, split: str) -> list[Path]:
     """
     splits = group_by_split(folder)
     if not splits:
-        raise ConfigError(f"dataset.path={folder}: holds no {FILE_KINDS} file.")
+        raise ConfigError(
+            f"dataset.path={folder}: holds no {FILE_KINDS} file.", key="dataset.path", value=folder
+        )
     if split not in splits:
         raise ConfigError(
             f"dataset.path={folder}: holds no split {split}, for example {split}.jsonl; it has "
-            f"{', '.join(sorted(splits))}."
+            f"{', '.join(sorted(splits))}.",
+            key="dataset.path",
+            value=folder,
         )
     kinds = list(READERS)
     of_kind = min((file.suffix.lower() for file in splits[split]), key=kinds.index)
@@ -133,11 +145,15 @@ def check_shards(folder: Path, split: str, files: Sequence[Path]) -> None:
     if len(wanted) > 1:
         raise ConfigError(
             f"dataset.path={folder}: holds shards of {split} that belong to different sets of "
-            f"files: of {' and of '.join(map(str, sorted(wanted)))}."
+            f"files: of {' and of '.join(map(str, sorted(wanted)))}.",
+            key="dataset.path",
+            value=folder,
         )
     for total in wanted:
         if missing := sorted(set(range(total)) - found):
             raise ConfigError(
                 f"dataset.path={folder}: of the {total} shards of {split}, number {missing[0]} is "
-                f"missing (they count from 0)."
+                f"missing (they count from 0).",
+                key="dataset.path",
+                value=folder,
             )

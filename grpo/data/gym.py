@@ -51,9 +51,16 @@ class ReasoningGym(Source):
         from reasoning_gym.factory import DATASETS
 
         if task is None:
-            raise ConfigError("dataset.task is not set, for example dataset.task=basic_arithmetic.")
+            raise ConfigError(
+                "dataset.task is not set, for example dataset.task=basic_arithmetic.",
+                key="dataset.task",
+            )
         if task not in DATASETS:
-            raise ConfigError(f"dataset.task={task}: no such task{suggest_names(task, DATASETS)}")
+            raise ConfigError(
+                f"dataset.task={task}: no such task{suggest_names(task, DATASETS)}",
+                key="dataset.task",
+                value=task,
+            )
         self.task, self.options, self.seed = task, dict(options), seed
         self.size, self.eval_size = check_count(size, "size"), check_count(eval_size, "eval_size")
         self.extract, self.strict = choose_extractor(extract), strict
@@ -107,7 +114,9 @@ class ReasoningGym(Source):
         if NO_ANSWER in refused:
             raise ConfigError(
                 f"dataset.task={self.task}: reasoning-gym's scorer accepts any answer, "
-                f"even {NO_ANSWER!r}, so there is nothing to learn; choose another task."
+                f"even {NO_ANSWER!r}, so there is nothing to learn; choose another task.",
+                key="dataset.task",
+                value=self.task,
             )
         if refused:
             log.warning(

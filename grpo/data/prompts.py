@@ -171,7 +171,9 @@ class LazyPrompts(Sequence[Prompt]):
             shortest = min(len(self.get_prompt(row).token_ids) for row in rows)
             raise ConfigError(
                 f"dataset.max_prompt_tokens={self.max_tokens}: the shortest of {len(rows)} "
-                f"training prompts has {shortest} tokens, so none is left."
+                f"training prompts has {shortest} tokens, so none is left.",
+                key="dataset.max_prompt_tokens",
+                value=self.max_tokens,
             )
         log.info(
             "%d training rows: their prompts are made as they are drawn; of a sample of %d, %d are "
@@ -271,6 +273,8 @@ def tokenize_examples(
         shortest = min(len(p.token_ids) for p in prompts)
         raise ConfigError(
             f"{key}.max_prompt_tokens={format.max_prompt_tokens}: the shortest {role} prompt has "
-            f"{shortest} tokens, so none is left."
+            f"{shortest} tokens, so none is left.",
+            key=f"{key}.max_prompt_tokens",
+            value=format.max_prompt_tokens,
         )
     return kept

@@ -108,16 +108,26 @@ def parse_line(line: bytes, number: int, file: Path) -> Row:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason})."
+            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason}).",
+            key="dataset.path",
+            value=file,
         ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"dataset.path={file}: line {number} is not JSON ({error.msg})."
+            f"dataset.path={file}: line {number} is not JSON ({error.msg}).",
+            key="dataset.path",
+            value=file,
         ) from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of nested brackets
-        raise ConfigError(f"dataset.path={file}: line {number}: {error}.") from error
+        raise ConfigError(
+            f"dataset.path={file}: line {number}: {error}.", key="dataset.path", value=file
+        ) from error
     if not isinstance(row, dict):
-        raise ConfigError(f"dataset.path={file}: line {number} is not a JSON object.")
+        raise ConfigError(
+            f"dataset.path={file}: line {number} is not a JSON object.",
+            key="dataset.path",
+            value=file,
+        )
     return row
 
 

@@ -26,7 +26,7 @@ def parse_slice(text: str, rows: int, key: str) -> range:
     first = parse_bound(start, rows, 0, text, key)
     last = parse_bound(stop, rows, rows, text, key)
     if first >= last:
-        raise ConfigError(f"{key}={text}: selects none of the {rows} rows.")
+        raise ConfigError(f"{key}={text}: selects none of the {rows} rows.", key=key, value=text)
     return range(first, last)
 
 
@@ -39,7 +39,9 @@ def parse_bound(text: str, rows: int, default: int, slice_text: str, key: str) -
     number = int(match[1])
     if match[2]:
         if abs(number) > 100:
-            raise ConfigError(f"{key}={slice_text}: {number}% is more than 100%.")
+            raise ConfigError(
+                f"{key}={slice_text}: {number}% is more than 100%.", key=key, value=slice_text
+            )
         number = round(number * rows / 100)
     if number < 0:
         number += rows

@@ -100,11 +100,15 @@ class Hub(Table):
 
     def rows(self, split: str) -> Sequence[Row]:
         if self.id is None:
-            raise ConfigError("dataset.id is not set: give it as dataset.id=ORG/NAME")
+            raise ConfigError(
+                "dataset.id is not set: give it as dataset.id=ORG/NAME", key="dataset.id"
+            )
         if Path(self.id).exists() or not DATASET_ID.fullmatch(self.id):
             raise ConfigError(
                 f"dataset.id={self.id}: should be ORG/NAME on the hub; for files, use "
-                f"dataset=jsonl dataset.path=FOLDER."
+                f"dataset=jsonl dataset.path=FOLDER.",
+                key="dataset.id",
+                value=self.id,
             )
         revision = self.found_commit or self.revision  # every split from the same commit
         rows, self.found_commit = read_hub(self.id, self.subset, split, revision)
@@ -131,7 +135,9 @@ class GSM8K(Table):
         if path is not None and revision is not None:
             raise ConfigError(
                 f"dataset.revision={revision}: dataset.path={path} is read instead of the hub, and "
-                f"has no revisions; leave one of them out."
+                f"has no revisions; leave one of them out.",
+                key="dataset.revision",
+                value=revision,
             )
         self.source = Hub(id, subset, revision) if path is None else Jsonl(path)
 

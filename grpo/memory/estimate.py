@@ -209,7 +209,9 @@ def choose_budget(
             f"device.memory_gb={given}: libraries, weights, gradients, optimizer and one "
             f"completion with its prompt, up to {longest} tokens, take {needed:.1f} GB; give that "
             f"much, or take less: "
-            f"device.gradient_checkpointing=true, optim.name=adamw_8bit, adapter=lora."
+            f"device.gradient_checkpointing=true, optim.name=adamw_8bit, adapter=lora.",
+            key="device.memory_gb",
+            value=given,
         )
     most = tokens or int((there - base) * 1e9 / max(memory_needs.token_bytes, 1.0))
     room = there - LIBRARIES_GB[device.type] - memory_needs.sampling_gb

@@ -67,13 +67,17 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
     if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
         raise ConfigError(
             f"adapter.target={adapter.target}: the output layer is read apart from the model, so "
-            f"it can't be adapted; leave it out."
+            f"it can't be adapted; leave it out.",
+            key="adapter.target",
+            value=adapter.target,
         )
     inputs = model.get_input_embeddings().named_parameters()
     if model.config.get_text_config().tie_word_embeddings and any("lora_" in n for n, _ in inputs):
         raise ConfigError(
             f"adapter.target={adapter.target}: this model's embeddings are its output layer too, "
-            f"so they can't be adapted alone; leave them out."
+            f"so they can't be adapted alone; leave them out.",
+            key="adapter.target",
+            value=adapter.target,
         )
     prepare_new_modules(model)
 

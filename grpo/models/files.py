@@ -142,7 +142,9 @@ def require_whole_model(key: str, path: str) -> Path:
     if holds_adapter(folder):
         raise ConfigError(
             f"{key}={path}: holds an adapter alone. To train on from it, resume its run, or make a "
-            f"model of it: grpo export RUN FOLDER"
+            f"model of it: grpo export RUN FOLDER",
+            key=key,
+            value=path,
         )
     return folder
 
@@ -157,7 +159,9 @@ def require_local_folder(key: str, path: str) -> Path:
     if not (holds_model(folder) or holds_adapter(folder)):
         raise ConfigError(
             f"{key}={path}: no model there. It should be a folder with config.json, "
-            f"*.safetensors and a tokenizer, as `save_pretrained` writes it."
+            f"*.safetensors and a tokenizer, as `save_pretrained` writes it.",
+            key=key,
+            value=path,
         )
     return folder
 

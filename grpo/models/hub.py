@@ -91,7 +91,9 @@ def find_cached_model(
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise ConfigError(f"model.id={id}: write it as ORG/NAME.") from error
+        raise ConfigError(
+            f"model.id={id}: write it as ORG/NAME.", key="model.id", value=id
+        ) from error
     if with_code and not all((folder / name).is_file() for name in list_code_files(folder)):
         return None  # downloaded when its code was not asked for
     return folder if holds_model(folder) else None

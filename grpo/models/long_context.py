@@ -72,7 +72,9 @@ def prepare_for_lengths(
         raise ConfigError(
             f"max_new_tokens={max_new_tokens}: {name} can't read {longest} tokens, a prompt of "
             f"{prompt_tokens} and its completion ({format_error(error)}); lower it or "
-            f"dataset.max_prompt_tokens."
+            f"dataset.max_prompt_tokens.",
+            key="max_new_tokens",
+            value=max_new_tokens,
         ) from error
     if agrees:
         return policy

@@ -52,14 +52,20 @@ class Endpoint:
         token_env: str | None = None,
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise ConfigError(f"url={url}: should be like http://localhost:8000/rewards.")
+            raise ConfigError(
+                f"url={url}: should be like http://localhost:8000/rewards.", key="url", value=url
+            )
         if urlsplit(url).password:
             raise ConfigError(
                 "url: takes no user and password; name a variable of the environment that holds a "
                 "token: token_env=NAME."
             )
         if token_env is not None and not os.environ.get(token_env):
-            raise ConfigError(f"token_env={token_env}: the environment has no such variable.")
+            raise ConfigError(
+                f"token_env={token_env}: the environment has no such variable.",
+                key="token_env",
+                value=token_env,
+            )
         require_at_least(0, retries=retries)
         require_at_least(1, batch_size=batch_size, workers=workers)
         require_positive(seconds=seconds)

@@ -49,7 +49,9 @@ class RewardModel:
     ) -> None:
         require_at_least(1, batch_size=batch_size, max_tokens=max_tokens)
         if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
-            raise ConfigError(f"device={device}: use auto, cpu, cuda or cuda:NUMBER.")
+            raise ConfigError(
+                f"device={device}: use auto, cpu, cuda or cuda:NUMBER.", key="device", value=device
+            )
         folder = find_local_model(model, revision)
         if folder is not None:  # else that is known once it is downloaded
             check_label(model, label, count_outputs(folder))
@@ -121,7 +123,9 @@ class RewardModel:
         if missing := ", ".join(sorted(info["missing_keys"])):
             raise ConfigError(
                 f"model={self.model}: has no weights for {missing}; it should be a trained "
-                f"sequence classifier."
+                f"sequence classifier.",
+                key="model",
+                value=self.model,
             )
         check_label(self.model, self.label, classifier.config.num_labels)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -139,9 +143,15 @@ class RewardModel:
 
 def check_label(model: str, label: int | None, outputs: int) -> None:
     if outputs == 1 and label is not None:
-        raise ConfigError(f"label={label}: {model} has one output, so leave it out.")
+        raise ConfigError(
+            f"label={label}: {model} has one output, so leave it out.", key="label", value=label
+        )
     if outputs > 1 and label not in range(outputs):
-        raise ConfigError(f"label={label}: {model} has several outputs; use 0 to {outputs - 1}.")
+        raise ConfigError(
+            f"label={label}: {model} has several outputs; use 0 to {outputs - 1}.",
+            key="label",
+            value=label,
+        )
 
 
 def is_folder(model: str) -> bool:
@@ -158,7 +168,9 @@ def find_local_model(model: str, revision: str | None) -> Path | None:
         if revision is not None:
             raise ConfigError(
                 f"revision={revision}: model={model} is a folder, which has no revisions; leave it "
-                f"out."
+                f"out.",
+                key="revision",
+                value=revision,
             )
         return require_local_folder("model", model)
     try:
@@ -172,7 +184,9 @@ def find_local_model(model: str, revision: str | None) -> Path | None:
 
 def make_unreachable_error(model: str, revision: str | None, error: HubUnreachable) -> ConfigError:
     wanted = format_revision(model, revision)
-    return ConfigError(f"model={wanted}: is not in the local cache and {error}.")
+    return ConfigError(
+        f"model={wanted}: is not in the local cache and {error}.", key="model", value=wanted
+    )
 
 
 def count_outputs(folder: Path) -> int:

@@ -31,7 +31,11 @@ class TagCount:
         self, tags: Sequence[str] = ("<think>", "</think>", "<answer>", "</answer>")
     ) -> None:
         if not tags or isinstance(tags, str) or not all(isinstance(t, str) and t for t in tags):
-            raise ConfigError(f"tags={tags!r}: should be a list of tags, such as [<b>, </b>].")
+            raise ConfigError(
+                f"tags={tags!r}: should be a list of tags, such as [<b>, </b>].",
+                key="tags",
+                value=tags,
+            )
         self.tags = tags
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
@@ -140,9 +144,13 @@ class Repetition:
     def __init__(self, ngram: int = 3, max_penalty: float = -1.0, over: str = "words") -> None:
         require_at_least(1, ngram=ngram)
         if max_penalty > 0:
-            raise ConfigError(f"max_penalty={max_penalty}: is a penalty, so 0 or less.")
+            raise ConfigError(
+                f"max_penalty={max_penalty}: is a penalty, so 0 or less.",
+                key="max_penalty",
+                value=max_penalty,
+            )
         if over not in ("words", "tokens"):
-            raise ConfigError(f"over={over!r}: use words or tokens.")
+            raise ConfigError(f"over={over!r}: use words or tokens.", key="over", value=over)
         self.ngram = ngram
         self.max_penalty = max_penalty
         self.over = over
@@ -170,7 +178,11 @@ class SoftOverlong:
 
     def __init__(self, max_tokens: int, buffer: int) -> None:
         if not 1 <= buffer <= max_tokens:
-            raise ConfigError(f"buffer={buffer}: should be from 1 to max_tokens={max_tokens}.")
+            raise ConfigError(
+                f"buffer={buffer}: should be from 1 to max_tokens={max_tokens}.",
+                key="buffer",
+                value=buffer,
+            )
         self.max_tokens = max_tokens
         self.buffer = buffer
 

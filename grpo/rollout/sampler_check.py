@@ -52,7 +52,9 @@ def check_sampler(make_engine: Callable[..., Engine], policy: LanguageModel) -> 
         rollout = engine.generate(prompts, 1, Sampling(temperature=0.0), seed=0)
     except FORWARD_ERRORS as error:
         raise ConfigError(
-            f"rollout={choice}: it can't sample from {name}: {format_error(error)}; {instead}."
+            f"rollout={choice}: it can't sample from {name}: {format_error(error)}; {instead}.",
+            key="rollout",
+            value=choice,
         ) from error
     off = measure_deviation(policy, rollout)
     with policy.device.autocast():
@@ -61,7 +63,9 @@ def check_sampler(make_engine: Callable[..., Engine], policy: LanguageModel) -> 
         raise ConfigError(
             f"rollout={choice}: what it samples is not what {name} thinks likeliest (off by "
             f"{off:.2g} nats): the model keeps something that this sampler doesn't know; "
-            f"{instead}."
+            f"{instead}.",
+            key="rollout",
+            value=choice,
         )
 
 

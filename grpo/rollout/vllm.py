@@ -43,7 +43,9 @@ class VLLMEngine:
         """
         if getattr(policy.model, "is_quantized", False):
             raise ConfigError(
-                "rollout=vllm: weights in 4 bits can't be handed over; use rollout=native."
+                "rollout=vllm: weights in 4 bits can't be handed over; use rollout=native.",
+                key="rollout",
+                value="vllm",
             )
         self.policy, self.max_new_tokens, self.budget = policy, max_new_tokens, budget
         self.sleeps = policy.device.torch_device.type == "cuda"

@@ -62,7 +62,9 @@ def locate_checkpoint_model(
     if revision is not None and find_run(Path(checkpoint).expanduser()) is None:
         raise ConfigError(
             f"model.revision={revision}: checkpoint={checkpoint} is a folder, which has no "
-            f"revisions; leave it out."
+            f"revisions; leave it out.",
+            key="model.revision",
+            value=revision,
         )
     return lambda: folder
 
@@ -83,7 +85,9 @@ def locate_hub_model(
             raise
         except ConfigError as error:
             raise ConfigError(
-                f"checkpoint={checkpoint}: there is no such folder; {error}"
+                f"checkpoint={checkpoint}: there is no such folder; {error}",
+                key="checkpoint",
+                value=checkpoint,
             ) from error
 
     call(check_reachable)
@@ -115,7 +119,9 @@ def check_run_folder(
     if resume is None:
         if (run / "metrics.jsonl").exists():
             raise ConfigError(
-                f"hydra.run.dir={run}: holds a run already; resume={run} goes on with it."
+                f"hydra.run.dir={run}: holds a run already; resume={run} goes on with it.",
+                key="hydra.run.dir",
+                value=run,
             )
         return
     newest = find_newest_checkpoint(run)
@@ -130,11 +136,15 @@ def check_run_folder(
         if saved.get(key) != model[key]:  # older runs have no revision, that is main
             raise ConfigError(
                 f"resume={resume}: this run trains model={saved['name']} "
-                f"(model.{key}={saved[key]}), not model={model['name']} ({model[key]})."
+                f"(model.{key}={saved[key]}), not model={model['name']} ({model[key]}).",
+                key="resume",
+                value=resume,
             )
     if saved_adapter != (None if adapter is None else dict(adapter)):
         raise ConfigError(
-            f"resume={resume}: this run trains adapter={saved_adapter}, not adapter={adapter}."
+            f"resume={resume}: this run trains adapter={saved_adapter}, not adapter={adapter}.",
+            key="resume",
+            value=resume,
         )
 
 

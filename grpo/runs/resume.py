@@ -33,14 +33,18 @@ def find_resumable_run(resume: str) -> Path:
     """
     run = Path(resume).expanduser()
     if not run.is_dir():
-        raise ConfigError(f"resume={resume}: there is no such folder.")
+        raise ConfigError(f"resume={resume}: there is no such folder.", key="resume", value=resume)
     owner = find_run(run)
     if owner is not None and owner.resolve() != run.resolve():
         raise ConfigError(
-            f"resume={resume}: give the run, {owner}; it goes on from its newest checkpoint."
+            f"resume={resume}: give the run, {owner}; it goes on from its newest checkpoint.",
+            key="resume",
+            value=resume,
         )
     if find_newest_checkpoint(run) is None:
-        raise ConfigError(f"resume={resume}: has no checkpoint to go on from.")
+        raise ConfigError(
+            f"resume={resume}: has no checkpoint to go on from.", key="resume", value=resume
+        )
     with locked(run):
         return run
 

@@ -86,7 +86,7 @@ class Summary:
         lines = [f"{content['status']}: {steps} steps in {seconds / 60:.1f} minutes"]
         first, last = content["first_evaluation"], content["last_evaluation"]
         if first and last:
-            for label, key in (("greedy", "eval/accuracy"), ("sampled", "eval/sampled_accuracy")):
+            for label, key in (("sampled", "eval/sampled_accuracy"), ("greedy", "eval/accuracy")):
                 lines.append(f"  {label} accuracy {first[key]:.1%} -> {last[key]:.1%}")
         folder = make_relative(self.folder)
         lines.append(f"  in {folder}: report.html, metrics.jsonl, completions.jsonl, summary.json")

@@ -44,7 +44,8 @@ def lock_gpu(sweep: Path, devices: tuple[str, ...]) -> str:
         os.environ[VISIBLE_DEVICES] = device  # the descriptor stays open, and with it the lock
         return device
     raise ConfigError(
-        f"hydra.launcher.n_jobs: more jobs at once than there are GPUs ({len(devices)}); lower it."
+        f"hydra.launcher.n_jobs: more jobs at once than there are GPUs ({len(devices)}); lower it.",
+        key="hydra.launcher.n_jobs",
     )
 
 

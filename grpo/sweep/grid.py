@@ -87,7 +87,11 @@ def plan_grid(
     check_directions(objectives, direction)
     folder = launch.folder
     if (folder / STUDY).is_file():
-        raise ConfigError(f"sweep_dir={folder}: holds a search; give another sweep_dir.")
+        raise ConfigError(
+            f"sweep_dir={folder}: holds a search; give another sweep_dir.",
+            key="sweep_dir",
+            value=folder,
+        )
     jobs = number_jobs(read_record(folder), expand_jobs(launch, params, arguments), folder)
     compared = resolve_objectives(objectives, direction, [launch.compose(job) for job in jobs])
     left = sum(not read_job_state(folder, number).ended for number in range(len(jobs)))

@@ -27,17 +27,25 @@ def check_directions(objectives: Any, direction: str) -> None:
     if not isinstance(objectives, Mapping | None):
         raise ConfigError(
             f"hydra.sweeper.objectives={objectives}: write it with its direction, "
-            f"{{{objectives}: maximize}}."
+            f"{{{objectives}: maximize}}.",
+            key="hydra.sweeper.objectives",
+            value=objectives,
         )
     for metric, way in (objectives or {}).items():
         if way not in DIRECTIONS:
             raise ConfigError(f"hydra.sweeper.objectives.{metric}={way}: use maximize or minimize.")
     if direction not in DIRECTIONS:
-        raise ConfigError(f"hydra.sweeper.direction={direction}: use maximize or minimize.")
+        raise ConfigError(
+            f"hydra.sweeper.direction={direction}: use maximize or minimize.",
+            key="hydra.sweeper.direction",
+            value=direction,
+        )
     if objectives and direction != DIRECTIONS[0]:
         raise ConfigError(
             f"hydra.sweeper.direction={direction}: applies to `objective` alone; "
-            f"hydra.sweeper.objectives has a direction for each."
+            f"hydra.sweeper.objectives has a direction for each.",
+            key="hydra.sweeper.direction",
+            value=direction,
         )
 
 
@@ -56,7 +64,9 @@ def resolve_objectives(
     if objectives is None and len(metrics) > 1:
         raise ConfigError(
             f"objective={','.join(metrics)}: a sweep's jobs are compared by one; several "
-            f"are hydra.sweeper.objectives={{{metrics[0]}: maximize, {metrics[1]}: maximize}}."
+            f"are hydra.sweeper.objectives={{{metrics[0]}: maximize, {metrics[1]}: maximize}}.",
+            key="objective",
+            value=",".join(metrics),
         )
     found = dict(objectives or {str(configs[0].objective): direction})
     with_kl = [config for config in configs if config.kl_weight] or configs  # others lack kl/mean

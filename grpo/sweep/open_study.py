@@ -38,7 +38,9 @@ def check_objectives(options: SearchOptions, configs: Sequence[DictConfig]) -> d
         (metric,) = objectives
         if not metric.startswith("eval/"):
             raise ConfigError(
-                f"hydra.sweeper.pruner={options.pruner}: prunes by evaluations, not by {metric}."
+                f"hydra.sweeper.pruner={options.pruner}: prunes by evaluations, not by {metric}.",
+                key="hydra.sweeper.pruner",
+                value=options.pruner,
             )
         if not configs[0].eval.every:
             raise ConfigError(

@@ -114,7 +114,9 @@ def check_search(
     if options.n_jobs > 1 and type(launch.launcher).__name__ == "BasicLauncher":
         raise ConfigError(
             f"hydra.sweeper.n_jobs={options.n_jobs}: this launcher runs one job at a time; add "
-            f"hydra/launcher=joblib, or start the same search several times."
+            f"hydra/launcher=joblib, or start the same search several times.",
+            key="hydra.sweeper.n_jobs",
+            value=options.n_jobs,
         )
     if options.sampler == "grid":
         list_combinations(space)  # raises if a key has infinitely many values
@@ -124,7 +126,11 @@ def check_search(
     folder = launch.folder
     record = read_record(folder)
     if record is not None and not (folder / STUDY).is_file():
-        raise ConfigError(f"sweep_dir={folder}: holds a grid; give another sweep_dir.")
+        raise ConfigError(
+            f"sweep_dir={folder}: holds a grid; give another sweep_dir.",
+            key="sweep_dir",
+            value=folder,
+        )
     return space, fixed, objectives
 
 

@@ -75,12 +75,15 @@ class SearchOptions:
         check_directions(options.objectives, options.direction)
         if "seed" in options.sampler_options:
             raise ConfigError(
-                "hydra.sweeper.sampler_options.seed: the sampler's seed is hydra.sweeper.seed."
+                "hydra.sweeper.sampler_options.seed: the sampler's seed is hydra.sweeper.seed.",
+                key="hydra.sweeper.sampler_options.seed",
             )
         if options.pruner != "none" and len(options.objectives or {}) > 1:
             raise ConfigError(
                 f"hydra.sweeper.pruner={options.pruner}: a pruner compares trials by one "
-                f"objective; with several, use pruner=none."
+                f"objective; with several, use pruner=none.",
+                key="hydra.sweeper.pruner",
+                value=options.pruner,
             )
         options.make_sampler(0)
         options.make_pruner()
@@ -112,7 +115,9 @@ class SearchOptions:
         if self.sampler == "cmaes" and len(numbers) < 2:
             raise ConfigError(
                 "hydra.sweeper.sampler=cmaes: needs at least two keys with numbers "
-                "(interval or range); use tpe."
+                "(interval or range); use tpe.",
+                key="hydra.sweeper.sampler",
+                value="cmaes",
             )
 
 
@@ -165,7 +170,9 @@ def resolve_url(url: str) -> str:
         return str(OmegaConf.create({"url": url}).url)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"hydra.sweeper.storage={url}: {reason}") from error
+        raise ConfigError(
+            f"hydra.sweeper.storage={url}: {reason}", key="hydra.sweeper.storage", value=url
+        ) from error
 
 
 def check_connection(url: str) -> None:
@@ -194,7 +201,10 @@ def storage_errors(url: str | None) -> Iterator[None]:
         RuntimeError,  # made by another version of Optuna
     ) as error:
         raise ConfigError(
-            f"hydra.sweeper.storage={hide_password(url)}: can't be opened ({format_reason(error)})."
+            f"hydra.sweeper.storage={hide_password(url)}: can't be opened "
+            f"({format_reason(error)}).",
+            key="hydra.sweeper.storage",
+            value=hide_password(url),
         ) from error
 
 

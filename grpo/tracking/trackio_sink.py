@@ -40,7 +40,9 @@ class Trackio(Sink):
         if place != trackio.utils.TRACKIO_DIR:
             raise ConfigError(
                 f"tracking.trackio.folder={folder}: Trackio writes to {trackio.utils.TRACKIO_DIR} "
-                f"in this process already; use one folder for all jobs of a sweep."
+                f"in this process already; use one folder for all jobs of a sweep.",
+                key="tracking.trackio.folder",
+                value=folder,
             )
 
         self.table_every = table_every

@@ -134,7 +134,9 @@ class KLPenalty(NoKL):
         if not self.reference.weight_pairs:
             raise ConfigError(
                 f"kl.sync_every={self.sync_every}: this run's reference has moved, so its weights "
-                f"are kept by themselves; keep kl.sync_every above 0."
+                f"are kept by themselves; keep kl.sync_every above 0.",
+                key="kl.sync_every",
+                value=self.sync_every,
             )
         self.reference.load_state(state["reference"])
         self.reference_moved = True

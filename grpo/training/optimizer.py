@@ -226,7 +226,9 @@ class Optimizer:
         if state["name"] != self.name:
             raise ConfigError(
                 f"optim.name={self.name}: this run's optimizer is {state['name']}, and no other "
-                f"can use its state."
+                f"can use its state.",
+                key="optim.name",
+                value=self.name,
             )
         now = [(group["betas"], group["weight_decay"]) for group in self.adamw.param_groups]
         self.adamw.load_state_dict(state["adamw"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -27,7 +27,7 @@ MAX_RANKED_SETTINGS = 25
 
 
 def draw_figures(
-    sweep: Sweep, ranking: Ranking, importances: dict[str, float]
+    sweep: Sweep, ranking: Ranking, importances: Mapping[str, float]
 ) -> Iterator[tuple[str, str, go.Figure]]:
     """Yields the title, the meaning and the figure of each figure that has data."""
     done = [job for job in sweep.jobs if job.value is not None]
@@ -119,7 +119,7 @@ def draw_ranking(sweep: Sweep, ranking: Ranking) -> go.Figure:
     return apply_layout(figure, 120 + 34 * len(shown))
 
 
-def draw_importances(importances: dict[str, float]) -> go.Figure:
+def draw_importances(importances: Mapping[str, float]) -> go.Figure:
     names = list(importances)[::-1]
     figure = go.Figure(
         go.Bar(

@@ -81,7 +81,7 @@ class Ranking:
             return f"There is only one setting, at {value}, so there is nothing to compare."
         if len(self.ties) > 1:
             named = [self.format_setting(setting) for setting in self.ties]
-            text = f"{', '.join(named[:-1])} and {named[-1]} came out alike, {end} at {value}"
+            text = f"{', '.join(named[:-1])} and {named[-1]} are tied at {value}, the {end}"
         else:
             text = f"{self.format_setting(best)} came out {end}, at {value}"
         if all(len(setting.by_seed) < 2 for setting in self.settings):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -29,13 +29,15 @@ def write_report(folders: Sequence[Path]) -> str:
     if best is not None:
         best.write()
     command = best.command if best else ""
-    html = build_page(sweep, ranking, command)
+    importances = compute_importances(sweep)
+    html = build_page(sweep, ranking, command, importances)
     rows = tabulate_results(sweep)
     page, table = ("sweeps.html", "sweeps") if joint else ("report.html", "results")
     write_atomically(folder / page, lambda file: file.write_text(html, encoding="utf-8"))
     write_atomically(folder / f"{table}.csv", lambda file: rows.to_csv(file, index=False))
     write_atomically(folder / f"{table}.parquet", lambda file: rows.to_parquet(file, index=False))
-    lines = [ranking.conclusion, f"  report: {folder}/{page}, {table}.csv"]
+    lines = [f"{sweep.objective}: {ranking.conclusion}", *explain_differences(importances)]
+    lines += [f"  report: {folder}/{page}, {table}.csv"]
     return "\n".join([*lines, *([f"  best:   {command}"] if command else [])])
 
 
@@ -44,13 +46,23 @@ def render_sweep_page(folder: Path) -> str:
     sweep = read_sweeps([folder])
     ranking = rank_settings(sweep)
     best = choose_best(sweep, ranking, folder)
-    return build_page(sweep, ranking, best.command if best and best.file.is_file() else "")
+    command = best.command if best and best.file.is_file() else ""
+    return build_page(sweep, ranking, command, compute_importances(sweep))
 
 
-def build_page(sweep: Sweep, ranking: Ranking, command: str) -> str:
-    return render_page(
-        sweep, ranking, command, list(draw_figures(sweep, ranking, compute_importances(sweep)))
-    )
+def explain_differences(importances: Mapping[str, float]) -> list[str]:
+    """A line that says which key the jobs' differences come from; none where it isn't known."""
+    if not importances:
+        return []
+    (first, share), *others = importances.items()
+    rest = "".join(f", {key} {own:.0%}" for key, own in others[:2])
+    return [f"  {first} explains {share:.0%} of the differences between jobs{rest} (fANOVA)"]
+
+
+def build_page(
+    sweep: Sweep, ranking: Ranking, command: str, importances: Mapping[str, float]
+) -> str:
+    return render_page(sweep, ranking, command, list(draw_figures(sweep, ranking, importances)))
 
 
 def choose_best(
