@@ -158,7 +158,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("-m", "kl_weight=0"), "nothing to sweep"),
-        (("-m", "kl_weight=0,0.1", "resume=auto"), "resumes its own jobs"),
+        (("-m", "kl_weight=0,0.1", "resume=auto"), "a sweep resumes its own jobs"),
         (("-m", "num_generation=1,2"), "num_generation=1"),
         (("-m", "kl_wieght=0,1"), "kl_weight"),
         (("-m", "seed=0,0"), "twice"),

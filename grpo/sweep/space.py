@@ -59,7 +59,7 @@ def make_distribution(override: Override) -> BaseDistribution:
     except ValueError as error:
         raise ConfigError(f"{text}: can't be sampled ({error}).") from error
     if log:
-        raise ConfigError(f"{text}: only an interval or a range can be tagged log.")
+        raise ConfigError(f"{text}: only an interval or a range can have a logarithmic scale.")
     choices = [encode_choice(value) for value in override.sweep_iterator()]
     if len(set(map(str, choices))) < len(choices):
         raise ConfigError(f"{text}: has the same value twice.")
