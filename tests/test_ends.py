@@ -208,14 +208,14 @@ def test_a_prompt_is_begun_once_and_not_ended(
     template = "{{ bos_token }}{{ messages[0]['content'] }}"
     folder = edited(tmp_path / "m", begin, template, puts(before, behind))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    own = AutoTokenizer.from_pretrained(TINY).encode(text)
+    text_ids = AutoTokenizer.from_pretrained(TINY).encode(text)
     for chat in (False, True):
         example = Example(text, "", lambda _: 0.0)
         _, ids = PromptFormat(None, (), chat, {}, 512).render(example, tokenizer)
         begins = [TEXT_END] if chat else list(before)
-        if own[0] == TEXT_END and begins[-1:] == [TEXT_END]:
+        if text_ids[0] == TEXT_END and begins[-1:] == [TEXT_END]:
             begins = begins[:-1]
-        assert list(ids) == [*begins, *own]
+        assert list(ids) == [*begins, *text_ids]
 
 
 PARTS = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
