@@ -253,7 +253,7 @@ def test_an_adapters_folder_is_no_model_to_begin_with(
     tiny.save(tmp_path / "adapter")
     code, printed = grpo("model=local", "model.path=adapter", "tracking=none")
     assert code == 2
-    assert "model.path=adapter: holds an adapter alone" in printed
+    assert "model.path=adapter: holds only an adapter" in printed
 
 
 def test_tied_embeddings_are_not_adapted_alone(grpo: Grpo) -> None:
