@@ -1,4 +1,4 @@
-"""Where the tensors live and in what precision they are computed."""
+"""The device that holds the tensors, and the precision that it computes in."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 
 from grpo.errors import ConfigError
 
-PROC = Path("/proc/self")  # Linux
+PROC = Path("/proc/self")  # exists on Linux only
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device and its dtype policy: weights are fp32, products bf16 where the hardware has it."""
+    """A device and its precision: weights are fp32, matrix products autocast_dtype if it is set."""
 
     torch_device: torch.device
     autocast_dtype: torch.dtype | None
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of every forward pass: rollout, reference and update alike."""
+        """Returns a context with the precision of all forward passes, rollout and reference too."""
         return torch.autocast(
             self.torch_device.type,
             dtype=self.autocast_dtype or torch.bfloat16,
@@ -33,7 +33,10 @@ class Device:
         )
 
     def measure_peak_gb(self) -> float:
-        """The most memory held so far, in GB: of the GPU, or of the whole process on a CPU."""
+        """Returns the peak memory so far, in GB: of the GPU, or of the whole process on a CPU.
+
+        On Apple's MPS, which records no peak, it is the memory that is held now.
+        """
         if self.torch_device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.torch_device) / 1e9
         if self.torch_device.type == "mps":
@@ -45,13 +48,14 @@ class Device:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
     def synchronize(self) -> None:
-        """Waits for the device, so that a clock read afterwards tells the truth."""
+        """Waits until the device is idle, so that a clock read afterwards includes its work."""
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
         elif self.torch_device.type == "mps":
             torch.mps.synchronize()
 
     def describe(self) -> str:
+        """Returns the device's name, the number of CPU threads and the precision, in words."""
         kind = self.torch_device.type
         name = torch.cuda.get_device_name(self.torch_device) if kind == "cuda" else kind
         precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
@@ -60,7 +64,7 @@ class Device:
 
 
 def reset_peak_memory(kind: str) -> None:
-    """Starts the peak of memory anew, so that a sweep's second job doesn't report the first's."""
+    """Resets the peak, so that a later job of a sweep doesn't report that of an earlier one."""
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif os.access(PROC / "clear_refs", os.W_OK):
@@ -68,24 +72,24 @@ def reset_peak_memory(kind: str) -> None:
 
 
 def open_device(kind: str, precision: str) -> Device:
-    """The device asked for, or `auto`: the best there is.
+    """Returns the device of this kind and resets its peak memory.
 
     Args:
-        kind: auto, cpu, cuda or mps.
-        precision: auto (bf16 where the hardware computes it fast), bf16 or fp32.
+        kind: cpu, cuda or mps; auto takes the first of cuda, mps and cpu that is available.
+        precision: bf16 or fp32; auto is bf16 on a GPU that supports it, else fp32.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: this machine doesn't have the device.
     """
-    present = {
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if kind == "auto":
-        kind = next(name for name, there in present.items() if there)
-    if not present[kind]:
-        choices = ", ".join(name for name, there in present.items() if there)
+        kind = next(name for name, is_available in available.items() if is_available)
+    if not available[kind]:
+        choices = ", ".join(name for name, is_available in available.items() if is_available)
         raise ConfigError(
             f"device={kind}: this machine has none; use device={choices} or auto.",
             key="device",

@@ -1,6 +1,6 @@
-"""What passes between the stages.
+"""The data types that the stages of a training step pass to each other.
 
-Shape letters, here and everywhere: B prompts a step, G completions a prompt (the group),
+Shape letters, here and in all modules: B prompts a step, G completions a prompt (the group),
 N = B*G completions in order b*G+g, P prompt tokens, C completion tokens, V vocabulary.
 """
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def strip_or_none(text: str) -> str | None:
+    """Returns the text without surrounding white space, or None if nothing is left."""
     return text.strip() or None
 
 
@@ -27,18 +28,18 @@ class Example:
     answer: str
     # A completion's text -> score in [0, 1], 1 is right; a Failure where it could not be verified.
     verify: Callable[[str], float | Failure]
-    columns: Mapping[str, Any] = field(default_factory=dict)  # everything else the row holds
-    source: str = ""  # which of the sets of a mix it is from
-    messages: tuple[Mapping[str, str], ...] = ()  # the question, where it is a chat already
-    extract_answer: Callable[[str], str | None] = (
-        strip_or_none  # a completion's answer, for majority votes
-    )
-    lenient: Callable[[str], float | Failure] | None = None  # verify, wherever the answer stands
+    columns: Mapping[str, Any] = field(default_factory=dict)  # all other columns of the row
+    source: str = ""  # the name of its data set within a mix
+    messages: tuple[Mapping[str, str], ...] = ()  # the question, if it already is a chat
+    # Gets the answer out of a completion's text, for majority votes.
+    extract_answer: Callable[[str], str | None] = strip_or_none
+    # Like verify, but finds the answer anywhere.
+    lenient: Callable[[str], float | Failure] | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example as the model reads it."""
+    """An example, rendered and tokenized for the model."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -47,13 +48,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn, in the order of the fields; what is left out changes nothing."""
+    """How the next token is drawn. Steps apply in the order of the fields; defaults do nothing."""
 
-    temperature: float  # divides the logits; 0 is greedy, where log-probabilities are at 1
-    repetition_penalty: float = 1.0  # divides a positive logit of a token seen before; CTRL's
-    top_k: int = 0  # only the likeliest so many; 0: all
-    top_p: float = 1.0  # only the likeliest that make up this much of the probability
-    min_p: float = 0.0  # only those at least this likely, next to the likeliest
+    temperature: float  # divides the logits; 0 is greedy, with log-probabilities at temperature 1
+    # Divides the positive logits of tokens seen before, and multiplies the negative ones (CTRL).
+    repetition_penalty: float = 1.0
+    top_k: int = 0  # keeps the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keeps the likeliest tokens that together have this probability
+    min_p: float = 0.0  # keeps tokens at least this likely, relative to the likeliest
     stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of these
 
     @property
@@ -63,10 +65,11 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
-        """Whether it leaves out tokens."""
+        """Whether some tokens can't be drawn."""
         return (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
 
     def as_greedy(self) -> Sampling:
+        """Returns the same settings at temperature 0."""
         return replace(self, temperature=0.0)
 
 
@@ -75,22 +78,24 @@ class Rollout:
     """G sampled completions for each of B prompts, right-padded; row b*G+g answers prompt b."""
 
     prompts: tuple[Prompt, ...]  # B
-    tokens_NC: Tensor  # int64; what stands past a row's length is padding
-    logprobs_NC: Tensor  # float32, the sampler's, of what it sampled from; 0 past a row's length
-    lengths_N: Tensor  # int64, the end-of-sequence token counted
+    tokens_NC: Tensor  # int64; padding after a row's length
+    # float32, the sampler's, under the distribution that it sampled from; 0 after a row's length.
+    logprobs_NC: Tensor
+    lengths_N: Tensor  # int64, with the end-of-sequence token
     truncated_N: Tensor  # bool: stopped by max_new_tokens, not by an end-of-sequence token
-    texts: tuple[str, ...]  # N, without what ends them and padding
-    # The sampler's log-probabilities are the policy's, but for rounding in fp32. Not so where it
-    # computes in bf16, or is another engine: what it says is then near the policy's and no more.
+    texts: tuple[str, ...]  # N, without end tokens and padding
+    # True: the sampler's log-probabilities equal the policy's up to fp32 rounding. False: they only
+    # approximate them, because the sampler computes in bf16 or is another engine.
     exact_logprobs: bool = True
 
     @property
     def num_generation(self) -> int:
+        """G, the number of completions a prompt."""
         return len(self.texts) // len(self.prompts)
 
     @property
     def mask_NC(self) -> Tensor:
-        """True on each row's own tokens: the end-of-sequence token is an action, padding is not."""
+        """[N, C] bool: true on a row's tokens, its end-of-sequence token too; false on padding."""
         import torch
 
         positions_C = torch.arange(self.tokens_NC.shape[1], device=self.lengths_N.device)
@@ -99,7 +104,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion as a reward sees it."""
+    """One completion, as rewards receive it."""
 
     prompt: str
     completion: str
@@ -110,21 +115,22 @@ class Sample:
 
     @property
     def answer(self) -> str:
+        """The gold answer of the example."""
         return self.example.answer
 
     @cached_property
     def verdict(self) -> float | Failure:
-        """What the data set's own verifier says, in [0, 1]; 1 is right. Asked once."""
+        """The score of the data set's verifier, in [0, 1]; 1 is right. Computed once."""
         return self.example.verify(self.completion)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """In place of a reward: it could not be worked out, which says nothing of the completion.
+    """A reward's return value when it can't be computed, for no fault of the completion.
 
-    The completion then has no total, whatever its other rewards say: it takes no part in baseline
-    and scale, and is not trained on. Failures are counted and logged. None instead of a number
-    means that the reward doesn't apply, and leaves the total to the others.
+    The completion then has no total, whatever its other rewards are: it is left out of baseline
+    and scale, and is not trained on. Failures are counted and logged. A reward that returns None
+    instead of a number doesn't apply; the total is then the sum of the others.
     """
 
     reason: str
@@ -132,24 +138,24 @@ class Failure:
 
 @dataclass(frozen=True)
 class Scores:
-    """The rewards of a rollout, part by part and in sum.
+    """The rewards of a rollout, each by itself and their sum.
 
-    NaN in a part: the reward doesn't apply to this completion, or failed. NaN in the sum: none
-    applies, or one failed.
+    NaN in a part: the reward doesn't apply to this completion, or failed. NaN in the total: no
+    reward applies, or one failed.
     """
 
     parts: Mapping[str, Tensor]  # name -> [N] float32, before its weight
     weights: Mapping[str, float]
     total_BG: Tensor  # float32: the weighted sum of the parts
-    right_BG: Tensor  # bool: what the data set's own verifier says
-    failures: Mapping[str, Mapping[int, str]]  # name -> row -> why it could not be worked out
-    sources: tuple[str, ...]  # B
+    right_BG: Tensor  # bool: the data set's verifier says that the completion is right
+    failures: Mapping[str, Mapping[int, str]]  # name -> row -> why it couldn't be computed
+    sources: tuple[str, ...]  # B, the data set of each prompt within a mix
 
     def stack_parts(self) -> tuple[Tensor, Tensor]:
-        """The parts as [R, B, G] and their weights [R].
+        """Returns the parts as [R, B, G] and their weights [R].
 
-        A completion without a total has none of the parts either: what is known of it is not to be
-        compared with the same reward of others.
+        All parts of a completion without a total are NaN, so that those which are known are not
+        compared with the same reward of other completions.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""Adapters: trained alone, switched off without a trace, saved, merged, gone on with."""
+"""Tests that adapters are trained alone, and can be switched off, saved, merged and resumed."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def scores(
 ) -> Tensor:
     with fast_forward_pass(
         model
-    ):  # as LanguageModel computes, so that equal is equal to the last bit
+    ):  # as LanguageModel computes, so that numbers are equal to the last bit
         return score_completions(forward(model, Head(model), batch), batch, READOUT).logprobs
 
 
 def stir(model: PreTrainedModel) -> None:
-    """Gives the adapter, which changes nothing at first, something to say."""
+    """Changes the adapter's weights, since a fresh adapter has no effect."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,7 +98,7 @@ def test_the_reference_is_the_model_with_the_adapter_switched_off(
     trained = [p.requires_grad for p in tiny.model.parameters()]
     found = score_completions(reference.compute_features(batch), batch, READOUT).logprobs
     assert torch.equal(found, before)
-    assert not torch.allclose(scores(tiny.model, batch), before)  # and on again
+    assert not torch.allclose(scores(tiny.model, batch), before)  # the adapter is on again
     assert [p.requires_grad for p in tiny.model.parameters()] == trained
 
 
@@ -141,7 +141,7 @@ def test_a_saved_adapter_loads_in_transformers_and_here(
 def test_an_adapter_over_experts_is_kept_moved_and_merged(
     family: str, tmp_path: Path, device: Device
 ) -> None:
-    """Of a mixture's experts peft wraps two weights of one module, a layer in a layer."""
+    """In a mixture's experts, peft wraps two weights of one module as nested layers."""
     shape = {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2}
     if family == "Qwen3Moe":
         shape |= {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
@@ -186,7 +186,7 @@ def test_an_adapter_of_another_shape_is_refused(tiny: LanguageModel, tmp_path: P
 def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
     adapter: str, grpo: Grpo, tmp_path: Path, device: Device
 ) -> None:
-    """Four steps in one go and in two: the same numbers and weights, whatever the adapter."""
+    """Four steps in one run and in two give the same numbers and weights, with all adapters."""
     common = [
         "experiment=smoke", f"adapter={adapter}", "learning_rate=1e-3", "tracking=none",
         "dataset.eval_size=8", "eval.every=0", "kl.sync_every=2",
@@ -253,25 +253,25 @@ def test_an_adapters_folder_is_no_model_to_begin_with(
     tiny.save(tmp_path / "adapter")
     code, printed = grpo("model=local", "model.path=adapter", "tracking=none")
     assert code == 2
-    assert "model.path=adapter: holds an adapter alone" in printed
+    assert "model.path=adapter: holds only an adapter" in printed
 
 
 def test_tied_embeddings_are_not_adapted_alone(grpo: Grpo) -> None:
     code, printed = grpo("adapter=lora", "adapter.target=[q_proj,embed_tokens]", "tracking=none")
     assert code == 2
-    assert "output layer too" in printed
+    assert "also its output layer" in printed
 
 
 @pytest.mark.slow
 def test_a_moved_reference_is_not_forgotten(grpo: Grpo, tmp_path: Path) -> None:
-    """Moved in the first part, and kept as it is by the second and third."""
+    """The first part moves the reference; the second and third keep it."""
     common = ["experiment=smoke", "tracking=none", "dataset.eval_size=4", "learning_rate=1e-3"]
     assert grpo(*common, "max_steps=2", "kl.sync_every=1", "hydra.run.dir=run")[0] == 0
     for steps in (3, 4):
         code, printed = grpo("resume=run", "kl.sync_every=0", f"max_steps={steps}")
         assert code == 0, printed
     kls = [row["kl/k2"] for row in lines(tmp_path / "run/metrics.jsonl")[1:]]
-    assert kls[2] < 1e-9 < kls[3]  # the reference had just been moved to where the policy was
+    assert kls[2] < 1e-9 < kls[3]  # the reference had just been set to the policy
     kept = [
         torch.load(tmp_path / f"run/checkpoints/step_{step}/trainer.pt", weights_only=True)
         for step in (3, 4)
@@ -298,7 +298,7 @@ def test_a_kl_that_is_added_later_begins_with_its_own_weight(grpo: Grpo, tmp_pat
 def test_merged_weights_are_handed_over_one_layer_at_a_time(
     dora: bool, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same as the merged model's, and no more than one layer is ever copied."""
+    """They equal the merged model's weights, and at most one layer is copied at a time."""
     add_adapter(tiny.model, replace(LORA, dora=dora), seed=0)
     stir(tiny.model)
     expected = dict(adapter_module.merge_adapter(tiny.model).named_parameters())

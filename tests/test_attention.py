@@ -1,4 +1,4 @@
-"""A tree's attention, in pieces or expanded, against each way from root to leaf by itself."""
+"""Compares a tree's attention, split or expanded, with that of each path from root to leaf."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS, KEY_HEADS, WIDTH = 6, 2, 8
 
 
 def tensors(tree: Tree, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a tree's tokens, in float64."""
+    """Makes queries, keys and values of a tree's tokens, in float64."""
     generator = torch.Generator().manual_seed(seed)
     tokens = tree.prompt_tokens + sum(tree.lengths)
 
@@ -33,7 +33,7 @@ def tensors(tree: Tree, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def by_hand(
     queries: Tensor, keys: Tensor, values: Tensor, tree: Tree, how: AttentionScoring
 ) -> Tensor:
-    """[T, H, d] by the definition: each token over its own past, one head at a time."""
+    """Computes attention [T, H, d] by its definition, for one token and one head at a time."""
     out = torch.zeros(queries.shape[1], HEADS, WIDTH, dtype=queries.dtype)
     ways = [list(range(part.start, part.stop)) for part in tree.prompt_slices]
     places = [(way, i) for way in ways for i in range(len(way))]
@@ -91,7 +91,7 @@ def test_expanded_is_the_definition(tree: Tree, window: int | None, softcap: flo
         attend_expanded(queries, keys, values, tree, how),
         by_hand(queries, keys, values, tree, how),
         check_dtype=False,
-        atol=2e-6,  # a cap's softmax is taken in fp32
+        atol=2e-6,  # with a soft cap, the softmax is in fp32
         rtol=1e-5,
     )
 
@@ -101,7 +101,7 @@ def test_expanded_is_the_definition(tree: Tree, window: int | None, softcap: flo
 def test_one_token_at_a_time_is_the_same_as_all_at_once(
     window: int | None, softcap: float | None
 ) -> None:
-    """Through the cache, with rows leaving on the way: unequal prompts, then unequal groups."""
+    """Attends through the cache while rows are dropped, with unequal prompts and groups."""
     tree = Tree((5, 3, 4), (6,) * 9)
     how = AttentionScoring(0.3, window, softcap)
     queries, keys, values = (x.detach().float() for x in tensors(tree))
@@ -121,4 +121,4 @@ def test_one_token_at_a_time_is_the_same_as_all_at_once(
         positions = [tree.prompt_lengths[n // 3] + column for n in alive]
         assert cache.next_positions().tolist() == positions
         cache.num_written += 1
-    assert alive == [2, 6]  # of the first and the last prompt; the second is gone
+    assert alive == [2, 6]  # rows of the first and the last prompt; the second is dropped

@@ -1,4 +1,4 @@
-"""Training in bf16, as on a GPU: by its branches, on a CPU."""
+"""Tests training in bf16 on a CPU, by the branches that a GPU takes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 def test_each_combination_is_on_policy(
     algorithm: str, kl: str, adapter: str, grpo: Grpo, tmp_path: Path
 ) -> None:
-    """With one update a step every ratio is 1, to the last bit; at first the KL is 0."""
+    """With one update a step every ratio is exactly 1, and the first KL is 0."""
     code, printed = grpo(
         f"algorithm={algorithm}", f"kl={kl}", f"adapter={adapter}", *BF16, *SHORT,
         "learning_rate=1e-3",
@@ -77,7 +77,7 @@ def test_each_combination_is_on_policy(
 def test_several_updates_start_from_the_policy_that_is_updated(
     algorithm: str, engine: str, grpo: Grpo, tmp_path: Path
 ) -> None:
-    """At a rate that moves nothing all ratios are 1, but for other micro-batches."""
+    """At a learning rate that changes nothing, ratios are 1 up to the rounding of micro-batches."""
     code, printed = grpo(
         f"algorithm={algorithm}", f"rollout={engine}", *BF16, *SHORT, "learning_rate=1e-30",
         "algorithm.num_iterations=2", "algorithm.minibatches=2",
@@ -89,7 +89,7 @@ def test_several_updates_start_from_the_policy_that_is_updated(
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses every operation that makes a float64, which MPS doesn't have."""
+    """Refuses all operations that make a float64, which MPS doesn't support."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -129,7 +129,7 @@ def test_a_step_makes_no_float64(
 
 @pytest.mark.parametrize("engine", ["native", "hf"])
 def test_a_cpu_of_its_own_branches_trains(engine: str, grpo: Grpo, tmp_path: Path) -> None:
-    """With the products and kernels that a CPU has, whichever they are."""
+    """Trains with the products and kernels that this CPU uses."""
     code, printed = grpo(f"rollout={engine}", *BF16, *SHORT, "learning_rate=1e-3")
     assert code == 0, printed
     steps = steps_of(tmp_path)
@@ -142,7 +142,7 @@ def test_a_cpu_of_its_own_branches_trains(engine: str, grpo: Grpo, tmp_path: Pat
 
 @pytest.mark.usefixtures("gpu_branches")
 def test_resumed_it_gives_the_same_numbers(grpo: Grpo, tmp_path: Path) -> None:
-    """Bit for bit: four steps at once, or two and then two more."""
+    """Four steps at once give the same bits as two and then two more."""
     job = [
         "device=cpu", "device.precision=bf16", "tracking=none", *SHORT, "eval.every=2",
         "learning_rate=1e-3", "kl_weight=0.1", "algorithm.minibatches=2",
@@ -163,13 +163,13 @@ def test_resumed_it_gives_the_same_numbers(grpo: Grpo, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    """SmolLM2-135M's folder, from the hub's cache or the wheel."""
+    """Returns SmolLM2-135M's folder, from the hub's cache or the wheel."""
     own = OmegaConf.load(ROOT / "conf/model/smollm2_135m.yaml")
     return find_model_folder(own.name, own.id, None, None, OmegaConf.to_container(own.wheel))
 
 
 class KeepsGradient(Optimizer):
-    """The gradient of its step, end to end, in fp32 on the CPU."""
+    """Keeps the gradient of its step, concatenated, in fp32 on the CPU."""
 
     gradient: Tensor
 
@@ -199,10 +199,10 @@ def chats(policy: LanguageModel) -> list[Prompt]:
 def gradient_of_step(
     policy: LanguageModel, reference: Reference, rollout: Rollout, ratio: Ratio
 ) -> tuple[Tensor, dict[str, float]]:
-    """Of random advantages, and a KL to a reference that the policy has moved away from.
+    """Returns a step's gradient, with random advantages and a KL to a different reference.
 
-    The rollout counts as the policy's own, so that no token is weighed by how likely it was in
-    another precision.
+    The rollout counts as the policy's, so that no token is weighted by its probability in another
+    precision.
     """
     limit, sampling = Budget.from_tokens(2048).forward_limit, Sampling(1.0)
     term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
@@ -244,7 +244,7 @@ def test_the_gradient_is_that_of_fp32(smollm2: Path) -> None:
 
 
 def vowels(samples: Sequence[Sample]) -> list[float]:
-    """A reward that differs from one completion to the next."""
+    """Returns rewards that differ between completions."""
     return [sum(x in "aeiou" for x in s.completion) / (1 + len(s.completion)) for s in samples]
 
 
@@ -254,9 +254,9 @@ def vowels(samples: Sequence[Sample]) -> list[float]:
 def test_gspo_is_on_policy_with_a_real_model(
     minibatches: int, grpo: Grpo, smollm2: Path, tmp_path: Path
 ) -> None:
-    """Its clip is so narrow that a sampler's rounding alone would put most of a rollout outside.
+    """GSPO's clip is so narrow that a sampler's rounding alone would clip most of a rollout.
 
-    At a rate that moves nothing, where there are several updates.
+    With several updates, the learning rate is one that changes nothing.
     """
     code, printed = grpo(
         "model=local", f"model.path={smollm2}", "algorithm=gspo", "rollout=native", *BF16, *SHORT,
@@ -270,4 +270,4 @@ def test_gspo_is_on_policy_with_a_real_model(
         assert step["policy/ratio_max"] == 1.0
         assert step["policy/clip_fraction"] == 0.0
         assert step["optim/grad_norm"] > 0
-        assert step["sampler/importance_max"] > 1.01  # the sampler does round otherwise
+        assert step["sampler/importance_max"] > 1.01  # the sampler rounds differently

@@ -1,4 +1,4 @@
-"""From gigabytes to tokens, and on with fewer of them once memory has run out."""
+"""Tests how token limits follow from memory, and how they are halved when it runs out."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ HELD = MemoryNeeds(training_gb=1.0, sampling_gb=2.0, token_bytes=1e6, position_b
 
 
 def test_tokens_are_what_memory_holds_beside_all_else() -> None:
-    """3 GB, of which libraries take 0.7 and weights 1.0: 1.3 GB at 1 MB a token."""
+    """Of 3 GB, libraries take 0.7 and weights 1.0, so 1.3 GB are left at 1 MB a token."""
     budget = choose_budget(CPU, 3.0, None, None, HELD, longest=100)
     assert budget.forward_limit.max_at_once == pytest.approx(1300, abs=1)
-    assert budget.forward_limit.tokens == 1024  # more is no faster on a CPU
+    assert budget.forward_limit.tokens == 1024  # more are no faster on a CPU
     assert budget.cache_limit.max_at_once == pytest.approx(3000, abs=1)  # 0.3 GB at 0.1 MB
     little = choose_budget(CPU, 2.0, None, None, HELD, longest=100).forward_limit
     assert little.tokens == little.max_at_once == pytest.approx(300, abs=1)
@@ -46,7 +46,7 @@ def test_tokens_are_what_memory_holds_beside_all_else() -> None:
 
 
 def test_less_memory_than_one_completion_takes_is_refused() -> None:
-    """1.7 GB before any token, 0.1 GB for 100 of them."""
+    """1.7 GB are needed without tokens, and 0.1 GB for 100 of them."""
     with pytest.raises(ConfigError, match=r"device.memory_gb=1.75: .* 100 tokens, take 1.8 GB"):
         choose_budget(CPU, 1.75, None, None, HELD, longest=100)
     assert choose_budget(CPU, 1.81, None, None, HELD, longest=100).forward_limit.max_at_once in (
@@ -67,7 +67,7 @@ def test_what_a_model_holds_is_counted(tiny: LanguageModel) -> None:
     assert beside.training_gb - alone.training_gb == pytest.approx(4e-9 * weights, rel=0.01)
     small = estimate_memory(tiny, replace(WORK, optimizer="adamw_8bit"))
     assert alone.training_gb - small.training_gb == pytest.approx(6e-9 * weights, rel=0.01)
-    # Twice 4 bytes of 4 layers' 3 heads of 64.
+    # Keys and values: 2 x 4 bytes x 4 layers x 3 heads x width 64.
     config = tiny.model.config
     heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     by_hand = 2 * 4 * config.num_hidden_layers * heads + 12 * config.vocab_size / 10
@@ -90,7 +90,7 @@ def test_the_copies_that_autocast_makes_are_no_tokens(tiny: LanguageModel) -> No
         for x in tiny.model.model.modules()
         if isinstance(x, torch.nn.Linear)
     )
-    head = config.vocab_size * config.hidden_size  # its own copy, for as long as it is read
+    head = config.vocab_size * config.hidden_size  # a copy that exists while the head is used
     more = 2 * HEAP_OVERHEAD_IN_BF16 * products + 2 * head
     assert (narrow.training_gb - wide.training_gb) * 1e9 == pytest.approx(more, rel=0.01)
     row = 12 * config.vocab_size / 10
@@ -188,7 +188,7 @@ RUN = (
 
 
 def run_within(megabytes: int, folder: Path) -> tuple[str, dict[str, float]]:
-    """What a run says and measures that has so many megabytes beside its libraries; 0: any."""
+    """Returns output and metrics of a run limited to so many megabytes beside libraries; 0: all."""
     folder.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(megabytes), *RUN],
@@ -204,7 +204,7 @@ def run_within(megabytes: int, folder: Path) -> tuple[str, dict[str, float]]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process as Linux does")
 @pytest.mark.slow
 def test_a_run_that_is_out_of_memory_goes_on_with_less(tmp_path: Path) -> None:
-    """Really out of memory, twice or more; the step's numbers are those of a run with room."""
+    """A run that really ran out of memory twice or more has the numbers of one with enough."""
     roomy, expected = run_within(0, tmp_path / "roomy")
     narrow, found = run_within(600, tmp_path / "narrow")
     assert "out of memory" not in roomy
@@ -215,7 +215,7 @@ def test_a_run_that_is_out_of_memory_goes_on_with_less(tmp_path: Path) -> None:
 
 
 def test_vllm_takes_what_is_free_beside_the_policy() -> None:
-    """60 of 80 GB: 95% of that is 0.71 of the whole, 56.8; less 3 of weights and 2 to work with."""
+    """60 of 80 GB are free: a share of 0.71 is 56.8 GB, of which weights take 3, workspace 2."""
     share, room = compute_gpu_share(60 * 10**9, 80 * 10**9, 3 * 10**9)
     assert share == 0.71
     assert room == pytest.approx(51.8e9)

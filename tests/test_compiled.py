@@ -1,4 +1,4 @@
-"""Compiled code gives torch's numbers, and where it can't be compiled the same comes from torch."""
+"""Tests that compiled code gives torch's numbers, and that torch replaces it without compiler."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_compiler = pytest.mark.skipif(kernel.load_kernel() is None, reason="no C c
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", range(1, 27))  # what is left of a tile is of every size
+@pytest.mark.parametrize("rows", range(1, 27))  # includes remainders of a tile of all sizes
 @settings(max_examples=8)
 @given(
     inputs=st.integers(1, 70), columns=st.integers(1, 4), biased=st.booleans(), added=st.booleans()
@@ -65,7 +65,7 @@ def test_norm_and_gate_are_torchs_also_far_out() -> None:
 def plain_attention(
     keys: KeyValueBuffers, asked: Tensor, written: int, scale: float, window: int
 ) -> Tensor:
-    """One row and one head at a time, in double."""
+    """Computes attention one row and one head at a time, in float64."""
     out = torch.empty_like(asked)
     repeats = asked.shape[1] // keys.keys.shape[1]
     for n in range(asked.shape[0]):
@@ -115,19 +115,19 @@ def test_attention_is_a_softmax_over_prompt_and_own(
         torch.tensor(lengths),
     )
     before = [x.clone() for x in (keys.keys, keys.values)]
-    together = random(len(rows), kv_heads * (repeats + 2), width)  # as one product makes them
+    together = random(len(rows), kv_heads * (repeats + 2), width)  # as one product computes them
     asked, key, value = together.split([kv_heads * repeats, kv_heads, kv_heads], dim=1)
     found = keys.attend(asked, key, value, written, 0.3, window)
     for now, old, new in zip((keys.keys, keys.values), before, (key, value), strict=True):
         old[:, :, written] = new
-        assert torch.equal(now, old)  # the newest is added, and nothing else is written
+        assert torch.equal(now, old)  # only the new token is written
     expected = plain_attention(keys, asked, written, 0.3, window or 10**6)
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing compiled yet."""
+    """Uses an empty cache folder, so that nothing is compiled yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
 

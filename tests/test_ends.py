@@ -1,4 +1,4 @@
-"""Where prompts begin, where completions end, and what of them is text: tokenizers disagree."""
+"""Tests where prompts begin and completions end, and what their text is, for many tokenizers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def edited(
     template: str | None = None,
     tokenizer: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Path:
-    """The tiny model with other values in its files; a value of None takes the key out."""
+    """Writes the tiny model with other values in its files; a value of None removes the key."""
     shutil.copytree(TINY, folder)
     for name, values in configs.items():
         file = folder / f"{name}.json"
@@ -54,7 +54,7 @@ def edited(
 
 
 GENERATION, CONFIG, TOKENIZER = "generation_config", "config", "tokenizer_config"
-OWN = {"_from_model_config": None}  # a file that says something of its own
+OWN = {"_from_model_config": None}  # makes transformers read the file's values
 WORD = 65  # an ordinary token
 
 
@@ -62,11 +62,11 @@ WORD = 65  # an ordinary token
     ("configs", "template", "ends"),
     [
         ({}, None, {TURN_END}),
-        # All that name one are right.
+        # Every source that names an end token counts.
         ({GENERATION: {**OWN, "eos_token_id": 0}, CONFIG: {"eos_token_id": 0}}, UNENDED, {0, 2}),
         ({GENERATION: {**OWN, "eos_token_id": [0, WORD, 0]}}, UNENDED, {0, 2, WORD}),
         ({TOKENIZER: {"eos_token": "<|endoftext|>"}}, UNENDED, {0, 2}),
-        # Only the template writes an end of turns, or it writes none, or it can't be asked.
+        # Only the template writes an end of turns, or it writes none, or it can't be rendered.
         (
             {
                 GENERATION: {"eos_token_id": 0},
@@ -78,7 +78,7 @@ WORD = 65  # an ordinary token
         ),
         ({TOKENIZER: {"eos_token": None}, CONFIG: {"eos_token_id": 2}}, ENDED_BY_TEXT, {0, 2}),
         ({}, RAISES, {TURN_END}),
-        # A class's own default may be any word of this vocabulary; beyond it nothing ends.
+        # A class's default may be any word of this vocabulary; ids outside of it end nothing.
         ({GENERATION: {"eos_token_id": WORD}, CONFIG: {"eos_token_id": WORD}}, UNENDED, {2}),
         ({GENERATION: {**OWN, "eos_token_id": 50256}}, UNENDED, {2}),
         ({GENERATION: {"eos_token_id": None}, CONFIG: {"eos_token_id": None}}, UNENDED, {2}),
@@ -108,15 +108,15 @@ def test_a_model_that_names_no_end_is_refused(tmp_path: Path, device: Device) ->
 def test_a_model_that_can_write_no_end_says_so(
     tmp_path: Path, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its vocabulary is of 319 tokens, 0 to 318."""
+    """The vocabulary has 319 tokens, 0 to 318, and the end token is 319."""
 
     def folder(name: str, pad: str | None) -> Path:
         beyond = {name: {"eos_token_id": 319} for name in (GENERATION, CONFIG)}
-        made = edited(tmp_path / name, beyond, UNENDED)
-        file = made / "tokenizer_config.json"
-        own = {"eos_token": None, "pad_token": pad}
-        file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
-        return made
+        model_folder = edited(tmp_path / name, beyond, UNENDED)
+        file = model_folder / "tokenizer_config.json"
+        tokens = {"eos_token": None, "pad_token": pad}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **tokens}))
+        return model_folder
 
     assert load_language_model(folder("padded", "<|im_end|>"), device).end_ids == (319,)
     assert "no token that ends a completion" in caplog.text
@@ -133,13 +133,13 @@ def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
 def test_special_tokens_stay_in_the_text_but_for_its_end(
     engine: Callable[..., Engine], tmp_path: Path, device: Device
 ) -> None:
-    """Digits that are special tokens here: the tiny model writes the same, and it is read whole."""
+    """Makes digits special tokens: the tiny model's completions keep the same text with digits."""
 
     def digits_are_special(content: dict[str, Any]) -> None:
         for digit in "0123456789":
-            own = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
             id = content["model"]["vocab"][digit]
-            content["added_tokens"].append({"id": id, "content": digit, "special": True, **own})
+            content["added_tokens"].append({"id": id, "content": digit, "special": True, **flags})
         content["added_tokens"].sort(key=lambda token: token["id"])
 
     plain = load_language_model(TINY, device)
@@ -169,7 +169,7 @@ def test_special_tokens_stay_in_the_text_but_for_its_end(
 
 
 def test_what_a_text_shows(tmp_path: Path, device: Device) -> None:
-    """A turn's beginning was written, and is shown; an end that is a word is one."""
+    """The text shows a token that begins a turn, and an end token that is an ordinary word."""
     ends = {GENERATION: {**OWN, "eos_token_id": [TURN_END, WORD]}}
     model = load_language_model(edited(tmp_path / "m", ends), device)
     word = model.tokenizer.decode([WORD])
@@ -179,7 +179,7 @@ def test_what_a_text_shows(tmp_path: Path, device: Device) -> None:
 
 
 def puts(before: tuple[int, ...], behind: tuple[int, ...]) -> Callable[[dict[str, Any]], None]:
-    """A tokenizer that puts special tokens before and behind every text."""
+    """Edits a tokenizer so that it puts special tokens before and after every text."""
     names = {0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>"}
 
     def edit(content: dict[str, Any]) -> None:
@@ -208,14 +208,14 @@ def test_a_prompt_is_begun_once_and_not_ended(
     template = "{{ bos_token }}{{ messages[0]['content'] }}"
     folder = edited(tmp_path / "m", begin, template, puts(before, behind))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    own = AutoTokenizer.from_pretrained(TINY).encode(text)
+    text_ids = AutoTokenizer.from_pretrained(TINY).encode(text)
     for chat in (False, True):
         example = Example(text, "", lambda _: 0.0)
         _, ids = PromptFormat(None, (), chat, {}, 512).render(example, tokenizer)
         begins = [TEXT_END] if chat else list(before)
-        if own[0] == TEXT_END and begins[-1:] == [TEXT_END]:
+        if text_ids[0] == TEXT_END and begins[-1:] == [TEXT_END]:
             begins = begins[:-1]
-        assert list(ids) == [*begins, *own]
+        assert list(ids) == [*begins, *text_ids]
 
 
 PARTS = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"

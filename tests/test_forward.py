@@ -1,4 +1,4 @@
-"""The shared-prefix, chunked forward gives the plain padded forward's numbers and gradients."""
+"""Tests that the shared, chunked forward gives the plain forward's numbers and gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def scored(
 
 
 def random_batch() -> Completions:
-    """Three prompts of lengths 9, 4 and 1, four completions each of 1 to 11 tokens."""
+    """Makes three prompts of 9, 4 and 1 tokens, with four completions of 1 to 11 tokens each."""
     generator = torch.Generator().manual_seed(1)
     lengths_N = torch.tensor([11, 1, 5, 2, 7, 7, 3, 11, 1, 1, 4, 9])
     return Completions(
@@ -47,7 +47,7 @@ def random_batch() -> Completions:
 
 
 def unpadded_logprobs(model: PreTrainedModel, batch: Completions, n: int) -> Tensor:
-    """Row n alone: no padding, no cache, no chunk, the model's own logits and torch's softmax."""
+    """Scores row n alone from the model's own logits, without padding, cache and chunks."""
     b = n // batch.rows_per_prompt
     prompt = batch.prompts_BP[b, -int(batch.prompt_lengths_B[b]) :]
     completion = batch.tokens_NC[n][batch.mask_NC[n]]
@@ -84,14 +84,14 @@ def test_scores_and_gradients_equal_the_plain_forwards(
 
 
 def test_a_part_of_a_batch_is_a_batch(small_model: PreTrainedModel) -> None:
-    """Its rows have their own prompts, which a repetition penalty asks for."""
+    """The rows of a part have copies of their prompts, which a repetition penalty needs."""
     batch, head = random_batch(), Head(small_model)
     readout = Readout(Sampling(temperature=0.8, repetition_penalty=1.5))
     features = forward_shared_prompt(small_model, head, batch)
     whole = score_completions(features, batch, readout)
     for rows, tokens in split_head_chunks(batch, 20):
-        own, part = features.select_detached(tokens), batch.select_rows(rows)
-        scores = score_completions(own, part, readout)
+        part_features, part = features.select_detached(tokens), batch.select_rows(rows)
+        scores = score_completions(part_features, part, readout)
         again = score_completions(forward_plain(small_model, head, part), part, readout)
         for a, b, c in zip(whole, scores, again, strict=True):
             assert_close(b, a[rows])
@@ -99,7 +99,7 @@ def test_a_part_of_a_batch_is_a_batch(small_model: PreTrainedModel) -> None:
 
 
 def test_a_second_backward_pass_is_the_first_again(small_model: PreTrainedModel) -> None:
-    """The first overwrites the logits that it was given."""
+    """The first backward pass overwrites its logits."""
     batch = random_batch()
     total = scored(forward_shared_prompt, small_model, batch).logprobs.sum()
     wanted = [p for p in small_model.parameters() if p.requires_grad]
@@ -110,9 +110,9 @@ def test_a_second_backward_pass_is_the_first_again(small_model: PreTrainedModel)
 
 
 def test_gradients_are_bit_for_bit_repeatable(small_model: PreTrainedModel) -> None:
-    """Whatever the threads do: many completions add to the gradient of their prompt's last token.
+    """Many completions add to the gradient of their prompt's last token.
 
-    As many as make torch split the sum over threads, with and without a window.
+    There are enough of them that torch splits the sum over threads, with and without a window.
     """
     generator = torch.Generator().manual_seed(1)
     completions = 1000
@@ -136,7 +136,7 @@ def test_gradients_are_bit_for_bit_repeatable(small_model: PreTrainedModel) -> N
 
 
 def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
-    """Each row scored in the batch equals that row scored alone, without any padding."""
+    """A row's scores in the batch equal those of the row alone, without padding."""
     batch = random_batch()
     scores = scored(forward_shared_prompt, small_model, batch)
     for n in range(12):

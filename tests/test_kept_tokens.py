@@ -1,4 +1,4 @@
-"""What sampling left of the vocabulary stays what it was, however far the policy has moved."""
+"""Tests that the tokens which sampling kept stay the same after the policy has moved."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class SnapshotOptimizer(Optimizer):
 
 @torch.no_grad()
 def logits_of(model: nn.Module, rollout: Rollout, row: int, temperature: float) -> Tensor:
-    """[C, V] before each token of a completion, by a plain forward of it alone."""
+    """Returns the logits [C, V] before each token of a completion, by a separate plain forward."""
     prompt = rollout.prompts[row // rollout.num_generation].token_ids
-    own = rollout.tokens_NC[row, : rollout.lengths_N[row]].tolist()
-    logits_SV = model(input_ids=torch.tensor([[*prompt, *own]])).logits[0]
+    completion = rollout.tokens_NC[row, : rollout.lengths_N[row]].tolist()
+    logits_SV = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
     return logits_SV[len(prompt) - 1 : -1] / temperature
 
 
 def kept_by(logits_V: Tensor, sampling: Sampling) -> set[int]:
-    """The tokens that top-k, top-p or min-p leaves, by their definitions."""
+    """Returns the tokens that top-k, top-p or min-p keeps, by their definitions."""
     probabilities = logits_V.softmax(dim=0).tolist()
     ranked = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
     if sampling.top_k:
@@ -69,7 +69,7 @@ def kept_by(logits_V: Tensor, sampling: Sampling) -> set[int]:
 
 
 def log_ratio(token: int, old_V: Tensor, new_V: Tensor, kept: set[int]) -> float:
-    """log of pi_new / pi_old of a token, both over the same tokens."""
+    """Returns log pi_new / pi_old of a token, both over the same kept tokens."""
     ids = sorted(kept)
     among = old_V[ids].logsumexp(dim=0) - new_V[ids].logsumexp(dim=0)
     return float(new_V[token] - old_V[token] + among)
@@ -79,7 +79,7 @@ def log_ratio(token: int, old_V: Tensor, new_V: Tensor, kept: set[int]) -> float
 def test_a_ratio_is_over_what_the_sampler_kept(
     name: str, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second of two minibatches, after a step that moves the set of each token's rivals."""
+    """Checks the second of two minibatches, after a step that changes which tokens are kept."""
     sampling, limit = SAMPLINGS[name], Budget.from_tokens(150)
     prompts = [
         Prompt(question, tuple(tiny.tokenizer.encode(question)), Example(question, "", float))
@@ -120,7 +120,7 @@ def test_a_ratio_is_over_what_the_sampler_kept(
 
     second = [row for row, (step, _) in ratios.items() if step == 1]
     assert len(second) == len(ratios) / 2 == len(QUESTIONS) * GROUP / 2
-    elsewhere = outside = 0  # places where the new policy would keep others; not even the token
+    elsewhere = outside = 0  # places where the new policy keeps other tokens, or drops this one
     for row in second:
         old_CV = logits_of(before, rollout, row, sampling.temperature)
         new_CV = logits_of(optimizer.after[0], rollout, row, sampling.temperature)

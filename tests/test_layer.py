@@ -1,4 +1,4 @@
-"""Layers written out give transformers' own numbers, and step aside for layers of another kind."""
+"""Tests that `cpu/layer.py` gives transformers' numbers, and leaves other kinds of layers alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has 
 USUAL: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": ARCHITECTURES["llama"],
     "qwen2": ARCHITECTURES["qwen2"],  # with biases
-    # A window shorter than the way to a completion's end.
+    # A window shorter than a prompt with its completion.
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=16, sliding_window=6)),
 }
 TREE = Tree((7, 4), (5, 3, 0, 2))
@@ -60,7 +60,7 @@ def test_states_and_gradients_are_those_of_the_models_own_layers(name: str) -> N
     def found(within: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad()
         with within():  # type: ignore[attr-defined]
-            for _ in range(2):  # the second time, gradients are added to what is there
+            for _ in range(2):  # the second time, it adds to existing gradients
                 states = hidden(model)
                 (states * weight).sum().backward()
         return states, [p.grad for p in model.base_model.parameters() if p.grad is not None]
@@ -113,7 +113,7 @@ def test_a_plain_forward_pass_is_as_ever() -> None:
 
 
 def test_layers_of_another_kind_are_left_alone() -> None:
-    """Gemma's add norms, GPT-2's have no gate, Qwen3's norm each head, bf16 is not for a CPU."""
+    """Gemma has more norms, GPT-2 no gate, Qwen3 a norm for each head, and one model is in bf16."""
     others: list[PreTrainedModel] = [
         ARCHITECTURES["gemma2"](),
         ARCHITECTURES["gpt2"](),
@@ -125,7 +125,7 @@ def test_layers_of_another_kind_are_left_alone() -> None:
 
 
 def test_each_layer_is_tried_for_itself() -> None:
-    """Of SmolLM3's layers, all of one class, every fourth has no positions."""
+    """All of SmolLM3's layers are of one class, but every fourth has no positions."""
     shape = {**SHAPE, "num_hidden_layers": 5}
     model = with_large_weights(lambda: SmolLM3ForCausalLM(SmolLM3Config(**shape)))
     numbers = [layer.module.self_attn.layer_idx for layer in find_supported_layers(model)]

@@ -1,4 +1,4 @@
-"""Lean parts of layers compute what transformers' own do, keep less, and step aside elsewhere."""
+"""Tests that `cpu/modules.py` computes the same as transformers, and keeps less memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has 
 
 
 def kept_bytes(model: PreTrainedModel, tokens: Tensor) -> int:
-    """Memory that a forward pass keeps for its backward, weights not counted."""
+    """Returns the memory that a forward pass keeps for its backward, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -41,7 +41,7 @@ def test_outputs_and_gradients_are_the_modules_own(name: str) -> None:
     for parameter in model.parameters():
         parameter.data.mul_(3)
     modules = {**make_norm_forwards(model), **make_mlp_forwards(model)}
-    assert len(modules) == 3 * 3 + 1  # two norms and a block a layer, and the last norm
+    assert len(modules) == 3 * 3 + 1  # two norms and an MLP a layer, and the last norm
     for module, forward in modules.items():
         x = torch.randn(1, 5, 32, requires_grad=True)
         wanted = [x, *module.parameters()]
@@ -63,7 +63,7 @@ def test_a_lookups_gradient_is_added_to_what_the_weight_has(
     own, plain = (nn.Embedding(20, 8, padding_idx=padding) for _ in range(2))
     plain.load_state_dict(own.state_dict())
     (forward,) = make_embedding_forwards(nn.Sequential(own)).values()
-    tokens = torch.randint(0, 6, (1, 40))  # each several times, padding among them
+    tokens = torch.randint(0, 6, (1, 40))  # each occurs several times, padding too
     for module, look in ((own, forward), (plain, plain)):
         module.weight.grad = torch.ones_like(module.weight) if there else None
         (look(tokens) * torch.arange(40.0)[:, None]).sum().backward()
@@ -90,7 +90,7 @@ def test_a_forward_pass_keeps_a_third_less() -> None:
 
 
 def test_what_computes_something_else_is_left_alone() -> None:
-    """Gemma's norms add 1 to the weight, its blocks have another activation; GPT-2 has neither."""
+    """Gemma's norms add 1 to the weight, its MLPs have another activation; GPT-2 has neither."""
     for name in ("gemma2", "gpt2"):
         model = ARCHITECTURES[name]().eval()
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What a model does with long texts alone, and samplers and models that are tried before use."""
+"""Tests models that treat long texts differently, and the checks of samplers and models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from grpo.types import Rollout, Sampling
 from tests.conftest import SHAPE, build_with_distinct_logits
 from tests.test_rollout import ENGINES, ROOM, prompts_of, wrap
 
-CHANGE = 24  # tokens up to which the longrope model's positions are the short ones
+CHANGE = 24  # the longrope model's positions change beyond so many tokens
 
 
 def longrope() -> PreTrainedModel:
@@ -71,7 +71,7 @@ def recurrent_gemma() -> PreTrainedModel:
 
 
 def falcon_mamba() -> PreTrainedModel:
-    """Its norms have weights that it doesn't use."""
+    """Makes a model whose norms have weights that it doesn't use."""
     config = FalconMambaConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=2,
         pad_token_id=0,
@@ -80,7 +80,7 @@ def falcon_mamba() -> PreTrainedModel:
 
 
 def own_logprobs(model: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
-    """Each row alone, without padding and without a cache."""
+    """Scores each row alone, without padding and without a cache."""
     found = torch.zeros_like(rollout.logprobs_NC)
     for n, length in enumerate(rollout.lengths_N.tolist()):
         prompt = list(rollout.prompts[n // rollout.num_generation].token_ids)
@@ -93,7 +93,7 @@ def own_logprobs(model: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
 
 
 def rescored(policy: LanguageModel, rollout: Rollout) -> torch.Tensor:
-    """As an update reads them."""
+    """Scores a rollout as an update does."""
     return score_rollout(policy, rollout, Readout(Sampling(1.0)), ROOM.forward_limit).logprobs
 
 
@@ -102,7 +102,7 @@ def rescored(policy: LanguageModel, rollout: Rollout) -> torch.Tensor:
 def test_positions_that_change_with_length_stay_the_same_within_a_run(
     device: Device, engine: str, prompts: tuple[int, int], new: int
 ) -> None:
-    """Completions that pass the change, that begin behind it, and that never come near it."""
+    """Completions cross the change of positions, begin after it, or end before it."""
     fresh = build_with_distinct_logits(longrope)
     policy = prepare_for_lengths(
         wrap(build_with_distinct_logits(longrope), device), max(prompts), new
@@ -144,7 +144,7 @@ def test_dynamic_positions_change_where_they_say_so() -> None:
     with torch.no_grad():
         long = models[1](input_ids=texts).logits
         assert_close(models[0](input_ids=texts).logits, long)
-        # The held one reads a beginning as it reads the whole.
+        # The frozen model reads a prefix with the positions of the whole text.
         assert_close(models[0](input_ids=texts[:, :9]).logits, long[:, :9], atol=1e-4, rtol=1e-4)
         assert (models[1](input_ids=texts[:, :9]).logits - long[:, :9]).abs().max() > 1e-2
 
@@ -174,7 +174,7 @@ def test_a_table_of_positions_that_ends_early_is_refused(device: Device) -> None
 
 
 def test_a_sampler_whose_cache_a_model_uses_in_another_way_is_refused(device: Device) -> None:
-    """Differential attention asks its keys twice a layer; the second would replace the first."""
+    """Differential attention calls the cache twice a layer; the second would replace the first."""
     made = build_with_distinct_logits(lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**SHAPE)))
     policy = wrap(made, device)
     with pytest.raises(ConfigError, match=r"rollout=native: .* use rollout=hf"):
@@ -197,7 +197,7 @@ def test_a_sampler_that_fails_is_refused(device: Device, monkeypatch: pytest.Mon
 def test_models_without_an_attention_to_ask_train_on_their_own_numbers(
     device: Device, model: Callable[[], PreTrainedModel]
 ) -> None:
-    """Prompts of different lengths; a reference copied after a pass that keeps a gradient."""
+    """Uses prompts of different lengths, and copies the reference after a pass with gradient."""
     made = build_with_distinct_logits(model)
     policy = wrap(made, device)
     policy = replace(policy, reads_padding=reads_padding(made, policy.head))

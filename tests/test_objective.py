@@ -1,4 +1,4 @@
-"""The math against numbers worked out by hand, and against itself told another way."""
+"""Tests the math against numbers worked out by hand, and against other ways to compute it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_advantages_by_hand(baseline: str, scale: str, expected: list[list[float
 
 
 def test_groups_that_teach_are_made_up_for_by_their_share() -> None:
-    """GPG: one group of two agrees, so the other's advantages count twice."""
+    """GPG: in one group of two all rewards are equal, so the other's advantages count twice."""
     rewards_BG = tensor([[1.0, 0.0], [1.0, 1.0]])
     found = Normalize(group_mean, SCALES["informative_share"])(rewards_BG)
     assert found.tolist() == [[1.0, -1.0], [0.0, 0.0]]
@@ -92,13 +92,13 @@ def test_groups_that_teach_are_made_up_for_by_their_share() -> None:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out", "batch_mean"])
 def test_a_group_that_agrees_has_no_advantage_at_all(baseline: str, scale: str) -> None:
-    # 0.1 has no exact float, so its mean over three need not be 0.1: still exactly zero.
+    # 0.1 has no exact float, so its mean over three may differ from it; the result is still zero.
     normalize = Normalize(BASELINES[baseline], SCALES[scale])
     assert torch.equal(normalize(torch.full((4, 3), 0.1)), torch.zeros(4, 3))
 
 
 def test_a_reward_that_does_not_apply_takes_no_part() -> None:
-    """1, 0 and one that is not there: as a group of two, the third without an advantage."""
+    """Rewards 1, 0 and NaN give the advantages of a group of two, and zero for the third."""
     parts_RBG, weights_R = tensor([[[1.0, 0.0, NAN]]]), tensor([1.0])
     for baseline, expected in ((group_mean, [0.5, -0.5, 0.0]), (leave_one_out, [1.0, -1.0, 0.0])):
         normalize = Normalize(baseline, SCALES["none"])
@@ -113,7 +113,7 @@ def test_a_completion_alone_in_its_group_has_nothing_to_be_compared_with() -> No
 
 
 def test_normalising_each_reward_lets_a_small_one_be_heard() -> None:
-    """A reward of 0 to 100 beside one of 0 to 1: the sum forgets the small one, GDPO doesn't."""
+    """Beside a reward of 0 to 100, one of 0 to 1 has no effect on the sum, but it has in GDPO."""
     parts_RBG = tensor([[[100.0, 100.0, 0.0, 0.0]], [[1.0, 0.0, 1.0, 0.0]]])
     normalize, weights_R = Normalize(group_mean, group_std), tensor([1.0, 1.0])
     summed = sum_then_normalize(parts_RBG, weights_R, normalize)[0]
@@ -173,7 +173,7 @@ def two_distributions(seed: int, size: int = 50) -> tuple[Tensor, Tensor]:
     [(k1, full), (k3, full), (forward_k1, forward_full), (forward_k3, forward_full)],
 )
 def test_unbiased_estimators_are_unbiased(estimator: Estimator, exact: Estimator) -> None:
-    """Their mean over the policy is the divergence: summed over all outcomes, and by sampling."""
+    """The mean over the policy is the divergence, summed over all outcomes or sampled."""
     policy, reference = two_distributions(0)
     expected = exact(policy, reference)
     assert_close((policy.exp() * estimator(policy, reference)).sum(), expected)
@@ -185,7 +185,7 @@ def test_unbiased_estimators_are_unbiased(estimator: Estimator, exact: Estimator
 
 
 def test_k2_is_biased_in_the_third_order_alone() -> None:
-    """Half as far apart, a quarter of the divergence and an eighth of the bias."""
+    """Half the distance gives a quarter of the divergence and an eighth of the bias."""
     policy, _ = two_distributions(0)
     direction = two_distributions(1)[1]
     biases = []
@@ -210,9 +210,9 @@ def test_k2_is_biased_in_the_third_order_alone() -> None:
 def test_whose_gradient_an_estimator_has(
     name: str, direction: str, weighed: bool, gradient_of: str | None
 ) -> None:
-    """What sampling gives on average against autograd of the exact divergence.
+    """Compares the mean gradient of samples with autograd of the exact divergence.
 
-    The probabilities that weigh the samples are no variable; the ratio, where it is asked for, is.
+    The probabilities that weight the samples have no gradient; the ratio, if it is used, has one.
     """
     estimator = ESTIMATORS[direction][name]
     start, reference = two_distributions(2)
@@ -230,11 +230,11 @@ def test_whose_gradient_an_estimator_has(
 
 
 def test_the_weight_follows_the_divergence_by_hand() -> None:
-    """Twice the target: an error of 1, cut to 0.2; 100 of 1000 completions: up by 2%."""
+    """Twice the target is an error of 1, clipped to 0.2; 100 of 1000 completions add 2%."""
     weight = AdaptiveWeight(0.1, target=0.01, horizon=1000)
     weight.observe(0.02, completions=100)
     assert weight.weight == pytest.approx(0.102)
-    weight.observe(0.009, completions=500)  # a tenth under: down by 5%
+    weight.observe(0.009, completions=500)  # a tenth below the target: the weight falls by 5%
     assert weight.weight == pytest.approx(0.102 * 0.95)
     weight.observe(NAN, completions=500)  # of a broken step
     assert weight.weight == pytest.approx(0.102 * 0.95)
@@ -244,7 +244,7 @@ def test_the_weight_follows_the_divergence_by_hand() -> None:
 
 
 def test_ratios_by_hand() -> None:
-    """Two tokens, 4 and 1 times as likely: their product 4, its square root 2."""
+    """Two tokens are 4 and 1 times as likely: their product is 4, its square root 2."""
     new, old = tensor([[4.0, 1.0, 7.0]]).log(), tensor([[1.0, 1.0, 1.0]]).log()
     mask = tensor([[True, True, False]])
     assert_close(RATIOS["token"](new, old, mask), tensor([[4.0, 1.0, 7.0]]))
@@ -297,7 +297,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_on_policy_every_loss_has_the_policy_gradient(name: str) -> None:
-    """At ratio 1 the gradient is -advantage · ∇ log p, whatever the loss makes of other ratios."""
+    """At ratio 1 the gradient of every loss is -advantage · ∇ log p."""
     logprobs = tensor([[-1.0, -2.0]], requires_grad=True)
     ratio = torch.exp(logprobs - logprobs.detach())
     loss, clipped = LOSSES[name](ratio, logprobs, tensor([[3.0]]))
@@ -332,7 +332,7 @@ def tokens(*lengths: int, minibatch: list[int] | None = None, longest: int = 4) 
     ],
 )
 def test_weights_by_hand(averaging: str, expected: list[list[float]]) -> None:
-    """Completions of 4 tokens and of 1, at most 10 long, each a minibatch of its own."""
+    """Weights completions of 4 tokens and of 1, with max_tokens 10, each in its own minibatch."""
     found = AVERAGINGS[averaging](tokens(4, 1, minibatch=[0, 1], longest=10))
     assert_close(found, tensor(expected))
 
@@ -348,7 +348,7 @@ def test_sequence_weights_are_the_mean_of_the_means(lengths: list[int]) -> None:
 
 
 def test_the_least_certain_tokens_by_hand() -> None:
-    """Of 0.1 0.2 0.3 0.4 0.5, the upper two fifths are those from the 0.6-quantile, 0.34, on."""
+    """Of 0.1 0.2 0.3 0.4 0.5, the upper two fifths are those above the 0.6-quantile, 0.34."""
     entropy, mask = tensor([[0.1, 0.5, 0.3], [0.2, 0.4, 9.0]]), tokens(3, 2).mask_NC
     chosen = top_entropy_mask(entropy, mask, 0.4)
     assert chosen.tolist() == [[False, True, False], [False, True, False]]

@@ -1,4 +1,4 @@
-"""Frozen weights in the precision that is computed in: half of the memory, and the same numbers."""
+"""Tests that frozen weights in lower precision give the same numbers and take less memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_no_number_changes_under_autocast(small_model: PreTrainedModel, exact: bool) -> None:
-    """Tables are rounded where their weights are bf16's already, as most of the hub's are."""
+    """Embeddings are rounded if their weights are exact in bf16, as most on the hub are."""
     if exact:
         with torch.no_grad():
             for weight in small_model.parameters():
@@ -59,7 +59,7 @@ def test_weights_that_are_trained_stay_in_fp32(small_model: PreTrainedModel) -> 
     "adapter", [{}, {"dora": True}, {"quantized": True}], ids=["lora", "dora", "qlora"]
 )
 def test_an_adapter_is_trained_in_fp32_over_bf16(adapter: dict[str, bool], tmp_path: Path) -> None:
-    """And in 4 bits too a shared prompt is found to be right, by the numbers of fp32."""
+    """With 4-bit weights too, the check in fp32 accepts the shared prompt."""
     shape = {**SHAPE, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 319}
     model = build_with_distinct_logits(lambda: Qwen2ForCausalLM(Qwen2Config(**shape)))
     model.save_pretrained(tmp_path)

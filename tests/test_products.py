@@ -1,4 +1,4 @@
-"""A CPU's products by oneDNN are those of torch, and leave the model as it was."""
+"""Tests that oneDNN's products on a CPU equal torch's, and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_model_is_as_before_also_when_nested() -> None:
     with computed_as(make_linear_forwards(model)):
         outer = model[0].forward
         with computed_as(make_linear_forwards(model[0])), pytest.raises(RuntimeError):
-            model(torch.randn(2, 3))  # of another width
+            model(torch.randn(2, 3))  # the wrong width
         assert model[0].forward is outer
     assert all("forward" not in layer.__dict__ for layer in model)
 

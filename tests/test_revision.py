@@ -137,7 +137,7 @@ def test_an_adapter_keeps_the_commit_of_the_model_under_it(
     (cache / "models--org--name/refs/v2").write_text(FIRST)
     assert find_base_folder(folder).name == SECOND
     shutil.rmtree(cache / "models--org--name/snapshots" / SECOND)
-    with pytest.raises(ConfigError, match=f"adapter, org/name at revision {SECOND}, is not in"):
+    with pytest.raises(ConfigError, match=f"base model, org/name at revision {SECOND}, is not in"):
         find_base_folder(folder)
 
 

@@ -1,4 +1,4 @@
-"""Sampling: on-policy, from the distribution it says, ended by every end token."""
+"""Tests that engines sample on-policy, from the reported distribution, and stop at end tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from grpo.types import Example, Prompt, Rollout, Sampling
 
 
 class Uncompiled(NativeEngine):
-    """As where no C compiler is there."""
+    """Acts as if there were no C compiler."""
 
     def generate(self, *wanted: Any, **named: Any) -> Rollout:
         with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,7 @@ ROOM = Budget.from_tokens(10**6)
 
 
 class Letters:
-    """Just enough of a tokenizer: token 3 is written c3."""
+    """A minimal tokenizer: the text of token 3 is c3."""
 
     pad_token_id = 0
 
@@ -75,7 +75,7 @@ def prompts_of(*lengths: int) -> list[Prompt]:
 
 
 def policy_logprobs(policy: LanguageModel, rollout: Rollout, sampling: Sampling) -> Tensor:
-    """The plain forward's log-probabilities of what was sampled, all rows at once."""
+    """Returns the plain forward's log-probabilities of the sampled tokens, all rows at once."""
     everything = MicroBatch(list(range(len(rollout.prompts))), torch.arange(len(rollout.texts)), 0)
     inputs = select_completions(rollout, everything, policy)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_greedy_tokens_equal_transformers_generate(
 def test_samples_follow_the_models_own_softmax(
     small_model: PreTrainedModel, device: Device, engine: str
 ) -> None:
-    """4,000 first tokens against the exact probabilities, a chi-square test at 1 in 10,000.
+    """Compares 4,000 first tokens with their exact probabilities, by a chi-square test at 1e-4.
 
     The model's generation config asks for top-k 1 and a repetition penalty: neither may act.
     """
@@ -137,7 +137,7 @@ def test_samples_follow_the_models_own_softmax(
 def test_every_end_token_ends_and_is_kept(
     small_model: PreTrainedModel, device: Device, engine: str
 ) -> None:
-    """Ends are common here, and one of them is the padding token as well."""
+    """Most completions end here, and one of the end tokens is the padding token too."""
     ends = (0, *range(60, 76))
     policy = wrap(small_model, device, end_ids=ends)
     rollout = ENGINES[engine](policy, 8, ROOM).generate(prompts_of(4, 6), 40, Sampling(1.0), seed=2)
@@ -168,7 +168,7 @@ def test_pad_that_is_also_the_end_is_trained_once(
 def test_budget_and_finished_rows_change_no_greedy_token(
     small_model: PreTrainedModel, device: Device, engine: type[NativeEngine]
 ) -> None:
-    """One prompt at a time, all at once, and with rows leaving the batch: the same completions."""
+    """One prompt at a time, all at once, or with ended rows dropped, completions are the same."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 3)))
     prompts = prompts_of(7, 3, 5, 9, 2)
     at_once = engine(policy, 10, ROOM).generate(prompts, 2, Sampling(0.0), seed=0)
@@ -220,7 +220,7 @@ CUTS = {
 
 
 def theirs(sampling: Sampling, tokens: Tensor, logits: Tensor) -> Tensor:
-    """[V] log-probabilities after transformers' own processors, in generate's order."""
+    """Returns log-probabilities [V] after transformers' processors, in generate's order."""
     processors = [
         RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
         TemperatureLogitsWarper(sampling.temperature),
@@ -242,8 +242,8 @@ def theirs(sampling: Sampling, tokens: Tensor, logits: Tensor) -> Tensor:
 def test_logprobs_are_those_of_the_distribution_that_was_cut(
     small_model: PreTrainedModel, device: Device, engine: str, cut: str
 ) -> None:
-    """Each token by each against transformers' processors, by a forward of its own; and as scored
-    for the update, so that the ratio is 1."""
+    """Compares each token with transformers' processors on a separate forward pass, and with the
+    update's scores, so that the ratio is 1."""
     policy, sampling = wrap(small_model, device, end_ids=(2, 5, 50, 80)), CUTS[cut]
     prompts = prompts_of(7, 3)
     rollout = ENGINES[engine](policy, 6, ROOM).generate(prompts, 3, sampling, seed=1)
@@ -280,7 +280,7 @@ def test_cut_samples_follow_the_cut_distribution(
 def test_a_token_that_the_moved_policy_would_cut_still_has_a_logprob(
     small_model: PreTrainedModel, device: Device
 ) -> None:
-    """Sampled from all, scored as from the likeliest: it joins them, so nothing is -inf."""
+    """Scoring adds a sampled token outside of top-k 1 to the kept ones, so that none is -inf."""
     policy = wrap(small_model, device)
     rollout = NativeEngine(policy, 8, ROOM).generate(prompts_of(5), 20, Sampling(2.0), seed=0)
     scored = score_rollout(policy, rollout, Readout(Sampling(2.0, top_k=1)), ROOM.forward_limit)
@@ -291,7 +291,7 @@ def test_a_token_that_the_moved_policy_would_cut_still_has_a_logprob(
 
 
 def test_such_a_token_is_penalised_like_any_other() -> None:
-    """Cut by top-k 1, seen before: it joins the likeliest with its penalised logit."""
+    """A seen token outside of top-k 1 is added to the kept ones with its penalised logit."""
     logits_TV, seen_TV = torch.tensor([[4.0, 3.0, 1.0]]), torch.tensor([[False, True, False]])
     readout = Readout(Sampling(1.0, repetition_penalty=2.0, top_k=1))
     found = score_tokens(logits_TV, torch.tensor([1]), readout, seen_TV).logprobs
@@ -300,7 +300,7 @@ def test_such_a_token_is_penalised_like_any_other() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_stop_string_ends_a_completion_and_stays_in_it(tiny: LanguageModel, engine: str) -> None:
-    """Whether it is a token, a part of one or spread over several; what goes on is unchanged."""
+    """A stop string may be a token, part of one or several; other completions don't change."""
     question = "<|im_start|>user\nWhat is 47 + 38?<|im_end|>\n<|im_start|>assistant\n"
     example = Example("q", "85", float)
     prompts = [Prompt("q", tuple(tiny.tokenizer.encode(question)), example)]
@@ -322,7 +322,7 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(tiny: LanguageModel, en
 def test_a_row_draws_the_same_whatever_is_drawn_beside_it(
     small_model: PreTrainedModel, device: Device
 ) -> None:
-    """Neither which rows fit in memory together nor which have ended changes what it says."""
+    """A row's tokens depend neither on the batches that fit into memory nor on ended rows."""
     policy = wrap(small_model, device, end_ids=(2, 5, 50, 80))
     prompts = prompts_of(7, 3, 5, 4)
     together = NativeEngine(policy, 10, ROOM).generate(prompts, 5, Sampling(0.9), seed=4)
@@ -363,7 +363,7 @@ def test_shares_hold_every_row_once_and_keep_to_the_limit(
 def test_a_group_is_halved_where_memory_runs_out(
     small_model: PreTrainedModel, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One prompt with 8 completions, of which memory holds 3: 4, then 2, at a time."""
+    """One prompt has 8 completions, of which memory holds 3: it samples 4, then 2, at a time."""
     policy = wrap(small_model, device, end_ids=(2,))
     budget, sizes, whole = Budget.from_tokens(1000), [], NativeEngine._sample
 
@@ -382,7 +382,7 @@ def test_a_group_is_halved_where_memory_runs_out(
 
 
 def test_a_token_that_was_cut_is_never_drawn() -> None:
-    """Whatever the uniform number: 0, one just under 1, and rounding at the last token's edge."""
+    """Tries the uniform numbers 0, one just below 1, and one at the last token's rounding error."""
     logits_NV = torch.tensor([[1.0, 3.0, 2.0, -1.0, 0.5]]).repeat(3, 1)
     uniform_N = torch.tensor([0.0, 0.5, 1 - 2**-24])
     for k in (1, 2, 3):
@@ -395,7 +395,7 @@ def test_a_token_that_was_cut_is_never_drawn() -> None:
 
 
 def test_a_token_is_where_the_cumulated_probabilities_pass_the_number() -> None:
-    """Probabilities 1/2, 1/8, 3/8, by hand."""
+    """Works out the tokens for the probabilities 1/2, 1/8 and 3/8 by hand."""
     logits_NV = torch.tensor([[0.5, 0.125, 0.375]]).log().repeat(5, 1)
     uniform_N = torch.tensor([0.0, 0.49, 0.51, 0.62, 0.63])
     token_N, logprob_N = sample_tokens(logits_NV, Sampling(1.0), None, uniform_N)

@@ -1,6 +1,6 @@
-"""rollout=vllm, for real: `scripts/test_vllm` makes an environment that has it, and runs this.
+"""Tests rollout=vllm with the real vLLM; `scripts/test_vllm` makes an environment and runs this.
 
-What holds for every engine is asked of it by the same tests as of the others.
+It also runs the tests that all engines have to pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def model() -> PreTrainedModel:
 
 
 def made() -> PreTrainedModel:
-    """vLLM's attention on a CPU wants heads of 64."""
+    """Makes a small model; vLLM's attention on a CPU needs heads of width 64."""
     return build_with_distinct_logits(lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=64)))
 
 
@@ -53,7 +53,7 @@ def started() -> VLLMEngine:
 
 @pytest.fixture
 def make(started: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
-    """The one vLLM, for whichever ends a test chooses."""
+    """Returns the one vLLM engine, with the policy and limits that a test chooses."""
 
     def make(policy: LanguageModel, max_new_tokens: int, budget: Budget) -> VLLMEngine:
         engine = copy.copy(started)

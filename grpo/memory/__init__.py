@@ -1,1 +1,1 @@
-"""How much a run needs, how much of it is computed at once, and how its memory is given back."""
+"""Estimates a run's memory, limits how much is computed at once, and returns freed memory."""

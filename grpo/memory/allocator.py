@@ -1,7 +1,7 @@
-"""How the process holds memory on a CPU: what was freed is kept.
+"""Makes glibc keep freed memory in the process, on a CPU.
 
-By default glibc gives a large block back to the system as soon as it is freed, and the next one is
-cleared anew, page by page: a third of a step's time went into that.
+By default glibc returns a large block to the system as soon as it is freed, and the system clears
+each page of the next one: a third of a step's time was spent on that.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import ctypes
 import os
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST_KEPT_BLOCK = 2**30
-# Under autocast, rounded copies of weights come and go between activations of other sizes. Kept,
-# large ones leave gaps that nothing else fits: 494M parameters held over 24 GB instead of 16.
-LARGEST_KEPT_BLOCK_IN_BF16 = 2**24
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in malloc.h
+LARGEST_KEPT_BLOCK = 2**30  # bytes
+# Under autocast, rounded copies of weights are made and freed between activations of other sizes.
+# If large ones are kept, they leave gaps that nothing else fits into: a model of 494M parameters
+# held over 24 GB instead of 16.
+LARGEST_KEPT_BLOCK_IN_BF16 = 2**24  # bytes
 
 
 def keep_freed_memory(largest: int = LARGEST_KEPT_BLOCK) -> None:
-    """To be called before torch is imported; does nothing where the C library is not glibc.
+    """Keeps freed blocks for reuse; does nothing if the C library is not glibc.
 
-    largest: bytes; a larger block is given back when it is freed. May be changed at any time.
+    Call it before torch is imported. A later call may change `largest`.
+
+    Args:
+        largest: bytes; larger blocks are returned to the system when they are freed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -28,7 +32,7 @@ def keep_freed_memory(largest: int = LARGEST_KEPT_BLOCK) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """To be called where memory has run out: what is kept is nobody else's."""
+    """Returns kept memory to the system; call it when memory has run out."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""How much is computed at once, and how it goes on with less once memory has run out."""
+"""Limits how many tokens are computed at once, and halves the limit when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ T = TypeVar("T")
 
 @dataclass
 class TokenLimit:
-    """So many tokens at once; half of what was too much, once memory has run out."""
+    """How many tokens are computed at once; halved whenever memory runs out."""
 
-    tokens: int  # where there is a choice
-    max_at_once: int  # that there may be: only what can't be divided has more
-    name: str = "tokens in one forward and backward pass"
-    started_tokens: int = 0
+    tokens: int  # the target when batches are formed
+    max_at_once: int  # the upper bound; only what can't be divided exceeds it
+    name: str = "tokens in one forward and backward pass"  # for messages
+    started_tokens: int = 0  # the size of the computation that was started last
 
     def record_start(self, tokens: int) -> None:
-        """To be told before so many are computed together."""
+        """Records how many tokens are about to be computed together."""
         self.started_tokens = tokens
 
     def retry_smaller(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
-        """What `work` gives; it begins anew, with half as much at once, where memory runs out.
+        """Returns work(); when memory runs out, halves the limit and calls it again.
 
-        undo: takes back what a work that was broken off has left.
+        Args:
+            undo: removes what an interrupted call of `work` has left; called before the next one.
 
         Raises:
-            RunError: it was as little as can be computed at once.
+            RunError: memory ran out with as few tokens as can be computed at once.
         """
         while True:
             try:
@@ -45,7 +46,7 @@ class TokenLimit:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
-            # Out of the handler, whose traceback holds the tensors of the work.
+            # Outside the handler, because its traceback holds the tensors of the work.
             undo()
             gc.collect()
             give_back_freed_memory()
@@ -54,10 +55,15 @@ class TokenLimit:
             self.halve(reason)
 
     def halve(self, reason: str) -> None:
+        """Limits to half of the tokens that were started last.
+
+        Raises:
+            RunError: these were one token, or a batch that can't be divided.
+        """
         if self.started_tokens > self.max_at_once or self.started_tokens <= 1:
             raise RunError(
-                f"out of memory with {self.started_tokens} {self.name}, and fewer can't be "
-                f"({reason}): lower max_new_tokens or dataset.max_prompt_tokens, or set "
+                f"out of memory with {self.started_tokens} {self.name}, which can't be divided "
+                f"further ({reason}): lower max_new_tokens or dataset.max_prompt_tokens, or set "
                 f"device.gradient_checkpointing=true, adapter=lora, or another device."
             )
         self.max_at_once = self.started_tokens // 2
@@ -70,19 +76,16 @@ class TokenLimit:
 
 @dataclass
 class Budget:
-    """What is held at once; shared by all that compute, kept in checkpoints."""
+    """The token limits of a run; shared by all that computes, and saved in checkpoints."""
 
-    forward_limit: TokenLimit
-    cache_limit: TokenLimit
-    configured: tuple[float | int | None, ...] = (
-        None,
-        None,
-        None,
-    )  # GB, tokens, positions: the config's
+    forward_limit: TokenLimit  # of a forward and backward pass
+    cache_limit: TokenLimit  # of the positions in a rollout's cache
+    # The config's values: GB, tokens, cache positions.
+    configured: tuple[float | int | None, ...] = (None, None, None)
 
     @classmethod
     def from_tokens(cls, tokens: int, cache_positions: int | None = None) -> Budget:
-        """So many, whatever they take."""
+        """Makes limits of so many tokens and cache positions, without regard to memory."""
         return cls(
             TokenLimit(tokens, tokens),
             TokenLimit(
@@ -93,6 +96,7 @@ class Budget:
         )
 
     def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint stores: the configured values and the limits."""
         limits = [
             self.forward_limit.tokens,
             self.forward_limit.max_at_once,
@@ -102,9 +106,9 @@ class Budget:
         return {"asked": self.configured, "limits": limits}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Divides as before, unless something else is asked for now.
+        """Restores the limits, unless the config has changed since.
 
-        Sums over other micro-batches differ in the last bit, and a resumed run should not.
+        Sums over other micro-batches differ in the last bit; those of a resumed run must not.
         """
         if tuple(state["asked"]) == self.configured:
             self.forward_limit.tokens, self.forward_limit.max_at_once = state["limits"][:2]
@@ -112,7 +116,7 @@ class Budget:
 
 
 def split_evenly(sizes: Sequence[int], most: int) -> Iterator[slice]:
-    """Neighbours that have up to `most` together, at least one, and all about the same."""
+    """Yields runs of neighbours with similar sums of at most `most`; a larger item stays alone."""
     if not sizes:
         return
     target = sum(sizes) / -(-sum(sizes) // most)
@@ -125,7 +129,7 @@ def split_evenly(sizes: Sequence[int], most: int) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-# What torch and the libraries under it say; only for a GPU is there a class for that.
+# Messages of torch and of the libraries that it calls; only a GPU's have an exception class.
 OUT_OF_MEMORY_MESSAGES = (
     "out of memory",
     "can't allocate memory",
@@ -135,8 +139,8 @@ OUT_OF_MEMORY_MESSAGES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that there was no memory left."""
-    said = str(error).lower()
+    """Returns whether the error says that memory ran out."""
+    message = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in said for words in OUT_OF_MEMORY_MESSAGES
+        words in message for words in OUT_OF_MEMORY_MESSAGES
     )

@@ -1,4 +1,4 @@
-"""From memory in GB to how many tokens are computed at once."""
+"""Estimates memory needs, and from them how many tokens can be computed at once."""
 
 from __future__ import annotations
 
@@ -22,34 +22,29 @@ CGROUP_LIMIT_FILES = (  # a container's own limit
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
-EFFICIENT_TOKENS = {
-    "cpu": 1024,
-    "mps": 4096,
-    "cuda": 16384,
-}  # tokens at which products are at their fastest
-EFFICIENT_POSITIONS = {"cpu": 2**15, "mps": 2**17, "cuda": 2**40}  # positions at which decoding is
-USABLE_SHARE = {"cpu": 0.8, "mps": 0.9, "cuda": 0.9}  # of the memory there is
-LIBRARIES_GB = {"cpu": 0.7, "mps": 0.0, "cuda": 0.0}  # part of a process's peak, and of no GPU's
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # a trained weight
-ACTIVATION_OVERHEAD = (
-    1.25  # what is kept for the backward pass, and what is made beside it for a while
-)
-# On a CPU the rounded copies of weights come and go between activations of other sizes, and the
-# heap keeps what is freed (`allocator`): so much is held for each byte in use (`scripts/bench`).
+EFFICIENT_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}  # enough for the fastest products
+EFFICIENT_POSITIONS = {"cpu": 2**15, "mps": 2**17, "cuda": 2**40}  # enough for fastest decoding
+USABLE_SHARE = {"cpu": 0.8, "mps": 0.9, "cuda": 0.9}  # of the total memory
+LIBRARIES_GB = {"cpu": 0.7, "mps": 0.0, "cuda": 0.0}  # count in a process's peak, not in a GPU's
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # for each trained weight
+# Memory in a forward and backward pass, relative to what is kept between the two.
+ACTIVATION_OVERHEAD = 1.25
+# On a CPU the rounded copies of weights are made and freed between activations of other sizes, and
+# the heap keeps freed memory (`allocator`): bytes held for each byte in use (`scripts/bench`).
 HEAP_OVERHEAD_IN_BF16 = 1.6
 PROBE_TOKENS = 64  # tokens of the smaller of two forward passes that are compared
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run computes, as far as memory depends on it."""
+    """The settings of a run on which its memory depends."""
 
-    prompt: int  # tokens of the longest
-    completion: int  # of the longest
+    prompt: int  # tokens of the longest prompt
+    completion: int  # tokens of the longest completion
     group: int  # completions a prompt
-    optimizer: str
-    reference: bool  # a frozen copy of the model is held as well
-    reference_moves: bool  # in fp32 then
+    optimizer: str  # a key of OPTIMIZER_BYTES
+    reference: bool  # whether a frozen copy of the model is held too
+    reference_moves: bool  # then the copy is in fp32
 
     @property
     def longest(self) -> int:
@@ -59,16 +54,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """GB that are held whatever is computed, and bytes for each token that is."""
+    """The fixed memory in GB, and the memory of each token in bytes."""
 
     training_gb: float  # weights, reference, gradients, optimizer, a chunk of the head's logits
-    sampling_gb: float  # weights, laid out too, reference, optimizer
+    sampling_gb: float  # weights and their packed copies, reference, optimizer
     token_bytes: float  # kept for the backward pass
-    position_bytes: float  # kept while completions are written
+    position_bytes: float  # of a position in a rollout's cache, with its share of a row's logits
 
 
 def estimate_memory(policy: LanguageModel, work: Workload) -> MemoryNeeds:
-    """What training a model takes."""
+    """Returns the memory that training the policy with this workload needs."""
     model, dtype = policy.model, policy.device.autocast_dtype
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
@@ -81,7 +76,7 @@ def estimate_memory(policy: LanguageModel, work: Workload) -> MemoryNeeds:
     chunk = 3 * 4 * CHUNK_LOGITS[policy.device.torch_device.type]
     head = chunk + count_head_bytes(policy)
     laid_out = weights if dtype is None and on_cpu else copies
-    row = 12 * policy.head.vocabulary  # its logits, and what is made of them
+    row = 12 * policy.head.vocabulary  # its logits, and the tensors computed from them
     return MemoryNeeds(
         training_gb=(held + copies + 4 * trained + head) / 1e9,
         sampling_gb=(held + laid_out) / 1e9,
@@ -93,9 +88,9 @@ def estimate_memory(policy: LanguageModel, work: Workload) -> MemoryNeeds:
 
 
 def count_head_bytes(policy: LanguageModel) -> int:
-    """What the head's weight [V, D] takes besides itself while it is read.
+    """Returns the bytes that the head's weight [V, D] needs besides itself when it is used.
 
-    That is a chunk's gradient where it is trained, and a copy where it is rounded.
+    These are an fp32 gradient if it is trained, and a copy if autocast rounds it.
     """
     weight = cast(Tensor, policy.head.linear.weight)
     dtype = policy.device.autocast_dtype or weight.dtype
@@ -107,24 +102,24 @@ _token_bytes: dict[tuple[object, ...], float] = {}  # a sweep's jobs train the s
 
 
 def estimate_token_bytes(policy: LanguageModel, work: Workload) -> float:
-    """Bytes that a forward pass keeps for its backward, by token, in groups as long as the run's.
+    """Returns the bytes a token that a forward pass keeps for its backward, in the run's groups.
 
-    Once a process for models alike in everything that it depends on.
+    Measured once a process for each model, device and workload.
     """
     parameters = [
         (n, x.shape, x.dtype, x.requires_grad) for n, x in policy.model.named_parameters()
     ]
-    how = (policy.device, policy.forward, policy.recompute, work)
-    alike = (policy.model.config.to_json_string(), *how, *parameters)
-    if alike not in _token_bytes:
-        _token_bytes[alike] = measure_token_bytes(policy, work)
-    return _token_bytes[alike]
+    settings = (policy.device, policy.forward, policy.recompute, work)
+    key = (policy.model.config.to_json_string(), *settings, *parameters)
+    if key not in _token_bytes:
+        _token_bytes[key] = measure_token_bytes(policy, work)
+    return _token_bytes[key]
 
 
 def measure_token_bytes(policy: LanguageModel, work: Workload) -> float:
-    """As `estimate_token_bytes`, now: the difference between two forward passes, by their tokens'.
+    """Measures the bytes a token from two forward passes: their difference, over their tokens'.
 
-    What they have in common, as the weights that autocast has rounded, is no token's.
+    The difference leaves out what both keep, such as the weights that autocast has rounded.
     """
     share = PROBE_TOKENS / (work.prompt + work.group * work.completion)
     prompt, completion = (max(2, round(n * share)) for n in (work.prompt, work.completion))
@@ -134,7 +129,7 @@ def measure_token_bytes(policy: LanguageModel, work: Workload) -> float:
 
 
 def measure_kept_bytes(policy: LanguageModel, prompt: int, completion: int, group: int) -> int:
-    """What a forward pass over the completions of one prompt keeps for its backward."""
+    """Returns the bytes that a forward pass over one prompt's group keeps for its backward."""
     weights = {x.untyped_storage().data_ptr() for x in policy.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -157,11 +152,11 @@ def measure_kept_bytes(policy: LanguageModel, prompt: int, completion: int, grou
 
 
 def count_cache_bytes(policy: LanguageModel) -> float:
-    """Bytes of the keys and values of a token."""
+    """Returns the bytes of a token's keys and values in all layers."""
     config = policy.model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
-        return 0.0  # a state-space model, whose state doesn't grow
+        return 0.0  # a state-space model: its state doesn't grow
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
     size = (policy.device.autocast_dtype or torch.float32).itemsize
@@ -169,7 +164,7 @@ def count_cache_bytes(policy: LanguageModel) -> float:
 
 
 def get_total_memory(device: torch.device) -> float:
-    """GB, of the GPU or of the machine; a container's limit where it has one."""
+    """Returns the GB of the GPU, or of the machine; a container's limit, if that is lower."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 1e9
     if device.type == "mps":
@@ -189,32 +184,32 @@ def choose_budget(
     memory_needs: MemoryNeeds,
     longest: int,
 ) -> Budget:
-    """As many tokens at once as memory holds, and no more than are of use.
+    """Chooses token limits that fit into memory, and are no larger than is efficient.
 
     Args:
-        memory: in GB; None for most of what there is.
-        tokens: in one forward and backward pass, whatever memory says; None if that isn't given.
-        cached: positions in a rollout's cache, likewise.
-        longest: tokens of the longest prompt and completion.
+        memory: device.memory_gb; None takes USABLE_SHARE of the total memory.
+        tokens: the limit of a forward and backward pass; None derives it from memory.
+        cache_positions: the limit of a rollout's cache; None derives it from memory.
+        longest: tokens of the longest prompt and completion together.
 
     Raises:
-        ConfigError: not even one completion fits.
+        ConfigError: not even one completion fits, and `tokens` is None.
     """
-    there = USABLE_SHARE[device.type] * get_total_memory(device) if memory is None else memory
+    usable = USABLE_SHARE[device.type] * get_total_memory(device) if memory is None else memory
     base = LIBRARIES_GB[device.type] + memory_needs.training_gb
     needed = base + memory_needs.token_bytes * longest / 1e9
-    if tokens is None and there < needed:
-        given = f"null ({there:.1f} GB here)" if memory is None else f"{memory:g}"
+    if tokens is None and usable < needed:
+        value = f"null ({usable:.1f} GB here)" if memory is None else f"{memory:g}"
         raise ConfigError(
-            f"device.memory_gb={given}: libraries, weights, gradients, optimizer and one "
-            f"completion with its prompt, up to {longest} tokens, take {needed:.1f} GB; give that "
-            f"much, or take less: "
+            f"device.memory_gb={value}: libraries, weights, gradients, optimizer and one "
+            f"completion with its prompt, up to {longest} tokens, take {needed:.1f} GB; raise it "
+            f"to that, or reduce what is needed: "
             f"device.gradient_checkpointing=true, optim.name=adamw_8bit, adapter=lora.",
             key="device.memory_gb",
-            value=given,
+            value=value,
         )
-    most = tokens or int((there - base) * 1e9 / max(memory_needs.token_bytes, 1.0))
-    room = there - LIBRARIES_GB[device.type] - memory_needs.sampling_gb
+    most = tokens or int((usable - base) * 1e9 / max(memory_needs.token_bytes, 1.0))
+    room = usable - LIBRARIES_GB[device.type] - memory_needs.sampling_gb
     positions = min(
         EFFICIENT_POSITIONS[device.type], int(max(0.0, room) * 1e9 / memory_needs.position_bytes)
     )

@@ -1,4 +1,4 @@
-"""A rollout in pieces that are computed at once, and a model's scores of all of it."""
+"""Splits a rollout into micro-batches, and scores a whole rollout with a model."""
 
 from __future__ import annotations
 
@@ -20,46 +20,48 @@ from grpo.types import Rollout
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The same number of rows of each of some prompts: what one forward and backward holds."""
+    """Prompts, and equally many rows of each, that one forward and backward pass computes."""
 
     prompts: list[int]  # indices into B
-    rows: Tensor  # indices into N, in order
-    tokens: int  # of the prompts and of the rows
+    rows: Tensor  # indices into N, in the order of the prompts
+    tokens: int  # of the prompts and rows together
 
 
 def split_into_micro_batches(
     rollout: Rollout, limit: TokenLimit, prompts: Sequence[int] | None = None
 ) -> Iterator[MicroBatch]:
-    """Whole groups in length order, evenly spread; one that is over the limit is cut into rows.
+    """Yields micro-batches of similar size: whole groups in the order of their lengths.
+
+    A group that exceeds the limit is divided into parts of at least one row.
 
     Args:
-        prompts: indices into B; None for all.
+        prompts: indices into B; None takes all.
     """
     group = rollout.num_generation
     lengths_BG = rollout.lengths_N.view(-1, group).tolist()
     prompt_B = [len(prompt.token_ids) for prompt in rollout.prompts]
 
-    def cut(b: int, rows: Sequence[int]) -> MicroBatch:
-        own = torch.tensor(rows) + b * group
-        return MicroBatch([b], own, prompt_B[b] + sum(lengths_BG[b][g] for g in rows))
+    def select(b: int, rows: Sequence[int]) -> MicroBatch:
+        indices = torch.tensor(rows) + b * group
+        return MicroBatch([b], indices, prompt_B[b] + sum(lengths_BG[b][g] for g in rows))
 
     whole = []
     chosen = range(len(prompt_B)) if prompts is None else prompts
     for b in sorted(chosen, key=lambda b: (max(lengths_BG[b]), prompt_B[b])):
-        one = cut(b, range(group))
+        one = select(b, range(group))
         if one.tokens <= limit.max_at_once:
             whole.append(one)
             continue
-        fitting = max(1, (limit.max_at_once - prompt_B[b]) // max(lengths_BG[b]))
-        pieces = -(-group // fitting)
-        for rows in torch.arange(group).tensor_split(pieces):
-            yield cut(b, rows.tolist())
+        max_rows = max(1, (limit.max_at_once - prompt_B[b]) // max(lengths_BG[b]))
+        parts = -(-group // max_rows)
+        for rows in torch.arange(group).tensor_split(parts):
+            yield select(b, rows.tolist())
     for share in split_evenly([one.tokens for one in whole], limit.tokens):
-        some = whole[share]
+        groups = whole[share]
         yield MicroBatch(
-            [b for one in some for b in one.prompts],
-            torch.cat([one.rows for one in some]),
-            sum(one.tokens for one in some),
+            [b for one in groups for b in one.prompts],
+            torch.cat([one.rows for one in groups]),
+            sum(one.tokens for one in groups),
         )
 
 
@@ -69,9 +71,10 @@ def select_completions(
     policy: LanguageModel,
     kept_tokens: KeptTokens | None = None,
 ) -> Completions:
-    """A micro-batch's tensors, cut to its own longest prompt and completion.
+    """Returns a micro-batch's tensors, cut to its longest prompt and completion.
 
-    kept: of the rollout, where what sampling leaves of the vocabulary has to stay what it was.
+    Args:
+        kept_tokens: the tokens that sampling may draw, if they are fixed for the whole rollout.
     """
     rows = batch.rows.to(rollout.tokens_NC.device)
     width = int(rollout.lengths_N[rows].max())
@@ -89,7 +92,10 @@ def select_completions(
 
 
 def split_head_chunks(inputs: Completions, most: int) -> Iterator[tuple[slice, slice]]:
-    """Whole completions of so many tokens together, one at least: their rows, their tokens."""
+    """Yields rows and tokens of whole completions with at most `most` tokens, at least one each.
+
+    The first slice is of N, the second of the T completion tokens.
+    """
     start = begin = end = 0
     for row, length in enumerate(inputs.mask_NC.sum(dim=1).tolist()):
         if end + length - begin > most and row > start:
@@ -102,7 +108,7 @@ def split_head_chunks(inputs: Completions, most: int) -> Iterator[tuple[slice, s
 def compute_reference_features(
     reference: Reference | None, readout: Readout, inputs: Completions
 ) -> Features | None:
-    """What a divergence is measured from, where the readout asks for one."""
+    """Returns the reference's features if the readout measures a divergence, else None."""
     if reference is None or readout.divergence is None:
         return None
     return reference.compute_features(inputs)
@@ -117,11 +123,14 @@ def score_rollout(
     reference: Reference | None = None,
     kept_tokens: KeptTokens | None = None,
 ) -> TokenScores:
-    """A model's scores [N, C] of a whole rollout, without gradient.
+    """Returns a model's scores [N, C] of a whole rollout, without gradient.
 
     Args:
-        reference: what a divergence is measured from, where the readout asks for one.
-        kept: as in `select_completions`.
+        reference: the model from which the readout's divergence is measured.
+        kept_tokens: the tokens that sampling may draw, if they are fixed for the whole rollout.
+
+    Raises:
+        RunError: memory ran out with as few tokens as can be computed at once.
     """
     scores = TokenScores(*(torch.zeros_like(rollout.logprobs_NC) for _ in TokenScores._fields))
 
@@ -129,9 +138,9 @@ def score_rollout(
         for batch in split_into_micro_batches(rollout, limit):
             limit.record_start(batch.tokens)
             inputs = select_completions(rollout, batch, model, kept_tokens)
-            against = compute_reference_features(reference, readout, inputs)
+            reference_features = compute_reference_features(reference, readout, inputs)
             rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
-            part = model.score_batch(inputs, readout, against)
+            part = model.score_batch(inputs, readout, reference_features)
             for whole_NC, part_NC in zip(scores, part, strict=True):
                 whole_NC[rows, :width] = part_NC
 

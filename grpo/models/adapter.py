@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, 2106.09685) beside frozen weights, by peft."""
+"""Low-rank adapters (LoRA, 2106.09685) on frozen weights, with peft."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from grpo.errors import ConfigError, format_error
 
 log = logging.getLogger(__name__)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it talks
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it logs
 
 POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -26,27 +26,27 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained in the place of the weights."""
+    """The settings of an adapter, which is trained in place of the weights."""
 
     rank: int
     alpha: float  # the adapter's output is scaled by alpha / rank
     target: str | list[str]  # all-linear, or the names of modules
     rslora: bool  # scaled by alpha / sqrt(rank) instead (2312.03732)
-    dora: bool  # a magnitude of its own for each column (2402.09353)
+    dora: bool  # trains a separate magnitude for each output (2402.09353)
     quantized: bool  # the frozen weights in 4 bits: QLoRA (2305.14314)
 
 
 def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
-    """Adds a fresh adapter, which changes nothing yet, and freezes everything else.
+    """Adds a fresh adapter, which doesn't change the output yet, and freezes everything else.
 
     Raises:
-        ConfigError: the model has no such modules.
+        ConfigError: peft can't adapt these modules, or they are the output layer.
     """
     from peft import LoraConfig
 
     target = adapter.target if isinstance(adapter.target, str) else list(adapter.target)
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # GPT-2's layers are transposed: peft sees that and says so
+        warnings.simplefilter("ignore")  # peft handles GPT-2's transposed layers, with a warning
         torch.manual_seed(seed)
         try:
             config = LoraConfig(
@@ -59,22 +59,22 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
                 task_type="CAUSAL_LM",
             )
             model.add_adapter(config)
-        except Exception as error:  # of peft, of a regular expression, of a quantizer
+        except Exception as error:  # raised by peft, a regular expression or a quantizer
             raise ConfigError(
                 f"adapter.target={adapter.target} dora={adapter.dora}: peft can't adapt "
-                f"{type(model).__name__} so: {format_error(error)}"
+                f"{type(model).__name__} with these: {format_error(error)}"
             ) from error
     if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
         raise ConfigError(
-            f"adapter.target={adapter.target}: the output layer is read apart from the model, so "
-            f"it can't be adapted; leave it out.",
+            f"adapter.target={adapter.target}: the output layer is computed separately from the "
+            f"model, so it can't be adapted; leave it out.",
             key="adapter.target",
             value=adapter.target,
         )
     inputs = model.get_input_embeddings().named_parameters()
     if model.config.get_text_config().tie_word_embeddings and any("lora_" in n for n, _ in inputs):
         raise ConfigError(
-            f"adapter.target={adapter.target}: this model's embeddings are its output layer too, "
+            f"adapter.target={adapter.target}: this model's embeddings are also its output layer, "
             f"so they can't be adapted alone; leave them out.",
             key="adapter.target",
             value=adapter.target,
@@ -83,7 +83,7 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
 
 
 def prepare_new_modules(model: PreTrainedModel) -> None:
-    """Fresh modules come in training mode, and in the precision of the weights beside them."""
+    """Puts new modules, made in training mode and the frozen weights' dtype, into eval and fp32."""
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     model.eval()
@@ -91,12 +91,13 @@ def prepare_new_modules(model: PreTrainedModel) -> None:
 
 
 def has_adapter(model: nn.Module) -> bool:
+    """Returns whether peft has added an adapter to the model."""
     return bool(getattr(model, "peft_config", None))
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it, the model is exactly what it was before it had adapters."""
+    """Within it, the model computes without its adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -106,13 +107,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = True
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
+        for layer, was_disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = was_disabled
 
 
 @contextmanager
 def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
-    """Within it, the model works with another of its adapters; which are trained stays as it is."""
+    """Within it, the model uses the adapter of this name; which are trained is unchanged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -122,12 +123,12 @@ def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
             layer._active_adapter = [name]
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._active_adapter = was
+        for layer, was_active in zip(layers, before, strict=True):
+            layer._active_adapter = was_active
 
 
 def add_reference_adapter(model: PreTrainedModel) -> None:
-    """A second adapter, equal to the first and never trained: a reference that can be moved."""
+    """Adds a frozen copy of the adapter: a reference that can be moved toward the policy."""
     trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -137,12 +138,12 @@ def add_reference_adapter(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.requires_grad_(trained.get(name, False))
-        for twin, weight in pair_adapter_weights(model):
-            twin.copy_(weight)
+        for reference_weight, policy_weight in pair_adapter_weights(model):
+            reference_weight.copy_(policy_weight)
 
 
 def pair_adapter_weights(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Each weight of the frozen twin with the one of the policy that it stands for."""
+    """Returns pairs of a weight of the reference's adapter and the same weight of the policy's."""
     weights = dict(model.named_parameters())
     return [
         (weight, weights[name.replace(f".{REFERENCE_ADAPTER}.", f".{POLICY_ADAPTER}.")])
@@ -154,11 +155,11 @@ def pair_adapter_weights(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parame
 def save_adapter(
     model: PreTrainedModel, folder: Path, base: str, revision: str | None = None
 ) -> None:
-    """Writes a folder that transformers and peft load by path, the base model found by its name.
+    """Writes a folder that transformers and peft can load; it names the base model.
 
     Args:
-        base: a hub id or a folder.
-        revision: of the hub id.
+        base: the base model's hub id or folder.
+        revision: the revision of the hub id.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -167,7 +168,7 @@ def save_adapter(
     weights = get_peft_model_state_dict(
         model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False
     )
-    # peft writes DoRA's magnitudes without `.weight`, and transformers then drops them unread.
+    # peft names DoRA's magnitudes without `.weight`, and transformers ignores such names.
     named = {
         f"base_model.model.{name}"
         + (".weight" if name.endswith("magnitude_vector") else ""): weight
@@ -182,15 +183,15 @@ def save_adapter(
     config.base_model_name_or_path, config.inference_mode = base, True
     config.revision = revision
     if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)  # the same file whatever the process
+        config.target_modules = sorted(config.target_modules)  # the same file in each process
     config.save_pretrained(folder)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Puts a saved adapter's weights into the model, which is given one where it has none.
+    """Loads a saved adapter's weights into the model, to which it adds an adapter if it has none.
 
     Raises:
-        ConfigError: it belongs to another model or another kind of adapter.
+        ConfigError: the adapter can't be loaded, or belongs to another model or kind of adapter.
     """
     from peft import PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -202,25 +203,23 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
                 model.add_adapter(PeftConfig.from_pretrained(folder))
             prepare_new_modules(model)
         weights = load_file(folder / ADAPTER_WEIGHTS)
-    except Exception as error:  # of peft, safetensors, or what the adapter's kind needs
-        raise ConfigError(
-            f"{folder}: this adapter can't be loaded: {format_error(error)}"
-        ) from error
+    except Exception as error:  # raised by peft, safetensors or a library that the adapter needs
+        raise ConfigError(f"{folder}: can't load this adapter: {format_error(error)}") from error
     try:
         result = set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
         raise ConfigError(
-            f"{folder}: this adapter is of another shape: {format_error(error)}"
+            f"{folder}: this adapter has another shape: {format_error(error)}"
         ) from error
-    lacking = [
+    missing = [
         key for key in result.missing_keys if "lora_" in key and f".{POLICY_ADAPTER}." in key
     ]
-    if lacking or result.unexpected_keys:
-        raise ConfigError(f"{folder}: this adapter is of another model or has other targets.")
+    if missing or result.unexpected_keys:
+        raise ConfigError(f"{folder}: this adapter belongs to another model or has other targets.")
 
 
 def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model with the adapter added into its weights: a plain model again."""
+    """Returns a copy of the model with the adapter merged into its weights: a plain model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model = copy_model(model)
@@ -229,15 +228,15 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
             continue
         model.set_submodule(name, merge_layer(module))
     del model.peft_config
-    model._hf_peft_config_loaded = False  # else it would be saved as an adapter
+    model._hf_peft_config_loaded = False  # else transformers would save it as an adapter
     return model
 
 
 @torch.no_grad()
 def iterate_merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights of the plain model that `merge_adapter` gives, made one layer at a time.
+    """Yields the names and weights of `merge_adapter`'s model, merged one layer at a time.
 
-    Sums are in fp32, whatever precision the frozen weights are kept in.
+    Merged in fp32, whatever the precision of the frozen weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -253,9 +252,9 @@ def iterate_merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.
 
 
 def merge_layer(layer: Any) -> nn.Module:
-    """The plain layer under an adapted one, which is used up.
+    """Merges the adapter into the layer under it, and returns that layer.
 
-    Two adapted weights of one module, such as a mixture's experts, are a layer in a layer.
+    Layers can be nested: a module with two adapted weights, such as a mixture's experts, is.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -267,9 +266,9 @@ def merge_layer(layer: Any) -> nn.Module:
 
 
 def copy_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A deep copy; what a module keeps of its last forward pass loses its gradient in both.
+    """Returns a deep copy; detaches what modules keep of their last forward pass, in both models.
 
-    RecurrentGemma's keep their last state, which torch can't copy while it has one.
+    RecurrentGemma's modules keep their last state, which torch can't copy while it has a gradient.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):

@@ -1,11 +1,11 @@
-"""Attention over trees: each prompt once, its completions hanging from it, and nothing padded.
+"""Attention over trees: each prompt is computed once for all its completions, without padding.
 
-A model of transformers is run on one row of T tokens, all prompts and then all completions, and
-asks here what each token sees: a prompt's its own past, a completion's its whole prompt and its own
-past. So a prompt is computed once for its group, whatever the layer does with a token goes over all
-of them in one product, and no key or value is copied G times.
+A model of transformers reads one row of T tokens, all prompts and then all completions, and calls
+this module for its attention: a prompt's token attends to the tokens before it, and a completion's
+to its whole prompt and to the completion's tokens before it. So a prompt is computed once for its
+group, and a layer's matrix products run over all tokens at once.
 
-Shape letters beside the usual ones: H heads, K heads of keys and values (H = K·r), d their width.
+Shape letters beside the usual ones: H query heads, K key-value heads (H = K·r), d their width.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **ignored: Any,  # transformers' interface; what matters of it is seen by `why_not_shared`
+    **ignored: Any,  # transformers' other options; `find_sharing_problem` sees if they matter
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [1, H, T, d] in, [1, T, H, d] out."""
+    """Implements transformers' attention interface: [1, H, T, d] in, [1, T, H, d] out."""
     dtype = compute_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    how = AttentionScoring(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
-    return plan.attend(module.layer_idx, query[0], key[0], value[0], how)[None], None  # type: ignore[arg-type]
+    scoring = AttentionScoring(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
+    return plan.attend(module.layer_idx, query[0], key[0], value[0], scoring)[None], None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(ATTENTION_NAME, attend)
@@ -50,8 +50,8 @@ AttentionInterface.register(ATTENTION_NAME, attend)
 def compute_hidden_states(
     model: PreTrainedModel, tokens_T: Tensor, positions_T: Tensor, plan: AttentionPlan
 ) -> Tensor:
-    """[T, D] the last hidden states of tokens that see each other as the plan says."""
-    # Under this name transformers makes no mask either.
+    """Returns the last hidden states [T, D] of tokens that attend to each other as planned."""
+    # Under this name transformers makes no mask.
     with attention_as(model.config.get_text_config(), ATTENTION_NAME):
         output = model.base_model(
             input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, plan=plan
@@ -62,7 +62,7 @@ def compute_hidden_states(
 
 @dataclass(frozen=True)
 class TreePlan:
-    """A token of a tree sees its whole way from the root: its prompt's and its own past."""
+    """Each token of a tree attends to its path from the root: its prompt, its completion so far."""
 
     tree: Tree
 
@@ -74,9 +74,9 @@ class TreePlan:
         values_KTd: Tensor,
         scoring: AttentionScoring,
     ) -> Tensor:
-        """As `Plan.attend` says."""
-        reaches_back = scoring.window is None or scoring.window >= self.tree.longest
-        if has_fused_kernel(queries_HTd) and reaches_back and scoring.softcap is None:
+        """Implements `AttentionPlan.attend`."""
+        sees_all = scoring.window is None or scoring.window >= self.tree.longest
+        if has_fused_kernel(queries_HTd) and sees_all and scoring.softcap is None:
             return attend_split(queries_HTd, keys_KTd, values_KTd, self.tree, scoring.scale)
         return attend_expanded(queries_HTd, keys_KTd, values_KTd, self.tree, scoring)
 
@@ -84,41 +84,44 @@ class TreePlan:
 def attend_expanded(
     queries_HTd: Tensor, keys_KTd: Tensor, values_KTd: Tensor, tree: Tree, scoring: AttentionScoring
 ) -> Tensor:
-    """The plain way: each completion beside a copy of its prompt, what it doesn't see masked."""
+    """Returns a tree's attention [T, H, d] from padded rows, each with a copy of its prompt.
+
+    Supports windows and soft caps, on all devices.
+    """
     queries, keys, values = (
         pad_parts(x, tree.prompt_slices) for x in (queries_HTd, keys_KTd, values_KTd)
     )
     positions_P = torch.arange(queries.shape[2], device=queries.device)
-    # Padding stands behind a prompt, where none of its own tokens looks.
+    # Padding comes after a prompt, so no token of the prompt attends to it.
     past_PP = causal_mask(positions_P[:, None], positions_P, scoring.window)
     out = unpad_parts(
         attend_dense(queries, keys, values, past_PP[None], scoring), tree.prompt_slices
     )
-    own = [part for part in tree.completion_slices if part.stop > part.start]
-    if not own:
+    completions = [part for part in tree.completion_slices if part.stop > part.start]
+    if not completions:
         return out.transpose(0, 1)
     rows = [n for n, part in enumerate(tree.completion_slices) if part.stop > part.start]
     prompt_N = torch.tensor([n // tree.rows_per_prompt for n in rows], device=queries.device)
     lengths_N11 = torch.tensor(tree.prompt_lengths, device=queries.device)[prompt_N, None, None]
-    more_queries, more_keys, more_values = (
-        pad_parts(x, own) for x in (queries_HTd, keys_KTd, values_KTd)
+    row_queries, row_keys, row_values = (
+        pad_parts(x, completions) for x in (queries_HTd, keys_KTd, values_KTd)
     )
-    columns_C = torch.arange(more_queries.shape[2], device=queries.device)
-    from_N = lengths_N11 + columns_C[:, None]
-    to_prompt = causal_mask(from_N, positions_P, scoring.window) & (positions_P < lengths_N11)
-    to_own = causal_mask(from_N, lengths_N11 + columns_C, scoring.window)
-    out_own = attend_dense(
-        more_queries,
-        torch.cat([gather_rows(keys, prompt_N), more_keys], dim=2),
-        torch.cat([gather_rows(values, prompt_N), more_values], dim=2),
-        torch.cat([to_prompt, to_own], dim=2),
+    columns_C = torch.arange(row_queries.shape[2], device=queries.device)
+    from_NC1 = lengths_N11 + columns_C[:, None]
+    prompt_mask = causal_mask(from_NC1, positions_P, scoring.window) & (positions_P < lengths_N11)
+    row_mask = causal_mask(from_NC1, lengths_N11 + columns_C, scoring.window)
+    row_out = attend_dense(
+        row_queries,
+        torch.cat([gather_rows(keys, prompt_N), row_keys], dim=2),
+        torch.cat([gather_rows(values, prompt_N), row_values], dim=2),
+        torch.cat([prompt_mask, row_mask], dim=2),
         scoring,
     )
-    return torch.cat([out, unpad_parts(out_own, own)], dim=1).transpose(0, 1)
+    return torch.cat([out, unpad_parts(row_out, completions)], dim=1).transpose(0, 1)
 
 
 def causal_mask(from_position: Tensor, to_position: Tensor, window: int | None) -> Tensor:
-    """Bool: a token at one position sees one at the other, of the same way from the root."""
+    """Returns whether a token at one position attends to one at the other, on the same path."""
     seen = to_position <= from_position
     return seen if window is None else seen & (from_position - to_position < window)
 
@@ -126,7 +129,7 @@ def causal_mask(from_position: Tensor, to_position: Tensor, window: int | None) 
 def attend_dense(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: AttentionScoring
 ) -> Tensor:
-    """[N, H, ·, d] from queries [N, H, ·, d], keys and values [N, K, ·, d] and a mask [N, ·, ·]."""
+    """Returns [N, H, ·, d] from queries [N, H, ·, d], keys, values [N, K, ·, d], mask [N, ·, ·]."""
     repeats = queries.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
     if scoring.softcap is None:
@@ -139,15 +142,17 @@ def attend_dense(
 
 
 class KeyMask:
-    """Which keys each query sees, [N, 1, 1, ·] or [N, K, ·, ·] bool; made once for many layers."""
+    """A mask of the keys that queries attend to, made once for all layers that share it."""
 
     def __init__(self, mask: Tensor) -> None:
+        """mask: bool, [N, 1, 1, ·] or [N, K, ·, ·]; true on the keys that a query attends to."""
         self.mask = mask
         self.additive_mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(
             ~mask, -torch.inf
         )
-        blind = ~mask.any(dim=-1)
-        self.fully_masked = blind if bool(blind.any()) else None  # the queries that see nothing
+        fully_masked = ~mask.any(dim=-1)
+        # The queries that attend to no key; None if there are none.
+        self.fully_masked = fully_masked if bool(fully_masked.any()) else None
 
 
 def attend_with_logsumexp(
@@ -157,19 +162,19 @@ def attend_with_logsumexp(
     scoring: AttentionScoring,
     key_mask: KeyMask | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[N, K, ·, d] what queries take from keys, and [N, K, ·] the log-sum-exp of their scores.
+    """Returns the attention output [N, K, ·, d] and the log-sum-exp [N, K, ·] of its scores.
 
-    All [N, K, ·, d]; queries of heads that share keys stand side by side. What is taken from other
-    keys can then be put beside it, each in the share of its log-sum-exp. A query that sees nothing
-    takes zeros, at a log-sum-exp of -inf.
+    Queries, keys and values are [N, K, ·, d], with the queries of heads that share keys side by
+    side. With the log-sum-exp, the output can be combined with that over other keys. A query
+    without keys gives zeros, and -inf as its log-sum-exp.
     """
     if has_fused_kernel(queries) and scoring.softcap is None:
-        added = None
+        bias = None
         if key_mask is not None:
             shape = (queries.shape[0], 1, queries.shape[2], keys.shape[2])
-            added = key_mask.additive_mask.to(queries.dtype).expand(shape)
+            bias = key_mask.additive_mask.to(queries.dtype).expand(shape)
         out, normalizer = flash_attention(
-            queries, keys, values, attn_mask=added, scale=scoring.scale
+            queries, keys, values, attn_mask=bias, scale=scoring.scale
         )
     else:
         scores = scoring.apply(matmul_in_fp32(queries, keys.transpose(-1, -2)) * scoring.scale)

@@ -1,6 +1,6 @@
-"""What the tokens of a forward pass see of each other, and how a layer is told.
+"""The interface that decides which tokens attend to which, and a switch of the attention code.
 
-Shape letters beside the usual ones: H heads, K heads of keys and values (H = K·r), width d.
+Shape letters beside the usual ones: H query heads, K key-value heads (H = K·r), width d.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-ATTENTION_NAME = "grpo_tree"  # under which transformers finds `attend`
+ATTENTION_NAME = "grpo_tree"  # the name under which `attend` is registered with transformers
 
 
 @dataclass(frozen=True)
 class AttentionScoring:
-    """How a layer scores a key."""
+    """How a layer computes attention scores from queries and keys."""
 
     scale: float
-    window: int | None = None  # it sees this many tokens, itself among them
-    softcap: float | None = None  # scores go through cap · tanh(score / cap)
+    window: int | None = None  # a token attends to the last `window` tokens, itself included
+    softcap: float | None = None  # scores become cap · tanh(score / cap)
 
     def apply(self, scores: Tensor) -> Tensor:
-        """From query · key · scale."""
+        """Applies the soft cap, if there is one, to query · key · scale."""
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
 
 class AttentionPlan(Protocol):
-    """What the tokens of a forward pass see of each other, and of what came before."""
+    """Decides to which tokens of a forward pass, and of earlier ones, each token attends."""
 
     def attend(
         self,
@@ -41,12 +41,17 @@ class AttentionPlan(Protocol):
         values_KTd: Tensor,
         scoring: AttentionScoring,
     ) -> Tensor:
-        """[T, H, d] what each token takes from those it sees."""
+        """Returns the attention output [T, H, d] of a layer.
+
+        Args:
+            layer: the layer's number in the model.
+            queries_HTd, keys_KTd, values_KTd: of the T tokens of this forward pass.
+        """
 
 
 @contextmanager
 def attention_as(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Within it, the layers with this config compute attention the way of that name."""
+    """Within it, layers with this config use the attention registered under that name."""
     before = config._attn_implementation
     config._attn_implementation = name
     try:

@@ -1,4 +1,4 @@
-"""A model's chat template, which is a program of its maker's and may raise anything."""
+"""Renders a model's chat template, which is a program from the model's author and may fail."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def render_chat(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """The text of a chat.
+    """Renders a chat as text.
 
     Args:
-        options: of the template itself.
-        answers: the assistant is to speak next.
+        options: passed to the template.
+        add_generation_prompt: the text ends where the assistant's answer begins.
 
     Raises:
         ConfigError: the template can't be rendered.
@@ -36,7 +36,7 @@ def render_chat(
                 **options,
             )
         )
-    except Exception as error:  # whatever the template or its filters raise is about the template
+    except Exception as error:  # the template or its filters may raise anything
         raise ConfigError(format_error(error)) from error
 
 
@@ -46,10 +46,10 @@ def render_question(
     options: Mapping[str, Any],
     key: str,
 ) -> str:
-    """The text of a chat whose last message is to be answered.
+    """Renders a chat whose last message is the question.
 
     Args:
-        key: where the data set's config is, for the messages.
+        key: the config key of the data set, for error messages.
 
     Raises:
         ConfigError: the template refuses a message, or leaves the question out.
@@ -62,8 +62,8 @@ def render_question(
         ) from error
     if messages[-1]["content"].strip() not in text:
         raise ConfigError(
-            f"{key}.chat=true: the model's chat template leaves the question out (it may want "
-            f"messages in parts); {key}.chat=false puts plain text."
+            f"{key}.chat=true: the model's chat template leaves the question out (it may need "
+            f"messages in parts); {key}.chat=false uses plain text."
         )
     return text
 
@@ -75,12 +75,12 @@ def explain_template_error(
     key: str,
     reason: str,
 ) -> str:
-    """Why a template can't be rendered, and which key to set."""
-    plain = f"{key}.chat=false puts plain text"
+    """Returns a message that says why a template can't be rendered, and which key to set."""
+    plain = f"{key}.chat=false uses plain text"
     if isinstance(tokenizer.chat_template, dict) and "chat_template" not in options:
         names = ", ".join(tokenizer.chat_template)
         return (
-            f"{key}.chat=true: the model has several chat templates and none is its default: "
+            f"{key}.chat=true: the model has several chat templates and no default: "
             f"+{key}.template_options.chat_template=NAME chooses one of {names}; {plain}."
         )
     rest = [message for message in messages if message["role"] != "system"]
@@ -88,11 +88,11 @@ def explain_template_error(
         try:
             render_chat(tokenizer, rest, options, add_generation_prompt=True)
         except ConfigError:
-            pass  # the system message is not what is wrong
+            pass  # the system message is not the cause
         else:
             return (
-                f"{key}.system_prompt: the model's chat template takes no system message "
-                f"({reason}); set {key}.system_prompt=null, or leave system messages out of the "
+                f"{key}.system_prompt: the model's chat template supports no system message "
+                f"({reason}); set {key}.system_prompt=null, or remove system messages from the "
                 f"rows."
             )
     return f"{key}.chat=true: the model's chat template can't be rendered ({reason}); {plain}."

@@ -1,9 +1,9 @@
-"""Where a completion ends, and how one becomes text.
+"""Finds the tokens that end a completion, and decodes completions to text.
 
-A completion ends with any token that a source names as an end: the generation config, the model's
-config, the tokenizer, or the chat template, which writes one behind what the assistant says. Its
-text is all that the model wrote but these ends, padding and the token that begins a text: other
-special tokens may be tags that a reward looks for.
+A completion ends with any token that one of these names as an end token: the generation config, the
+model's config, the tokenizer, or the chat template, which writes one after the assistant's message.
+The text leaves out end tokens, padding and the token that begins a text, and keeps other special
+tokens, because they may be tags that a reward looks for.
 """
 
 from __future__ import annotations
@@ -20,47 +20,49 @@ from grpo.models.chat_template import render_chat
 
 log = logging.getLogger(__name__)
 
-PROBE_ANSWER = "7f3a9c"  # what the assistant is made to say, to see what stands behind it
+PROBE_ANSWER = "7f3a9c"  # an assistant's message, to see what the template writes after it
 
 
 def find_end_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> tuple[int, ...]:
-    """Every token that ends a completion, those of the generation config first.
+    """Returns all tokens that end a completion, those of the generation config first.
+
+    If none of them is in the vocabulary, it logs a warning and returns them all the same.
 
     Raises:
-        ConfigError: nothing names one, or only one that the model can't write where that would
-            have to be the padding, too.
+        ConfigError: no source names an end token; or none is in the vocabulary and the tokenizer
+            has no padding token, for which an end token would be used.
     """
     generation = model.generation_config
-    # Without a file of its own it repeats the model's config, where a class has an end by default,
-    # which may be any word of this vocabulary.
+    # Without a file, the generation config copies the model's config. There, the end token may be
+    # the class's default, which can be any word of this vocabulary.
     repeats = generation is None or getattr(generation, "_from_model_config", False)
     named = [] if repeats else parse_token_ids(generation.eos_token_id, tokenizer)
-    in_config = parse_token_ids(
+    config_ids = parse_token_ids(
         getattr(model.config.get_text_config(), "eos_token_id", None), tokenizer
     )
     others = [*parse_token_ids(tokenizer.eos_token_id, tokenizer), *find_template_end(tokenizer)]
     special = find_special_ids(tokenizer)
-    sure = [id for id in in_config if id in special or not (named or others)]
-    every = tuple(dict.fromkeys([*named, *sure, *others]))
-    written = tuple(id for id in every if 0 <= id < vocabulary)
-    if not written and (not every or tokenizer.pad_token_id is None):
+    trusted = [id for id in config_ids if id in special or not (named or others)]
+    end_ids = tuple(dict.fromkeys([*named, *trusted, *others]))
+    in_vocabulary = tuple(id for id in end_ids if 0 <= id < vocabulary)
+    if not in_vocabulary and (not end_ids or tokenizer.pad_token_id is None):
         raise ConfigError(
             f"{type(model).__name__}: neither its configs nor its tokenizer name an "
             f"end-of-sequence token within its vocabulary of {vocabulary}."
         )
-    if not written:
+    if not in_vocabulary:
         log.warning(
-            "%s has no token that ends a completion: of its vocabulary of %d, none is %s. "
-            "Every completion will have max_new_tokens tokens.",
-            type(model).__name__, vocabulary, " or ".join(map(str, every)),
+            "%s has no token that ends a completion: its vocabulary of %d tokens doesn't contain "
+            "%s, so every completion will have max_new_tokens tokens.",
+            type(model).__name__, vocabulary, " or ".join(map(str, end_ids)),
         )  # fmt: skip
-    return written or every
+    return in_vocabulary or end_ids
 
 
 def parse_token_ids(named: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids from what a config names: one or several, as numbers or as the tokens."""
+    """Returns token ids from a config's value: one or several ids or tokens; None gives none."""
     if isinstance(named, list | tuple):
         return [id for one in named for id in parse_token_ids(one, tokenizer)]
     if isinstance(named, str):
@@ -69,46 +71,51 @@ def parse_token_ids(named: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 
 def find_template_end(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """The added token that a chat template writes right behind an assistant's message, if any."""
+    """Yields the added token that a chat template writes after an assistant's message, if any."""
     if tokenizer.chat_template is None:
         return
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER}]
     try:
         text = render_chat(tokenizer, messages, {}, add_generation_prompt=False)
     except ConfigError:
-        return  # what is wrong with it is said where prompts are made
-    _, said, behind = text.rpartition(PROBE_ANSWER)
-    behind = behind.lstrip()
+        return  # rendering the prompts will report the error
+    _, answer, after = text.rpartition(PROBE_ANSWER)
+    after = after.lstrip()
     added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
-    ends = [token for token in added if token and behind.startswith(token)]
-    if said and ends and tokenizer.bos_token not in ends:
+    ends = [token for token in added if token and after.startswith(token)]
+    if answer and ends and tokenizer.bos_token not in ends:
         yield added[max(ends, key=len)]
 
 
 def find_special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that are no part of ordinary text."""
+    """Returns the ids of added and special tokens, which ordinary text doesn't contain."""
     return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Completions' tokens to text, the same way everywhere."""
+    """Decodes completions' tokens to text, in the same way everywhere."""
 
     tokenizer: PreTrainedTokenizerBase
-    skipped_ids: frozenset[int]  # ends, padding, the token that begins a text
+    skipped_ids: frozenset[int]  # end tokens, padding, the token that begins a text
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the text of each row of token ids."""
         kept = [[id for id in row if id not in self.skipped_ids] for row in rows]
         found: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=False)
         return found
 
     def decode_tokens(self, ids: Sequence[int]) -> str:
+        """Returns the text of one completion's token ids."""
         return self.decode_batch([ids])[0]
 
 
 def find_skipped_ids(
     tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], pad: int
 ) -> frozenset[int]:
-    """What a text doesn't show. An end that is an ordinary word, as a line break, is shown."""
-    unshown = {*ends, pad, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    return frozenset(unshown & find_special_ids(tokenizer))
+    """Returns the tokens that a text leaves out.
+
+    An end token that is ordinary text, such as a line break, is not left out.
+    """
+    skipped = {*ends, pad, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return frozenset(skipped & find_special_ids(tokenizer))

@@ -1,4 +1,4 @@
-"""Where a model's files are. Needs no torch, so what is not there is told at once."""
+"""Finds a model's files. It imports no torch, so a missing model is reported at once."""
 
 from __future__ import annotations
 
@@ -32,26 +32,33 @@ def find_model_folder(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """The folder of exactly one of id, path and packaged, downloaded or converted if need be.
+    """Returns the model's folder, downloaded or converted if necessary.
+
+    Exactly one of id, path and packaged is given.
 
     Args:
-        name: as the user gave it, for messages: model=tiny
-        revision: of an id; None is main.
-        trust_remote_code: whether code that comes with the model may be run, so that it is needed.
+        name: the user's choice, for error messages, such as model=tiny.
+        id: of the hub.
+        path: a folder of the user.
+        packaged: the name of a folder in this package.
+        wheel: arguments of `convert_gguf`, for use if the hub can't be reached.
+        revision: of the id; None is main.
+        trust_remote_code: code that comes with the model may be run, so it is downloaded too.
 
     Raises:
-        ConfigError: there is no model there, or the hub can't be reached.
+        ConfigError: no model is there, the hub can't be reached, or the model needs code that isn't
+            trusted.
     """
     if packaged is not None:
         return PACKAGE_FOLDER / packaged
     if path is not None:
         return require_whole_model("model.path", path)
-    assert id is not None  # config.check saw to it
+    assert id is not None  # config.check makes sure of it
     try:
         return fetch_checked_hub_model(id, revision, trust_remote_code)
     except HubUnreachable as error:
         if wheel is not None and revision is None:
-            log.info("%s: %s; taking the GGUF in %s instead", id, error, wheel["name"])
+            log.info("%s: %s; using the GGUF in %s instead", id, error, wheel["name"])
             from grpo.models.gguf import convert_gguf  # rarely needed, and slow to import
 
             return convert_gguf(**wheel)
@@ -67,10 +74,11 @@ def check_reachable(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Whether `find_model_folder` has something to find, without downloading anything.
+    """Checks that `find_model_folder` will find the model, without downloading it.
 
     Raises:
-        ConfigError: as `find_model_folder` would, or the model needs code that isn't trusted.
+        ConfigError: as `find_model_folder` does. For a model that is not in the cache, it checks
+            only that the hub answers.
     """
     if path is not None:
         check_remote_code(require_whole_model("model.path", path), trust_remote_code)
@@ -89,19 +97,20 @@ def check_reachable(
 def format_unreachable_model(
     name: str, id: str, revision: str | None, error: HubUnreachable
 ) -> str:
+    """Returns an error message that names the models which need no hub."""
     return (
         f"{name}: {format_revision(id, revision)} is not in the local cache and {error}. Without "
-        f"the hub there are model=tiny, model=smollm2_135m (from PyPI) and model=local "
+        f"the hub, use model=tiny, model=smollm2_135m (from PyPI) or model=local "
         f"model.path=FOLDER."
     )
 
 
 def fetch_checked_hub_model(id: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """As `fetch_hub_model`; whether the model needs code is looked at before it is downloaded.
+    """Calls `fetch_hub_model`, after it has checked that the model needs no untrusted code.
 
     Raises:
-        HubUnreachable: it is not in the cache, and the hub can't give it.
-        ConfigError: it needs code that isn't trusted.
+        HubUnreachable: the model is not in the cache, and can't be downloaded.
+        ConfigError: the model needs code that isn't trusted.
     """
     if not trust_remote_code and find_cached_model(id, revision) is None:
         config = fetch_hub_config(id, revision)
@@ -110,10 +119,10 @@ def fetch_checked_hub_model(id: str, revision: str | None, trust_remote_code: bo
 
 
 def find_base_folder(folder: Path, trust_remote_code: bool = False) -> Path:
-    """The folder itself, or that of the base model of the adapter in it.
+    """Returns the folder itself, or the folder of the base model if it holds an adapter.
 
     Raises:
-        ConfigError: that base model can't be had, or needs code that isn't trusted.
+        ConfigError: the base model can't be found, or needs code that isn't trusted.
     """
     if not holds_adapter(folder):
         return folder
@@ -122,27 +131,33 @@ def find_base_folder(folder: Path, trust_remote_code: bool = False) -> Path:
     if Path(base).is_absolute():
         if holds_model(Path(base)):
             return Path(base)
-        raise ConfigError(f"{folder}: the model under this adapter was {base}, where none is now.")
+        raise ConfigError(
+            f"{folder}: this adapter's base model was in {base}, which holds no model now; put it "
+            f"back there."
+        )
     try:
         return fetch_checked_hub_model(base, revision, trust_remote_code)
     except HubUnreachable as error:
         raise ConfigError(
-            f"{folder}: the model under this adapter, {format_revision(base, revision)}, is not in "
+            f"{folder}: this adapter's base model, {format_revision(base, revision)}, is not in "
             f"the cache and {error}."
         ) from error
 
 
 def require_whole_model(key: str, path: str) -> Path:
-    """A folder that holds a model with all its weights, to begin training with.
+    """Returns the path as a folder, after it has checked that it holds a model, not an adapter.
+
+    Args:
+        key: the config key of the path, for error messages.
 
     Raises:
-        ConfigError: naming `key`; it doesn't.
+        ConfigError: the folder holds no model, or only an adapter.
     """
     folder = require_local_folder(key, path)
     if holds_adapter(folder):
         raise ConfigError(
-            f"{key}={path}: holds an adapter alone. To train on from it, resume its run, or make a "
-            f"model of it: grpo export RUN FOLDER",
+            f"{key}={path}: holds only an adapter. To continue training, resume its run, or merge "
+            f"it into a model: grpo export RUN FOLDER",
             key=key,
             value=path,
         )
@@ -150,10 +165,13 @@ def require_whole_model(key: str, path: str) -> Path:
 
 
 def require_local_folder(key: str, path: str) -> Path:
-    """A folder that holds a model.
+    """Returns the path as a folder, after it has checked that it holds a model or an adapter.
+
+    Args:
+        key: the config key of the path, for error messages.
 
     Raises:
-        ConfigError: naming `key`; it doesn't.
+        ConfigError: the folder holds neither.
     """
     folder = Path(path).expanduser()
     if not (holds_model(folder) or holds_adapter(folder)):
@@ -167,5 +185,5 @@ def require_local_folder(key: str, path: str) -> Path:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether the weights in a model's folder are quantized."""
+    """Returns whether the weights in a model's folder are quantized."""
     return "quantization_config" in json.loads((folder / "config.json").read_text())

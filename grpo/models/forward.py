@@ -1,7 +1,7 @@
 """The policy's forward pass over completions, with each group's prompt computed once.
 
-Two ways to the same numbers: `forward_shared_prompt` is the one used, `forward_plain` is what it is
-checked against when a model is loaded, and what is used for a model where the two differ.
+`forward_shared_prompt` and `forward_plain` compute the same numbers. The first is normally used; it
+is checked against the second when a model is loaded, and the second is used if they differ.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from grpo.types import Sampling
 
 @dataclass(frozen=True)
 class Completions:
-    """Completions of B' prompts, R of each; row b*R+r continues prompt b. A slice of a rollout."""
+    """A slice of a rollout: R completions for each of B' prompts; row b*R+r continues prompt b."""
 
     prompts_BP: Tensor  # int64, left-padded
     prompt_lengths_B: Tensor
     tokens_NC: Tensor  # int64, right-padded
     mask_NC: Tensor  # bool
-    rows_N: Tensor | None = None  # which rows of the rollout these are
-    kept_tokens: KeptTokens | None = (
-        None  # what sampling left of the vocabulary there, if it has to stay
-    )
+    rows_N: Tensor | None = None  # the indices of these rows in the rollout
+    # The tokens that sampling may draw, if they are fixed for the whole rollout.
+    kept_tokens: KeptTokens | None = None
 
     @property
     def rows_per_prompt(self) -> int:
+        """R, the number of completions of each prompt."""
         return self.tokens_NC.shape[0] // self.prompts_BP.shape[0]
 
     def select_rows(self, rows: slice) -> Completions:
-        """Some of the rows, each with a copy of its prompt for itself."""
+        """Returns these rows, each with its own copy of its prompt."""
         prompt_N = torch.arange(len(self.tokens_NC), device=self.tokens_NC.device)[rows]
         prompt_N //= self.rows_per_prompt
         return Completions(
@@ -55,14 +55,18 @@ class Completions:
         )
 
     def filter_logits(self, chunk: slice, logits_TV: Tensor, sampling: Sampling) -> Tensor:
-        """[T', V] logits of a chunk of the completion tokens, what sampling leaves out at -inf."""
+        """Returns logits [T', V] of a chunk of the completion tokens, -inf for filtered tokens."""
         if self.kept_tokens is None or self.rows_N is None:
             return filter_logits(logits_TV, sampling)
         row_T, column_T = (index[chunk] for index in self.mask_NC.nonzero(as_tuple=True))
         return self.kept_tokens.filter_logits(self.rows_N[row_T], column_T, logits_TV, sampling)
 
     def mark_seen(self, chunk: slice, vocabulary: int) -> Tensor:
-        """[T', V] bool: what stood before each of a chunk of the completion tokens, as masked."""
+        """Returns [T', V] bool: the vocabulary that occurs before each completion token of a chunk.
+
+        Args:
+            chunk: of the T tokens that mask_NC selects.
+        """
         row_T, column_T = (index[chunk] for index in self.mask_NC.nonzero(as_tuple=True))
         prompt_mask_BP = left_mask(self.prompts_BP, self.prompt_lengths_B).bool()
         prompt_T = row_T // self.rows_per_prompt
@@ -78,25 +82,25 @@ Forward = Callable[[PreTrainedModel, Head, Completions], Features]
 
 
 def left_mask(prompts_BP: Tensor, lengths_B: Tensor) -> Tensor:
-    """[B, P] int64: 1 on the last `length` positions of each row."""
+    """Returns [B, P] int64: 1 on the last `length` positions of each row, else 0."""
     width = prompts_BP.shape[1]
     positions_P = torch.arange(width, device=prompts_BP.device)
     return (positions_P >= width - lengths_B[:, None]).long()
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions of real tokens counted from 0, whatever padding stands before them."""
+    """Returns the position of each real token, counted from 0 after the padding on its left."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def forward_shared_prompt(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
-    """The hidden state at each completion token of the batch, in order of rows.
+    """Returns the hidden state that predicts each completion token, in the order of rows.
 
-    Prompts and completions run end to end as one row, each prompt once, seen by all its
-    completions; gradients flow through it. The head reads completion tokens alone.
+    The model reads all prompts and completions as one row: each prompt occurs once, its completions
+    attend to it, and gradients flow through it. The head reads only completion tokens.
     """
     prompt_mask_BP = left_mask(batch.prompts_BP, batch.prompt_lengths_B).bool()
-    read_NC = batch.mask_NC[:, 1:]  # a completion's last token is predicted, never read
+    read_NC = batch.mask_NC[:, 1:]  # a completion's last token is predicted but not read
     tree = Tree(tuple(batch.prompt_lengths_B.tolist()), tuple(read_NC.sum(dim=1).tolist()))
     tokens_T = torch.cat([batch.prompts_BP[prompt_mask_BP], batch.tokens_NC[:, :-1][read_NC]])
     hidden_TD = compute_hidden_states(
@@ -108,9 +112,9 @@ def forward_shared_prompt(model: PreTrainedModel, head: Head, batch: Completions
 
 
 def find_predictors(tree: Tree, mask_NC: Tensor) -> Tensor:
-    """Where in the tree each completion token is predicted: at the one before it.
+    """Returns the index in the tree of the token before each completion token, which predicts it.
 
-    That is the prompt's last for a completion's first.
+    For the first token of a completion, this is the last token of its prompt.
     """
     starts = torch.tensor([part.start for part in tree.completion_slices], device=mask_NC.device)
     source_NC = starts[:, None] + torch.arange(mask_NC.shape[1], device=mask_NC.device) - 1
@@ -120,14 +124,14 @@ def find_predictors(tree: Tree, mask_NC: Tensor) -> Tensor:
 
 
 def forward_plain(model: PreTrainedModel, head: Head, batch: Completions) -> Features:
-    """The logits at each completion token the usual way: each row's prompt again, all logits.
+    """Returns the logits at each completion token in the usual way: each row has its own prompt.
 
-    Prompts of one length at a time: no padding stands before any of them, since a model may not
-    know an attention mask, as RWKV.
+    It runs prompts of one length at a time, so that no row has padding on the left: some models,
+    such as RWKV, ignore the attention mask.
     """
     rows_R = torch.arange(batch.rows_per_prompt, device=batch.tokens_NC.device)
     row_T = batch.mask_NC.nonzero()[:, 0]
-    found: list[Tensor] = []
+    logits_parts: list[Tensor] = []
     places: list[Tensor] = []
     for length in batch.prompt_lengths_B.unique().tolist():
         prompts = (batch.prompt_lengths_B == length).nonzero()[:, 0]
@@ -137,16 +141,16 @@ def forward_plain(model: PreTrainedModel, head: Head, batch: Completions) -> Fea
         tokens = torch.cat([prompts_NP, tokens_NC], dim=1)
         mask = torch.cat([torch.ones_like(prompts_NP), mask_NC.long()], dim=1)
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-        found.append(logits[:, length - 1 : -1][mask_NC])
+        logits_parts.append(logits[:, length - 1 : -1][mask_NC])
         places.append(torch.isin(row_T, row_N).nonzero()[:, 0])
-    logits_TV = gather_rows(torch.cat(found), torch.cat(places).argsort())
+    logits_TV = gather_rows(torch.cat(logits_parts), torch.cat(places).argsort())
     return Features(logits_TV, Tensor.float, logits_TV.shape[-1])
 
 
 def score_completions(
     features: Features, batch: Completions, readout: Readout, reference: Features | None = None
 ) -> TokenScores:
-    """Scores [N, C] of a batch's completion tokens; zeros on padding."""
+    """Returns scores [N, C] of a batch's completion tokens; zeros on padding."""
 
     def seen(chunk: slice) -> Tensor:
         return batch.mark_seen(chunk, features.vocabulary)
@@ -164,14 +168,14 @@ def score_completions(
 
 
 def scatter(values_T: Tensor, mask_NC: Tensor) -> Tensor:
-    """[T] values back to their places in [N, C]; zeros elsewhere."""
+    """Puts values [T] into their places in [N, C], with zeros elsewhere."""
     return torch.zeros(mask_NC.shape, dtype=values_T.dtype, device=values_T.device).masked_scatter(
         mask_NC, values_T
     )
 
 
 def make_random_completions(vocabulary: int, device: torch.device) -> Completions:
-    """Two prompts of different lengths, two completions each, one of them shorter."""
+    """Makes two prompts of different lengths with two completions each, one of them shorter."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (2, 16), generator=generator).to(device)
     mask_NC = torch.ones(4, 4, dtype=torch.bool, device=device)
@@ -180,8 +184,7 @@ def make_random_completions(vocabulary: int, device: torch.device) -> Completion
     return Completions(tokens[:, :8], lengths_B, tokens[:, 8:].reshape(4, 4), mask_NC)
 
 
-# What a model raises that is asked for something it doesn't have, as a state-space model for its
-# attention.
+# Errors of models without a part that is asked for, such as state-space models without attention.
 FORWARD_ERRORS = (
     AttributeError,
     IndexError,
@@ -194,19 +197,21 @@ FORWARD_ERRORS = (
 
 @torch.no_grad()
 def find_sharing_problem(model: PreTrainedModel, head: Head) -> str:
-    """Why `forward_shared_prompt` doesn't give the model's own numbers; empty where it does.
+    """Returns why `forward_shared_prompt` doesn't compute the model's numbers; empty if it does.
 
-    A model may change its logits after the head, or keep a state that can't be repeated over a
-    group; which ones do is not written down anywhere, so it is measured on random tokens, once for
-    each load.
+    A model may change its logits after the head, or keep a state that can't be shared by a group.
+    Models don't declare this, so it is measured on random tokens each time a model is loaded.
+
+    Raises:
+        ConfigError: the model's logits are NaN or infinite.
     """
     batch = make_random_completions(head.vocabulary, model.device)
     readout = Readout(Sampling(temperature=0.7))
     expected = score_completions(forward_plain(model, head, batch), batch, readout).logprobs
     if not bool(expected.isfinite().all()):
         raise ConfigError(
-            f"{type(model).__name__}: its logits are NaN or infinite: the weights of this "
-            f"checkpoint are broken, or of another precision than it says."
+            f"{type(model).__name__}: its logits are NaN or infinite, so the weights of this "
+            f"checkpoint are broken or in another precision than it says; use another checkpoint."
         )
     try:
         ours = score_completions(forward_shared_prompt(model, head, batch), batch, readout).logprobs
@@ -219,11 +224,13 @@ def find_sharing_problem(model: PreTrainedModel, head: Head) -> str:
 
 @torch.no_grad()
 def reads_padding(model: PreTrainedModel, head: Head) -> bool:
-    """Whether padding before a prompt changes what the model says after it, measured as above."""
+    """Returns whether left padding changes the model's predictions, measured on random tokens."""
     batch = make_random_completions(head.vocabulary, model.device)
     mask = left_mask(batch.prompts_BP, batch.prompt_lengths_B)
     options: dict[str, Tensor] = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:  # as `generate` asks too
+    if (
+        "position_ids" in inspect.signature(model.forward).parameters
+    ):  # the same check as in `generate`
         options["position_ids"] = position_ids(mask)
     padded = model(
         input_ids=batch.prompts_BP, attention_mask=mask, use_cache=False, **options
@@ -237,14 +244,15 @@ def reads_padding(model: PreTrainedModel, head: Head) -> bool:
 
 
 def match_logprobs(ours: Tensor, theirs: Tensor, in_fp32: bool = True) -> bool:
-    """Whether two ways to a model's log-probabilities differ by no more than rounding."""
+    """Returns whether two computations of log-probabilities differ by no more than rounding."""
     if in_fp32:
         return bool(torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3))
-    # Rounded to 8 bits single tokens may be far off, but not all of them.
+    # With bf16's 8 bits single tokens may differ a lot, but not all of them.
     return float((ours - theirs).abs().mean()) <= 0.1
 
 
 def computes_in_fp32(model: PreTrainedModel) -> bool:
+    """Returns whether the model is in fp32, not quantized, and autocast is off."""
     return (
         model.dtype == torch.float32
         and not getattr(model, "is_quantized", False)

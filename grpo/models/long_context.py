@@ -1,8 +1,8 @@
-"""What a model does with long texts that it does not do with short ones.
+"""Prepares a model for the run's longest texts, which it may treat differently from short ones.
 
-Its positions may change with the length of a text (longrope, dynamic NTK): keys that were made
-before the change are wrong after it. It may see only a part of a long text (windows, chunks), in a
-way that the shared prompt does not know. Its table of positions may end.
+Its positions may depend on the length of a text (longrope, dynamic NTK): cached keys are then wrong
+after the change. It may attend to only a part of a long text (windows, chunks), in a way that the
+shared prompt doesn't support. Its table of positions may be too short.
 """
 
 from __future__ import annotations
@@ -32,31 +32,29 @@ from grpo.models.load import LanguageModel
 from grpo.types import Sampling
 
 log = logging.getLogger(__name__)
-FROZEN_ROPE_TYPE = (
-    "held"  # in the place of a rope type that transformers computes anew at each length
-)
+FROZEN_ROPE_TYPE = "held"  # replaces a rope type that transformers computes again for each length
 
 
 def prepare_for_lengths(
     policy: LanguageModel, prompt_tokens: int, max_new_tokens: int
 ) -> LanguageModel:
-    """The model as it is used for prompts and completions of up to so many tokens.
+    """Returns the model, prepared for prompts and completions of up to so many tokens.
 
-    Where its positions change with length, they are those of the longest text from here on, for
-    every text, in the rollout, the reference and the update (vLLM does the same). Where a shared
-    prompt gives other numbers at that length, the plain forward is used.
+    If its positions depend on the length, those of the longest text are used for every text, in
+    the rollout, the reference and the update (vLLM does the same). If a shared prompt gives other
+    numbers at that length, the plain forward is used.
 
     Raises:
-        ConfigError: it can't read so many tokens.
+        ConfigError: the model can't read so many tokens.
     """
     longest = prompt_tokens + max_new_tokens
     name = type(policy.model).__name__
     change = freeze_positions(policy.model, longest, policy.context_length)
     if change is not None and change < longest:
         log.warning(
-            "%s: its positions change beyond %d tokens, which a prompt and its completion may "
-            "have (%d + %d), so those for long texts are used throughout; for the others, lower "
-            "max_new_tokens or dataset.max_prompt_tokens.",
+            "%s: its positions change beyond %d tokens, and a prompt and its completion may have "
+            "more (%d + %d), so those for long texts are used throughout; for those of short "
+            "texts, lower max_new_tokens or dataset.max_prompt_tokens.",
             name, change, prompt_tokens, max_new_tokens,
         )  # fmt: skip
     elif change is not None:
@@ -79,7 +77,7 @@ def prepare_for_lengths(
     if agrees:
         return policy
     log.warning(
-        "%s: with a shared prompt it gives other log-probabilities at %d tokens; using the plain "
+        "%s: a shared prompt doesn't give its log-probabilities at %d tokens; using the plain "
         "forward, which is slower and needs more memory.", name, longest,
     )  # fmt: skip
     return replace(policy, forward=forward_plain)
@@ -87,14 +85,15 @@ def prepare_for_lengths(
 
 @dataclass(frozen=True)
 class RotaryModule:
-    """A module of transformers that makes the angles of positions, for one kind of layer."""
+    """A module of transformers that computes rotary angles, for one type of layer."""
 
     module: nn.Module
     layer_type: str | None
 
     def compute_cosines(self, length: int) -> Tensor:
-        """The cosines of the second position in a text of this length."""
-        # Beyond its original length a dynamic one remembers the longest; a short text resets it.
+        """Returns the cosines of the second position in a text of this length."""
+        # A dynamic module remembers the longest text beyond its original length; a short one
+        # resets it.
         self._angles(2)
         return self._angles(length)
 
@@ -107,15 +106,16 @@ class RotaryModule:
         return cosines.clone()
 
     def freeze_angles(self) -> None:
-        """From here on it gives what it gave last, whatever the length."""
+        """Makes the module use its last angles for texts of all lengths."""
         kinds = self.module.rope_type
-        kept: Any = FROZEN_ROPE_TYPE
+        frozen: Any = FROZEN_ROPE_TYPE
         if self.layer_type is not None:
-            kept = {**kinds, self.layer_type: FROZEN_ROPE_TYPE}  # type: ignore[dict-item]
-        self.module.rope_type = kept
+            frozen = {**kinds, self.layer_type: FROZEN_ROPE_TYPE}  # type: ignore[dict-item]
+        self.module.rope_type = frozen
 
 
 def find_length_dependent(model: nn.Module) -> Iterator[RotaryModule]:
+    """Yields the model's rotary modules whose angles depend on the length of the text."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
@@ -124,32 +124,35 @@ def find_length_dependent(model: nn.Module) -> Iterator[RotaryModule]:
 
 
 def freeze_positions(model: PreTrainedModel, longest: int, context: int) -> int | None:
-    """Fixes positions that change with length at those of the longest text.
+    """Fixes positions that depend on the length at those of the longest text.
 
     Args:
-        longest: tokens of a prompt and its completion.
-        context: that the model can read at most.
+        longest: the most tokens of a prompt and its completion.
+        context: the most tokens that the model can read.
 
     Returns:
-        The most tokens that a text may have before they change; None if they never do.
+        The most tokens of a text with the positions of a short one; None if they never change.
     """
     changes = []
-    for rotations in list(find_length_dependent(model)):
-        changes.append(find_first_change(rotations, max(longest, context)))
-        rotations.compute_cosines(max(longest, 2))
-        rotations.freeze_angles()
+    for rotary in list(find_length_dependent(model)):
+        changes.append(find_first_change(rotary, max(longest, context)))
+        rotary.compute_cosines(max(longest, 2))
+        rotary.freeze_angles()
     return min((change for change in changes if change is not None), default=None)
 
 
-def find_first_change(rotations: RotaryModule, most: int) -> int | None:
-    """The greatest length up to which the angles are those of a short text, found by halving."""
-    short = rotations.compute_cosines(2)
-    if torch.equal(rotations.compute_cosines(most), short):
+def find_first_change(rotary: RotaryModule, most: int) -> int | None:
+    """Returns the longest length with the angles of a short text, found by bisection.
+
+    None if they are the same at length `most`.
+    """
+    short = rotary.compute_cosines(2)
+    if torch.equal(rotary.compute_cosines(most), short):
         return None
     same, other = 2, most
     while other - same > 1:
         middle = (same + other) // 2
-        if torch.equal(rotations.compute_cosines(middle), short):
+        if torch.equal(rotary.compute_cosines(middle), short):
             same = middle
         else:
             other = middle
@@ -158,7 +161,7 @@ def find_first_change(rotations: RotaryModule, most: int) -> int | None:
 
 @torch.no_grad()
 def can_read_length(policy: LanguageModel, length: int) -> bool:
-    """Whether the model can be run on a text of so many tokens at all."""
+    """Returns whether the model can be run on a text of so many tokens."""
     tokens = torch.zeros(1, length, dtype=torch.int64, device=policy.model.device)
     try:
         policy.model(input_ids=tokens, use_cache=False)
@@ -169,10 +172,10 @@ def can_read_length(policy: LanguageModel, length: int) -> bool:
 
 @torch.no_grad()
 def agrees_at_length(policy: LanguageModel, prompt_tokens: int, max_new_tokens: int) -> bool:
-    """Whether the forward pass gives the model's own log-probabilities at this length.
+    """Returns whether the forward pass gives the model's own log-probabilities at this length.
 
-    Only a shared prompt may not; of the others it is seen that they run at all. The logits are read
-    in chunks on both sides, so it takes little memory.
+    Compares a shared prompt with the model; the plain forward is only run once, for its errors.
+    Both sides compute logits in chunks, so it needs little memory.
     """
     model, head, device = policy.model, policy.head, policy.model.device
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +193,7 @@ def agrees_at_length(policy: LanguageModel, prompt_tokens: int, max_new_tokens: 
             torch.ones_like(completion, dtype=torch.bool),
         )
         readout = Readout(Sampling(temperature=1.0))
-        own = Features(hidden[0, prompt_tokens - 1 : -1], head, head.vocabulary)
-        expected = score_completions(own, batch, readout).logprobs
+        features = Features(hidden[0, prompt_tokens - 1 : -1], head, head.vocabulary)
+        expected = score_completions(features, batch, readout).logprobs
         ours = score_completions(forward_shared_prompt(model, head, batch), batch, readout).logprobs
         return match_logprobs(ours, expected, computes_in_fp32(model))

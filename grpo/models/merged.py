@@ -1,4 +1,4 @@
-"""A checkpoint's model as a plain one: with an adapter added into the weights it is over."""
+"""Writes a checkpoint's model as a plain one, with its adapter merged into the base weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from grpo.models.remote_code import check_remote_code
 
 
 def write_merged(model: Path, folder: Path, trust_remote_code: bool = False) -> None:
-    """Writes a folder that transformers loads by path, tokenizer included.
+    """Writes a model and its tokenizer to a folder that transformers can load.
 
-    What was trained over 4-bit weights is merged into those weights, in full precision.
+    An adapter trained on 4-bit weights is merged into these weights, dequantized to fp32.
 
     Args:
         model: the model's folder in a checkpoint.
+        folder: where to write; it may exist.
         trust_remote_code: Python code that comes with the base model may be run.
+
+    Raises:
+        ConfigError: the base model can't be found or loaded, or needs code that isn't trusted.
     """
     if not holds_adapter(model):
         shutil.copytree(model, folder, dirs_exist_ok=True)
@@ -32,7 +36,7 @@ def write_merged(model: Path, folder: Path, trust_remote_code: bool = False) -> 
     device, base = open_device("cpu", "fp32"), find_base_folder(model, trust_remote_code)
     check_remote_code(base, trust_remote_code)
     with loading_errors(base):
-        # Never None: then transformers asks, and takes what is piped in for an answer.
+        # Never None: transformers would then ask the user, and read standard input.
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         if was_quantized(model):
             quantized = load_in_four_bits(base, device, trust_remote_code=trust_remote_code)
@@ -45,6 +49,6 @@ def write_merged(model: Path, folder: Path, trust_remote_code: bool = False) -> 
 
 
 def was_quantized(model: Path) -> bool:
-    """Whether the run that this adapter is from had its base in 4 bits."""
+    """Returns whether the run that trained this adapter had its base model in 4 bits."""
     config = model.parent / "config.json"
     return config.is_file() and bool(json.loads(config.read_text())["adapter"]["quantized"])

@@ -1,4 +1,4 @@
-"""In what precision frozen weights are kept, and a model in 4 bits is tried."""
+"""Stores frozen weights in the precision of computation, and counts the bytes of such copies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-LINEAR_TYPES = (nn.Linear, Conv1D)  # their weights are rounded by autocast at every use
+LINEAR_TYPES = (nn.Linear, Conv1D)  # autocast rounds their weights at every use
 
 
 @torch.no_grad()
 def store_frozen_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keeps weights that are never trained in the precision that they are computed in.
+    """Stores weights that are never trained in the precision that they are computed in.
 
-    Under autocast the model's numbers stay what they are. Weights of products are rounded once,
-    instead of at every use. A table is rounded where nothing of it is lost, and what is looked up
-    in it is fp32 all the same.
+    Under autocast the model's output stays the same. Weights of matrix products are rounded once
+    instead of at every use. An embedding is rounded only if that loses nothing, and its output
+    stays fp32.
 
     Args:
-        dtype: autocast's; None, where it is off, leaves everything as it is.
+        dtype: autocast's; None, if autocast is off, changes nothing.
     """
     if dtype is None:
         return
@@ -31,7 +31,7 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.requires_grad:
                 continue
-            if id(weight) in wide:  # tied to a table that stays as it is
+            if id(weight) in wide:  # tied to an embedding that stays in fp32
                 setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
             else:
                 weight.data = weight.data.to(dtype)
@@ -41,20 +41,20 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def find_exact_embeddings(model: nn.Module, dtype: torch.dtype) -> list[nn.Embedding]:
-    """Lookup tables of which nothing is lost in a lower precision."""
+    """Returns the embeddings whose weights are exact in the lower precision."""
     tables = [x for x in model.modules() if type(x) is nn.Embedding]
     return [x for x in tables if torch.equal(x.weight.to(dtype).float(), x.weight)]
 
 
 def find_unrounded_weights(model: nn.Module, dtype: torch.dtype) -> set[int]:
-    """The ids of the weights that have to stay as they are, whoever else they are tied to."""
+    """Returns the id() of weights that must not be rounded, even if a linear layer shares them."""
     others = [x for x in model.modules() if type(x) not in LINEAR_TYPES]
     wide = {id(weight) for module in others for weight in module.parameters(recurse=False)}
     return wide - {id(table.weight) for table in find_exact_embeddings(model, dtype)}
 
 
 def count_frozen_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
-    """What a frozen copy of a model takes, as `store_frozen_weights` keeps it."""
+    """Returns the bytes of a frozen copy of a model, as `store_frozen_weights` stores it."""
     weights = {id(x): x for x in (*model.parameters(), *model.buffers())}
     if dtype is None:
         return sum(x.nbytes for x in weights.values())
@@ -66,29 +66,29 @@ def count_frozen_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
 
 
 def count_rounded_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
-    """What autocast's rounded copies of a model's weights take, the head's left out."""
+    """Returns the bytes of autocast's rounded copies of a model's weights, without the head's."""
     if dtype is None:
         return 0
     head = model.get_output_embeddings()  # type: ignore[operator]
-    of_head = {id(x) for x in head.parameters()}
-    rounded = {id(x): x for x in find_linear_weights(model) if id(x) not in of_head}
+    head_ids = {id(x) for x in head.parameters()}
+    rounded = {id(x): x for x in find_linear_weights(model) if id(x) not in head_ids}
     return sum(x.numel() * dtype.itemsize for x in rounded.values() if x.dtype == torch.float32)
 
 
 def find_linear_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights and biases of its products."""
-    products = [x for x in model.modules() if type(x) in LINEAR_TYPES]
-    return [weight for module in products for weight in module.parameters(recurse=False)]
+    """Returns the weights and biases of the model's linear layers."""
+    layers = [x for x in model.modules() if type(x) in LINEAR_TYPES]
+    return [weight for layer in layers for weight in layer.parameters(recurse=False)]
 
 
-def cast_output_to_fp32(module: nn.Module, inputs: Any, looked_up: Tensor) -> Tensor:
-    """A forward hook of a table."""
-    return looked_up.float()
+def cast_output_to_fp32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Casts an embedding's output to fp32; a forward hook."""
+    return output.float()
 
 
 @contextmanager
 def four_bits_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Within it, products with weights in 4 bits are computed in fp32, whatever they are set to."""
+    """Within it, layers with 4-bit weights compute in fp32, whatever their setting."""
     layers: list[Any] = [x for x in model.modules() if type(x).__name__ == "Linear4bit"]
     before = [layer.compute_dtype for layer in layers]
     try:

@@ -1,7 +1,7 @@
-"""Activations made again in the backward pass instead of kept: less memory, one more forward.
+"""Gradient checkpointing: recomputes activations in the backward pass, which saves memory.
 
-transformers' own checkpointing acts in training mode alone, where some models' dropout lives too.
-So each decoder layer is wrapped here.
+transformers' own checkpointing works only in training mode, which also turns on the dropout of some
+models. So each decoder layer is wrapped here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from grpo.models.cpu.select import fast_forward_pass
 
 
 def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Its decoder layers."""
+    """Returns the model's decoder layers."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 @contextmanager
 def recomputed(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the decoder layers of a forward pass keep their inputs and nothing else."""
+    """Within it, decoder layers keep only their inputs for the backward pass."""
     config = model.config.get_text_config()
     layers = find_decoder_layers(model)
     with computed_as({x: partial(run_recomputed, config, x, x.forward) for x in layers}):
@@ -42,11 +42,15 @@ def run_recomputed(
     *inputs: Any,
     **named: Any,
 ) -> Any:
-    """A layer's forward, run again in the backward pass with the attention and products it had."""
+    """Runs a layer's forward, and again in the backward pass with the same attention and products.
+
+    Args:
+        forward: the layer's forward before it was replaced by this function.
+    """
     attention = config._attn_implementation
 
-    def as_it_was(*inputs: Any, **named: Any) -> Any:
+    def run(*inputs: Any, **named: Any) -> Any:
         with attention_as(config, attention), fast_forward_pass(layer):
             return forward(*inputs, **named)
 
-    return checkpoint(as_it_was, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False, **named)

@@ -1,4 +1,4 @@
-"""What the policy is kept near: a frozen copy of it, or itself with its adapter switched off."""
+"""The reference that the policy stays near: a frozen copy, or the policy without its adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WeightPairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class Reference:
-    """A model that is read and never trained; it may be moved toward the policy now and then."""
+    """A model that is never trained, but may be moved toward the policy."""
 
     def __init__(
         self,
@@ -35,46 +35,51 @@ class Reference:
     ) -> None:
         """
         Args:
-            within: what has to hold while the model is read as the reference.
-            pairs: each of its weights that can be moved, with the policy's.
+            activated: returns a context in which the model computes as the reference.
+            weight_pairs: each movable weight of the reference, with the policy's weight.
         """
         self.model, self.activated, self.weight_pairs = model, activated, weight_pairs
 
     @torch.no_grad()
     def compute_features(self, batch: Completions) -> Features:
-        """What the reference knows of each completion token."""
+        """Runs a forward pass of the reference and returns the features of completion tokens."""
         with self.activated():
             return self.model.compute_features(batch)
 
     @torch.no_grad()
     def move(self, share: float) -> None:
-        """Moves every weight this share of the way to the policy's: 1 copies it (2404.09656)."""
-        for own, weight in self.weight_pairs:
-            own.lerp_(weight, share)
+        """Moves each weight by this share toward the policy's: 1 copies it (2404.09656)."""
+        for reference_weight, policy_weight in self.weight_pairs:
+            reference_weight.lerp_(policy_weight, share)
 
     def state(self) -> list[Tensor]:
-        """The weights that can be moved."""
-        return [own.detach() for own, _ in self.weight_pairs]
+        """Returns the weights that can be moved, for a checkpoint."""
+        return [reference_weight.detach() for reference_weight, _ in self.weight_pairs]
 
     @torch.no_grad()
     def load_state(self, state: Sequence[Tensor]) -> None:
-        for (own, _), weight in zip(self.weight_pairs, state, strict=True):
-            own.copy_(weight)
+        """Copies the weights that `state` returned."""
+        for (reference_weight, _), saved_weight in zip(self.weight_pairs, state, strict=True):
+            reference_weight.copy_(saved_weight)
 
 
 def make_reference(policy: LanguageModel, moves: bool) -> Reference:
-    """The policy as it is now: a copy, or under an adapter the model itself, without it.
+    """Returns the policy's current weights as a reference.
 
-    moves: it will be moved, so under an adapter it is an adapter too.
+    It is a copy of the policy; if the policy has an adapter, it is the same model without it.
+
+    Args:
+        moves: whether the reference will be moved; if the policy has an adapter, the reference is
+            then a second adapter.
     """
     if not has_adapter(policy.model):
         in_fp32 = moves or policy.device.autocast_dtype is None
         copied = copy_frozen(policy, in_fp32)
-        own, weights = copied.model.parameters(), policy.model.parameters()
-        pairs = list(zip(own, weights, strict=True)) if in_fp32 else []
+        copied_weights, weights = copied.model.parameters(), policy.model.parameters()
+        pairs = list(zip(copied_weights, weights, strict=True)) if in_fp32 else []
         return Reference(copied, nullcontext, pairs)
     if not moves:
         return Reference(policy, partial(adapters_off, policy.model), [])
     add_reference_adapter(policy.model)
-    within = partial(adapter_active, policy.model, REFERENCE_ADAPTER)
-    return Reference(policy, within, pair_adapter_weights(policy.model))
+    activated = partial(adapter_active, policy.model, REFERENCE_ADAPTER)
+    return Reference(policy, activated, pair_adapter_weights(policy.model))

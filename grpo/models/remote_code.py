@@ -1,4 +1,4 @@
-"""Python code that comes with a model: run only where the user says so."""
+"""Checks for Python code that comes with a model, which runs only if the user trusts it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from grpo.errors import ConfigError
 
 NEEDS_CODE = (
-    "needs Python code that comes with it, which is not run unless you say so: read it, then add "
+    "needs Python code that comes with it, which is not run unless you trust it: read it, then add "
     "model.trust_remote_code=true (to grpo chat and grpo export: --trust)"
 )
 
@@ -20,14 +20,14 @@ class UntrustedCode(ConfigError):
 
 
 def check_remote_code(folder: Path, trusted: bool, name: str = "") -> None:
-    """Refuses a model that transformers can't run without the code in its folder.
+    """Refuses a model that transformers can't load without untrusted code.
 
     Args:
-        trusted: the user wants that code to be run.
-        name: of the model, where it is more than its folder.
+        trusted: the user allows that code to run.
+        name: the model's name for the message; by default its folder.
 
     Raises:
-        NeedsCode: naming the model, its files and the key.
+        UntrustedCode: naming the model, its files and the key.
     """
     if trusted or not list_auto_classes(folder, "config.json") or has_builtin_class(folder):
         return
@@ -36,12 +36,12 @@ def check_remote_code(folder: Path, trusted: bool, name: str = "") -> None:
 
 
 def has_remote_code(folder: Path) -> bool:
-    """Whether the configs in a model's folder name classes of its own, or of another repository."""
+    """Returns whether configs in a model's folder name classes outside of transformers."""
     return any(list_auto_classes(folder, name) for name in ("config.json", "tokenizer_config.json"))
 
 
 def list_code_files(folder: Path) -> list[str]:
-    """The Python files in a model's folder that its configs name."""
+    """Returns the Python files in a model's folder that its configs name."""
     named = {
         path
         for name in ("config.json", "tokenizer_config.json")
@@ -51,7 +51,7 @@ def list_code_files(folder: Path) -> list[str]:
 
 
 def has_builtin_class(folder: Path) -> bool:
-    """Whether transformers has code of its own for the causal model in a folder."""
+    """Returns whether transformers itself has the class of the causal model in a folder."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -60,12 +60,12 @@ def has_builtin_class(folder: Path) -> bool:
 
 
 def list_auto_classes(folder: Path, name: str) -> list[str]:
-    """What `auto_map` in a config names: module.Class, or ORG/NAME--module.Class."""
+    """Returns the classes in a config's `auto_map`: module.Class, or ORG/NAME--module.Class."""
     return list(find_strings(read_model_config(folder / name).get("auto_map")))
 
 
 def find_strings(node: Any) -> Iterator[str]:
-    """A tokenizer's is a pair, of which one may be null."""
+    """Yields all strings in nested lists and objects; a tokenizer has a list, maybe with null."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, dict | list):
@@ -74,7 +74,7 @@ def find_strings(node: Any) -> Iterator[str]:
 
 
 def read_model_config(file: Path) -> dict[str, Any]:
-    """A config of transformers; empty where it can't be read, which loading the model says."""
+    """Reads a config of transformers; empty if unreadable, which loading the model will report."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

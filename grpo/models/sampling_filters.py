@@ -1,6 +1,6 @@
-"""From logits to the logits of the distribution that is sampled from: cut tokens are at -inf.
+"""Turns logits into those of the distribution that is sampled from: dropped tokens get -inf.
 
-The order and the meaning of each step are those of transformers' `generate`.
+The steps and their order are those of transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from grpo.types import Sampling
 
 
 def scale_and_filter(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Tensor:
-    """[T, V] logits, penalised, divided and cut.
+    """Returns logits [T, V] after repetition penalty, temperature and filters.
 
-    seen_TV: bool, the tokens before each position, prompt and all; only a penalty needs it.
+    Args:
+        seen_TV: bool, the tokens before each position, the prompt's too; None without a penalty.
     """
     return filter_logits(scale_logits(logits_TV, sampling, seen_TV), sampling)
 
 
 def scale_logits(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) -> Tensor:
-    """The penalty, and the temperature."""
+    """Applies the repetition penalty and the temperature."""
     if seen_TV is not None:
         penalty = sampling.repetition_penalty
         penalised_TV = torch.where(logits_TV < 0, logits_TV * penalty, logits_TV / penalty)
@@ -31,7 +32,7 @@ def scale_logits(logits_TV: Tensor, sampling: Sampling, seen_TV: Tensor | None) 
 
 
 def filter_logits(logits_TV: Tensor, sampling: Sampling) -> Tensor:
-    """Everything that sampling leaves out at -inf."""
+    """Sets the logits of tokens that top-k, top-p or min-p drops to -inf."""
     if sampling.top_k:
         logits_TV = keep_top_k(logits_TV, sampling.top_k)
     if sampling.top_p < 1:
@@ -42,13 +43,13 @@ def filter_logits(logits_TV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def keep_top_k(logits_TV: Tensor, k: int) -> Tensor:
-    """The k likeliest tokens."""
+    """Keeps the k likeliest tokens."""
     least_T1 = logits_TV.topk(min(k, logits_TV.shape[-1]), dim=-1).values[:, -1:]
     return logits_TV.masked_fill(logits_TV < least_T1, -torch.inf)
 
 
 def keep_top_p(logits_TV: Tensor, p: float) -> Tensor:
-    """The likeliest tokens up to the first with which they make up p: nucleus (1904.09751)."""
+    """Keeps the fewest likeliest tokens with a total probability of at least p (1904.09751)."""
     sorted_TV, order_TV = logits_TV.sort(dim=-1, descending=True)
     before_TV = sorted_TV.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
     before_TV[:, 0] = 0.0
@@ -57,39 +58,42 @@ def keep_top_p(logits_TV: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits_TV: Tensor, p: float) -> Tensor:
-    """The tokens at least p times as likely as the likeliest (2407.01082)."""
+    """Keeps the tokens that are at least p times as likely as the likeliest (2407.01082)."""
     least_T1 = logits_TV.amax(dim=-1, keepdim=True) + torch.tensor(p).log()
     return logits_TV.masked_fill(logits_TV < least_T1, -torch.inf)
 
 
 @dataclass
 class KeptTokens:
-    """Which tokens were left at each place [N, C] of a rollout, as lists of ids end to end.
+    """The tokens that filters kept at each place [N, C] of a rollout, as lists of ids end to end.
 
-    An importance weight is of two policies over the same tokens: what the old one left is what the
-    new one may choose from, wherever its own top-p would be by now.
+    An importance weight compares two policies over the same tokens, so the new policy is scored
+    over the tokens that the old one's filters kept, even if its own filters would keep others.
     """
 
-    starts_NC: Tensor  # int64, where in ids a place's list begins
-    counts_NC: Tensor  # int64
-    ids: list[Tensor]  # int32
+    starts_NC: Tensor  # int64, where in ids the list of a place begins
+    counts_NC: Tensor  # int64, the length of the list; 0: nothing stored yet
+    ids: list[Tensor]  # int32, to be concatenated
 
     @classmethod
     def create_empty(cls, lengths_N: Tensor, width: int) -> KeptTokens:
-        """Nothing yet, for rows of a rollout."""
+        """Makes empty lists for a rollout with rows of these lengths, at most `width` tokens."""
         starts_NC = torch.zeros(len(lengths_N), width, dtype=torch.int64, device=lengths_N.device)
         return cls(starts_NC, starts_NC.clone(), [])
 
     def filter_logits(
         self, rows_T: Tensor, columns_T: Tensor, logits_TV: Tensor, sampling: Sampling
     ) -> Tensor:
-        """As `filter_logits`, but that a place keeps what it kept when it was asked for first."""
+        """Filters logits [T, V] at these places, with the tokens that their first call kept.
+
+        The first call filters by `sampling` and stores the kept tokens.
+        """
         if bool(self.counts_NC[rows_T, columns_T].all()):
             kept_TV = self._look_up(rows_T, columns_T, logits_TV.shape[1])
             return logits_TV.masked_fill(~kept_TV, -torch.inf)
-        cut_TV = filter_logits(logits_TV, sampling)
-        self._store(rows_T, columns_T, cut_TV > -torch.inf)
-        return cut_TV
+        filtered_TV = filter_logits(logits_TV, sampling)
+        self._store(rows_T, columns_T, filtered_TV > -torch.inf)
+        return filtered_TV
 
     def _store(self, rows_T: Tensor, columns_T: Tensor, kept_TV: Tensor) -> None:
         place, token = kept_TV.nonzero(as_tuple=True)
@@ -100,7 +104,7 @@ class KeptTokens:
         self.ids.append(token.int())
 
     def _look_up(self, rows_T: Tensor, columns_T: Tensor, vocabulary: int) -> Tensor:
-        """[T, V] bool"""
+        """Returns [T, V] bool: the tokens stored for these places."""
         if len(self.ids) > 1:
             self.ids = [torch.cat(self.ids)]
         starts_T, counts_T = self.starts_NC[rows_T, columns_T], self.counts_NC[rows_T, columns_T]

@@ -1,4 +1,4 @@
-"""Completions that hang from their prompts, read as one tree."""
+"""The layout of prompts and their completions in one row of tokens, as a tree."""
 
 from __future__ import annotations
 
@@ -16,60 +16,61 @@ class Tree:
     """B prompts, each with the same number of completions: T tokens, all prompts first."""
 
     prompt_lengths: tuple[int, ...]
-    lengths: tuple[int, ...]  # of the N completions; 0 is a completion of which nothing is read
+    lengths: tuple[int, ...]  # of the N completions; 0 if no token of it is read
 
     @property
     def rows_per_prompt(self) -> int:
-        """Completions a prompt."""
+        """The number of completions of each prompt."""
         return len(self.lengths) // len(self.prompt_lengths)
 
     @property
     def prompt_tokens(self) -> int:
+        """The number of tokens of all prompts."""
         return sum(self.prompt_lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest way from a root to a leaf."""
+        """The tokens of the longest prompt plus those of the longest completion."""
         return max(self.prompt_lengths) + max(self.lengths, default=0)
 
     @cached_property
     def prompt_slices(self) -> list[slice]:
-        """Where in T each prompt is."""
+        """The slice of T of each prompt."""
         return make_slices(self.prompt_lengths, 0)
 
     @cached_property
     def group_slices(self) -> list[slice]:
-        """Where in T the completions of each prompt are."""
-        own = [
+        """The slice of T of each prompt's completions."""
+        group_lengths = [
             sum(self.lengths[b * self.rows_per_prompt : (b + 1) * self.rows_per_prompt])
             for b in range(len(self.prompt_lengths))
         ]
-        return make_slices(own, self.prompt_tokens)
+        return make_slices(group_lengths, self.prompt_tokens)
 
     @cached_property
     def completion_slices(self) -> list[slice]:
-        """Where in T each completion is."""
+        """The slice of T of each completion."""
         return make_slices(self.lengths, self.prompt_tokens)
 
     def positions(self, device: torch.device) -> Tensor:
-        """[T] how many tokens stand before each on its way from the root."""
-        ways = [torch.arange(length) for length in self.prompt_lengths]
+        """Returns positions [T]: a completion's continue those of its prompt."""
+        positions = [torch.arange(length) for length in self.prompt_lengths]
         for n, length in enumerate(self.lengths):
-            ways.append(torch.arange(length) + self.prompt_lengths[n // self.rows_per_prompt])
-        return torch.cat(ways).to(device)
+            positions.append(torch.arange(length) + self.prompt_lengths[n // self.rows_per_prompt])
+        return torch.cat(positions).to(device)
 
 
 def make_slices(lengths: Sequence[int], start: int) -> list[slice]:
-    """One after the other."""
-    found = []
+    """Returns adjacent slices of these lengths, the first of which begins at `start`."""
+    slices = []
     for length in lengths:
-        found.append(slice(start, start + length))
+        slices.append(slice(start, start + length))
         start += length
-    return found
+    return slices
 
 
 def pad_parts(x_XTd: Tensor, parts: Sequence[slice]) -> Tensor:
-    """Parts of T as [parts, X, longest, d], zeros behind the shorter ones."""
+    """Returns slices of x [X, T, d] as [parts, X, longest, d], with zeros after shorter ones."""
     first, width = parts[0], parts[0].stop - parts[0].start
     if all(part.stop - part.start == width for part in parts):
         whole = x_XTd[:, first.start : parts[-1].stop]
@@ -79,6 +80,6 @@ def pad_parts(x_XTd: Tensor, parts: Sequence[slice]) -> Tensor:
 
 
 def unpad_parts(x_NXCd: Tensor, parts: Sequence[slice]) -> Tensor:
-    """[X, T', d] the parts end to end again."""
+    """Reverses `pad_parts`: returns the parts end to end, [X, T', d]."""
     rows = [x_NXCd[n, :, : part.stop - part.start] for n, part in enumerate(parts)]
     return torch.cat(rows, dim=1)

@@ -1,4 +1,4 @@
-"""The math of GRPO: pure functions on tensors. A config names them, `run` binds their options."""
+"""The math of GRPO: pure functions on tensors. A config names them; `build` binds their options."""
 
 from grpo.objective.advantages import AGGREGATES, BASELINES, SCALES, Normalize
 from grpo.objective.kl import DIVERGENCES, ESTIMATORS, AdaptiveWeight

@@ -1,13 +1,14 @@
-"""KL divergences between the policy and the reference, by token.
+"""KL divergences between the policy and the reference, for each token.
 
-With x drawn from the policy and r = reference(x) / policy(x). J. Schulman, "Approximating KL
-Divergence" (2020). KL(policy ‖ reference), called reverse, is the mean of -log r; KL(reference ‖
-policy), called forward, that of r log r. All take log-probabilities of any one shape and give the
-same shape; a name's number is Schulman's.
+Notation: x is drawn from the policy, and r = reference(x) / policy(x). KL(policy ‖ reference),
+called reverse, is the mean of -log r; KL(reference ‖ policy), called forward, is the mean of
+r log r. The numbers in the names are those of J. Schulman, "Approximating KL Divergence" (2020).
+All estimators take two tensors of one shape and return a tensor of that shape.
 
-As a loss, averaged over samples whose weights have no gradient: k1 has no gradient at all in
-expectation (E[∇ log policy] = 0), k2 has that of the reverse divergence, k3 that of the forward
-one. Weighed by the ratio (`kl.unbiased_gradient`) each unbiased one has its own: docs/kl.md.
+The gradient of their average as a loss, over samples whose weights have no gradient: k1's is zero
+in expectation (E[∇ log policy] = 0), k2's is that of the reverse divergence, and k3's is that of
+the forward one. Weighted by the ratio (`kl.unbiased_gradient`), each unbiased estimator has the
+gradient of the divergence that it estimates: docs/kl.md.
 """
 
 from __future__ import annotations
@@ -18,45 +19,46 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Estimator = Callable[[Tensor, Tensor], Tensor]  # log-probabilities, the reference's
-Divergence = Callable[[Tensor, Tensor], Tensor]  # whole distributions [..., V] -> [...]
+# Both take log-probabilities of the policy and of the reference.
+Estimator = Callable[[Tensor, Tensor], Tensor]  # of the sampled tokens
+Divergence = Callable[[Tensor, Tensor], Tensor]  # of the whole vocabulary, [..., V] -> [...]
 
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """-log r: unbiased, often negative."""
+    """Returns -log r: unbiased, often negative."""
     return logprobs - reference_logprobs
 
 
 def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """(log r)² / 2: biased, never negative; the same to second order in either direction."""
+    """Returns (log r)² / 2: biased, never negative; equal to second order in both directions."""
     return 0.5 * (reference_logprobs - logprobs).square()
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """r - 1 - log r: unbiased, never negative. DeepSeekMath (2402.03300), eq. 4."""
+    """Returns r - 1 - log r: unbiased, never negative. DeepSeekMath (2402.03300), eq. 4."""
     log_r = reference_logprobs - logprobs
     return torch.expm1(log_r) - log_r
 
 
 def forward_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """r log r: unbiased for KL(reference ‖ policy)."""
+    """Returns r log r: unbiased for KL(reference ‖ policy)."""
     log_r = reference_logprobs - logprobs
     return log_r.exp() * log_r
 
 
 def forward_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """r log r - (r - 1): unbiased for KL(reference ‖ policy), never negative."""
+    """Returns r log r - (r - 1): unbiased for KL(reference ‖ policy), never negative."""
     log_r = reference_logprobs - logprobs
     return log_r.exp() * log_r - torch.expm1(log_r)
 
 
 def full(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """KL(policy ‖ reference) itself, a sum over the vocabulary: [..., V] in, [...] out."""
+    """Returns the exact KL(policy ‖ reference), summed over the vocabulary: [..., V] -> [...]."""
     return (logprobs.exp() * (logprobs - reference_logprobs)).sum(dim=-1)
 
 
 def forward_full(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """KL(reference ‖ policy) itself, a sum over the vocabulary: [..., V] in, [...] out."""
+    """Returns the exact KL(reference ‖ policy), summed over the vocabulary: [..., V] -> [...]."""
     return full(reference_logprobs, logprobs)
 
 
@@ -68,15 +70,19 @@ DIVERGENCES: dict[str, Divergence] = {"reverse": full, "forward": forward_full}
 
 
 class AdaptiveWeight:
-    """kl_weight, moved so that the divergence stays near a target: Ziegler (1909.08593), eq. 3."""
+    """Adapts kl_weight to keep the divergence near a target: Ziegler et al. (1909.08593), eq. 3."""
 
     def __init__(self, weight: float, target: float | None, horizon: int) -> None:
-        """target: of kl/mean, nats a token; None keeps the weight. horizon: completions after
-        which the weight has changed by a fifth, where the divergence is far from the target."""
+        """
+        Args:
+            target: for kl/mean, in nats a token; None keeps the weight constant.
+            horizon: the number of completions after which the weight has changed by a fifth, if the
+                divergence is at least a fifth away from the target.
+        """
         self.weight, self.target, self.horizon = weight, target, horizon
 
     def observe(self, divergence: float, completions: int) -> None:
-        """Moves the weight after a step whose mean divergence this was."""
+        """Adapts the weight to the mean divergence of a step with so many completions."""
         if self.target is None or not math.isfinite(divergence):
             return
         error = min(max(divergence / self.target - 1, -0.2), 0.2)

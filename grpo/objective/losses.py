@@ -1,8 +1,8 @@
-"""Policy losses, one value a token. What averages them is in `weights`.
+"""Policy losses, one value a token; `weights` averages them.
 
 Each takes the ratio [N, C] or [N, 1] with gradient, the log-probabilities [N, C] with gradient and
 the advantages [N, 1]. On-policy the ratio is 1, and all have the gradient -advantage · ∇ log policy
-(`sigmoid_gated` too: its slope at 1 is 1); they differ in what happens as the policy moves away.
+(`sigmoid_gated` too: its slope at 1 is 1). Off-policy, when the ratio leaves 1, they differ.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class PolicyLoss(NamedTuple):
-    """A policy loss by token, [N, C] or [N, 1]."""
+    """The loss of each token [N, C], or of each completion [N, 1]."""
 
     loss: Tensor
-    clipped: Tensor  # bool: the ratio was past its bounds, on the side where that matters
+    clipped: Tensor  # bool: the ratio is out of bounds, on the side that the advantage clips
 
 
 def clipped_surrogate(
@@ -28,12 +28,13 @@ def clipped_surrogate(
     clip_high: float = 0.2,
     clip_dual: float | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped surrogate, negated: PPO (1707.06347), eq. 7; DeepSeekMath (2402.03300), eq. 3.
+    """Returns the negated clipped surrogate: PPO (1707.06347), eq. 7; 2402.03300, eq. 3.
 
     Args:
-        clip_low, clip_high: the ratio counts between 1 - clip_low and 1 + clip_high; a wider one
-            above lets unlikely tokens grow: DAPO (2503.14476), eq. 10.
-        clip_dual: where the advantage is negative, the ratio counts up to this: 1912.09729, eq. 5.
+        clip_low, clip_high: clip the ratio to [1 - clip_low, 1 + clip_high]. A larger clip_high
+            lets unlikely tokens become likelier: DAPO (2503.14476), eq. 10.
+        clip_dual: the largest ratio if the advantage is negative: 1912.09729, eq. 5. None: no
+            bound.
     """
     bounded = ratio if clip_dual is None else ratio.clamp(max=clip_dual)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -47,9 +48,10 @@ def clipped_surrogate(
 def clipped_weight(
     ratio: Tensor, logprobs_NC: Tensor, advantages_N1: Tensor, ratio_max: float = 5.0
 ) -> PolicyLoss:
-    """CISPO: the ratio weighs the log-probability and has no gradient of its own.
+    """Returns CISPO's loss: the ratio, without gradient, is a weight of the log-probability.
 
-    So a token past the bound still learns, with a bounded weight: MiniMax-M1 (2506.13585), eq. 4.
+    So a token above the bound is still trained, with a bounded weight: MiniMax-M1 (2506.13585),
+    eq. 4.
 
     Args:
         ratio_max: the largest weight.
@@ -66,11 +68,11 @@ def sigmoid_gated(
     sharpness_positive: float = 1.0,
     sharpness_negative: float = 1.05,
 ) -> PolicyLoss:
-    """SAPO: a sigmoid gate around ratio 1 instead of a clip (2511.20347), eq. 5 and 6.
+    """Returns SAPO's loss: a sigmoid gate around ratio 1 replaces the clip (2511.20347, eq. 5, 6).
 
     Args:
-        sharpness_positive, sharpness_negative: of the gate, by the sign of the advantage; the
-            paper's temperatures.
+        sharpness_positive, sharpness_negative: steepness of the gate for positive and for other
+            advantages; the paper calls them temperatures.
     """
     sharpness = torch.where(advantages_N1 > 0, sharpness_positive, sharpness_negative)
     gate = torch.sigmoid(sharpness * (ratio - 1)) * 4 / sharpness
@@ -86,11 +88,13 @@ def gamma_weight(
     power_negative: float = 3.0,
     decay_negative: float = 2.0,
 ) -> PolicyLoss:
-    """VESPO: the weight w^k · e^(λ(1-w)) of a sequence's ratio w, without gradient (2602.10693).
+    """Returns VESPO's loss (2602.10693): it weights a sequence of ratio w by w^k · e^(λ(1-w)).
+
+    The weight has no gradient.
 
     Args:
-        power_*: k, how fast a ratio under 1 loses weight, by the sign of the advantage.
-        decay_*: λ, how fast one over 1 does.
+        power_*: k, how fast the weight falls for ratios below 1; positive is for advantages >= 0.
+        decay_*: λ, how fast it falls for ratios above 1.
     """
     rises = advantages_N1 >= 0
     power = torch.where(rises, power_positive, power_negative)
@@ -103,5 +107,5 @@ def gamma_weight(
 
 
 def policy_gradient(ratio: Tensor, logprobs_NC: Tensor, advantages_N1: Tensor) -> PolicyLoss:
-    """REINFORCE: -advantage · log policy, whatever the ratio. GPG (2504.02546), eq. 5."""
+    """Returns REINFORCE's loss, -advantage · log policy, without ratio: GPG (2504.02546), eq. 5."""
     return PolicyLoss(-advantages_N1 * logprobs_NC, torch.zeros_like(logprobs_NC, dtype=torch.bool))

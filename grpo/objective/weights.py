@@ -1,6 +1,6 @@
-"""How tokens are averaged into one loss: weights, made once for a whole step.
+"""Weights that average the tokens' losses into one, computed once for a whole step.
 
-A loss is then a plain weighted sum, so micro-batches, accumulation and ranks add up exactly.
+The loss is a plain weighted sum, so micro-batches, accumulation and ranks add up exactly.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """The completion tokens of a step: what there is to average over."""
+    """The completion tokens of a step, over which the loss is averaged."""
 
     mask_NC: Tensor  # bool, true on the tokens that are trained on
-    minibatch_N: Tensor  # int64, in which of the step's minibatches each completion is
-    max_tokens: int  # the longest that a completion may be
+    minibatch_N: Tensor  # int64, the index of each completion's minibatch within the step
+    max_tokens: int  # max_new_tokens, the limit of a completion's length
 
 
-Averaging = Callable[[Tokens], Tensor]  # -> weights [N, C] float32
+Averaging = Callable[[Tokens], Tensor]  # returns weights [N, C], float32
 
 
 def sequence_mean(tokens: Tokens) -> Tensor:
-    """Each completion counts the same: 1/N for each, 1/length for each of its tokens.
+    """Weights each completion by 1/N, and each of its tokens by 1/length.
 
     DeepSeekMath (2402.03300), eq. 3: the mean over the group of the mean over the tokens.
     """
@@ -33,25 +33,25 @@ def sequence_mean(tokens: Tokens) -> Tensor:
 
 
 def token_mean(tokens: Tokens) -> Tensor:
-    """Each token of the whole step counts the same: DAPO (2503.14476), eq. 8."""
+    """Gives all tokens of the step the same weight: DAPO (2503.14476), eq. 8."""
     return tokens.mask_NC / tokens.mask_NC.sum().clamp(min=1)
 
 
 def minibatch_token_mean(tokens: Tokens) -> Tensor:
-    """Each token of a minibatch counts the same, and each minibatch: TRL's `bnpo`."""
-    own_N = torch.bincount(tokens.minibatch_N, weights=tokens.mask_NC.sum(dim=1).float())
+    """Gives all minibatches the same weight, and all tokens within one: TRL's `bnpo`."""
+    tokens_M = torch.bincount(tokens.minibatch_N, weights=tokens.mask_NC.sum(dim=1).float())
     count = int(tokens.minibatch_N.max()) + 1
-    share_N1 = own_N.clamp(min=1)[tokens.minibatch_N][:, None] * count
-    return tokens.mask_NC / share_N1
+    divisor_N1 = tokens_M.clamp(min=1)[tokens.minibatch_N][:, None] * count
+    return tokens.mask_NC / divisor_N1
 
 
 def constant(tokens: Tokens) -> Tensor:
-    """1 / (N · the longest that one may be) for each token: Dr. GRPO (2503.20783), section 3.2."""
+    """Weights each token by 1 / (N · max_tokens): Dr. GRPO (2503.20783), section 3.2."""
     return tokens.mask_NC / float(tokens.mask_NC.shape[0] * tokens.max_tokens)
 
 
 def sequence_sum(tokens: Tokens) -> Tensor:
-    """1/N for each token, so long completions count more, as in LUSPO (2602.05261)."""
+    """Weights each token by 1/N, so long completions count more, as in LUSPO (2602.05261)."""
     return tokens.mask_NC / float(tokens.mask_NC.shape[0])
 
 
@@ -65,13 +65,13 @@ AVERAGINGS: dict[str, Averaging] = {
 
 
 def top_entropy_mask(entropy_NC: Tensor, mask_NC: Tensor, share: float) -> Tensor:
-    """[N, C] bool: the `share` of all tokens where the policy was least sure (2506.01939).
+    """Returns [N, C] bool: the `share` of all tokens with the highest entropy (2506.01939).
 
-    What forks a chain of reasoning is there; the rest follows from it.
+    These are the tokens at which a chain of reasoning branches.
     """
     if share >= 1:
         return mask_NC
-    # torch.quantile, which takes no more than 16 million values.
+    # Computes torch.quantile, which itself takes at most 16 million values.
     sorted_T = entropy_NC[mask_NC].sort().values
     place = (1 - share) * (len(sorted_T) - 1)
     below, above = sorted_T[int(place)], sorted_T[min(int(place) + 1, len(sorted_T) - 1)]

@@ -1,4 +1,4 @@
-"""Prompts to completions, with the log-probabilities of the distribution they were sampled from."""
+"""Samples completions for prompts, with their log-probabilities under the sampled distribution."""
 
 from grpo.rollout.engine import Engine
 from grpo.rollout.hf import HFEngine

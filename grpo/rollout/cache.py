@@ -1,6 +1,6 @@
-"""Keys and values of what is being written: each prompt's once, beside its completions' own.
+"""The key-value cache of a rollout: each prompt once, and each completion's tokens.
 
-Shape letters as in `models/attention.py`: H heads, K heads of keys and values (H = K·r), width d.
+Shape letters as in `models/attention.py`: H query heads, K key-value heads (H = K·r), width d.
 """
 
 from __future__ import annotations
@@ -19,24 +19,29 @@ from grpo.models.tree import Tree, pad_parts
 
 @dataclass
 class LayerCache:
-    """What one layer of the model keeps."""
+    """Keys and values of one layer of the model."""
 
     prompt_keys: Tensor  # [B, K, P, d]
     prompt_values: Tensor
-    keys: Tensor  # [N, K, C, d], of which the first `written` columns are there
+    keys: Tensor  # [N, K, C, d], of which the first `num_written` columns are filled
     values: Tensor
 
 
 class KVCache:
-    """The attention of one more token of each row, which sees its prompt and what it wrote so far.
+    """Attends from one new token of each row to the row's prompt and to its tokens so far.
 
-    All rows have written the same number of tokens; one that is done can be dropped.
+    All rows have the same number of tokens; rows that have ended can be dropped.
     """
 
     def __init__(
         self, prompt_lengths: Sequence[int], group: int, longest: int, device: torch.device
     ) -> None:
-        """longest: tokens that a completion may have."""
+        """
+        Args:
+            prompt_lengths: tokens of each of the B prompts.
+            group: completions a prompt.
+            longest: the most tokens of a completion.
+        """
         self.longest, self.num_written = longest, 0
         self.lengths_B = torch.tensor(prompt_lengths, device=device)
         self.prompt_N = torch.arange(len(prompt_lengths), device=device).repeat_interleave(group)
@@ -44,28 +49,27 @@ class KVCache:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Rows of a prompt stand in one block, so that they ask its keys in one product."""
+        """Finds each prompt's block of rows, whose scores with its keys are one product."""
         rows_B = torch.bincount(self.prompt_N, minlength=len(self.lengths_B))
         slots_S = torch.arange(int(rows_B.max()), device=rows_B.device)
         filled_BS = slots_S < rows_B[:, None]
         first_B1 = (rows_B.cumsum(0) - rows_B)[:, None]
         self.equal_groups = bool(filled_BS.all())
-        # Where a prompt has fewer rows, its first stands in for those that are gone.
+        # If a prompt has fewer rows than others, its first row fills the places of dropped ones.
         self.row_BS = first_B1 + torch.where(filled_BS, slots_S, 0)
         self.slot_N = filled_BS.flatten().nonzero()[:, 0]
         self.positions_P = torch.arange(int(self.lengths_B.max()), device=rows_B.device)
-        there_BP = self.positions_P < self.lengths_B[:, None]
-        self.prompt_key_mask = None if bool(there_BP.all()) else KeyMask(there_BP[:, None, None])
-        self.window_masks: dict[
-            tuple[int, int], tuple[KeyMask, KeyMask]
-        ] = {}  # of the newest token alone
+        real_BP = self.positions_P < self.lengths_B[:, None]
+        self.prompt_key_mask = None if bool(real_BP.all()) else KeyMask(real_BP[:, None, None])
+        # By window and number of tokens; holds only the newest token's masks.
+        self.window_masks: dict[tuple[int, int], tuple[KeyMask, KeyMask]] = {}
 
     def next_positions(self) -> Tensor:
-        """[N] of the tokens that come next."""
+        """Returns the positions [N] of the rows' next tokens."""
         return self.lengths_B[self.prompt_N] + self.num_written
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drops all rows but these, given in order, and the prompts that none of them continues."""
+        """Drops all rows except these (indices in ascending order), and prompts without rows."""
         self.prompt_N = self.prompt_N[rows]
         prompts, self.prompt_N = self.prompt_N.unique(return_inverse=True)
         dropped = len(prompts) < len(self.lengths_B)
@@ -85,7 +89,13 @@ class KVCache:
     def store_prompts(
         self, number: int, first: int, keys_KTd: Tensor, values_KTd: Tensor, tree: Tree
     ) -> None:
-        """Takes what a forward pass over some of the prompts, the first of them given, has made."""
+        """Stores a layer's keys and values of some of the prompts.
+
+        Args:
+            number: the layer's.
+            first: the index of the first of these prompts.
+            tree: the prompts, as the forward pass read them.
+        """
         if number not in self.layers:
             heads, _, width = keys_KTd.shape
             prompts = (len(self.lengths_B), heads, int(self.lengths_B.max()), width)
@@ -109,34 +119,44 @@ class KVCache:
         values_KTd: Tensor,
         scoring: AttentionScoring,
     ) -> Tensor:
-        """[N, H, d] as `Plan.attend` says, for one token a row."""
-        own, column = self.layers[layer], self.num_written
-        if self._suits_kernel(own, scoring):
-            keys = kernel.KeyValueBuffers(
-                own.prompt_keys, own.prompt_values, own.keys, own.values,
+        """Implements `AttentionPlan.attend` for one token a row: returns [N, H, d]."""
+        cached, column = self.layers[layer], self.num_written
+        if self._suits_kernel(cached, scoring):
+            buffers = kernel.KeyValueBuffers(
+                cached.prompt_keys, cached.prompt_values, cached.keys, cached.values,
                 self.prompt_N, self.lengths_B,
             )  # fmt: skip
-            asked, key, value = (x.transpose(0, 1) for x in (queries_HTd, keys_KTd, values_KTd))
-            return keys.attend(asked, key, value, column, scoring.scale, scoring.window)
-        own.keys[:, :, column] = keys_KTd.transpose(0, 1)
-        own.values[:, :, column] = values_KTd.transpose(0, 1)
+            query, key, value = (x.transpose(0, 1) for x in (queries_HTd, keys_KTd, values_KTd))
+            return buffers.attend(query, key, value, column, scoring.scale, scoring.window)
+        cached.keys[:, :, column] = keys_KTd.transpose(0, 1)
+        cached.values[:, :, column] = values_KTd.transpose(0, 1)
         count, heads = queries_HTd.shape[1], keys_KTd.shape[0]
         queries_NKrd = queries_HTd.transpose(0, 1).unflatten(1, (heads, -1))
-        of_prompts, of_own = self._key_masks(scoring.window)
-        to_prompt, prompt_NKr = attend_with_logsumexp(
-            self._stack_rows(queries_NKrd), own.prompt_keys, own.prompt_values, scoring, of_prompts
+        prompt_mask, row_mask = self._key_masks(scoring.window)
+        prompt_out, prompt_normalizer = attend_with_logsumexp(
+            self._stack_rows(queries_NKrd),
+            cached.prompt_keys,
+            cached.prompt_values,
+            scoring,
+            prompt_mask,
         )
         written = slice(column + 1)
-        to_own, own_NKr = attend_with_logsumexp(
-            queries_NKrd, own.keys[:, :, written], own.values[:, :, written], scoring, of_own
+        row_out, row_normalizer_NKr = attend_with_logsumexp(
+            queries_NKrd,
+            cached.keys[:, :, written],
+            cached.values[:, :, written],
+            scoring,
+            row_mask,
         )
-        share_NKr = torch.sigmoid(self._unstack_rows(prompt_NKr[..., None]) - own_NKr[..., None])
-        out = torch.lerp(to_own.float(), self._unstack_rows(to_prompt).float(), share_NKr)
+        prompt_share_NKr1 = torch.sigmoid(
+            self._unstack_rows(prompt_normalizer[..., None]) - row_normalizer_NKr[..., None]
+        )
+        out = torch.lerp(row_out.float(), self._unstack_rows(prompt_out).float(), prompt_share_NKr1)
         return out.reshape(count, -1, out.shape[-1]).to(queries_HTd.dtype)
 
     @staticmethod
-    def _suits_kernel(own: LayerCache, scoring: AttentionScoring) -> bool:
-        keys = own.keys
+    def _suits_kernel(cached: LayerCache, scoring: AttentionScoring) -> bool:
+        keys = cached.keys
         return (
             (keys.device.type, keys.dtype, scoring.softcap) == ("cpu", torch.float32, None)
             and keys.shape[-1] % kernel.MAX_LANES == 0
@@ -144,20 +164,23 @@ class KVCache:
         )
 
     def _key_masks(self, window: int | None) -> tuple[KeyMask | None, KeyMask | None]:
-        """Of its prompt and of its own tokens, what the next token of a row sees; None: all."""
+        """Returns which keys of its prompt and of its own tokens a row's next token sees.
+
+        None means all of them.
+        """
         if window is None or window >= self.positions_P.shape[0] + self.longest:
             return self.prompt_key_mask, None
         if (window, self.num_written) not in self.window_masks:
             from_B111 = (self.lengths_B + self.num_written)[:, None, None, None]
             columns_C = torch.arange(self.num_written + 1, device=self.lengths_B.device)
-            inside = causal_mask(from_B111, self.positions_P, window)
-            within = KeyMask(inside & (self.positions_P < from_B111 - self.num_written))
-            own = KeyMask(causal_mask(columns_C[-1:], columns_C, window)[None, None, None])
-            self.window_masks = {(window, self.num_written): (within, own)}
+            seen_B11P = causal_mask(from_B111, self.positions_P, window)
+            prompt_mask = KeyMask(seen_B11P & (self.positions_P < from_B111 - self.num_written))
+            row_mask = KeyMask(causal_mask(columns_C[-1:], columns_C, window)[None, None, None])
+            self.window_masks = {(window, self.num_written): (prompt_mask, row_mask)}
         return self.window_masks[window, self.num_written]
 
     def _stack_rows(self, x_NKrd: Tensor) -> Tensor:
-        """[B, K, S·r, d] the rows of each prompt side by side."""
+        """Returns [B, K, S·r, d]: the rows of each prompt side by side, in S slots."""
         x_BSKrd: Tensor
         if self.equal_groups:
             x_BSKrd = x_NKrd.unflatten(0, (len(self.lengths_B), -1))
@@ -166,7 +189,7 @@ class KVCache:
         return x_BSKrd.transpose(1, 2).flatten(2, 3)
 
     def _unstack_rows(self, x_BKSd: Tensor) -> Tensor:
-        """[N, K, r, d] each row by itself again."""
+        """Returns [N, K, r, d]: reverses `_stack_rows`."""
         slots = self.row_BS.shape[1]
         x_NKrd: Tensor = x_BKSd.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)
         return x_NKrd if self.equal_groups else x_NKrd[self.slot_N]
@@ -174,10 +197,10 @@ class KVCache:
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """A plan of attention for some of the prompts, which leaves its keys and values in a cache."""
+    """An attention plan for some of the prompts, which stores their keys and values in a cache."""
 
     cache: KVCache
-    first: int
+    first: int  # the index of the first of these prompts
     tree: Tree
 
     def attend(
@@ -188,6 +211,6 @@ class PrefillPlan:
         values_KTd: Tensor,
         scoring: AttentionScoring,
     ) -> Tensor:
-        """As `Plan.attend` says."""
+        """Implements `AttentionPlan.attend`."""
         self.cache.store_prompts(layer, self.first, keys_KTd, values_KTd, self.tree)
         return TreePlan(self.tree).attend(layer, queries_HTd, keys_KTd, values_KTd, scoring)

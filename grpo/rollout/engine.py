@@ -1,4 +1,4 @@
-"""What a rollout engine is, and what all of them share."""
+"""The interface of rollout engines, and the functions that they share."""
 
 from __future__ import annotations
 
@@ -18,28 +18,33 @@ from grpo.types import Prompt, Rollout, Sampling
 
 
 class Engine(Protocol):
-    """Samples completions from the policy with the weights it has at that moment."""
+    """Samples completions from the policy with its current weights."""
 
     def generate(
         self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
     ) -> Rollout:
-        """`num_generation` completions for each prompt, on-policy.
+        """Samples `num_generation` completions for each prompt, on-policy.
 
         Args:
             seed: the same seed, weights and arguments give the same completions.
+
+        Raises:
+            InvalidLogits: the policy's logits are NaN or infinite.
+            RunError: memory ran out with as little as can be sampled at once.
         """
 
 
 class StopStrings:
-    """Tells whether a completion that is being written has just completed a stop string."""
+    """Finds completions whose last token completes a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
-        # A token is a byte at least; a few more, for what a decoder leaves out where a text begins.
+        # The number of last tokens to decode. A token has at least one byte; four more tokens,
+        # because a decoder may drop characters at the start of a text.
         self.longest = max((len(text.encode()) for text in stop), default=0) + 4
 
     def find_stopped(self, tokens_NC: Tensor) -> Tensor:
-        """[N] bool, from the tokens written so far."""
+        """Returns [N] bool: whether the end of each row's tokens [N, C] contains a stop string."""
         if not self.stop:
             return torch.zeros(len(tokens_NC), dtype=torch.bool, device=tokens_NC.device)
         tails = self.tokenizer.batch_decode(
@@ -55,7 +60,7 @@ class InvalidLogits(RunError):
     def __init__(self, prompt: Prompt, num_written: int) -> None:
         super().__init__(
             f"the policy's logits are NaN or infinite after {num_written} tokens of a completion. "
-            f"Most likely its weights have grown too large (see optim/grad_norm, kl/mean): go on "
+            f"Most likely its weights have grown too large (see optim/grad_norm, kl/mean): resume "
             f"from an earlier checkpoint with a smaller learning_rate or optim.max_grad_norm, or "
             f"with device.precision=fp32.\n  prompt: {prompt.text!r}"
         )
@@ -63,18 +68,18 @@ class InvalidLogits(RunError):
 
 @dataclass(frozen=True)
 class SampledCompletion:
-    """One completion, as long as it is."""
+    """One completion without padding."""
 
     tokens: Tensor  # [length] int64
     logprobs: Tensor  # [length] float32
-    ended: bool
+    ended: bool  # by an end token or a stop string, not by max_new_tokens
 
 
 class GroupPart(NamedTuple):
-    """Some of the completions of one prompt."""
+    """A range of the completions of one prompt."""
 
     prompt: int  # index into B
-    rows: range  # of its group
+    rows: range  # indices into its group
 
 
 def sample_in_batches(
@@ -86,16 +91,19 @@ def sample_in_batches(
     sample: Callable[[Sequence[int], range], list[SampledCompletion]],
     same_length_only: bool = False,
 ) -> Rollout:
-    """A rollout made of as many completions at once as the limit holds, put back in order.
+    """Returns a rollout, sampled in batches that fit into the limit, with rows in order b*G+g.
 
     Args:
-        limit: of positions, prompts' tokens and the most that their completions may have.
-        sample: indices of prompts, and which rows of their groups, to those completions.
-        unpadded: only prompts of one length are sampled together.
+        limit: of positions: the prompts' tokens, and max_new_tokens for each completion.
+        sample: samples completions, from indices of prompts and a range of rows of their groups.
+        same_length_only: only prompts of one length are sampled together.
+
+    Raises:
+        RunError: memory ran out with as little as can be sampled at once.
     """
     done: dict[int, SampledCompletion] = {}
     lengths = [len(prompt.token_ids) for prompt in prompts]
-    # In length order, so that what is sampled together is of about the same length.
+    # In the order of length, so that prompts of similar length are sampled together.
     order = sorted(range(len(prompts)), key=lambda b: lengths[b])
     left = [GroupPart(b, range(num_generation)) for b in order]
 
@@ -120,13 +128,13 @@ def choose_next_batch(
     limit: TokenLimit,
     same_length_only: bool,
 ) -> tuple[list[GroupPart], list[GroupPart]]:
-    """What is sampled together next, and what is left after that.
+    """Returns the parts that are sampled together next, and those that remain after them.
 
-    As many whole groups as the limit holds, or evenly divided parts of one that is over it, a row
-    at the least.
+    The next batch is as many whole groups as the limit holds. A group that exceeds the limit is
+    divided evenly, into batches of at least one row.
 
     Args:
-        left: in the order of their prompts' lengths; only the first may be part of a group.
+        remaining: in the order of their prompts' lengths; only the first may be part of a group.
         lengths: of all prompts.
     """
     first = remaining[0]
@@ -154,7 +162,11 @@ def assemble_rollout(
     rows: Sequence[SampledCompletion],
     exact_logprobs: bool,
 ) -> Rollout:
-    """Rows b*G+g as one padded rollout, with their texts; exact: as `Rollout` says."""
+    """Pads the completions, in order b*G+g, to one rollout, and decodes their texts.
+
+    Args:
+        exact_logprobs: see `Rollout`.
+    """
     tokens_NC, lengths_N = pad_right([row.tokens for row in rows], policy.pad_id)
     logprobs_NC, _ = pad_right([row.logprobs for row in rows], 0.0)
     texts = policy.decoder.decode_batch([row.tokens.tolist() for row in rows])

@@ -1,4 +1,4 @@
-"""transformers' own `generate`: slower, and right for any causal model that it knows."""
+"""Samples with transformers' `generate`: slower, but correct for all causal models it knows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from grpo.types import Prompt, Rollout, Sampling
 
 
 class HFEngine:
-    """`model.generate` with nothing but what was asked for; log-probabilities from the policy."""
+    """Samples with `model.generate` and only the given settings; the policy scores the tokens."""
 
     def __init__(self, policy: LanguageModel, max_new_tokens: int, budget: Budget) -> None:
         self.policy, self.max_new_tokens, self.budget = policy, max_new_tokens, budget
@@ -34,8 +34,8 @@ class HFEngine:
     def generate(
         self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
     ) -> Rollout:
-        """As `Engine.generate` says."""
-        own = self.policy.model.generation_config
+        """Implements `Engine.generate`."""
+        original_config = self.policy.model.generation_config
         try:
             with torch.random.fork_rng(), self.policy.device.autocast():
                 torch.manual_seed(seed)
@@ -48,15 +48,15 @@ class HFEngine:
                     lambda share, group: self._sample(
                         [prompts[b] for b in share], len(group), sampling
                     ),
-                    # generate penalises the padding before a shorter prompt as if it had been said.
+                    # generate penalises the padding before a shorter prompt like seen tokens.
                     same_length_only=self.policy.reads_padding or sampling.repetition_penalty != 1,
                 )
         finally:
-            self.policy.model.generation_config = own
+            self.policy.model.generation_config = original_config
 
     def _make_generation_config(self, group: int, sampling: Sampling) -> GenerationConfig:
-        """A model's own config may cut off top-k or top-p, or penalise repetition, unasked."""
-        drawn: dict[str, Any] = {
+        """Builds a config without the model's defaults, which may set top-k, top-p or a penalty."""
+        sampled: dict[str, Any] = {
             "do_sample": True,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -69,7 +69,7 @@ class HFEngine:
             eos_token_id=list(self.policy.end_ids),
             pad_token_id=self.policy.pad_id,
             repetition_penalty=sampling.repetition_penalty,
-            **(drawn if sampling.temperature else {"do_sample": False}),
+            **(sampled if sampling.temperature else {"do_sample": False}),
         )
 
     def _sample(
@@ -105,7 +105,7 @@ class HFEngine:
 
 
 class CheckedLogits(LogitsProcessor):  # type: ignore[misc]
-    """Lets logits pass that can be sampled from."""
+    """Returns logits unchanged; raises InvalidLogits if they are NaN or infinite."""
 
     def __init__(self, prompts: Sequence[Prompt], prompt_width: int) -> None:
         self.prompts, self.prompt_width = prompts, prompt_width
@@ -120,7 +120,7 @@ class CheckedLogits(LogitsProcessor):  # type: ignore[misc]
 
 
 class EndCriteria(StoppingCriteria):  # type: ignore[misc]
-    """A row is done with an end-of-sequence token or a stop string."""
+    """Ends a row at an end-of-sequence token or a stop string."""
 
     def __init__(self, policy: LanguageModel, sampling: Sampling, prompt_width: int) -> None:
         self.end_ids = torch.tensor(policy.end_ids, device=policy.device.torch_device)
@@ -128,7 +128,7 @@ class EndCriteria(StoppingCriteria):  # type: ignore[misc]
         self.prompt_width = prompt_width
 
     def find_ended(self, tokens_NC: Tensor) -> Tensor:
-        """[N] bool: the last token ends the completion."""
+        """Returns [N] bool: whether the last token of each row ends its completion."""
         return torch.isin(tokens_NC[:, -1], self.end_ids) | self.stop.find_stopped(tokens_NC)
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:

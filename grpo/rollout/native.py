@@ -1,4 +1,4 @@
-"""The project's own sampler: each prompt is read once, and its completions written side by side."""
+"""The project's sampler: it reads each prompt once and writes its completions in parallel."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ COMPACT_AT = 0.85  # drop finished rows once no more than this share is still be
 
 
 class NativeEngine:
-    """Samples from the policy itself, with the weights it has at that moment."""
+    """Samples from the policy's model, with a key-value cache that shares prompts."""
 
     def __init__(self, policy: LanguageModel, max_new_tokens: int, budget: Budget) -> None:
         """
         Raises:
-            ConfigError: the model can't be read with a prompt shared by its completions.
+            ConfigError: the model can't share a prompt among its completions.
         """
         if policy.forward is not forward_shared_prompt:
             raise ConfigError(
@@ -41,7 +41,7 @@ class NativeEngine:
     def generate(
         self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
     ) -> Rollout:
-        """As `Engine.generate` says. What a row draws doesn't depend on which are beside it."""
+        """Implements `Engine.generate`. A row's random numbers don't depend on the other rows."""
         generator = torch.Generator().manual_seed(seed)
         shape = (len(prompts), num_generation, self.max_new_tokens)
         uniform_BGC = torch.rand(shape, generator=generator)
@@ -61,7 +61,7 @@ class NativeEngine:
     def _sample(
         self, prompts: Sequence[Prompt], uniform_NC: Tensor, sampling: Sampling
     ) -> list[SampledCompletion]:
-        """The completions of prompts that fit in memory together, in order b*G+g."""
+        """Samples completions in order b*G+g, for prompts that fit into memory together."""
         policy, device = self.policy, self.policy.device.torch_device
         group = len(uniform_NC) // len(prompts)
         lengths = [len(prompt.token_ids) for prompt in prompts]
@@ -94,23 +94,23 @@ class NativeEngine:
             logits_NV = policy.head(hidden_ND)
 
     def _prefill(self, prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
-        """[B, D] the last hidden state of each prompt, whose keys and values go into the cache."""
+        """Returns each prompt's last hidden state [B, D], and fills the cache with the prompts."""
         device, budget = self.policy.device.torch_device, self.budget.forward_limit.tokens
-        last: list[Tensor] = []
+        last_hidden: list[Tensor] = []
         for part in split_evenly([len(prompt.token_ids) for prompt in prompts], budget):
             tokens = [prompt.token_ids for prompt in prompts[part]]
             tree = Tree(tuple(map(len, tokens)), ())
-            tokens_T = torch.tensor([token for own in tokens for token in own], device=device)
+            tokens_T = torch.tensor([token for ids in tokens for token in ids], device=device)
             plan = PrefillPlan(cache, part.start, tree)
             hidden_TD = compute_hidden_states(
                 self.policy.model, tokens_T, tree.positions(device), plan
             )
-            last += [hidden_TD[own.stop - 1] for own in tree.prompt_slices]
-        return torch.stack(last)
+            last_hidden += [hidden_TD[prompt.stop - 1] for prompt in tree.prompt_slices]
+        return torch.stack(last_hidden)
 
 
 class PartialCompletions:
-    """Completions while they are written, and which of them still are."""
+    """Completions that are being written, and which of their rows are still in the batch."""
 
     def __init__(self, policy: LanguageModel, sampling: Sampling, count: int, longest: int) -> None:
         device = policy.device.torch_device
@@ -120,19 +120,17 @@ class PartialCompletions:
         self.logprobs_NC = torch.zeros(count, longest, device=device)
         self.lengths_N = torch.full((count,), longest, device=device)
         self.ended_N = torch.zeros(count, dtype=torch.bool, device=device)
-        self.broken_N = torch.zeros(count, dtype=torch.bool, device=device)  # drawn from NaNs
-        self.active_rows = torch.arange(
-            count, device=device
-        )  # the rows that are still in the batch
+        self.broken_N = torch.zeros(count, dtype=torch.bool, device=device)  # sampled from NaN
+        self.active_rows = torch.arange(count, device=device)  # rows that are in the batch
         self.num_written = 0
 
     def check_progress(self) -> tuple[bool, bool]:
-        """Whether all rows are done, and whether one of them can't be."""
+        """Returns whether all rows are complete, and whether a token was drawn from NaN logits."""
         ended, broken = torch.stack([self.ended_N.all(), self.broken_N.any()]).tolist()
         return self.num_written == self.tokens_NC.shape[1] or ended, broken
 
     def append_tokens(self, token_N: Tensor, logprob_N: Tensor) -> None:
-        """One more token of each row in the batch; that of a row which has ended is dropped."""
+        """Appends a token to each row in the batch, except to rows that have ended."""
         writing = ~self.ended_N[self.active_rows]
         rows = self.active_rows[writing]
         self.tokens_NC[rows, self.num_written] = token_N[writing]
@@ -146,7 +144,11 @@ class PartialCompletions:
         self.ended_N[rows[stops]] = True
 
     def drop_ended(self) -> Tensor | None:
-        """Which of the rows in the batch go on alone, where enough have ended."""
+        """Removes ended rows from the batch if there are enough of them.
+
+        Returns:
+            The places of the remaining rows in the batch; None if nothing was removed.
+        """
         writing = ~self.ended_N[self.active_rows]
         if int(writing.sum()) > COMPACT_AT * len(self.active_rows):
             return None
@@ -155,6 +157,7 @@ class PartialCompletions:
         return keep
 
     def to_completions(self) -> list[SampledCompletion]:
+        """Returns all rows, without padding."""
         return [
             SampledCompletion(
                 self.tokens_NC[n, :length], self.logprobs_NC[n, :length], bool(self.ended_N[n])

@@ -1,4 +1,4 @@
-"""A sampler tried on a few tokens, before anything depends on it."""
+"""Checks a sampler on a few tokens when the run is built."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from grpo.models.load import LanguageModel
 from grpo.rollout.engine import Engine
 from grpo.types import Example, Prompt, Rollout, Sampling
 
-CHECK_TOKENS = 4  # tokens a completion
+CHECK_TOKENS = 4  # for each completion
 
 
 @torch.no_grad()
 def check_sampler(make_engine: Callable[..., Engine], policy: LanguageModel) -> None:
-    """Refuses a sampler whose tokens are not those that the policy thinks likeliest.
+    """Refuses a sampler whose greedy tokens are not the likeliest of the policy's forward pass.
 
-    Both samplers keep what was read in a cache of their own, which a model may use in another way
-    than they expect, and nothing but its numbers says so.
+    A sampler keeps keys and values, or a state, in a cache. A model may use a cache differently
+    from what the sampler expects, which only its numbers show.
 
     Raises:
-        ConfigError: it samples from something else than the model, or can't.
+        ConfigError: the sampler fails, or its distribution is not the model's.
     """
     batch = make_random_completions(policy.head.vocabulary, policy.model.device)
     prompts = [
@@ -52,25 +52,29 @@ def check_sampler(make_engine: Callable[..., Engine], policy: LanguageModel) -> 
         rollout = engine.generate(prompts, 1, Sampling(temperature=0.0), seed=0)
     except FORWARD_ERRORS as error:
         raise ConfigError(
-            f"rollout={choice}: it can't sample from {name}: {format_error(error)}; {instead}.",
+            f"rollout={choice}: can't sample from {name}: {format_error(error)}; {instead}.",
             key="rollout",
             value=choice,
         ) from error
-    off = measure_deviation(policy, rollout)
+    deviation = measure_deviation(policy, rollout)
     with policy.device.autocast():
-        most = 1e-2 if computes_in_fp32(policy.model) else 0.5
-    if off > most:
+        tolerance = 1e-2 if computes_in_fp32(policy.model) else 0.5
+    if deviation > tolerance:
         raise ConfigError(
-            f"rollout={choice}: what it samples is not what {name} thinks likeliest (off by "
-            f"{off:.2g} nats): the model keeps something that this sampler doesn't know; "
-            f"{instead}.",
+            f"rollout={choice}: its greedy tokens are not {name}'s likeliest (off by "
+            f"{deviation:.2g} nats), because the model caches something that this sampler doesn't "
+            f"support; {instead}.",
             key="rollout",
             value=choice,
         )
 
 
 def measure_deviation(policy: LanguageModel, rollout: Rollout) -> float:
-    """How far greedy tokens and their log-probabilities are from the policy's own, in nats."""
+    """Returns the largest deviation of a greedy rollout from the policy, in nats.
+
+    That is either a token's log-probability below the likeliest token's, or the difference between
+    the sampler's and the policy's log-probability of a token.
+    """
     rows = torch.arange(len(rollout.texts))
     batch = select_completions(
         rollout, MicroBatch(list(range(len(rollout.prompts))), rows, 0), policy
@@ -78,7 +82,7 @@ def measure_deviation(policy: LanguageModel, rollout: Rollout) -> float:
     features = policy.compute_features(batch)
     with policy.device.autocast():
         logprobs_TV = features.to_logits(features.values_TX).float().log_softmax(dim=-1)
-    own_T = logprobs_TV.gather(1, batch.tokens_NC[batch.mask_NC][:, None])[:, 0]
-    behind_T = logprobs_TV.amax(dim=-1) - own_T
+    policy_T = logprobs_TV.gather(1, batch.tokens_NC[batch.mask_NC][:, None])[:, 0]
+    below_best_T = logprobs_TV.amax(dim=-1) - policy_T
     sampled_T = rollout.logprobs_NC[rollout.mask_NC]
-    return float(torch.maximum(behind_T, (sampled_T - own_T).abs()).max())
+    return float(torch.maximum(below_best_T, (sampled_T - policy_T).abs()).max())

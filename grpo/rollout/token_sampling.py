@@ -1,4 +1,4 @@
-"""From logits to a token and its log-probability, in one pass."""
+"""Draws tokens from logits, with their log-probabilities, in one pass."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 from grpo.models.sampling_filters import scale_and_filter
 from grpo.types import Sampling
 
-BLOCK_TOKENS = 128  # tokens
+BLOCK_TOKENS = 128  # tokens of the vocabulary that are summed together
 
 
 def sample_tokens(
     logits_NV: Tensor, sampling: Sampling, seen_NV: Tensor | None, uniform_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability under the distribution that it is drawn from.
+    """Draws a token for each row, and returns it [N] with its log-probability [N] as drawn.
 
-    A token is where the cumulated probabilities pass a uniform number, so what a row draws depends
-    on its own number alone, and not on which rows are drawn beside it. Logits that are no numbers
-    give some token, with a log-probability that is none.
+    The token is the first at which the cumulative probability exceeds a uniform number, so a row's
+    token depends only on that row's number and logits. NaN logits give an arbitrary token with a
+    log-probability of NaN.
 
     Args:
-        seen_NV: bool, the tokens before, for a penalty.
+        seen_NV: bool, the tokens that occurred before, for a repetition penalty; else None.
         uniform_N: in [0, 1).
     """
     logits_NV = scale_and_filter(logits_NV, sampling, seen_NV)
@@ -35,10 +35,10 @@ def sample_tokens(
 
 
 def find_token_at(share_N1: Tensor, probs_NV: Tensor) -> Tensor:
-    """[N, 1] the first token with which the probabilities pass this share of their sum.
+    """Returns the first token [N, 1] at which the cumulative probability exceeds this share.
 
-    First the block it is in, then which of the block: a sum over blocks is fast, and a cumulated
-    one is not.
+    It finds the token's block first and then the token within it: a sum over blocks is fast, while
+    a cumulative sum over the vocabulary is not.
     """
     blocks_NKW = F.pad(probs_NV, (0, -probs_NV.shape[1] % BLOCK_TOKENS)).unflatten(
         1, (-1, BLOCK_TOKENS)
@@ -52,11 +52,11 @@ def find_token_at(share_N1: Tensor, probs_NV: Tensor) -> Tensor:
     token_N1 = block_N1 * BLOCK_TOKENS + find_first_past(
         point_N1 - before_N1, inside_NW.cumsum(dim=-1)
     )
-    return token_N1.clamp(max=probs_NV.shape[1] - 1)  # NaNs are past no point
+    return token_N1.clamp(max=probs_NV.shape[1] - 1)  # NaN exceeds no point
 
 
 def find_first_past(point_N1: Tensor, passed_NK: Tensor) -> Tensor:
-    """[N, 1] the first place past the point; it has a share of its own, whatever rounding does."""
+    """Returns the first index [N, 1] whose sum exceeds the point; never one of probability 0."""
     total_N1 = passed_NK[:, -1:]
     below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
     point_N1 = torch.minimum(point_N1.clamp(min=0.0), below_N1)
@@ -67,7 +67,7 @@ def find_first_past(point_N1: Tensor, passed_NK: Tensor) -> Tensor:
 def mark_prompt_tokens(
     prompts: list[tuple[int, ...]], vocabulary: int, group: int, device: torch.device
 ) -> Tensor:
-    """[N, V] bool: the tokens of each row's prompt."""
+    """Returns [N, V] bool: the tokens that each row's prompt contains."""
     seen_BV = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
     for b, tokens in enumerate(prompts):
         seen_BV[b, list(tokens)] = True

@@ -1,1 +1,1 @@
-"""What is written for the sake of a CPU: compiled decoding, fused layers, fast products."""
+"""Code that makes a CPU faster: compiled decoding, fused layers, fast matrix products."""

@@ -1,4 +1,4 @@
-/* What decoding does most, on a CPU in fp32: see `compiled.py`. */
+/* The main operations of decoding, on a CPU in fp32: see `kernel.py`. */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -6,7 +6,7 @@
 
 #if defined __AVX512F__
 #define LANES 16
-#define TILE 12 /* rows whose sums are in registers together, WIDE columns of each */
+#define TILE 12 /* rows whose sums fit into registers together, with WIDE columns each */
 #elif defined __AVX__
 #define LANES 8
 #define TILE 6
@@ -26,15 +26,16 @@ INLINE vector load(const float *from) { return *(const unaligned *)from; }
 INLINE void store(float *to, vector x) { *(unaligned *)to = x; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* --- Products: rows times weights that lie as they are read, WIDE outputs side by side. --- */
+/* --- Products: rows times packed weights, with WIDE outputs side by side. --- */
 
 typedef struct {
     const float *x, *weight, *start;
     float *y;
-    int64_t apart, start_apart, inputs, outputs; /* apart: floats between rows */
+    int64_t apart, start_apart, inputs, outputs; /* apart: floats from one row to the next */
 } rows;
 
-/* WIDE columns of the product of a few rows. The next columns' weights are asked for meanwhile. */
+/* Computes WIDE columns of the product of `count` rows; with `fetch`, prefetches the weights of the
+ * next columns. */
 INLINE void columns(rows of, int64_t row, int64_t column, int count, int fetch) {
     const float *x = of.x + row * of.apart, *weight = of.weight + column * of.inputs;
     const float *next = weight + WIDE * of.inputs;
@@ -60,8 +61,8 @@ INLINE void columns(rows of, int64_t row, int64_t column, int count, int fetch) 
 
 int64_t wide(void) { return WIDE; }
 
-/* y [T, O] = start + x [T, I] times weight, which lies as [O / WIDE, I, WIDE]; O is a multiple of
- * WIDE. start is [T, O], or [O] with nothing between its rows, or null. */
+/* Computes y [T, O] = start + x [T, I] times weight, which is packed as [O / WIDE, I, WIDE]; O is a
+ * multiple of WIDE. start is [T, O], or [O] with start_apart = 0, or null. */
 void product(float *y, const float *x, int64_t apart, const float *weight, const float *start,
              int64_t start_apart, int64_t count, int64_t inputs, int64_t outputs, int threads) {
     rows of = {x, weight, start, y, apart, start_apart, inputs, outputs};
@@ -69,7 +70,7 @@ void product(float *y, const float *x, int64_t apart, const float *weight, const
     for (int64_t column = 0; column < outputs; column += WIDE) {
         int64_t row = 0;
         for (; row + TILE <= count; row += TILE) columns(of, row, column, TILE, row == 0);
-        switch (count - row) { /* numbers that the compiler knows, so that sums stay in registers */
+        switch (count - row) { /* constants for the compiler, so that sums stay in registers */
 #define REST(n) case n: columns(of, row, column, n, row == 0); break;
         REST(1) REST(2) REST(3) REST(4) REST(5)
 #if TILE > 6
@@ -79,12 +80,12 @@ void product(float *y, const float *x, int64_t apart, const float *weight, const
     }
 }
 
-/* --- What lies between products. --- */
+/* --- Operations between products. --- */
 
-/* e^x for x <= 0, to 2 units in the last place (Cephes' expf). */
+/* Returns e^x for x <= 0, with an error of up to 2 units in the last place (Cephes' expf). */
 INLINE float exponential(float x) {
     x = x > -87.0f ? x : -87.0f;
-    const float magic = 12582912.0f; /* 1.5 * 2^23: its last bits are an integer */
+    const float magic = 12582912.0f; /* 1.5 * 2^23: rounds x to an integer in its last bits */
     float shifted = x * 1.44269504f + magic, power = shifted - magic, factor;
     float r = x - power * 0.693359375f + power * 2.12194440e-4f;
     float y = 1.9875691500e-4f;
@@ -101,7 +102,7 @@ INLINE float exponential(float x) {
     return y * factor;
 }
 
-/* y [T, D] = x / rms(x) * weight (1910.07467). */
+/* Computes y [T, D] = x / rms(x) * weight (1910.07467). */
 void norm(float *y, const float *x, const float *weight, int64_t count, int64_t width,
           float epsilon, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -116,7 +117,7 @@ void norm(float *y, const float *x, const float *weight, int64_t count, int64_t 
     }
 }
 
-/* y [T, F] = silu(gate) * up (2002.05202), which stand side by side in x [T, 2 F]. */
+/* Computes y [T, F] = silu(gate) * up (2002.05202) from gate and up side by side in x [T, 2 F]. */
 void gate(float *y, const float *x, int64_t count, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < count; t++) {
@@ -129,17 +130,17 @@ void gate(float *y, const float *x, int64_t count, int64_t width, int threads) {
     }
 }
 
-/* --- Attention of one more token of each row: a row's keys are its prompt's and its own. --- */
+/* --- Attention of a new token of each row: its keys are its prompt's and its completion's. --- */
 
-/* Keys and values one after the other, and what each of several queries gives them. A block of them
- * is read by all queries that share it while it is in the cache nearest to the core. */
+/* Contiguous keys and values, and the weights that each of several queries gives them. All queries
+ * that share a block of them read it while it is in the cache nearest to the core. */
 typedef struct {
     const float *keys, *values;
     float *weights;
-    int64_t count, between; /* between one query's weights and the next one's */
+    int64_t count, between; /* between: floats from one query's weights to the next one's */
 } piece;
 
-/* query . key of LANES keys, in their order. Behind `count` the last one stands in. */
+/* Returns query . key for LANES keys in order. Beyond `count`, it repeats the last key. */
 INLINE vector scores(const float *query, const float *keys, int64_t count, int parts) {
     vector sum[LANES];
     const float *key[LANES];
@@ -151,7 +152,7 @@ INLINE vector scores(const float *query, const float *keys, int64_t count, int p
         vector q = load(query + p * LANES);
         UNROLLED for (int i = 0; i < LANES; i++) sum[i] += q * load(key[i] + p * LANES);
     }
-    /* Half of the sums go into the other half's free lanes, until all are in one. */
+    /* Adds up lanes: each step halves the number of vectors, until one has all sums. */
     lanes lane;
     UNROLLED for (int i = 0; i < LANES; i++) lane[i] = i;
     UNROLLED for (int s = LANES / 2; s > 0; s /= 2) {
@@ -164,7 +165,7 @@ INLINE vector scores(const float *query, const float *keys, int64_t count, int p
     return sum[0];
 }
 
-/* Writes up to LANES - 1 more weights than there are keys. */
+/* Writes the scores of all keys; up to LANES - 1 more numbers than there are keys. */
 INLINE void score(piece x, const float *queries, int64_t repeats, int parts) {
     for (int64_t n = 0; n < x.count; n += LANES)
         for (int64_t r = 0; r < repeats; r++)
@@ -198,7 +199,7 @@ INLINE void add(piece x, float *out, int64_t repeats, int parts) {
         }
 }
 
-/* One row's queries that share a head of keys. */
+/* Computes the attention of a row's queries that share a key-value head. */
 INLINE void attend_head(piece prompt, piece own, const float *queries, float *out, int64_t repeats,
                         float scale, int parts) {
     score(prompt, queries, repeats, parts);
@@ -210,10 +211,12 @@ INLINE void attend_head(piece prompt, piece own, const float *queries, float *ou
     add(own, out, repeats, parts);
 }
 
-/* Shapes: out, queries [N, H, d], new_keys, new_values [N, K, d], whose rows are so many floats
- * apart as is said; own_* [N, K, longest, d], to which they are added at `written`; prompt_*
- * [B, K, prompt_longest, d]; prompt_of [N], lengths [B]; scratch [threads, H / K, prompt_longest +
- * longest + 16]. d is a multiple of 16. A token sees the last `window`, itself among them. */
+/* Computes the attention of a new token of each row, and stores its key and value.
+ * Shapes: out [N, H, d]; queries [N, H, d], whose rows are `apart` floats apart; new_keys,
+ * new_values [N, K, d], whose rows are `new_apart` floats apart; own_* [N, K, longest, d], where
+ * they are stored at `written`; prompt_* [B, K, prompt_longest, d]; prompt_of [N], lengths [B];
+ * scratch [threads, H / K, prompt_longest + longest + 16]. d is a multiple of 16. A token attends
+ * to the last `window` tokens, itself included. */
 void attend(float *out, const float *queries, int64_t apart, const float *new_keys,
             const float *new_values, int64_t new_apart, float *own_keys, float *own_values,
             const float *prompt_keys, const float *prompt_values, const int64_t *prompt_of,
@@ -241,7 +244,7 @@ void attend(float *out, const float *queries, int64_t apart, const float *new_ke
         piece own = {keys + own_first * width, values + own_first * width, weights + prompt.count,
                      written + 1 - own_first, between};
         float *to = out + task * repeats * width;
-        switch (width / LANES) { /* the usual widths, as numbers that the compiler knows */
+        switch (width / LANES) { /* the usual widths, as constants for the compiler */
         case 64 / LANES: attend_head(prompt, own, asking, to, repeats, scale, 64 / LANES); break;
         case 128 / LANES: attend_head(prompt, own, asking, to, repeats, scale, 128 / LANES); break;
         default: attend_head(prompt, own, asking, to, repeats, scale, width / LANES);

@@ -1,8 +1,9 @@
-"""What decoding does most, compiled for this processor where a C compiler is there: kernel.c.
+"""Decoding's main operations, compiled for this processor from kernel.c if there is a C compiler.
 
-Products of few rows are bound by how weights are read, and the attention of one token by how keys
-are; no operation of torch reads either at the speed of memory. Without a compiler the same numbers
-come from torch's, slower; docs/performance.md says by how much. In fp32 on a CPU alone.
+The speed of products with few rows depends on how fast weights are read, and that of one token's
+attention on how fast keys are; no operation of torch reads them at the speed of memory. Without a
+compiler, torch computes the same numbers more slowly (see docs/performance.md). Only in fp32 on a
+CPU.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ COMPILER_FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-fPIC", "-shared",
 )  # fmt: skip
-MAX_LANES = 16  # a head's width is a multiple of it
-NO_WINDOW = 2**62  # a window that hides nothing
+MAX_LANES = 16  # a head's width must be a multiple of it
+NO_WINDOW = 2**62  # a window that is longer than every text
 
 P, N, X, C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 KERNEL_SIGNATURES = {
@@ -45,7 +46,10 @@ KERNEL_SIGNATURES = {
 
 @cache
 def load_kernel() -> Any:
-    """The library made of kernel.c; None where it can't be compiled. Compiled once a machine."""
+    """Returns the library compiled from kernel.c; None if it can't be compiled.
+
+    The library is compiled once on a machine.
+    """
     if os.name != "posix":
         return None
     compiler = shutil.which(os.environ.get("CC", "cc"))
@@ -54,8 +58,8 @@ def load_kernel() -> Any:
     try:
         library = ctypes.CDLL(str(compile_kernel(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        log.info("rollout=native goes on without compiled code: %s", said.strip())
+        reason = getattr(error, "stderr", None) or str(error)
+        log.info("rollout=native continues without compiled code: %s", reason.strip())
         return None
     library.wide.restype = N
     for name, arguments in KERNEL_SIGNATURES.items():
@@ -65,34 +69,35 @@ def load_kernel() -> Any:
 
 
 def compile_kernel(compiler: str) -> Path:
-    """The library's file in the user's cache.
+    """Returns the library's file in the user's cache, compiled if it is not there.
 
     Raises:
-        OSError, subprocess.SubprocessError: it could not be made.
+        OSError, subprocess.SubprocessError: it could not be compiled.
     """
-    # A home may be shared by machines with other processors, on which this one's code is illegal.
-    made_of = [
+    # The name depends on the processor: a home folder may be shared by machines with different
+    # ones, which may not be able to run this one's instructions.
+    name_parts = [
         KERNEL_SOURCE.read_text(),
         compiler,
         *COMPILER_FLAGS,
         platform.machine(),
         read_cpu_flags(),
     ]
-    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    name = hashlib.sha256("\0".join(name_parts).encode()).hexdigest()[:16]
     target = get_cache_folder() / f"kernel-{name}.so"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        command = [compiler, *COMPILER_FLAGS, "-o", str(made), str(KERNEL_SOURCE)]
+        library = Path(scratch) / target.name
+        command = [compiler, *COMPILER_FLAGS, "-o", str(library), str(KERNEL_SOURCE)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        made.replace(target)  # at once: another process may be waiting for it
+        library.replace(target)  # atomic, because another process may read it
     return target
 
 
 def read_cpu_flags() -> str:
-    """What its processor can do, as Linux says."""
+    """Returns the processor's instruction sets, as Linux lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -101,12 +106,12 @@ def read_cpu_flags() -> str:
 
 
 def make_rows_contiguous(x: Tensor) -> Tensor:
-    """[N, ...] the same, each row's numbers one behind the other."""
+    """Returns x [N, ...], copied if the numbers of a row are not contiguous."""
     return x if x[0].is_contiguous() else x.contiguous()
 
 
 class PackedWeight:
-    """A weight [O, I] as the kernel reads it, copied; `fits` says which ones it can."""
+    """A copy of a weight [O, I] in the layout that the kernel reads; see `can_pack`."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         laid_out = weight_OI.unflatten(0, (-1, load_kernel().wide())).transpose(1, 2)
@@ -115,27 +120,28 @@ class PackedWeight:
 
     @staticmethod
     def can_pack(weight_OI: Tensor) -> bool:
+        """Returns whether there is a kernel, and O is a multiple of its block of outputs."""
         return load_kernel() is not None and len(weight_OI) % load_kernel().wide() == 0
 
     def __call__(self, x: Tensor, total: Tensor | None = None) -> Tensor:
-        """[..., O] total + x · weightᵀ + bias."""
+        """Returns total + x · weightᵀ + bias, [..., O]."""
         x_TI = make_rows_contiguous(x.reshape(-1, self.inputs))
-        start, apart = self.bias_O, 0
+        start, start_stride = self.bias_O, 0
         if total is not None:
             start = make_rows_contiguous(total.reshape(-1, self.outputs))
             start = start if self.bias_O is None else start + self.bias_O
-            apart = start.stride(0)
+            start_stride = start.stride(0)
         y_TO = x.new_empty(len(x_TI), self.outputs)
         load_kernel().product(
             y_TO.data_ptr(), x_TI.data_ptr(), x_TI.stride(0), self.weight.data_ptr(),
-            None if start is None else start.data_ptr(), apart,
+            None if start is None else start.data_ptr(), start_stride,
             len(x_TI), self.inputs, self.outputs, torch.get_num_threads(),
         )  # fmt: skip
         return y_TO.view(*x.shape[:-1], self.outputs)
 
 
 def rms_norm_compiled(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """[T, D] x / rms(x) · weight (1910.07467)."""
+    """Returns x / rms(x) · weight, [T, D] (1910.07467)."""
     x_TD = x_TD.contiguous()
     y_TD = torch.empty_like(x_TD)
     load_kernel().norm(
@@ -146,7 +152,7 @@ def rms_norm_compiled(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 
 
 def swiglu_compiled(gate_up: Tensor) -> Tensor:
-    """[T, F] silu(gate) · up (2002.05202), which stand side by side in [T, 2F]."""
+    """Returns silu(gate) · up, [T, F], from gate and up side by side in [T, 2F] (2002.05202)."""
     count, width = gate_up.shape[0], gate_up.shape[1] // 2
     y_TF, gate_up = gate_up.new_empty(count, width), gate_up.contiguous()
     load_kernel().gate(y_TF.data_ptr(), gate_up.data_ptr(), count, width, torch.get_num_threads())
@@ -154,7 +160,7 @@ def swiglu_compiled(gate_up: Tensor) -> Tensor:
 
 
 class KeyValueBuffers(NamedTuple):
-    """Where keys and values are, and are written to; shape letters as in `rollout/cache.py`."""
+    """Keys and values of prompts and completions; shape letters as in `rollout/cache.py`."""
 
     prompt_keys: Tensor  # [B, K, P, d], contiguous
     prompt_values: Tensor
@@ -164,25 +170,25 @@ class KeyValueBuffers(NamedTuple):
     lengths_B: Tensor  # int64
 
     def attend(
-        self, asked_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
+        self, query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
         num_written: int, scale: float, window: int | None,
     ) -> Tensor:  # fmt: skip
-        """[N, H, d] for one more token of each row, whose key and value become the next ones.
+        """Stores the key and value of a new token of each row, and returns its attention [N, H, d].
 
         Args:
-            written: how many of its own a row has already.
-            window: a token sees this many, itself among them.
+            num_written: how many tokens each row has before the new one.
+            window: a token attends to the last `window` tokens, itself included.
         """
-        asked_NHd, key_NKd, value_NKd = map(make_rows_contiguous, (asked_NHd, key_NKd, value_NKd))
+        query_NHd, key_NKd, value_NKd = map(make_rows_contiguous, (query_NHd, key_NKd, value_NKd))
         if key_NKd.stride(0) != value_NKd.stride(0):
             key_NKd, value_NKd = key_NKd.contiguous(), value_NKd.contiguous()
-        count, heads, width = asked_NHd.shape
+        count, heads, width = query_NHd.shape
         kv_heads, prompt_longest = self.prompt_keys.shape[1:3]
         repeats, longest, threads = heads // kv_heads, self.keys.shape[2], torch.get_num_threads()
-        scratch = asked_NHd.new_empty(threads, repeats, prompt_longest + longest + MAX_LANES)
-        out_NHd = asked_NHd.new_empty(count, heads, width)
+        scratch = query_NHd.new_empty(threads, repeats, prompt_longest + longest + MAX_LANES)
+        out_NHd = query_NHd.new_empty(count, heads, width)
         load_kernel().attend(
-            out_NHd.data_ptr(), asked_NHd.data_ptr(), asked_NHd.stride(0),
+            out_NHd.data_ptr(), query_NHd.data_ptr(), query_NHd.stride(0),
             key_NKd.data_ptr(), value_NKd.data_ptr(), key_NKd.stride(0),
             self.keys.data_ptr(), self.values.data_ptr(),
             self.prompt_keys.data_ptr(), self.prompt_values.data_ptr(),

@@ -1,10 +1,10 @@
-"""Decoder layers of Llama's kind written out: few operations, and little kept for the backward.
+"""Llama's decoder layer with few operations, and with little memory kept for the backward pass.
 
-Such a layer is x + attention(norm(x)), and then that + gated(norm(that)), with rotary positions:
-2302.13971; Qwen2, Mistral and SmolLM2 are of this kind. In fp32 on a CPU alone, and only where it
-gives the numbers of transformers' own layer, which is tried once for each layer.
+Such a layer computes y = x + attention(norm(x)) and then y + mlp(norm(y)), with rotary positions
+(2302.13971); Qwen2, Mistral and SmolLM2 have it too. It is used only in fp32 on a CPU, and only if
+it gives the numbers of transformers' own layer, which is checked once for each layer.
 
-Shape letters as in `attention.py`; F is the width of the gated block.
+Shape letters as in `attention.py`; F is the width of the gated MLP.
 """
 
 from __future__ import annotations
@@ -38,36 +38,38 @@ Positions = tuple[Tensor, Tensor]  # cosines and sines [1, T, d], as transformer
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary positions (2104.09864) of T tokens; a head's halves turn against each other."""
+    """Rotary positions (2104.09864) of T tokens, which rotate pairs from the halves of a head."""
 
     cos_T1d: Tensor
     sin_T1d: Tensor  # negative in the first half
 
     @classmethod
     def from_embeddings(cls, position_embeddings: Positions) -> Rotation:
+        """Makes a rotation from the cosines and sines that transformers computes."""
         cos_Td, sin_Td = (x[0] for x in position_embeddings)
         half = sin_Td.shape[-1] // 2
         sin_Td = torch.cat([-sin_Td[:, :half], sin_Td[:, half:]], dim=-1)
         return cls(cos_Td[:, None], sin_Td[:, None])
 
     def rotate_(self, x_THd: Tensor) -> Tensor:
-        """In place."""
+        """Rotates queries or keys [T, H, d] in place."""
         other = x_THd.roll(x_THd.shape[-1] // 2, -1).mul_(self.sin_T1d)
         return x_THd.mul_(self.cos_T1d).add_(other)
 
     def rotate_back(self, x_THd: Tensor) -> Tensor:
-        """What `turn_` does, transposed: its gradient."""
+        """Applies the transpose of `rotate_`, which is its gradient."""
         other = (x_THd * self.sin_T1d).roll(x_THd.shape[-1] // 2, -1)
         return other.addcmul_(x_THd, self.cos_T1d)
 
 
 class RotationCache:
-    """The rotation of the forward pass that is under way: made once for all of its layers."""
+    """The rotation of the current forward pass, made once for all its layers."""
 
     def __init__(self) -> None:
         self.position_embeddings: Positions | None = None
 
     def get_rotation(self, position_embeddings: Positions) -> Rotation:
+        """Returns the rotation of these embeddings; makes it if they are new."""
         if self.position_embeddings is not position_embeddings:
             self.position_embeddings, self.rotation = (
                 position_embeddings,
@@ -77,35 +79,39 @@ class RotationCache:
 
 
 class NormQKV(torch.autograd.Function):
-    """Queries, keys and values of a layer's input; keeps the input and a factor a token."""
+    """Computes a layer's queries, keys and values; keeps its input and one number a token."""
 
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, norm: Tensor, epsilon: float, width: int, rotation: Rotation,
         *parameters: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """parameters: weight, and bias or None, of queries, keys and values."""
+        """
+        Args:
+            width: of a head.
+            parameters: weight and bias (or None) of queries, keys and values in turn.
+        """
         weights, biases = parameters[::2], parameters[1::2]
         factor_T1 = rms_factor(x_TD, epsilon)
         y_TD = scale_by_rms(x_TD, factor_T1, norm)
-        asked = [
+        queries, keys, values = [
             linear_onednn(y_TD, weight, bias).unflatten(-1, (-1, width))
             for weight, bias in zip(weights, biases, strict=True)
         ]
         ctx.save_for_backward(x_TD, norm, factor_T1, *weights)
         ctx.rotation = rotation
-        return rotation.rotate_(asked[0]), rotation.rotate_(asked[1]), asked[2]
+        return rotation.rotate_(queries), rotation.rotate_(keys), values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm, factor_T1, *weights = ctx.saved_tensors
         y_TD = scale_by_rms(x_TD, factor_T1, norm)
-        turn = ctx.rotation.rotate_back
-        to_asked = [x.flatten(1) for x in (turn(grads[0]), turn(grads[1]), grads[2])]
+        rotate_back = ctx.rotation.rotate_back
+        to_qkv = [x.flatten(1) for x in (rotate_back(grads[0]), rotate_back(grads[1]), grads[2])]
         to_y_TD = torch.zeros_like(y_TD)
         to_weights: list[Tensor | None] = []
         needed = ctx.needs_input_grad[5:]
-        for n, (grad, weight) in enumerate(zip(to_asked, weights, strict=True)):
+        for n, (grad, weight) in enumerate(zip(to_qkv, weights, strict=True)):
             to_y_TD = linear_add_onednn(to_y_TD, grad, weight.t())
             to_weights.append(
                 accumulate_weight_gradient(weight, grad, y_TD) if needed[2 * n] else None
@@ -116,25 +122,25 @@ class NormQKV(torch.autograd.Function):
 
 
 class OutputAndMLP(torch.autograd.Function):
-    """A layer's output from its input and what its attention took; keeps what lies between."""
+    """Computes a layer's output from its input and its attention; keeps intermediate results."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, taken_TX: Tensor, norm: Tensor, epsilon: float,
+        ctx: Any, x_TD: Tensor, attention_TX: Tensor, norm: Tensor, epsilon: float,
         out: Tensor, gate: Tensor, up: Tensor, down: Tensor,
     ) -> Tensor:  # fmt: skip
-        middle_TD = linear_add_onednn(x_TD, taken_TX, out)
+        middle_TD = linear_add_onednn(x_TD, attention_TX, out)
         factor_T1 = rms_factor(middle_TD, epsilon)
         y_TD = scale_by_rms(middle_TD, factor_T1, norm)
         gate_TF, up_TF = linear_onednn(y_TD, gate), linear_onednn(y_TD, up)
         ctx.save_for_backward(
-            taken_TX, middle_TD, factor_T1, gate_TF, up_TF, norm, out, gate, up, down
+            attention_TX, middle_TD, factor_T1, gate_TF, up_TF, norm, out, gate, up, down
         )
         return linear_add_onednn(middle_TD, F.silu(gate_TF).mul_(up_TF), down)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        taken_TX, middle_TD, factor_T1, gate_TF, up_TF, norm, out, gate, up, down = (
+        attention_TX, middle_TD, factor_T1, gate_TF, up_TF, norm, out, gate, up, down = (
             ctx.saved_tensors
         )
         needed = ctx.needs_input_grad
@@ -145,39 +151,39 @@ class OutputAndMLP(torch.autograd.Function):
         to_y_TD = linear_add_onednn(linear_onednn(to_gate_TF, gate.t()), to_up_TF, up.t())
         to_middle_TD, to_norm = norm_backward(to_y_TD, middle_TD, norm, factor_T1)
         to_middle_TD.add_(grad_TD)
-        to_out = accumulate_weight_gradient(out, to_middle_TD, taken_TX) if needed[4] else None
-        to_taken_TX = linear_onednn(to_middle_TD, out.t())
-        return to_middle_TD, to_taken_TX, to_norm, None, to_out, to_gate, to_up, to_down
+        to_out = accumulate_weight_gradient(out, to_middle_TD, attention_TX) if needed[4] else None
+        to_attention_TX = linear_onednn(to_middle_TD, out.t())
+        return to_middle_TD, to_attention_TX, to_norm, None, to_out, to_gate, to_up, to_down
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A layer of this kind, and how it scores a key."""
+    """A supported layer of the model, with its attention's scoring."""
 
     module: Any
     scoring: AttentionScoring
 
     @property
     def qkv_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """What makes queries, keys and values."""
+        """The layers that compute queries, keys and values."""
         attention = self.module.self_attn
         return attention.q_proj, attention.k_proj, attention.v_proj
 
     @property
     def norms(self) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
-        """Weight and epsilon before the attention, and before the block."""
-        one, two = self.module.input_layernorm, self.module.post_attention_layernorm
-        return (one.weight, get_epsilon(one)), (two.weight, get_epsilon(two))
+        """Weight and epsilon of the norm before the attention, and of that before the MLP."""
+        first, second = self.module.input_layernorm, self.module.post_attention_layernorm
+        return (first.weight, get_epsilon(first)), (second.weight, get_epsilon(second))
 
-    def attend(self, plan: AttentionPlan, *asked_THd: Tensor) -> Tensor:
-        """[T, H·d]"""
-        queries_HTd, keys_KTd, values_KTd = (x.transpose(0, 1) for x in asked_THd)
+    def attend(self, plan: AttentionPlan, *qkv_THd: Tensor) -> Tensor:
+        """Returns the attention [T, H·d] of queries [T, H, d], keys and values [T, K, d]."""
+        queries_HTd, keys_KTd, values_KTd = (x.transpose(0, 1) for x in qkv_THd)
         number = self.module.self_attn.layer_idx
         return plan.attend(number, queries_HTd, keys_KTd, values_KTd, self.scoring).flatten(1)
 
 
 class TrainingForward:
-    """A layer's forward."""
+    """A layer's forward with gradient."""
 
     def __init__(self, layer: DecoderLayer, rotations: RotationCache) -> None:
         self.layer, self.rotations = layer, rotations
@@ -185,33 +191,36 @@ class TrainingForward:
     def __call__(
         self, hidden: Tensor, *, plan: AttentionPlan, position_embeddings: Positions
     ) -> Tensor:
-        """[1, T, D]"""
+        """Returns the layer's output [1, T, D] for its input [1, T, D]."""
         layer, x_TD = self.layer, hidden[0]
         (norm, epsilon), (next_norm, next_epsilon) = layer.norms
-        attention, block = layer.module.self_attn, layer.module.mlp
+        attention, mlp = layer.module.self_attn, layer.module.mlp
         weights = [w for linear in layer.qkv_projections for w in (linear.weight, linear.bias)]
         rotation = self.rotations.get_rotation(position_embeddings)
-        asked = NormQKV.apply(x_TD, norm, epsilon, attention.head_dim, rotation, *weights)  # type: ignore[no-untyped-call]
-        taken_TX = layer.attend(plan, *asked)
-        done_TD: Tensor = OutputAndMLP.apply(  # type: ignore[no-untyped-call]
-            x_TD, taken_TX, next_norm, next_epsilon, attention.o_proj.weight,
-            block.gate_proj.weight, block.up_proj.weight, block.down_proj.weight,
+        qkv = NormQKV.apply(x_TD, norm, epsilon, attention.head_dim, rotation, *weights)  # type: ignore[no-untyped-call]
+        attention_TX = layer.attend(plan, *qkv)
+        output_TD: Tensor = OutputAndMLP.apply(  # type: ignore[no-untyped-call]
+            x_TD, attention_TX, next_norm, next_epsilon, attention.o_proj.weight,
+            mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight,
         )  # fmt: skip
-        return done_TD[None]
+        return output_TD[None]
 
 
 def swiglu_torch(gate_up: Tensor) -> Tensor:
-    """As `kernel.swiglu_compiled`."""
+    """Computes the same as `kernel.swiglu_compiled`, with torch."""
     gate_TF, up_TF = gate_up.chunk(2, dim=-1)
     return F.silu(gate_TF).mul_(up_TF)
 
 
 class DecodeForward:
-    """A layer's forward without gradient, from copies of its weights that are laid out together."""
+    """A layer's forward without gradient, with packed copies of its weights.
+
+    The layer's weights must not change while it is used.
+    """
 
     def __init__(self, layer: DecoderLayer, rotations: RotationCache, rows: int) -> None:
-        """rows: how many tokens there will mostly be. The weights must not change meanwhile."""
-        attention, block = layer.module.self_attn, layer.module.mlp
+        """rows: the usual number of tokens, for which the weights are packed."""
+        attention, mlp = layer.module.self_attn, layer.module.mlp
         self.layer, self.rotations, self.width = layer, rotations, attention.head_dim
         self.rotated_heads = (
             attention.q_proj.out_features + attention.k_proj.out_features
@@ -219,27 +228,27 @@ class DecodeForward:
         self.query_heads = attention.q_proj.out_features // self.width
         self.project_qkv = PackedLinear(rows, *layer.qkv_projections)
         self.out = PackedLinear(rows, attention.o_proj)
-        self.gate_up = PackedLinear(rows, block.gate_proj, block.up_proj)
-        self.down = PackedLinear(rows, block.down_proj)
-        compiles = kernel.load_kernel() is not None
-        self.norm = kernel.rms_norm_compiled if compiles else rms_norm_no_grad
-        self.swiglu = kernel.swiglu_compiled if compiles else swiglu_torch
+        self.gate_up = PackedLinear(rows, mlp.gate_proj, mlp.up_proj)
+        self.down = PackedLinear(rows, mlp.down_proj)
+        has_kernel = kernel.load_kernel() is not None
+        self.norm = kernel.rms_norm_compiled if has_kernel else rms_norm_no_grad
+        self.swiglu = kernel.swiglu_compiled if has_kernel else swiglu_torch
 
     def __call__(
         self, hidden: Tensor, *, plan: AttentionPlan, position_embeddings: Positions
     ) -> Tensor:
-        """[1, T, D]"""
+        """Returns the layer's output [1, T, D] for its input [1, T, D]."""
         x_TD = hidden[0]
         first, second = self.layer.norms
-        asked_TXd = self.project_qkv(self.norm(x_TD, *first)).unflatten(-1, (-1, self.width))
-        self.rotations.get_rotation(position_embeddings).rotate_(asked_TXd[:, : self.rotated_heads])
-        taken_TX = self.layer.attend(
+        qkv_TXd = self.project_qkv(self.norm(x_TD, *first)).unflatten(-1, (-1, self.width))
+        self.rotations.get_rotation(position_embeddings).rotate_(qkv_TXd[:, : self.rotated_heads])
+        attention_TX = self.layer.attend(
             plan,
-            asked_TXd[:, : self.query_heads],
-            asked_TXd[:, self.query_heads : self.rotated_heads],
-            asked_TXd[:, self.rotated_heads :],
+            qkv_TXd[:, : self.query_heads],
+            qkv_TXd[:, self.query_heads : self.rotated_heads],
+            qkv_TXd[:, self.rotated_heads :],
         )
-        x_TD = self.out.add_product(x_TD, taken_TX)
+        x_TD = self.out.add_product(x_TD, attention_TX)
         return self.down.add_product(x_TD, self.swiglu(self.gate_up(self.norm(x_TD, *second))))[
             None
         ]

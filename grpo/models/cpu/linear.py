@@ -1,7 +1,7 @@
-"""Matrix products with a model's weights, the fast way for the device.
+"""Fast matrix products with a model's weights.
 
-On a CPU that is oneDNN's, whatever processor it is; torch itself takes MKL for fp32, which is tuned
-for one maker's. docs/performance.md says what it brings.
+On a CPU they use oneDNN on all processors; torch itself uses MKL for fp32, which is tuned for one
+vendor's processors. docs/performance.md has the measurements.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from grpo.models.cpu.kernel import PackedWeight
 
-ModuleForward = Callable[..., Tensor]  # of a module
+ModuleForward = Callable[..., Tensor]  # replaces the forward of a module
 
 _mkldnn = torch.ops.mkldnn
 HAS_ONEDNN = (
@@ -28,13 +28,13 @@ HAS_ONEDNN = (
 
 
 def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
+    """Computes x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
     y: Tensor = _mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
 def suits_onednn(*tensors: Tensor) -> bool:
-    """Whether what is computed with them is in fp32 on a CPU."""
+    """Returns whether oneDNN is there, and products of these tensors are in fp32 on a CPU."""
     return (
         HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
@@ -43,7 +43,7 @@ def suits_onednn(*tensors: Tensor) -> bool:
 
 
 def linear_in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
-    """[T, V] x · weightᵀ summed and given in fp32, from fp32 or from bf16; without gradient."""
+    """Returns x · weightᵀ [T, V], summed in fp32, from fp32 or bf16 factors; without gradient."""
     if suits_onednn(x_TD, weight_VD):
         return linear_onednn(x_TD, weight_VD)
     with torch.autocast(x_TD.device.type, enabled=False):
@@ -53,24 +53,24 @@ def linear_in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """What sums of such numbers are kept in: fp32, or fp64 where they are in that."""
+    """Returns the precision of sums of such numbers: fp32, or fp64 if they are fp64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def matmul_in_fp32(x: Tensor, y: Tensor) -> Tensor:
-    """[..., M, N] x [..., M, K] · y [..., K, N], summed and given in fp32 or better."""
+    """Returns x [..., M, K] · y [..., K, N] as [..., M, N], summed in fp32 or better."""
     with torch.autocast(x.device.type, enabled=False):
         return x.to(sum_dtype(x)) @ y.to(sum_dtype(y))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision of a product's factors here: autocast's, where it is on."""
+    """Returns the precision of a product's factors: autocast's if it is on, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class WideProduct(torch.autograd.Function):
-    """x · weightᵀ in fp32 from factors of a lower precision; the weight's gradient is in fp32."""
+    """Computes x · weightᵀ in fp32 from rounded factors; sums the weight's gradient in fp32 too."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, factor_dtype: torch.dtype) -> Tensor:
@@ -92,7 +92,7 @@ class WideProduct(torch.autograd.Function):
 
 
 def wide_product(x: Tensor, weight_VD: Tensor) -> Tensor:
-    """[..., V] x · weightᵀ in fp32, whatever precision its factors have here."""
+    """Returns x · weightᵀ [..., V] in fp32, from factors in autocast's precision if it is on."""
     y_TV: Tensor = WideProduct.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, x.shape[-1]), weight_VD, compute_dtype(x)
     )
@@ -100,7 +100,7 @@ def wide_product(x: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def add_to_gradient(grad_VD: Tensor, grad_TV: Tensor, x_TD: Tensor) -> None:
-    """Adds gradᵀ · x to an fp32 gradient, summed in fp32 whatever the precision of the two."""
+    """Adds gradᵀ · x to an fp32 gradient; sums in fp32 whatever the precision of grad and x."""
     if grad_TV.dtype == torch.float32:
         grad_VD.addmm_(grad_TV.t(), x_TD)
     else:
@@ -110,15 +110,15 @@ def add_to_gradient(grad_VD: Tensor, grad_TV: Tensor, x_TD: Tensor) -> None:
 def linear_add_onednn(
     total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """total + x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
+    """Computes total + x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
     y: Tensor = _mkldnn._linear_pointwise.binary(x, total, weight, bias, "add")
     return y
 
 
 def accumulate_weight_gradient(weight: Tensor, grad_TO: Tensor, x_TI: Tensor) -> Tensor | None:
-    """The gradient by a weight; None where it has been added to what the weight has already.
+    """Returns a weight's gradient; None if it was added in place to one that the weight had.
 
-    Micro-batches add up their gradients; in place, none is written out first.
+    Micro-batches add up their gradients; in place, no separate gradient is written to memory.
     """
     if weight.grad is None:
         return grad_TO.t() @ x_TI
@@ -127,7 +127,7 @@ def accumulate_weight_gradient(weight: Tensor, grad_TO: Tensor, x_TI: Tensor) ->
 
 
 class LinearFunction(torch.autograd.Function):
-    """A linear layer's product by oneDNN, forward and to its input; to its weight by torch."""
+    """Computes a linear layer and its input's gradient with oneDNN; its weight's with torch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -137,24 +137,25 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        to_x, weight_needs, to_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_TO = grad.reshape(-1, grad.shape[-1])
         return (
-            linear_onednn(grad_TO, weight.t()).view(x.shape) if to_x else None,
+            linear_onednn(grad_TO, weight.t()).view(x.shape) if needs_x else None,
             accumulate_weight_gradient(weight, grad_TO, x.reshape(-1, x.shape[-1]))
-            if weight_needs
+            if needs_weight
             else None,
-            grad_TO.sum(dim=0) if to_bias else None,
+            grad_TO.sum(dim=0) if needs_bias else None,
         )
 
 
 def linear_with_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes x · weightᵀ + bias with oneDNN, with gradient."""
     y: Tensor = LinearFunction.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 
 def make_linear_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
-    """For each fp32 linear layer on a CPU, its forward by oneDNN, with gradient."""
+    """Returns a forward with oneDNN and gradient for each fp32 linear layer on a CPU."""
     return {
         layer: partial(linear_with_gradient, weight=layer.weight, bias=layer.bias)
         for layer in find_linear_layers(model)
@@ -162,55 +163,60 @@ def make_linear_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
 
 
 class PackedLinear:
-    """Linear layers' product with the same rows, from one copy of their weights, made here.
+    """Computes linear layers of the same input together, from one packed copy of their weights.
 
-    A product of a few rows, as decoding has them, is bound by how the weights are read; they can be
-    laid out for that once. Without gradient.
+    The speed of a product with few rows, as in decoding, depends on how fast the weights are read;
+    the copy has the best layout for that. Without gradient. The layers' weights must not change
+    while it is used.
     """
 
     def __init__(self, rows: int, *layers: nn.Linear) -> None:
-        """rows: how many the product will mostly have. The weights must not change meanwhile."""
+        """rows: the usual number of rows of the input, for which the weights are packed."""
         whole = torch.cat([layer.weight.detach() for layer in layers])
         bias: Tensor | None = None
         if any(layer.bias is not None for layer in layers):
-            none = whole.new_zeros
-            biases = [none(x.out_features) if x.bias is None else x.bias.detach() for x in layers]
+            zeros = whole.new_zeros
+            biases = [zeros(x.out_features) if x.bias is None else x.bias.detach() for x in layers]
             bias = torch.cat(biases)
         self.packed = PackedWeight(whole, bias) if PackedWeight.can_pack(whole) else None
         if self.packed is None:
             self.weight, self.bias = _mkldnn._reorder_linear_weight(whole, rows), bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What each of the layers would give, end to end."""
+        """Returns the outputs of all layers, concatenated in the last dimension."""
         return linear_onednn(x, self.weight, self.bias) if self.packed is None else self.packed(x)
 
     def add_product(self, total: Tensor, x: Tensor) -> Tensor:
+        """Returns total plus the outputs of all layers."""
         if self.packed is None:
             return linear_add_onednn(total, x, self.weight, self.bias)
         return self.packed(x, total)
 
 
 def make_packed_forwards(rows: int, layers: Iterable[nn.Linear]) -> dict[nn.Module, ModuleForward]:
-    """For each layer, its forward from a copy of its weights; see `PackedLinear`."""
+    """Returns for each layer a forward with a packed copy of its weights; see `PackedLinear`."""
     return {layer: PackedLinear(rows, layer) for layer in layers}
 
 
 def find_linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Those whose product can be computed here; a subclass may compute something else."""
+    """Returns the linear layers that oneDNN can compute.
+
+    Subclasses of nn.Linear are left out, because they may compute something else.
+    """
     linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
     return [layer for layer in linear if suits_onednn(layer.weight)]
 
 
 @contextmanager
 def computed_as(forwards: Mapping[nn.Module, ModuleForward]) -> Iterator[None]:
-    """Within it, these modules compute by these functions."""
+    """Within it, these modules use these functions as their forward."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module, own in before.items():
-            del module.forward  # the class's own again
-            if own is not None:
-                module.forward = own
+        for module, previous in before.items():
+            del module.forward  # so that the class's forward is used
+            if previous is not None:
+                module.forward = previous

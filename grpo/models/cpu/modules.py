@@ -1,7 +1,7 @@
-"""Parts of decoder layers that keep less for the backward pass, and go over it less often.
+"""Modules of decoder layers that keep and read less memory for the backward pass.
 
-They compute what transformers' own modules do; each class is tried against it, once, before it is
-taken to be one of these. In fp32 on a CPU alone.
+They compute the same as transformers' own modules; each class of these is compared with them once
+before they replace it. Only in fp32 on a CPU.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from grpo.models.cpu.linear import (
     suits_onednn,
 )
 
-_matches: dict[tuple[type, type], bool] = {}  # by class, and its activation's
+_matches: dict[tuple[type, type], bool] = {}  # by the class of a module and of its activation
 
 
 def rms_factor(x: Tensor, epsilon: float) -> Tensor:
-    """[..., 1] what brings each token to a root mean square of 1."""
+    """Returns the factor [..., 1] that scales each token to a root mean square of 1."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.rsqrt_(length.square_().div_(x.shape[-1]).add_(epsilon))
 
 
 def scale_by_rms(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """Returns x · factor · weight."""
     return (x * factor).mul_(weight)
 
 
 def rms_norm_no_grad(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / rms(x) · weight (1910.07467), without gradient."""
+    """Computes x / rms(x) · weight (1910.07467), without gradient."""
     return scale_by_rms(x, rms_factor(x, epsilon), weight)
 
 
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient by x and by the weight."""
-    normal = x * factor
-    both = grad * normal
-    along = (both @ weight).div_(x.shape[-1])[..., None]
-    to_x = (grad * weight).sub_(normal.mul_(along)).mul_(factor)
-    return to_x, both.flatten(0, -2).sum(dim=0)
+    """Returns the gradients of a norm's input x and of its weight."""
+    normalized = x * factor
+    product = grad * normalized
+    along = (product @ weight).div_(x.shape[-1])[..., None]  # the gradient's part along x
+    to_x = (grad * weight).sub_(normalized.mul_(along)).mul_(factor)
+    return to_x, product.flatten(0, -2).sum(dim=0)
 
 
 class RMSNorm(torch.autograd.Function):
-    """As `rms_norm_no_grad`; keeps x, the weight and a factor a token."""
+    """Computes `rms_norm_no_grad` with gradient; keeps x, the weight and one number a token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -63,20 +64,23 @@ class RMSNorm(torch.autograd.Function):
 
 
 def gated_backward(
-    grad_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, weight: Tensor, weight_needs: bool
+    grad_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, weight: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradient of (silu(gate) · up) · weightᵀ by gate, up and the weight."""
-    opened = F.silu(gate_TF)
-    of_weight = (
-        accumulate_weight_gradient(weight, grad_TD, opened * up_TF) if weight_needs else None
+    """Returns the gradients of gate, up and weight in (silu(gate) · up) · weightᵀ.
+
+    The weight's is None if it isn't needed, or was added in place to an existing one.
+    """
+    activated = F.silu(gate_TF)
+    to_weight = (
+        accumulate_weight_gradient(weight, grad_TD, activated * up_TF) if needs_weight else None
     )
-    back = linear_onednn(grad_TD, weight.t())
-    to_up = opened.mul_(back)
-    return torch.ops.aten.silu_backward(back.mul_(up_TF), gate_TF), to_up, of_weight
+    to_product = linear_onednn(grad_TD, weight.t())
+    to_up = activated.mul_(to_product)
+    return torch.ops.aten.silu_backward(to_product.mul_(up_TF), gate_TF), to_up, to_weight
 
 
 class GatedProduct(torch.autograd.Function):
-    """silu(gate) · up, times a weight (2002.05202); keeps gate, up and the weight."""
+    """Computes (silu(gate) · up) · weightᵀ (2002.05202); keeps gate, up and the weight."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -88,15 +92,15 @@ class GatedProduct(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         grad_TD, gate_TF, up_TF = (x.reshape(-1, x.shape[-1]) for x in (grad, gate, up))
         needed = ctx.needs_input_grad[2]
-        to_gate, to_up, of_weight = gated_backward(grad_TD, gate_TF, up_TF, weight, needed)
-        return to_gate.view(gate.shape), to_up.view(up.shape), of_weight
+        to_gate, to_up, to_weight = gated_backward(grad_TD, gate_TF, up_TF, weight, needed)
+        return to_gate.view(gate.shape), to_up.view(up.shape), to_weight
 
 
 class EmbeddingLookup(torch.autograd.Function):
-    """An embedding's rows.
+    """Looks up an embedding's rows.
 
-    Their gradient is added up in what the weight has of it already; torch makes one of the
-    weight's size first, of zeros for all tokens that did not occur.
+    It adds their gradient in place to the weight's existing one; torch would first make a gradient
+    of the weight's size, with zeros for all tokens that did not occur.
     """
 
     @staticmethod
@@ -108,8 +112,8 @@ class EmbeddingLookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight_VD = ctx.saved_tensors
-        there_VD = weight_VD.grad if weight_VD.is_leaf else None
-        if there_VD is None:
+        existing_VD = weight_VD.grad if weight_VD.is_leaf else None
+        if existing_VD is None:
             size = len(weight_VD)
             return (
                 None,
@@ -120,27 +124,30 @@ class EmbeddingLookup(torch.autograd.Function):
             grad = grad.masked_fill((tokens == ctx.padding)[..., None], 0)
         used_U, place = tokens.unique(return_inverse=True)
         sums_UD = torch.ops.aten.embedding_dense_backward(grad, place, len(used_U), -1, False)
-        there_VD.index_add_(0, used_U, sums_UD)  # each row once, so in no order
+        existing_VD.index_add_(0, used_U, sums_UD)  # adds to each row once, so order doesn't matter
         return None, None, None
 
 
 def look_up_embedding(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    """Computes an embedding's forward with `EmbeddingLookup`."""
     padding = -1 if embedding.padding_idx is None else embedding.padding_idx
     y: Tensor = EmbeddingLookup.apply(tokens, embedding.weight, padding)  # type: ignore[no-untyped-call]
     return y
 
 
 def rms_norm(x: Tensor, norm: Any) -> Tensor:
+    """Computes a norm's forward with `RMSNorm`."""
     y: Tensor = RMSNorm.apply(x, norm.weight, get_epsilon(norm))  # type: ignore[no-untyped-call]
     return y
 
 
 def get_epsilon(norm: Any) -> Any:
+    """Returns a norm's epsilon, for which models use two names; None if it has neither."""
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def gated_mlp(x: Tensor, block: Any) -> Tensor:
-    """A gated feed-forward block; its parts may be wrapped, by an adapter say."""
+    """Computes a gated MLP's forward; gate_proj and up_proj may be wrapped, by an adapter say."""
     y: Tensor = GatedProduct.apply(  # type: ignore[no-untyped-call]
         block.gate_proj(x), block.up_proj(x), block.down_proj.weight
     )
@@ -148,6 +155,7 @@ def gated_mlp(x: Tensor, block: Any) -> Tensor:
 
 
 def looks_like_norm(module: Any) -> bool:
+    """Returns whether a module has an RMS norm's name, weight and epsilon, in fp32 on a CPU."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.endswith("RMSNorm")
@@ -159,6 +167,7 @@ def looks_like_norm(module: Any) -> bool:
 
 
 def looks_gated(module: Any) -> bool:
+    """Returns whether a module has the parts of a gated MLP, in fp32 on a CPU."""
     down = getattr(module, "down_proj", None)
     return (
         hasattr(module, "gate_proj")
@@ -170,7 +179,7 @@ def looks_gated(module: Any) -> bool:
 
 
 def make_norm_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
-    """Its root-mean-square norms, and what computes them."""
+    """Returns a forward for each root-mean-square norm of the model."""
     return {
         module: partial(rms_norm, norm=module)
         for module in filter(looks_like_norm, model.modules())
@@ -180,30 +189,33 @@ def make_norm_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
 
 @torch.no_grad()
 def is_standard_rms_norm(module: Any) -> bool:
-    """Whether `rms_norm` does what norms of this class do, tried with a weight that is not ones.
+    """Returns whether `rms_norm` computes the same as this class, tried with distinct weights.
 
-    FalconMamba's have a weight and don't use it.
+    The norms of FalconMamba have a weight but don't use it.
     """
     kind = (type(module), type(None))
     if kind not in _matches:
-        tried = copy.deepcopy(module)
-        tried.weight.copy_(torch.linspace(0.5, 2.0, len(tried.weight)))
-        matches_module(tried, partial(rms_norm, norm=tried), len(tried.weight))
+        norm = copy.deepcopy(module)
+        norm.weight.copy_(torch.linspace(0.5, 2.0, len(norm.weight)))
+        matches_module(norm, partial(rms_norm, norm=norm), len(norm.weight))
     return _matches[kind]
 
 
 def make_mlp_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
-    """Its gated feed-forward blocks, and what computes them."""
-    found: dict[nn.Module, ModuleForward] = {}
+    """Returns a forward for each gated MLP of the model."""
+    forwards: dict[nn.Module, ModuleForward] = {}
     for module in filter(looks_gated, model.modules()):
         forward = partial(gated_mlp, block=module)
         if matches_module(module, forward, module.down_proj.out_features):  # type: ignore[union-attr,arg-type]
-            found[module] = forward
-    return found
+            forwards[module] = forward
+    return forwards
 
 
 def make_embedding_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
-    """Its embeddings; a class of its own may scale them, and is left alone."""
+    """Returns a forward for each embedding of the model.
+
+    Subclasses of nn.Embedding are left out, because they may scale the rows.
+    """
     return {
         module: partial(look_up_embedding, embedding=module)
         for module in model.modules()
@@ -216,10 +228,10 @@ def make_embedding_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
 
 @torch.no_grad()
 def matches_module(module: Any, forward: ModuleForward, width: int) -> bool:
-    """Whether a function does what modules of this class do, tried on random numbers."""
+    """Returns whether a function computes the same as the module's class, on random numbers."""
     kind = (type(module), type(getattr(module, "act_fn", None)))
     if kind not in _matches:
         x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
-        own = type(module).forward(module, x)
-        _matches[kind] = bool((own - forward(x)).abs().max() <= 1e-4 * own.abs().max())
+        expected = type(module).forward(module, x)
+        _matches[kind] = bool((expected - forward(x)).abs().max() <= 1e-4 * expected.abs().max())
     return _matches[kind]

@@ -1,7 +1,7 @@
-"""Which of a model's parts are computed the fast way: those that are recognised, and tried.
+"""Selects the modules of a model that are computed by faster code on a CPU.
 
-A module counts as one of the kind that is written out in `layer.py`, `modules.py` and `linear.py`
-if it has its parts and gives its numbers; all others compute as ever.
+A module is computed by `layer.py`, `modules.py` or `linear.py` if it has the expected parts and
+gives the same numbers in a trial; all others compute as usual.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def dispatch_on_plan(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A layer's forward that is written out where a tree is read, and the class's own elsewhere."""
+    """Returns a forward that calls `forward` with an attention plan, or the class's own without."""
 
-    def chosen(hidden: Tensor, **named: Any) -> Tensor:
+    def dispatch(hidden: Tensor, **named: Any) -> Tensor:
         if "plan" not in named:
-            own: Tensor = type(module).forward(module, hidden, **named)
-            return own
+            output: Tensor = type(module).forward(module, hidden, **named)
+            return output
         position_embeddings = named["position_embeddings"]
         return forward(hidden, plan=named["plan"], position_embeddings=position_embeddings)
 
-    return chosen
+    return dispatch
 
 
 _scorings: WeakKeyDictionary[nn.Module, AttentionScoring | None] = WeakKeyDictionary()
 
 
 def find_supported_layers(model: nn.Module) -> list[DecoderLayer]:
-    """The model's layers that can be computed here."""
-    found = []
+    """Returns the model's decoder layers that `layer.py` can compute."""
+    layers = []
     for module in filter(has_supported_parts, model.modules()):
         if module not in _scorings:
             _scorings[module] = find_scoring(module)
-        how = _scorings[module]
-        if how is not None:
-            found.append(DecoderLayer(module, how))
-    return found
+        scoring = _scorings[module]
+        if scoring is not None:
+            layers.append(DecoderLayer(module, scoring))
+    return layers
 
 
 def has_supported_parts(module: Any) -> bool:
-    """Whether it has the parts of such a layer, all of them plain."""
+    """Returns whether a module has exactly the parts of a Llama layer, all of them plain."""
     if {name for name, _ in module.named_children()} != LAYER_PARTS:
         return False
     attention, block = module.self_attn, module.mlp
@@ -86,7 +86,7 @@ def has_supported_parts(module: Any) -> bool:
 
 
 class RecordingPlan:
-    """A plan that notes how a layer scores its keys, and scores them all alike."""
+    """An attention plan that records a layer's scoring, and ignores its window and soft cap."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree, self.scoring = tree, AttentionScoring(0.0)
@@ -99,17 +99,17 @@ class RecordingPlan:
         values_KTd: Tensor,
         scoring: AttentionScoring,
     ) -> Tensor:
-        """As `Plan.attend` says."""
+        """Implements `AttentionPlan.attend`."""
         self.scoring = scoring
         return attend_split(queries_HTd, keys_KTd, values_KTd, self.tree, scoring.scale)
 
 
 @torch.no_grad()
 def find_scoring(module: Any) -> AttentionScoring | None:
-    """How a layer scores its keys, if what is written here gives its numbers; else None.
+    """Returns a layer's attention scoring if `TrainingForward` gives its numbers, else None.
 
-    Tried on random numbers: a layer may leave out its positions, or scale what it adds, and
-    nothing but its code says so.
+    It compares them on random numbers: a layer may ignore positions or scale what it adds, which
+    only its code shows.
     """
     generator = torch.Generator().manual_seed(0)
     attention = module.self_attn
@@ -119,19 +119,19 @@ def find_scoring(module: Any) -> AttentionScoring | None:
     plan = RecordingPlan(Tree((4,), ()))
     try:
         with attention_as(attention.config, ATTENTION_NAME):
-            own = type(module).forward(module, x, position_embeddings=positions, plan=plan)
+            expected = type(module).forward(module, x, position_embeddings=positions, plan=plan)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # it wants something else than such layers do
+        return None  # it needs other arguments than such layers do
     forward = TrainingForward(DecoderLayer(module, plan.scoring), RotationCache())
-    written = forward(x, plan=plan, position_embeddings=positions)
-    same = isinstance(own, Tensor) and torch.allclose(own, written, rtol=1e-4, atol=1e-4)
+    computed = forward(x, plan=plan, position_embeddings=positions)
+    same = isinstance(expected, Tensor) and torch.allclose(expected, computed, rtol=1e-4, atol=1e-4)
     return plan.scoring if same else None
 
 
 def fast_forward_pass(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it, a forward pass keeps little for its backward, and its products are fast."""
+    """Within it, supported modules use fast products and keep less for the backward pass."""
     rotations = RotationCache()
-    whole = {
+    layer_forwards = {
         x.module: dispatch_on_plan(x.module, TrainingForward(x, rotations))
         for x in find_supported_layers(model)
     }
@@ -141,18 +141,25 @@ def fast_forward_pass(model: nn.Module) -> AbstractContextManager[None]:
             **make_norm_forwards(model),
             **make_mlp_forwards(model),
             **make_embedding_forwards(model),
-            **whole,
+            **layer_forwards,
         }
     )
 
 
 def fast_decoding(model: nn.Module, rows: int) -> AbstractContextManager[None]:
-    """Within it, a forward pass of few tokens is fast, and without gradient.
+    """Within it, forward passes over few tokens are fast, and have no gradient.
 
-    rows: how many tokens there will mostly be. The weights must not change meanwhile.
+    The model's weights must not change within it, because it uses copies of them.
+
+    Args:
+        rows: the usual number of tokens, for which the weights are packed.
     """
-    whole, rotations = find_supported_layers(model), RotationCache()
-    inside = {part for layer in whole for part in layer.module.modules()}
-    rest = [part for part in find_linear_layers(model) if part not in inside]
-    few = {x.module: dispatch_on_plan(x.module, DecodeForward(x, rotations, rows)) for x in whole}
-    return computed_as({**make_packed_forwards(rows, rest), **make_norm_forwards(model), **few})
+    layers, rotations = find_supported_layers(model), RotationCache()
+    inside = {part for layer in layers for part in layer.module.modules()}
+    others = [part for part in find_linear_layers(model) if part not in inside]
+    layer_forwards = {
+        x.module: dispatch_on_plan(x.module, DecodeForward(x, rotations, rows)) for x in layers
+    }
+    return computed_as(
+        {**make_packed_forwards(rows, others), **make_norm_forwards(model), **layer_forwards}
+    )
