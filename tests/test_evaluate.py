@@ -190,7 +190,7 @@ def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path)
     assert lines(tmp_path / "half/difficulty.jsonl")[:30] == measured[:30]
     (tmp_path / "half/metrics.jsonl").unlink()
     code, printed = grpo(*common, "max_steps=1", "curriculum.samples=2", "hydra.run.dir=half")
-    assert "measured anew" in printed
+    assert "measuring anew" in printed
     trained = [row["prompt"] for row in lines(tmp_path / "run/completions.jsonl")]
     assert trained[16::4] == [row["prompt"] for row in kept[4:8]]
 

@@ -89,7 +89,9 @@ class HFEngine:
         if not sampling.temperature:
             tokens_NC = tokens_NC.repeat_interleave(group, dim=0)
         width = tokens_NC.shape[1]
-        ended_NC = torch.stack([ends.find_ended(tokens_NC[:, : c + 1]) for c in range(width)], dim=1)
+        ended_NC = torch.stack(
+            [ends.find_ended(tokens_NC[:, : c + 1]) for c in range(width)], dim=1
+        )
         ended_N = ended_NC.any(dim=1)
         lengths_N = torch.where(ended_N, ended_NC.int().argmax(dim=1) + 1, width)
         mask_NC = torch.arange(width, device=device) < lengths_N[:, None]
