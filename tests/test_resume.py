@@ -150,7 +150,7 @@ def test_another_model_is_refused_and_the_run_left_as_it_was(copy: Path, grpo: G
 def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -> None:
     code, printed = grpo(f"resume={copy}")
     assert code == 2
-    assert "has done its 9 steps already" in printed
+    assert "has already done its 9 steps" in printed
     code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 0, printed
     assert [line["step"] for line in read_metrics(copy)] == list(range(11))
