@@ -1,6 +1,6 @@
-"""Scorers that work out what an answer says, in a process that can be stopped.
+"""Scores answers that have to be evaluated, in a process that can be stopped.
 
-Some tasks of reasoning-gym give an answer to sympy. One that holds 9**9**9 would keep this process
+Some tasks of reasoning-gym pass an answer to sympy. An answer with 9**9**9 would keep this process
 busy for ever, in a multiplication that no signal interrupts.
 """
 
@@ -18,12 +18,14 @@ from pebble import ProcessExpired, ProcessPool
 
 from grpo.verifiers.latex import start_worker
 
-SCORING_SECONDS = 5.0  # of one answer, on the clock
-ENDLESS = re.compile(r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}")  # what may never end
+SCORING_SECONDS = 5.0  # time limit of one answer, in wall time
+ENDLESS = re.compile(
+    r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}"
+)  # an expression whose evaluation may never end
 
 
 def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float:
-    """A task's own score of an answer; 0 where that takes too long or too much memory."""
+    """Returns a task's own score of an answer; 0 if it takes too long or its worker dies."""
     if not ENDLESS.search(answer):
         return float(problems.score_answer(answer, entry))
     future = open_pool().schedule(
@@ -40,7 +42,7 @@ def score_in_worker(problems: Any, answer: str, entry: Mapping[str, Any]) -> flo
 
 
 def start_scoring_worker() -> None:
-    """Imports what is slow before the first answer's time begins."""
+    """Imports slow modules before the time of the first answer begins."""
     import reasoning_gym  # noqa: F401
 
     start_worker()
@@ -48,7 +50,7 @@ def start_scoring_worker() -> None:
 
 @cache
 def open_pool() -> ProcessPool:
-    """One process, started by the first answer that needs it, which ends with this one."""
+    """Starts the one worker process at the first call; it ends with this process."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPool(max_workers=1, initializer=start_scoring_worker, context=context)
     atexit.register(close_pool, pool)
