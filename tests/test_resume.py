@@ -124,7 +124,7 @@ def test_a_broken_checkpoint_is_said_and_the_one_before_taken(
     damage(newest(copy))
     code, printed = grpo(f"resume={copy}")
     assert code == 0, printed
-    assert "step_9 is broken" in printed
+    assert "step_9 is damaged" in printed
     assert f"resuming from {copy / 'checkpoints/step_8'}" in printed
     same_run(whole, copy)
 

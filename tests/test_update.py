@@ -348,21 +348,21 @@ def test_completions_without_a_reward_are_as_if_they_had_not_been_sampled(
     """Groups of four with one completion without a reward equal groups of three."""
     four = rollout_of(tiny, 2, 4)
     unscored_N = torch.arange(8) % 4 == 2
-    own = ~unscored_N
+    scored_N = ~unscored_N
     three = replace(
         four,
-        tokens_NC=four.tokens_NC[own],
-        logprobs_NC=four.logprobs_NC[own],
-        lengths_N=four.lengths_N[own],
-        truncated_N=four.truncated_N[own],
-        texts=tuple(text for text, kept in zip(four.texts, own.tolist(), strict=True) if kept),
+        tokens_NC=four.tokens_NC[scored_N],
+        logprobs_NC=four.logprobs_NC[scored_N],
+        lengths_N=four.lengths_N[scored_N],
+        truncated_N=four.truncated_N[scored_N],
+        texts=tuple(text for text, kept in zip(four.texts, scored_N.tolist(), strict=True) if kept),
     )
     advantages_N = torch.tensor([1.0, -2.0, 0.0, 1.0, 3.0, -1.0, 0.0, -2.0])
     objective = replace(OBJECTIVE, averaging=AVERAGINGS[averaging], kl=None)
     found = []
     for rollout, learned in (
         (four, UpdateInputs(advantages_N, None, None, 0.0, unscored_N)),
-        (three, UpdateInputs(advantages_N[own], None, None, 0.0)),
+        (three, UpdateInputs(advantages_N[scored_N], None, None, 0.0)),
     ):
         (minibatch,) = split_minibatches(
             tiny, objective, rollout, ROOM.forward_limit, 0, learned.unscored_N
@@ -381,9 +381,9 @@ def test_completions_without_a_reward_are_as_if_they_had_not_been_sampled(
 def full_logprobs(model: LanguageModel, rollout: Rollout, n: int) -> Tensor:
     """Returns [C, V] the log-probabilities of one row, from the model's own logits."""
     prompt = rollout.prompts[n // rollout.num_generation]
-    own = rollout.tokens_NC[n, : rollout.lengths_N[n]]
-    tokens = torch.cat([torch.tensor(prompt.token_ids), own])[None]
-    logits = model.model(input_ids=tokens).logits[0, -len(own) - 1 : -1] / 1.3
+    completion = rollout.tokens_NC[n, : rollout.lengths_N[n]]
+    tokens = torch.cat([torch.tensor(prompt.token_ids), completion])[None]
+    logits = model.model(input_ids=tokens).logits[0, -len(completion) - 1 : -1] / 1.3
     return torch.log_softmax(logits, -1)
 
 
@@ -522,8 +522,8 @@ def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTra
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             objective = replace(OBJECTIVE, kl=None)
-            own = replace(policy, recompute=recompute)
-            _, [found] = kept_gradients(own, objective, rollout, advantages_BG)
+            recomputing = replace(policy, recompute=recompute)
+            _, [found] = kept_gradients(recomputing, objective, rollout, advantages_BG)
         results.append((found, len(kept)))
     (plain, many), (again, few) = results
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
@@ -540,8 +540,10 @@ def test_a_reference_moves_toward_the_policy(tiny: LanguageModel) -> None:
     for was, now, goal in pairs:
         assert_close(now, (was + goal) / 2)
     reference.move(1.0)
-    for own, goal in zip(reference.model.model.parameters(), tiny.model.parameters(), strict=True):
-        assert torch.equal(own, goal)
+    for moved, goal in zip(
+        reference.model.model.parameters(), tiny.model.parameters(), strict=True
+    ):
+        assert torch.equal(moved, goal)
 
 
 def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageModel) -> None:
@@ -559,9 +561,9 @@ def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageM
     assert pulled.weight == 0.5
     assert pulled.divergence_BG is not None
     for n in range(9):
-        own = rollout.tokens_NC[n, : rollout.lengths_N[n], None]
-        base = full_logprobs(reference.model, rollout, n).gather(1, own)[:, 0]
-        expected = (rollout.logprobs_NC[n, : len(own)] - base).sum()
+        completion = rollout.tokens_NC[n, : rollout.lengths_N[n], None]
+        base = full_logprobs(reference.model, rollout, n).gather(1, completion)[:, 0]
+        expected = (rollout.logprobs_NC[n, : len(completion)] - base).sum()
         assert_close(pulled.divergence_BG.flatten()[n], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -638,11 +640,11 @@ def test_the_head_reads_whole_completions_as_many_as_fit(lengths: list[int], mos
     assert rows == list(range(len(lengths)))
     assert tokens == list(range(sum(lengths)))
     for row_slice, token_slice in parts:
-        own = sum(lengths[row_slice])
-        assert token_slice.stop - token_slice.start == own
-        assert own <= most or row_slice.stop - row_slice.start == 1
+        total = sum(lengths[row_slice])
+        assert token_slice.stop - token_slice.start == total
+        assert total <= most or row_slice.stop - row_slice.start == 1
         if row_slice.stop < len(lengths):
-            assert own + lengths[row_slice.stop] > most
+            assert total + lengths[row_slice.stop] > most
 
 
 def test_micro_batches_are_even_and_cut_no_group_that_fits() -> None:
@@ -775,8 +777,8 @@ def test_an_untied_models_steps_are_seen_to_move_it(device: Device) -> None:
     rollout = NativeEngine(policy, 6, ROOM).generate(prompts_of(7, 3), 3, SAMPLING, seed=4)
     advantages_BG = torch.tensor([[1.0, 0.0, -1.0], [2.0, -1.0, -1.0]])
     for learning_rate, low, high in ((1e-4, 0.9, 1.0), (1e-13, 0.0, 0.05)):
-        own = optimizer(policy, learning_rate=learning_rate)
-        found = update(policy, None, own, OBJECTIVE, rollout, advantages_BG, 10**6)
+        adamw = optimizer(policy, learning_rate=learning_rate)
+        found = update(policy, None, adamw, OBJECTIVE, rollout, advantages_BG, 10**6)
         assert low <= found["optim/moved"] <= high
 
 

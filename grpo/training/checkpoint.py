@@ -45,22 +45,22 @@ class Checkpoints:
             return target
         for leftover in self.folder.glob(".*"):
             shutil.rmtree(leftover)
-        aside = self.folder / f".step_{progress.step}.partial"
-        aside.mkdir(parents=True)
-        policy.save(aside / "model")
+        partial = self.folder / f".step_{progress.step}.partial"
+        partial.mkdir(parents=True)
+        policy.save(partial / "model")
         state = {
             "optimizer": optimizer.state(),
             "pull": kl_penalty.state(),
             "budget": budget.state(),
             **vars(progress),
         }
-        torch.save(state, aside / "trainer.pt")
-        (aside / "config.json").write_text(json.dumps(self.config, indent=1))
-        (aside / "manifest.json").write_text(json.dumps(hash_files(aside), indent=1))
-        flush_to_disk(aside)
+        torch.save(state, partial / "trainer.pt")
+        (partial / "config.json").write_text(json.dumps(self.config, indent=1))
+        (partial / "manifest.json").write_text(json.dumps(hash_files(partial), indent=1))
+        flush_to_disk(partial)
         if target.exists():
             target.rename(self.folder / f".step_{progress.step}.broken")
-        aside.rename(target)
+        partial.rename(target)
         link = self.run / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)

@@ -115,8 +115,8 @@ class Grader(Peer):
         self.undo.append(lambda: setattr(self, "replaced", before))
         return tuple(replaced) if now != before else None
 
-    def apply_extra(self, aside: Any) -> None:
-        for name, value in zip(*[iter(aside or ())] * 2, strict=True):
+    def apply_extra(self, extra: Any) -> None:
+        for name, value in zip(*[iter(extra or ())] * 2, strict=True):
             self.put_name(name, value)
 
     def import_name(self, module: str, name: str) -> Any:

@@ -87,10 +87,10 @@ class ProgramServer(Peer):
                 changed += (name, value)
         return tuple(changed) or None
 
-    def apply_extra(self, aside: Any) -> None:
-        if aside is not None:
+    def apply_extra(self, extra: Any) -> None:
+        if extra is not None:
             for name, (place, usual) in self.streams.items():
-                setattr(place, name, dict(aside).get(name, usual))
+                setattr(place, name, dict(extra).get(name, usual))
 
     def collect_names(self) -> dict[str, Any]:
         return {

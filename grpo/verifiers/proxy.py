@@ -105,8 +105,8 @@ class Peer(ValueCodec):
     def pack(self, kind: str, content: Any) -> bytes:
         self.undo.clear()
         try:
-            changes, aside = self.encode_changes(), self.encode(self.collect_extra())
-            message = json.dumps([kind, changes, aside, self.encode(content)]).encode()
+            changes, extra = self.encode_changes(), self.encode(self.collect_extra())
+            message = json.dumps([kind, changes, extra, self.encode(content)]).encode()
         except BaseException:
             for take_back in reversed(self.undo):
                 take_back()
@@ -116,16 +116,16 @@ class Peer(ValueCodec):
         return message
 
     def unpack(self, message: bytes) -> tuple[str, Any]:
-        kind, changes, aside, content = json.loads(message)
+        kind, changes, extra, content = json.loads(message)
         self.decode_changes(changes)
-        self.apply_extra(self.decode(aside))
+        self.apply_extra(self.decode(extra))
         return kind, self.decode(content)
 
     def collect_extra(self) -> Any:
         """Returns what else a message must tell the other side."""
         return None
 
-    def apply_extra(self, aside: Any) -> None:
+    def apply_extra(self, extra: Any) -> None:
         pass
 
     # Sending objects
