@@ -1,4 +1,4 @@
-"""One evaluation from its config."""
+"""Runs one evaluation from its config."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ from grpo.training.evaluation import evaluation_metrics, summarize_evaluation
 
 
 def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float | None:
-    """Evaluates a trained model on the evaluation rows; writes evaluation.json and prints it."""
+    """Evaluates a model on the evaluation rows; writes and prints the figures.
+
+    Returns:
+        The objective; None if it was not measured.
+    """
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
-    formats = [build_prompt_format(own.options, own.key) for own in found.sets]
+    formats = [build_prompt_format(part.options, part.key) for part in found.sets]
     model = load_model(cfg, found.model(), device, frozen=True)
     prompts = build_prompts(found, formats, model.tokenizer).evaluation
     model, longest = fit_to_lengths(cfg, model, prompts)
@@ -50,9 +54,9 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> flo
         for reward in rewards.values():
             reward.close()
     metrics = evaluation_metrics(greedy, sampled)
-    given = [own for own in (greedy, sampled) if own]
+    scored = [answers for answers in (greedy, sampled) if answers]
     tracker.log_completions(
-        [row for a in given for row in make_evaluation_rows(a.rollout, a.scores)]
+        [row for a in scored for row in make_evaluation_rows(a.rollout, a.scores)]
     )
     tracker.log(0, metrics)
     reports = summarize_evaluation(greedy, sampled)
@@ -60,7 +64,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> flo
     content |= {"hub_commits": found.find_hub_commits(), "prompts": len(prompts), **metrics}
     content["figures"] = reports
     (folder / "evaluation.json").write_text(json.dumps(replace_nonfinite(content), indent=2) + "\n")
-    rows = [row for own in given for row in make_answer_rows(own.rollout, own.scores)]
+    rows = [row for a in scored for row in make_answer_rows(a.rollout, a.scores)]
     (folder / "completions.jsonl").write_text("".join(map(encode_line, rows)), encoding="utf-8")
     objective = {"name": cfg.objective, "value": metrics.get(cfg.objective)}
     tracker.close(FINISHED, {"objective": objective})

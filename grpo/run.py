@@ -1,4 +1,4 @@
-"""The composition root: from a config to parts, alone in knowing how they are put together."""
+"""The composition root: builds the parts of a run from its config and connects them."""
 
 from __future__ import annotations
 
@@ -70,20 +70,20 @@ def train_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float 
     """Runs one experiment in its folder and returns its objective.
 
     Raises:
-        ConfigError: it can't be run as asked.
-        RunError: it had to stop; what was done is saved.
-        SystemExit: 130, it was interrupted and is saved.
+        ConfigError: the run can't start with this config.
+        RunError: the run had to stop; `train` says what is saved.
+        SystemExit: 130; the run was interrupted and is saved.
     """
-    run, standing = build_training(cfg, folder, found)
-    give_back_freed_memory()  # of checks and trials: training would not fit the gaps they left
-    trials = run.evaluation.answer_counts
+    run, state = build_training(cfg, folder, found)
+    give_back_freed_memory()  # of checks and trials; training couldn't use the gaps between
+    answer_counts = run.evaluation.answer_counts
     commits = found.find_hub_commits()
-    summary = Summary(folder, cfg.objective, run.device, run.total_steps, trials, commits)
-    summary.write(RUNNING, standing.progress)
+    summary = Summary(folder, cfg.objective, run.device, run.total_steps, answer_counts, commits)
+    summary.write(RUNNING, state.progress)
     status, error = "failed", "ended from outside"
     try:
         with Interrupt(is_stop_requested) as interrupt:
-            status, error = train(run, standing, interrupt), ""
+            status, error = train(run, state, interrupt), ""
     except KeyboardInterrupt:
         status, error = "interrupted", ""
         raise
@@ -96,32 +96,36 @@ def train_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float 
     finally:
         for reward in run.collector.rewards.values():
             reward.close()
-        content = summary.write(status, standing.progress, error)
+        content = summary.write(status, state.progress, error)
         run.tracker.close(status, content)
-        if standing.progress.step or standing.progress.unlogged is None:
+        if state.progress.step or state.progress.unlogged is None:
             write_report_html(folder)
     print(summary.format_closing(content), flush=True)
     if interrupt.requested and is_sweep_job():
-        request_stop()  # the other jobs; this one has ended well
+        request_stop()  # stops the sweep's other jobs; this one is saved
     elif status == "interrupted":
         raise SystemExit(130)
     return summary.get_objective(content)
 
 
 def write_report_html(folder: Path) -> None:
-    """report.html, however the run ended; where there is none, its numbers are all there still."""
+    """Writes report.html; if that fails, only logs it, since the run's numbers are on disk."""
     try:
         write_run_page(folder)
-    except OSError as error:  # a full disk must not hide why it ended
-        log.warning("report.html could not be written: %s; grpo report %s", error, folder)
+    except OSError as error:  # a full disk must not hide why the run ended
+        log.warning(
+            "report.html could not be written: %s; write it later with grpo report %s",
+            error,
+            folder,
+        )
     except Exception:
-        log.exception("report.html could not be made; the run itself is whole")
+        log.exception("report.html could not be made; the run's other files are complete")
 
 
 def build_training(
     cfg: DictConfig, folder: Path, found: RunInputs
 ) -> tuple[Training, TrainingState]:
-    """All parts of a run and where it starts; what is cheap to find wrong is built first."""
+    """Builds a run's parts, those with cheap checks first; returns them and where it starts."""
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
     objective, advantage = build_objective(cfg), build_advantage(cfg)
@@ -129,7 +133,7 @@ def build_training(
     warn_unused_kl(cfg, hydra.overrides.task, hydra.runtime.choices["kl"])
     make_engine = bind(cfg.rollout, "rollout")
     make_sinks = bind_sinks(cfg)
-    formats = [build_prompt_format(own.options, own.key) for own in found.sets]
+    formats = [build_prompt_format(part.options, part.key) for part in found.sets]
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
     policy, longest = fit_to_lengths(cfg, policy, prompts.evaluation, prompts.train)
@@ -139,20 +143,22 @@ def build_training(
     train_prompts: Sequence[Prompt] = prompts.train
     curriculum = build_curriculum(cfg)
     if curriculum.samples:
-        own = prompts.train
-        asked = own.list_fitting() if isinstance(own, LazyPrompts) else own
-        solved = measure_difficulty(folder, asked, engine, objective.sampling, curriculum.samples)
-        train_prompts = curriculum.choose(asked, solved)
+        every = prompts.train
+        measured = every.list_fitting() if isinstance(every, LazyPrompts) else every
+        shares = measure_difficulty(
+            folder, measured, engine, objective.sampling, curriculum.samples
+        )
+        train_prompts = curriculum.choose(measured, shares)
     order = build_order(train_prompts, found, cfg)
 
-    # The reference is the model as it was loaded: copied before a checkpoint goes into the policy.
+    # The reference is the model as it was loaded, so it is copied before a checkpoint is.
     kl_penalty = build_kl_penalty(cfg, policy, objective, budget)
     steps = count_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
     checkpoints = Checkpoints(folder, cfg.checkpoint.keep, resolve_without_secrets(cfg))
     start = resume_or_start(cfg, checkpoints, policy, optimizer, kl_penalty, budget, steps, base)
     info = build_run_info(cfg, folder, start, steps)
-    # Those that may refuse come first: until then nothing of the run is on disk.
+    # The sinks that may refuse come first: JsonlFiles puts the run on disk.
     sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
     if cfg.doctor is not None:
         sinks.append(DoctorSink(info, DoctorConfig(**resolve_node(cfg.doctor))))
@@ -209,28 +215,32 @@ def resume_or_start(
     steps: int,
     base: str,
 ) -> Progress:
-    """Step 0 of a new run, or the newest whole checkpoint of this one."""
+    """Returns step 0 of a new run, or loads this run's newest intact checkpoint.
+
+    Raises:
+        ConfigError: the run can't be resumed, or has no steps left.
+    """
     run = checkpoints.run
     if cfg.resume is None or (cfg.resume == "auto" and find_newest_checkpoint(run) is None):
         if cfg.resume == "auto" and not is_sweep_job():
             log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
-        # An agent of a W&B sweep has chosen already which run this is.
-        asked = None if is_sweep_job() else os.environ.get("WANDB_RUN_ID")
-        return Progress(step=0, run_id=asked or uuid.uuid4().hex[:8], base=base, unlogged={})
+        # The agent of a W&B sweep has already chosen the run's id.
+        wandb_id = None if is_sweep_job() else os.environ.get("WANDB_RUN_ID")
+        return Progress(step=0, run_id=wandb_id or uuid.uuid4().hex[:8], base=base, unlogged={})
     start = checkpoints.load(policy, optimizer, kl_penalty, budget)
     optimizer.end_schedule_after((steps - start.step) * count_updates_per_step(cfg))
     warn_changed_kl(cfg, checkpoints.read_saved_config(start.step))
     if start.base != base:
         raise ConfigError(
             f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "
-            f"began, so its reference would be another one.",
+            f"began, so its reference would differ; start a new run without resume.",
             key="resume",
             value=cfg.resume,
         )
     if start.step >= steps and is_finished(run):
         raise ConfigError(
-            f"resume={cfg.resume}: this run has done its {steps} steps already; raise max_steps or "
-            f"num_epochs to go on.",
+            f"resume={cfg.resume}: this run has already done its {steps} steps; raise max_steps or "
+            f"num_epochs to continue.",
             key="resume",
             value=cfg.resume,
         )
@@ -238,13 +248,13 @@ def resume_or_start(
 
 
 def warn_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
-    """Says where a run goes on with another KL than it began with, before algorithms had theirs."""
-    known = "kl_weight" in before.get("algorithm", {}) or "kl_weight" not in before
-    if known or before["kl"]["estimator"] is None or before["kl_weight"] == cfg.kl_weight:
+    """Warns if an old run, from before algorithms set kl_weight, resumes with another kl_weight."""
+    recent = "kl_weight" in before.get("algorithm", {}) or "kl_weight" not in before
+    if recent or before["kl"]["estimator"] is None or before["kl_weight"] == cfg.kl_weight:
         return
     weight = before["kl_weight"]
     log.warning(
-        "kl_weight is %g, and was %g before: this algorithm brings its own by now; "
-        "kl_weight=%g kl=%s kl.within=%s goes on as it began.",
+        "kl_weight is %g, but this run began with %g: its algorithm now sets kl_weight; "
+        "kl_weight=%g kl=%s kl.within=%s continues as before.",
         cfg.kl_weight, weight, weight, before["kl"]["estimator"], before["kl"]["within"],
     )  # fmt: skip

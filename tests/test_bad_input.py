@@ -262,7 +262,7 @@ CASES = {
     "a reward for a set without a mix": (
         ["+reward.answer.sources=[sums]"],
         "reward.answer.sources",
-        "no mix",
+        "not a mix",
     ),
     "a reward's own option": (
         ["reward=math", "reward.math.seconds=0"],

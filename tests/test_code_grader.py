@@ -1,4 +1,4 @@
-"""What tests in Python can do with a program that is in another process, and what it can't do."""
+"""What tests in Python can do with a program in another process, and what it can't do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOSTILE = read_cases("hostile.md")
 
 
 def test_no_program_passes_a_test_by_prying_forging_or_lying(reward: Code) -> None:
-    share = Code(strict=False, seconds=1.0, workers=4)  # so that one test passed would be seen
+    share = Code(strict=False, seconds=1.0, workers=4)  # so that a single passed test shows
     share.limits = share.limits._replace(landlock=reward.limits.landlock)
     values = share([sample(*case) for case in HOSTILE.values()])
     share.close()
@@ -79,7 +79,7 @@ UNSUPPORTED = {
 
 
 def test_what_tests_can_no_longer_do_fails(reward: Code) -> None:
-    """The limits that `Code` names: a right program scores 0 there."""
+    """A right program scores 0 at the limits that `Code` lists."""
     values = reward([sample(*case) for case in UNSUPPORTED.values()])
     assert dict(zip(UNSUPPORTED, values, strict=True)) == dict.fromkeys(UNSUPPORTED, 0.0)
 

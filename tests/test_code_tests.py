@@ -1,4 +1,4 @@
-"""Every form that tests of programs have, those that check nothing, and how a program is run."""
+"""All forms of tests, tests that check nothing, and the way a program is run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHECKS_NOTHING = {
 
 
 def test_tests_that_check_nothing_are_a_failure_for_any_program() -> None:
-    """Each of them any program would pass, the empty one or one that gives something else."""
+    """Any program would pass each of them, even the empty one or a wrong one."""
     samples = [
         sample(program, tests)
         for tests in CHECKS_NOTHING.values()
@@ -96,7 +96,7 @@ FORMS = {
 
 
 def test_tests_in_every_form_that_data_sets_have() -> None:
-    """The right program passes; the empty one, one that is wrong and one that isn't there don't."""
+    """The right program passes; an empty, a wrong and a missing one don't."""
     reward = Code(workers=2)
     wrong = "print(4)\ndef add(a, b):\n    return 4\nclass Solution:\n    add = lambda *_: 4"
     for program, value in ((None, 1.0), (wrong, 0.0), ("", 0.0)):

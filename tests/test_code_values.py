@@ -1,4 +1,4 @@
-"""Plain data between a program and its grader: any value comes back as it was, and nothing runs."""
+"""Plain data between a program and its grader: any value comes back equal, and no code runs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_one_side_holds_no_more_is_forgotten_by_both() -> None:
     rows: list[Any] = [[1], [2]]
     there = send(one, other, rows)
     del rows
-    for _ in range(3):  # the list, then what was in it
+    for _ in range(3):  # the list, then its element
         send(one, other, None)
     assert one.shared == other.shared == {}
     assert there == [[1], [2]]

@@ -1,4 +1,4 @@
-"""What a step learns from: groups whose rewards agree are drawn anew, and nothing is hidden."""
+"""Groups with equal rewards are replaced, and the metrics still cover them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def collector(tiny: LanguageModel, reward: object, resample: int, rows: int = 40
 
 
 def odd_ones_differ(samples: Sequence[Sample]) -> list[float]:
-    """The groups of even questions agree; those of odd ones don't."""
+    """Gives equal rewards to the groups of even questions, and different ones to the others."""
     return [
         float(i % 4) if sample.example.columns["n"] % 2 else 1.0 for i, sample in enumerate(samples)
     ]
@@ -52,7 +52,7 @@ def numbers(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def test_groups_that_agree_make_way_for_others(tiny: LanguageModel) -> None:
-    """Those that differ stay in their places; the rest become ones that differ too."""
+    """Groups that differ stay in their places; groups that differ replace the others."""
     plain = collector(tiny, odd_ones_differ, resample=0).collect(1)
     batch = collector(tiny, odd_ones_differ, resample=8).collect(1)
     first, kept = numbers(plain.rollout.prompts), numbers(batch.rollout.prompts)
@@ -60,11 +60,11 @@ def test_groups_that_agree_make_way_for_others(tiny: LanguageModel) -> None:
     assert all(n % 2 for n in kept)
     assert [n for n in first if n % 2] == [k for n, k in zip(first, kept, strict=True) if n % 2]
     assert batch.scores.total_BG.tolist() == [[0, 1, 2, 3]] * 6
-    # The rows of the joined rollout are those of their own groups.
+    # Each row of the joined rollout is in its own group.
     for b, prompt in enumerate(batch.rollout.prompts):
         for n in range(4 * b, 4 * b + 4):
-            own = batch.rollout.tokens_NC[n, : batch.rollout.lengths_N[n]].tolist()
-            assert tiny.tokenizer.decode(own, skip_special_tokens=True) == batch.rollout.texts[n]
+            tokens = batch.rollout.tokens_NC[n, : batch.rollout.lengths_N[n]].tolist()
+            assert tiny.tokenizer.decode(tokens, skip_special_tokens=True) == batch.rollout.texts[n]
         assert prompt.example.answer == str(kept[b])
 
 
@@ -83,7 +83,7 @@ def test_rewards_that_never_apply_are_told_once(
 
 
 def test_what_is_said_is_of_everything_that_was_sampled(tiny: LanguageModel) -> None:
-    """Drawing anew must not make the rewards look better than they are."""
+    """The replacement of groups must not make the rewards look better than they are."""
     batch = collector(tiny, odd_ones_differ, resample=8).collect(1)
     extra = batch.metrics["reward/resampled_groups"]
     assert extra > 0
@@ -96,7 +96,7 @@ def test_what_is_said_is_of_everything_that_was_sampled(tiny: LanguageModel) -> 
 
 
 def test_a_group_that_differs_by_a_failure_alone_is_drawn_anew(tiny: LanguageModel) -> None:
-    """A failed reward is no zero among ones; one beside a real difference takes nothing from it."""
+    """A failure among ones makes no difference; beside a real difference, it hides nothing."""
 
     def fails_once(samples: Sequence[Sample]) -> list[float | Failure]:
         return [
@@ -112,7 +112,7 @@ def test_a_group_that_differs_by_a_failure_alone_is_drawn_anew(tiny: LanguageMod
 
 @pytest.mark.parametrize("rows", [24, 40])
 def test_no_prompt_is_drawn_twice_in_a_step(tiny: LanguageModel, rows: int) -> None:
-    """Six prompts that teach nothing, drawn anew three times: 24 different ones."""
+    """Six prompts without a difference, replaced three times, are 24 different prompts."""
     seen: list[int] = []
 
     def all_agree(samples: Sequence[Sample]) -> list[float]:
@@ -124,7 +124,7 @@ def test_no_prompt_is_drawn_twice_in_a_step(tiny: LanguageModel, rows: int) -> N
 
 
 def test_prompts_that_are_too_long_make_way_as_they_are_drawn(tiny: LanguageModel) -> None:
-    """Every second one is; the others take their place, none twice, and the same ones each time."""
+    """Every second one is too long; others replace them, none twice, the same ones each time."""
     plain = collector(tiny, odd_ones_differ, resample=3)
     examples = [
         replace(p.example, question=p.example.question + " please" * 50 * (n % 2))
@@ -150,7 +150,7 @@ def test_prompts_that_are_too_long_make_way_as_they_are_drawn(tiny: LanguageMode
 
 
 def test_there_is_an_end_to_drawing_anew(tiny: LanguageModel) -> None:
-    """Where all groups always agree: so many times, then the step goes on with what it has."""
+    """If all groups always agree, `resample` draws follow, then the step uses what it has."""
 
     def all_agree(samples: Sequence[Sample]) -> list[float]:
         return [0.0] * len(samples)

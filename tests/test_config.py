@@ -145,7 +145,7 @@ def test_a_run_that_goes_on_with_another_kl_is_told(caplog: pytest.LogCaptureFix
     warn_changed_kl(compose("algorithm=dapo"), {**before, "kl": {"estimator": None}})
     assert not caplog.records
     warn_changed_kl(compose("algorithm=dapo"), before)
-    assert "kl_weight=0.02 kl=k3 kl.within=loss goes on as it began" in caplog.text
+    assert "kl_weight=0.02 kl=k3 kl.within=loss continues as before" in caplog.text
 
 
 def test_slices_need_no_quoting() -> None:

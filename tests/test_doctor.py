@@ -1,6 +1,6 @@
-"""Each diagnosis is made of a real run that is sick in that way.
+"""Each diagnosis is found in a real run with that problem.
 
-That none is made of a healthy one: test_default_run.py.
+test_default_run.py tests that a healthy run has no diagnosis.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Lying(NativeEngine):
 
 
 def own(name: str) -> tuple[str, str, str]:
-    """A reward of OWN instead of the task's."""
+    """Returns the overrides for a reward from own.py instead of the default one."""
     return "~reward.answer", f"+reward.own._target_=own.{name}", "+reward.own.weight=1.0"
 
 
@@ -122,8 +122,8 @@ def test_a_sick_run_is_told_what_it_has(name: str, grpo: Grpo, tmp_path: Path) -
     code, printed = grpo(*QUICK, *SICK[name])
     assert code == 0, printed
     title = DIAGNOSES[name][0]
-    assert title in printed, printed  # live
-    assert printed.count(f"{title}: ") == 1  # and once
+    assert title in printed, printed  # during the run
+    assert printed.count(f"{title}: ") == 1  # and only once
     found = {one.name: one for one in read_run(tmp_path / "run").diagnoses}
     assert name in found
     assert found[name].evidence
@@ -133,7 +133,7 @@ def test_a_sick_run_is_told_what_it_has(name: str, grpo: Grpo, tmp_path: Path) -
 
 
 def test_a_reward_that_rises_while_nothing_is_ever_right(grpo: Grpo, tmp_path: Path) -> None:
-    """No accuracy is lost: in eight tokens there is none to lose."""
+    """The accuracy can't fall: eight tokens are too few for an answer."""
     (tmp_path / "own.py").write_text(OWN)
     code, printed = grpo(
         *QUICK, *own("ones"), "learning_rate=0.003", "kl_weight=0", "max_new_tokens=8",

@@ -1,4 +1,4 @@
-"""What an evaluation says, by hand, and as the command says it."""
+"""The figures of an evaluation, by hand and by the command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Grpo = Callable[..., tuple[int, str]]
 def answers(
     texts: list[list[str]], golds: list[str], sources: list[str] | None = None
 ) -> ScoredRollout:
-    """Completions of some prompts, scored by a verifier that reads the `<answer>` tag."""
+    """Returns completions of some prompts, scored by a verifier that reads the `<answer>` tag."""
     flat = [text for row in texts for text in row]
     prompts = []
     for gold, source in zip(golds, sources or [""] * len(golds), strict=True):
@@ -54,7 +54,7 @@ def tag(answer: str) -> str:
 
 @given(st.integers(1, 8), st.data())
 def test_pass_at_k_counts_the_draws_with_a_right_one(samples: int, data: st.DataObject) -> None:
-    """Against a count of all ways to draw k of the samples."""
+    """Compares it with a count of all ways to draw k of the samples."""
     right = data.draw(st.integers(0, samples))
     k = data.draw(st.integers(1, samples))
     draws = list(itertools.combinations([1] * right + [0] * (samples - right), k))
@@ -68,7 +68,7 @@ def test_k_doubles_up_to_the_number_of_samples() -> None:
 
 
 def test_figures_by_hand() -> None:
-    """Four samples: two of 7, written differently, one of 8, one without a tag but with the 7."""
+    """Of four samples, two are 7, written differently, one is 8, and one has a 7 without a tag."""
     sampled = answers([[tag("7"), tag("7.0"), tag("8"), "so 7"]], ["7"])
     found = compute_accuracies(None, sampled, [0])
     assert found == {
@@ -85,13 +85,13 @@ def test_figures_by_hand() -> None:
 @pytest.mark.parametrize(
     ("texts", "majority"),
     [
-        (["1", "1", "7", "2"], 0.0),  # the most common one is wrong
+        (["1", "1", "7", "2"], 0.0),  # the most common answer is wrong
         (["7", "7", "1", "1"], 0.5),  # a tie is shared
         (["7", "8", "9", "1"], 0.25),
         (["7", "7", "7", "1"], 1.0),
-        (["1e1000000", "10e999999", "7", "2"], 0.0),  # a ballot like any other, never written out
+        (["1e1000000", "10e999999", "7", "2"], 0.0),  # a vote like any other, never expanded
         (["9e999999999", "7", "-9e999999999", "2"], 0.25),
-        (["1" * 30, "1" * 29 + "2", "7", "7.0"], 1.0),  # alike in 28 digits, and not the same
+        (["1" * 30, "1" * 29 + "2", "7", "7.0"], 1.0),  # the same in 28 digits, but not equal
     ],
 )
 def test_the_majoritys_answer_counts(texts: list[str], majority: float) -> None:
@@ -118,7 +118,7 @@ def test_each_set_of_a_mix_is_told_apart() -> None:
 
 
 def test_the_command_writes_a_table_and_everything_behind_it(grpo: Grpo, tmp_path: Path) -> None:
-    """A mix, then a model's folder, greedy alone and sampled alone."""
+    """Evaluates a mix, then a model's folder, only greedy and only sampled."""
     sizes = [f"dataset.sets.{name}.eval_size=5" for name in ("sums", "differences")]
     code, printed = grpo(
         "experiment=smoke", "dataset=mix", *sizes, "max_steps=1", "tracking=none",
@@ -161,7 +161,7 @@ def test_the_command_writes_a_table_and_everything_behind_it(grpo: Grpo, tmp_pat
 
 
 def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path) -> None:
-    """Only those solved at times, easy ones first; a resumed run reads what was measured."""
+    """Keeps prompts that are sometimes solved, easy ones first; a resumed run reads the file."""
     common = [
         "experiment=smoke", "tracking=none", "dataset.size=40", "dataset.eval_size=4",
         "curriculum.samples=4", "curriculum.order=easy_first", "curriculum.at_least=0.25",
@@ -173,14 +173,15 @@ def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path)
     assert len(measured) == 40
     kept = [row for row in measured if 0.25 <= row["solved"] <= 0.75]
     kept.sort(key=lambda row: row["solved"], reverse=True)
-    assert f"of 40 training prompts {sum(r['solved'] == 1 for r in measured)} are solved" in printed
+    always = sum(row["solved"] == 1 for row in measured)
+    assert f"of 40 training prompts, {always} are always solved" in printed
     trained = [row["prompt"] for row in lines(tmp_path / "run/completions.jsonl")]
     assert trained[::4] == [row["prompt"] for row in kept[:4]]
     code, printed = grpo("resume=run", "max_steps=2")
     assert code == 0, printed
     assert "prompts measured" not in printed
     assert lines(tmp_path / "run/difficulty.jsonl") == measured
-    # What a crash left of a measurement is gone on with; another number of samples is not.
+    # A measurement continues after a crash, but not with another number of samples.
     (tmp_path / "half").mkdir()
     rest = (tmp_path / "run/difficulty.jsonl").read_text().splitlines(keepends=True)[:30]
     (tmp_path / "half/difficulty.jsonl").write_text("".join(rest))
@@ -190,14 +191,14 @@ def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path)
     assert lines(tmp_path / "half/difficulty.jsonl")[:30] == measured[:30]
     (tmp_path / "half/metrics.jsonl").unlink()
     code, printed = grpo(*common, "max_steps=1", "curriculum.samples=2", "hydra.run.dir=half")
-    assert "measured anew" in printed
+    assert "measuring anew" in printed
     trained = [row["prompt"] for row in lines(tmp_path / "run/completions.jsonl")]
     assert trained[16::4] == [row["prompt"] for row in kept[4:8]]
 
 
 @pytest.mark.slow
 def test_the_evaluation_may_have_a_temperature_of_its_own(grpo: Grpo, tmp_path: Path) -> None:
-    """So that runs at several temperatures can be compared."""
+    """Runs at several temperatures can then be compared."""
     job = ("experiment=smoke", "tracking=none", "max_steps=1")
     for folder, more in (
         ("plain", ()),

@@ -1,4 +1,4 @@
-"""Numbers as people write them: what is read out of a text, and what it equals."""
+"""Numbers as people write them: which ones are found in a text, and their values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPACES = " \u00a0\u2007\u2009\u202f"
         ("-.25", Fraction(-1, 4)),
         ("It costs $.50 each", Fraction(1, 2)),
         ("that makes 3.", 3),  # the end of a sentence
-        ("and so...8", 8),  # three points are no decimal point
+        ("and so...8", 8),  # three points are not a decimal point
         # Exponents, in both notations.
         ("about 2e4 people", 20000),
         ("1.5E-3", Fraction(3, 2000)),
@@ -59,14 +59,14 @@ SPACES = " \u00a0\u2007\u2009\u202f"
         ("2½ cups", Fraction(5, 2)),
         (r"-\frac{7}{3}", Fraction(-7, 3)),
         (r"1\tfrac12", Fraction(3, 2)),
-        # Lists and sequences name several; the last counts. A comma is no decimal point: 1,5 is
+        # Lists and sequences have several; the last counts. A comma is no decimal point: 1,5 is
         # written like the list 1,2,3 and in English means it.
         ("1,5", 5),
         ("4, 6", 6),
         ("4,600,2", 2),
         ("1.234,56", 56),
         ("-1 2 3", 3),
-        ("1 2 345", 345),  # what isn't parted like thousands all through is a list
+        ("1 2 345", 345),  # a list, unless every separator separates thousands
         # A minus between two things is an operator or a range, whatever its length.
         ("8-3", 3),
         ("8 - 3", 3),
@@ -75,30 +75,30 @@ SPACES = " \u00a0\u2007\u2009\u202f"
         ("8% -3%", -3),
         ("x=-3", -3),
         ("x = - 3", -3),
-        # Dates, times and versions are no numbers: their last part is the last number.
+        # Dates, times and versions are not numbers; their last part is the last number.
         ("2025-03-09", 9),
         ("09.03.2025", 2025),
         ("9/3/2025", 2025),
         ("12:45", 45),
         ("version 3.11.7", 7),
-        # What is above, or a part of a name, is no answer.
+        # An exponent, or a digit of a name, is no answer.
         ("an area of 5 m^2", 5),
         ("an area of 5 cm²", 5),
         ("so 7 is 2^3 - 1 or (2)^3 - 1", 1),
         ("7 is not 2^3", 7),
         ("x_1 = 7 and not x2", 7),
         (r"r \approx7", 7),
-        # A unit says nothing, glued or not: what counts in millions is the question's affair.
+        # A unit is ignored, with or without a space; millions belong to the question.
         ("7kg", 7),
         ("the 7th", 7),
         ("7 million", 7),
         ("7 ± 0.5", 7),
         ("答案是72元", 72),
-        # Signs that only look other.
+        # Signs that only look different.
         ("４２", 42),
         *((f"it is {minus}5", -5) for minus in MINUSES),
         *((f"it is 1{space}000", 1000) for space in SPACES),
-        # Nothing is named.
+        # No number.
         ("x = ±7", None),
         ("2^10", None),
         ("A4", None),
@@ -184,7 +184,7 @@ TEXTS = st.one_of(
 
 @given(TEXTS, TEXTS)
 def test_any_text_is_an_answer_and_a_ballot_like_any_other(text: str, other: str) -> None:
-    """What is read out of a text is read in the same way again; equal answers are equal ballots."""
+    """Reading an answer again gives the same answer; equal answers are equal votes."""
     found = find_last_number(text)
     if found is not None:
         assert find_last_number(found) == found
@@ -209,7 +209,7 @@ def test_python_s_numbers_are_read_for_what_they_are(number: Decimal, below: int
 
 
 def test_huge_exponents_and_long_texts_cost_nothing() -> None:
-    """Written out, the first would take 400 MB a number; a quadratic search, minutes."""
+    """Expanded, the first would take 400 MB a number; a quadratic search would take minutes."""
     huge = ["1e999999999", "10e999999998", "-1e999999999", "1e-999999999", "9e999999999999999999"]
     start = time.monotonic()
     assert is_same_answer(huge[0], huge[1])

@@ -74,7 +74,7 @@ def test_weights_that_are_quantized_already_are_not_trained(grpo: Grpo) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(PACKAGE_FOLDER / "tiny" / name, "model")
     for adapter in ("none", "lora", "qlora"):
-        assert "quantized already" in refused(grpo, *LOCAL, f"adapter={adapter}")
+        assert "already quantized" in refused(grpo, *LOCAL, f"adapter={adapter}")
 
 
 def test_a_template_that_takes_no_system_message(grpo: Grpo) -> None:

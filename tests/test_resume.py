@@ -124,8 +124,8 @@ def test_a_broken_checkpoint_is_said_and_the_one_before_taken(
     damage(newest(copy))
     code, printed = grpo(f"resume={copy}")
     assert code == 0, printed
-    assert "step_9 is broken" in printed
-    assert f"going on from {copy / 'checkpoints/step_8'}" in printed
+    assert "step_9 is damaged" in printed
+    assert f"resuming from {copy / 'checkpoints/step_8'}" in printed
     same_run(whole, copy)
 
 
@@ -135,7 +135,7 @@ def test_with_every_checkpoint_broken_nothing_is_lost(copy: Path, grpo: Grpo) ->
         truncate(checkpoint)
     code, printed = grpo(f"resume={copy}")
     assert code == 2
-    assert "no whole checkpoint" in printed
+    assert "no intact checkpoint" in printed
     assert (copy / "metrics.jsonl").read_bytes() == before
 
 
@@ -150,7 +150,7 @@ def test_another_model_is_refused_and_the_run_left_as_it_was(copy: Path, grpo: G
 def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -> None:
     code, printed = grpo(f"resume={copy}")
     assert code == 2
-    assert "has done its 9 steps already" in printed
+    assert "has already done its 9 steps" in printed
     code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 0, printed
     assert [line["step"] for line in read_metrics(copy)] == list(range(11))
@@ -216,7 +216,7 @@ def test_a_schedule_goes_on_from_the_rate_it_had_come_to(grpo: Grpo, tmp_path: P
     rates = [line["optim/learning_rate"] for line in read_metrics(tmp_path / "run")[1:]]
     down = [6, 5, 4, 3, *(2 * (1 - n / 6) for n in range(6))]
     assert rates == pytest.approx([1e-5 * rate for rate in down])
-    assert printed.count("on to the new end") == 1
+    assert printed.count("to its new end") == 1
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(copy: Path, grpo: Grpo) -> None:

@@ -1,4 +1,4 @@
-"""Programs that pass, fail, and do their worst, on every kind of kernel that this one can be."""
+"""Programs that pass, fail and attack, on every kind of kernel that this one can imitate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KERNELS = [
 ]
 ADD = "def add(a, b):\n    return a + b"
 ADD_TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
-CALL = "assert f() == 1"  # what every hostile program would have to pass
+CALL = "assert f() == 1"  # the test that every hostile program would have to pass
 
 
 def sample(program: str, tests: Any, column: str = "tests") -> Sample:
@@ -37,7 +37,7 @@ def raw(completion: str, tests: Any, column: str = "tests") -> Sample:
 
 
 def kernels() -> list[Any]:
-    """The versions of Landlock to try; the one in between is like either end, and slow."""
+    """Returns the versions of Landlock to test; those between the ends are marked slow."""
     found = list(dict.fromkeys(KERNELS))
     ends = (found[0], found[-1])
     return [pytest.param(v, marks=[pytest.mark.slow] * (v not in ends)) for v in found]
@@ -47,7 +47,7 @@ def kernels() -> list[Any]:
 def reward(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Code]:
-    """As on a kernel with this version of Landlock: 1 can't hold writes in, 0 is none at all."""
+    """Builds the reward for a version of Landlock: 1 can't restrict writes, 0 is no Landlock."""
     folders = tmp_path_factory.mktemp("folders")
     usual, tempfile.tempdir = tempfile.tempdir, str(folders)
     reward = Code(seconds=10.0, workers=4)
@@ -60,7 +60,7 @@ def reward(
 
 
 def processes(parent: int | None = None) -> list[str]:
-    """The sandboxes that a process has started and that are still there."""
+    """Returns the sandboxes of a process that still run."""
     lines = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -116,7 +116,7 @@ GOOD = {
 
 
 def hurried(reward: Code) -> Code:
-    """The same on the same kernel with one second a run."""
+    """Returns the same reward with one second a run."""
     hurried = Code(seconds=1.0, workers=4)
     hurried.limits = hurried.limits._replace(landlock=reward.limits.landlock)
     return hurried
@@ -174,7 +174,7 @@ def test_programs_that_fail_crash_hang_or_leave_score_zero(reward: Code) -> None
     assert time.monotonic() - start < 15
 
 
-# Each does what must not be possible, then defines the f that its test asks for.
+# Each does what must be impossible, then defines the f that its test calls.
 FORBIDDEN = {
     "fork": "os.fork()",
     "spawn": "subprocess.run(['/bin/true'])",
@@ -220,7 +220,7 @@ IMPORTS = (
 
 
 def test_nothing_leads_out_of_the_process(reward: Code, tmp_path: Path) -> None:
-    victim = tmp_path / "victim"  # that anybody might write to
+    victim = tmp_path / "victim"  # that any user may write to
     victim.write_text("x")
     victim.chmod(0o666)
     tmp_path.chmod(0o777)
@@ -246,7 +246,7 @@ def test_a_program_that_fills_the_disk_is_stopped_early(reward: Code, size: int)
     fill = f"for n in range(10**9): open(str(n), 'wb').write(bytes({size}))"
     start = time.monotonic()
     assert reward([sample(fill, CALL)]) == [0.0]
-    assert time.monotonic() - start < 5  # half the time it might take
+    assert time.monotonic() - start < 5  # half of its time limit
 
 
 BOMBS = {
@@ -270,7 +270,7 @@ def test_a_bomb_is_one_process_of_few_threads_and_gone_afterwards(reward: Code) 
     assert processes() == []
 
 
-# What a program finds that looks about itself: frames, their constants, all objects, its files.
+# What a program can find: frames, their constants, all objects, its files.
 PRY = """
 import gc, hashlib, os, sys
 def f():
@@ -340,7 +340,7 @@ def until(condition: Any, seconds: float) -> None:
         time.sleep(0.02)
 
 
-HALF = "def add(a, b):\n    return 3"  # right for 1 + 2 alone
+HALF = "def add(a, b):\n    return 3"  # right only for 1 + 2
 
 
 @pytest.mark.parametrize(
@@ -367,13 +367,13 @@ def test_the_share_of_tests_passed_or_all_of_them(program: str, tests: Any, shar
     ("completion", "value"),
     [
         (f"```python\n{HALF}\n```\nNo:\n```py\n{ADD}\n```", 1.0),  # the last fence
-        (f"```python\n{ADD}\n```\nOutput:\n```\n3\n```", 1.0),  # the last that is Python
+        (f"```python\n{ADD}\n```\nOutput:\n```\n3\n```", 1.0),  # the last Python fence
         (f"```\n{ADD}\n```", 1.0),
         (f"  ```python\n  {ADD}\n  ```".replace("\n    ", "\n      "), 1.0),  # indented
         (f"```python\n{HALF}\n```\n<answer>\n```python\n{ADD}\n```\n</answer>", 1.0),
         (f"<answer>{ADD}</answer>", 1.0),
-        (f"```python\n{ADD}\n```\n<answer>42</answer>", 0.0),  # what it calls its answer counts
-        (f"```python\n{ADD}", 0.0),  # cut off
+        (f"```python\n{ADD}\n```\n<answer>42</answer>", 0.0),  # the answer tag counts
+        (f"```python\n{ADD}", 0.0),  # truncated
         (ADD, 0.0),  # no fence
         ("", 0.0),
         ("```python\n\ud800\x00\n```", 0.0),
@@ -402,7 +402,7 @@ def test_a_row_without_tests_is_not_for_this_reward(tests: Any) -> None:
         {"fn_name": "add()", "inputs": [[1, 2]], "outputs": [3]},
         {"fn_name": "add", "inputs": [1], "outputs": [3]},
         [{"input": "1", "output": "x" * (2**20 + 1)}],  # more than file_mb lets it print
-        "assert add(" + "1+" * 5000 + "1, 2) == 3",  # deeper than Python's own unparser goes
+        "assert add(" + "1+" * 5000 + "1, 2) == 3",  # too deep for Python's own unparser
     ],
     ids=lambda tests: str(tests)[:40],
 )

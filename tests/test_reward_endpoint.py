@@ -1,4 +1,4 @@
-"""A reward over HTTP, from a server on this machine that is well, slow, down or talks nonsense."""
+"""A reward over HTTP, from a local server that works, is slow, is down or answers nonsense."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def samples(count: int) -> list[Sample]:
 
 
 class Server(ThreadingHTTPServer):
-    """Does what the path asks for; keeps what it was sent."""
+    """Behaves as the path says; keeps the requests."""
 
     daemon_threads = True
 
@@ -76,7 +76,7 @@ class Handler(RequestHandler):
             self.wfile.write(bytes([byte]))
 
 
-# Of two samples.
+# For two samples.
 ANSWERS = {
     "null": b'{"rewards": [null, 0.5]}',
     "garbage": b"<html>hello</html>",
@@ -119,7 +119,7 @@ def test_batches_come_back_in_order(server: Server) -> None:
     assert server.calls["well"] == 7
     assert reward([]) == []
     reward.close()
-    assert reward(samples(1)) == [0.0]  # and it opens again
+    assert reward(samples(1)) == [0.0]  # and starts again
     reward.close()
 
 
@@ -128,7 +128,7 @@ def test_what_fails_twice_is_asked_a_third_time(server: Server, path: str) -> No
     start = time.monotonic()
     assert Endpoint(server.url(path), retries=2)(samples(2)) == [0.0, 1.0]
     assert server.calls.total() == 3
-    assert time.monotonic() - start > 0.25 + 0.5  # the shortest pauses there can be
+    assert time.monotonic() - start > 0.25 + 0.5  # the shortest possible pauses
 
 
 @pytest.mark.parametrize(("status", "calls"), [(500, 2), (503, 2), (429, 2), (400, 1), (404, 1)])
@@ -147,7 +147,7 @@ def test_an_answer_of_another_shape_is_a_failure_and_not_asked_again(
     url = server.url(path)
     values = Endpoint(url, retries=3)(samples(2))
     assert [isinstance(value, Failure) for value in values] == [True, True]
-    assert "not as agreed" in values[0].reason  # type: ignore[union-attr]
+    assert "not valid" in values[0].reason  # type: ignore[union-attr]
     assert server.calls.total() == 1
 
 

@@ -1,4 +1,4 @@
-"""Mathematics in any notation, in worker processes that hang, die and are orphaned."""
+"""Mathematics in any notation, in worker processes that hang, die or lose their parent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sample(gold: str, completion: str) -> Sample:
 
 @pytest.fixture(scope="module")
 def reward() -> Iterator[Math]:
-    """One pool for all of them, with two workers."""
+    """Shares one pool with two workers among the tests."""
     reward = Math(seconds=10, workers=2)
     yield reward
     reward.close()
@@ -54,7 +54,7 @@ RIGHT = [
     (r"\boxed{\frac{3}{4}}", r"\boxed{\dfrac{3}{4}}"),
     (r"\frac{1}{\sqrt{2}}", r"thus \boxed{\frac{\sqrt{2}}{2}}."),  # nested braces
     (r"-\frac{1}{2}", "<answer>-0.5</answer>"),
-    ("12", r"\boxed{12}, or maybe \boxed{13"),  # the last whole one
+    ("12", r"\boxed{12}, or maybe \boxed{13"),  # the last complete box
     ("50%", r"<answer>50\%</answer>"),
     (r"50\%", "<answer>0.5</answer>"),
     ("1e5", "<answer>100000</answer>"),
@@ -80,19 +80,22 @@ RIGHT = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"<answer>\begin{pmatrix}1\\2\end{pmatrix}</answer>"),
     ("B", r"\boxed{\text{B}}"),
     (r"\text{East}", "<answer>East</answer>"),
-    # Several boxes with no more than an "and" between them are one answer; the order says nothing.
+    # Several boxes with at most an "and" between them are one answer, in any order.
     ("$3, 4$", r"so \boxed{3} and \boxed{4}"),
     (r"\boxed{3}\boxed{4}", r"\boxed{4, 3}"),
     ("3,4", r"\[ \boxed{4} \quad \text{or} \quad \boxed{3}. \]"),
     (r"\{3, 4\}", r"\boxed{3}, \boxed{4}"),
     ("3, 4, 5", r"$\boxed{3}$, $\boxed{4}$, and $\boxed{5}$"),
-    ("3", r"\boxed{3}, \boxed{3}"),  # said twice
-    ("4", r"\boxed{3} is too small. Now it is \boxed{4}"),  # words between them: the last
-    ("4", r"\boxed{3}. \boxed{4}"),  # and so is the end of a sentence
+    ("3", r"\boxed{3}, \boxed{3}"),  # the same answer twice
+    (
+        "4",
+        r"\boxed{3} is too small. Now it is \boxed{4}",
+    ),  # words between the boxes: the last counts
+    ("4", r"\boxed{3}. \boxed{4}"),  # and the end of a sentence
     ("3 and 4", r"\boxed{3 $ and $4}"),
     ("3 and 4", "<answer>4, 3</answer>"),
     (r"\{3\}", r"\boxed {\left\{ 3 \right\}}"),
-    # The sentence's punctuation may stand within the mathematics.
+    # The sentence's punctuation may be inside the formula.
     (r"$\frac{2}{3}$", r"It is $\frac{2}{3}.$"),
     (r"\sqrt{3}", r"\[ \sqrt{3}, \]"),
     ("(2,3)", "<answer>(2, 3).</answer>"),
@@ -101,7 +104,7 @@ RIGHT = [
     ("-7/3", "The answer is -2 1/3."),
     ("2 1/3", r"\boxed{2\frac{1}{3}}"),
     ("2.5", "<answer>2½</answer>"),
-    # Signs that math-verify alone doesn't know, or takes for something else.
+    # Signs that math-verify itself doesn't know, or misreads.
     ("-5", "<answer>\u22125</answer>"),
     ("5000", r"\boxed{5\,000}"),
     ("5000", "<answer>$5\u202f000$</answer>"),
@@ -110,18 +113,18 @@ RIGHT = [
     (r"x^2+1", "<answer>x² + 1</answer>"),
     ("10^6", "<answer>10⁶</answer>"),
     (r"(0,\infty)", "<answer>(0, ∞)</answer>"),
-    # An interval and the inequalities that say it are the same set, whichever is the gold one.
+    # An interval and its inequalities are the same set, whichever is the gold answer.
     (r"x \in [-2,7]", r"$-2 \le x \le 7$"),
     ("[-2,7]", r"$-2 \leq x \leq 7$"),
     (r"$-2 \leq x \leq 7$", "x \\in [-2,7]"),
     (r"\boxed{W(n) = 1 \text{ and } W(n) = -1}", r"$W(n) = 1 \text{ or } W(n) = -1$"),
-    # How a formula is broken into lines decides nothing.
+    # Line breaks in a formula make no difference.
     ("9", "$\n9\n$"),
     # Other habits.
     ("28%", "28 percent"),
     (r"\pm 3", "3, -3"),
     ("x=3, x=-3", r"x = 3 \text{ or } x = -3"),
-    ("5", r"$5~\mathrm{cm}$"),  # what sympy can't read, but has one number
+    ("5", r"$5~\mathrm{cm}$"),  # sympy can't read it, but it has one number
 ]
 WRONG = [
     ("72", "<answer>73</answer>"),
@@ -136,31 +139,31 @@ WRONG = [
     ("(0,1]", "<answer>[0, 1]</answer>"),
     ("(1,2)", "<answer>(2, 1)</answer>"),
     ("x=2", "<answer>y = 2</answer>"),
-    # Among several boxes one is not enough: else all guesses at once would be right.
+    # One right box of several is not enough, or else many guesses at once would be right.
     ("4", r"\boxed{3}, \boxed{4}"),
     ("3, 4", r"\boxed{4}"),
     ("3, 4", r"\boxed{3} is too small. Now it is \boxed{4}"),
     (r"[-2,7]", r"$-2 < x \le 7$"),
-    # Where words are between boxes, in the gold answer too, the last one counts.
+    # If words are between the boxes, in the gold answer too, the last box counts.
     ("(3, 3), (1, 1)", r"$\boxed{(3, 3)} \text{ for part (a) and } \boxed{(1, 1)}$"),
     (r"\boxed{1} papers and \boxed{2} bins", r"$\boxed{1,2}$"),
     (r"y_1 = 2x, y_2 = 3x", r"\(y_1 = \boxed{2x}\) and \(y_2 = \boxed{3x}\)"),
     # A function's name and its variable are part of the answer.
     ("f(x)", "$f(y)$"),
     (r"\boxed{W(n) = 1 \text{ and } W(n) = -1}", "W(x)=1orW(x)=-1"),
-    # The last box counts, not what is said after it: training may ask for a box.
+    # The last box counts, not the text after it: a prompt may ask for a box.
     ("7", r"$\boxed{5}$. The answer is 7."),
     # A comma is no decimal point: 1,5 is written like the list 3,4 and in English means it.
     ("1.5", "<answer>1,5</answer>"),
-    # A part of what can't be read is not the answer, nor is a part of a mixed number or a power.
+    # A part of an unreadable answer, a mixed number or a power is not the answer.
     ("0", r"$\sum_{k=0}^n\bigl(k\bigr)$"),
     ("2", "$2^{10}.$"),
     ("2", "<answer>2 1/3</answer>"),
     ("1", "The answer is $1/3.$"),
     ("10", "<answer>10⁶</answer>"),
-    # A percentage is the number before its sign or its hundredth, but no sign is made up.
+    # A percentage equals the number before its sign, or a hundredth of it, but needs the sign.
     ("0.28", "28"),
-    # Decimals are compared to six places; what is rounded more is another number.
+    # Decimals are compared to six places; a coarser rounding is another number.
     (r"(\frac{3}{5},\frac{8}{3}]", "(0.6,2.67]"),
     (r"1 - \frac{1}{e}", r"1 + \frac{1}{e}"),
     ("72", "1+" * 5000),
@@ -180,7 +183,7 @@ def test_answers_are_compared_as_mathematics(
 
 
 def test_boxes_are_found_in_one_pass() -> None:
-    """A search of the rest of the text for each would take minutes, in the trainer's process."""
+    """A search of the remaining text for each box would take minutes, in the trainer's process."""
     start = time.monotonic()
     assert extract_last_box(r"\boxed{" * 50_000 + "1}") == "1"
     assert extract_last_box(r"\boxed{" * 50_000) is None
@@ -191,7 +194,7 @@ def test_boxes_are_found_in_one_pass() -> None:
 
 
 def test_long_texts_are_read_in_time(reward: Math) -> None:
-    """None is a failure, which would spare it the zero that it earns."""
+    """None of them may become a failure, which would hide that it is wrong."""
     marks = (r"\(", r"\[", "$", " ", " .", r"\boxed{", "sqrt(", "5 ", "5 000 ", "1 1/", "½", "√(")
     texts = [f"so 5{mark * 20_000}x" for mark in marks]
     assert reward([sample("72", text) for text in texts]) == [0.0] * len(texts)
@@ -205,7 +208,7 @@ def test_an_answer_that_never_ends_is_a_failure_and_harms_no_other() -> None:
     start = time.monotonic()
     values = reward([sample(gold, text) for gold, text in zip(golds, texts, strict=True)])
     assert values == [1.0, Failure("no answer within 2 s"), Failure("no answer within 2 s"), 1.0]
-    assert time.monotonic() - start < 60  # where it is not stopped, for ever
+    assert time.monotonic() - start < 60  # without a time limit, for ever
     reward.close()
 
 
@@ -216,7 +219,7 @@ def test_it_works_off_the_main_thread_whose_end_harms_no_worker(reward: Math) ->
         thread = threading.Thread(target=lambda: values.extend(reward(pair)))
         thread.start()
         thread.join()
-    fresh = Math(workers=1)  # whose worker is started by a thread that is gone when it is asked
+    fresh = Math(workers=1)  # its worker is started by a thread that has ended by then
     thread = threading.Thread(target=lambda: values.extend(fresh(pair)))
     thread.start()
     thread.join()
@@ -229,7 +232,7 @@ def test_it_works_off_the_main_thread_whose_end_harms_no_worker(reward: Math) ->
 def test_workers_stay_between_calls_without_torch_and_go_when_closed() -> None:
     others = set(multiprocessing.active_children())
     reward = Math(workers=2)
-    assert set(multiprocessing.active_children()) == others  # none before the first call
+    assert set(multiprocessing.active_children()) == others  # no process before the first call
     assert reward([sample("1", "1")]) == [1.0]
     workers = set(multiprocessing.active_children()) - others
     assert reward([sample("1", "1")] * 20) == [1.0] * 20
@@ -239,7 +242,7 @@ def test_workers_stay_between_calls_without_torch_and_go_when_closed() -> None:
         assert "torch" not in Path(f"/proc/{worker.pid}/maps").read_text()
     reward.close()
     assert not any(worker.is_alive() for worker in workers)
-    assert reward([sample("1", "1")]) == [1.0]  # and it opens again
+    assert reward([sample("1", "1")]) == [1.0]  # and starts again
     reward.close()
 
 
@@ -255,7 +258,7 @@ def test_a_worker_that_is_killed_costs_one_answer_and_no_more() -> None:
 
     (worker,) = set(multiprocessing.active_children()) - others
     assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)  # with nothing to do
+    os.kill(worker.pid, signal.SIGKILL)  # idle
     time.sleep(0.5)
     assert reward([sample("1", "1")]) == [1.0]
     reward.close()

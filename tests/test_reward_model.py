@@ -57,7 +57,7 @@ def samples() -> list[Sample]:
 
 @torch.no_grad()
 def by_hand(folder: Path, texts: list[str]) -> torch.Tensor:
-    """[n, outputs], each text alone, without padding."""
+    """Returns [n, outputs], for each text by itself, without padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen2ForSequenceClassification.from_pretrained(folder).eval()
     ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in texts]
@@ -77,7 +77,7 @@ def test_it_gives_the_classifiers_output_whatever_the_batch(
     rewards = RewardModel(str(folder), batch_size=batch_size, device="cpu")(samples())
     wanted = by_hand(folder, chats())[:, 0]
     assert_close(torch.tensor(rewards), wanted, atol=1e-5, rtol=1e-4)
-    assert wanted.std() > 0.01  # it does tell them apart
+    assert wanted.std() > 0.01  # the scores differ
 
 
 def test_without_a_padding_token_it_reads_one_at_a_time(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
 def test_a_label_that_the_model_does_not_have_is_refused(
     tmp_path: Path, labels: int, label: int | None
 ) -> None:
-    """When it is made, before anything is sampled."""
+    """The error comes from the constructor, before anything is sampled."""
     folder = str(saved(tmp_path, labels=labels))
     with pytest.raises(ConfigError, match=f"label={label}"):
         RewardModel(folder, label=label, device="cpu")

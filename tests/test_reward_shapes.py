@@ -1,4 +1,4 @@
-"""Rewards for the look of a completion, worked out by hand; and what conf/reward offers."""
+"""Rewards for the form of a completion, by hand, and the choices in conf/reward."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_completions_of_one_length_get_no_length_reward() -> None:
         (25, 1.8535534, -8.5355339),  # 1 + 0.8535534 and -10 x 0.8535534: (1 + cos 45°) / 2
         (50, 1.5, -5.0),
         (100, 1.0, 0.0),
-        (1000, 1.0, 0.0),  # beyond the end
+        (1000, 1.0, 0.0),  # beyond max_tokens
     ],
 )
 def test_cosine_falls_for_right_and_rises_for_wrong(

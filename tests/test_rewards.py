@@ -1,4 +1,4 @@
-"""Rewards: what they give, and that a failing one is never a zero."""
+"""The values of rewards; a failed reward is never a zero."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rollout(texts: Sequence[str], answers: Sequence[str]) -> Rollout:
 
 
 def test_each_completion_meets_its_own_answer() -> None:
-    """2 prompts x 2 completions: the pairing that the study note got wrong."""
+    """With 2 prompts x 2 completions: the pairing that the study note got wrong."""
     texts = ["<answer>1</answer>", "<answer>2</answer>", "<answer>1</answer>", "<answer>2</answer>"]
     scores = compute_scores(rollout(texts, ["1", "2"]), {"answer": WeightedReward(Answer(), 1.0)})
     assert scores.total_BG.tolist() == [[1, 0], [0, 1]]
@@ -78,7 +78,7 @@ def test_parts_are_weighed_and_named() -> None:
 
 
 def test_groups_by_hand() -> None:
-    """Three groups: all right, none right (and all alike), half right."""
+    """Of three groups, one is all right, one is all wrong with equal rewards, one is half right."""
     texts = ["1", "1", "x", "x", "3", "x"]
     scores = compute_scores(rollout(texts, ["1", "2", "3"]), {"task": WeightedReward(Task(), 1.0)})
     metrics = score_metrics(scores)
@@ -118,7 +118,7 @@ def test_a_reward_sees_prompt_text_tokens_and_row() -> None:
         ("q2", "c", "2", 1),
         ("q2", "d", "2", 1),
     ]
-    assert [s.token_ids for s in seen] == [(0, 1), (2,), (4, 5), (6,)]  # padding is not shown
+    assert [s.token_ids for s in seen] == [(0, 1), (2,), (4, 5), (6,)]  # without padding
 
 
 def raises_on_c(samples: Sequence[Sample]) -> list[float]:
@@ -162,7 +162,7 @@ def values_of(*values: object) -> WeightedReward:
 def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Two rewards of four completions: 1 and 2 both, one of each, the other, and neither."""
+    """Of two rewards, four completions have: both, only one, only the other, and neither."""
     rewards = {
         "first": values_of(1.0, 1.0, None, None),
         "second": values_of(2.0, Failure("no answer within 5 s"), 2.0, None),
@@ -182,7 +182,7 @@ def test_a_reward_may_not_apply_or_fail_and_that_is_never_a_zero(
         1, rollout(["a", "b", "c", "d"], ["1", "2"]), scores, torch.zeros(2, 2), 2
     )
     assert [row.failed for row in rows] == ["", "second: no answer within 5 s", "", ""]
-    assert rows[1].rewards["first"] == 1.0  # what is known of it is shown
+    assert rows[1].rewards["first"] == 1.0  # its known parts are still logged
     assert math.isnan(rows[1].reward)
 
 
@@ -193,7 +193,7 @@ SIX, JUDGED = (0.0, 1.0, 2.0, 3.0, 1.0, 5.0), (1.0, 0.0, 1.0, 1.0, Failure("down
 def test_a_completion_with_a_failed_reward_changes_nothing_for_the_others(
     aggregate: Callable[..., torch.Tensor],
 ) -> None:
-    """The advantages are those of the same group without it, and its own is 0."""
+    """Their advantages are those of the group without it; its own advantage is 0."""
     normalize = Normalize(group_mean, group_std)
 
     def advantages(*keep: int) -> list[float]:
@@ -211,7 +211,7 @@ def test_a_completion_with_a_failed_reward_changes_nothing_for_the_others(
 
 
 def test_a_failure_is_not_what_a_wrong_answer_is() -> None:
-    """Right, failed, right, right: they agree. Right, wrong, right, right: they don't."""
+    """Right, failed, right, right are equal rewards; right, wrong, right, right are not."""
     style = values_of(0.5, 0.5, 0.5, 0.5)
     for second, expected in ((Failure("timeout"), 0.0), (0.0, -1.5)):
         rewards = {"style": style, "judge": values_of(1.0, second, 1.0, 1.0)}
@@ -223,7 +223,7 @@ def test_a_failure_is_not_what_a_wrong_answer_is() -> None:
 
 
 def test_a_reward_that_fails_everywhere_stops_the_run() -> None:
-    """Everywhere that it is for: those to whom it doesn't apply count for neither side."""
+    """Completions that the reward doesn't apply to don't count."""
     four, works = rollout(["a", "b", "c", "d"], ["1", "2"]), values_of(0, 1, 0, 1)
     down = values_of(*[Failure("connection refused")] * 4)
     scores = compute_scores(four, {"down": down, "works": works})
@@ -273,7 +273,7 @@ def test_a_reward_for_one_set_of_a_mix_sees_no_other() -> None:
 
 
 class Waiting:
-    """Waits until as many as it waits for have been asked; alone it fails."""
+    """Waits until all rewards of its barrier run at the same time; alone, it fails."""
 
     concurrent = True
 
@@ -302,7 +302,7 @@ def test_slow_rewards_wait_beside_each_other_and_the_rest_stay_on_the_main_threa
 
 
 def test_the_data_sets_verifier_is_asked_once_a_completion() -> None:
-    """`reward=task` and the accuracy share its verdict: it may be slow."""
+    """`reward=task` and the accuracy share its verdict, since it may be slow."""
     asked: list[str] = []
     one = rollout(["a", "b"], ["1"])
     example = replace(one.prompts[0].example, verify=lambda text: float(bool(asked.append(text))))
@@ -329,7 +329,7 @@ def test_a_verifier_that_fails_is_counted_and_no_wrong_answer(
 
 
 def test_a_penalty_is_taken_off_the_reward() -> None:
-    """1 - 0.2 and 0 - 0.1 have mean 0.35; where no reward applies a penalty teaches nothing."""
+    """1 - 0.2 and 0 - 0.1 have mean 0.35; where no reward applies, a penalty has no effect."""
     scores = compute_scores(
         rollout(["a", "b", "c", "d"], ["1"]), {"mine": values_of(1, 0, None, None)}
     )
@@ -339,10 +339,10 @@ def test_a_penalty_is_taken_off_the_reward() -> None:
 
 
 def test_a_penalty_keeps_its_size_where_each_reward_is_normalised() -> None:
-    """The rewards' part by hand: 1, 0, 1, 0 normalised twice is ±sqrt(3)/2 twice, so ±0.866.
+    """By hand, the rewards 1, 0, 1, 0 normalised twice are ±sqrt(3)/2 twice, so ±0.866.
 
-    The penalties 0.4 and 0 have a mean of 0.2 in their groups: 0.2 is taken off or given, not more
-    where they are spread less.
+    The penalties 0.4 and 0 have a mean of 0.2 in their groups. So 0.2 is subtracted or added, and
+    no more where they are spread less.
     """
     texts, plain = ["x"] * 4, Normalize(group_mean, group_std)
     scores = compute_scores(rollout(texts, ["1", "2"]), {"mine": values_of(1, 0, 1, 0)})
@@ -354,7 +354,7 @@ def test_a_penalty_keeps_its_size_where_each_reward_is_normalised() -> None:
         found = normalize_then_sum(parts_RBG, weights_R, plain, size * penalty_BG)
         off = torch.tensor([[0.2, -0.2], [-0.2, 0.2]])
         assert_close(found, rewarded - size * off, atol=1e-4, rtol=1e-5)
-    # One that has no total is in no mean of penalties either.
+    # A completion without a total is in no mean of penalties.
     failed = compute_scores(rollout(texts, ["1"]), {"mine": values_of(1, 0, 1, Failure("down"))})
     penalty_BG = torch.tensor([[0.3, 0.0, 0.0, 50.0]])
     given = normalize_then_sum(*failed.stack_parts(), plain, penalty_BG)

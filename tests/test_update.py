@@ -73,7 +73,7 @@ def update(
     tokens: int,
     old_NC: Tensor | None = None,
 ) -> dict[str, float]:
-    """One update with kl_weight 0.1 where there is a reference, so many tokens at once.
+    """Runs one update, with kl_weight 0.1 if there is a reference, under a token limit.
 
     old_NC: the old policy's log-probabilities; None for the sampler's.
     """
@@ -81,7 +81,7 @@ def update(
     if reference is not None and objective.kl is not None:
         weight = AdaptiveWeight(0.1, None, 1)
         pull = KLPenalty(policy, reference, objective.kl, weight, SAMPLING, limit, 0, 1.0)
-        pull.policy_is_reference = False  # the policy is one that has been trained
+        pull.policy_is_reference = False  # the policy is trained already
         reference_NC = pull.score(rollout).reference_NC
     old = OldPolicy(rollout.logprobs_NC if old_NC is None else old_NC)
     learned = UpdateInputs(advantages_BG.flatten(), old, reference_NC, 0.1 if reference else 0.0)
@@ -111,7 +111,7 @@ def rollout_of(policy: LanguageModel, prompts: int, group: int) -> Rollout:
 
 
 def shaken(policy: LanguageModel) -> LanguageModel:
-    """The policy a little moved, so that it differs from its reference and from its samples."""
+    """Changes the policy a little, so that it differs from its reference and from its sampler."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -122,17 +122,19 @@ def shaken(policy: LanguageModel) -> LanguageModel:
 def paper_loss(
     policy: LanguageModel, reference: Reference, rollout: Rollout, advantages_BG: Tensor
 ) -> Tensor:
-    """DeepSeekMath's eq. 3 and 4 as they stand: a loop over completions, one forward each."""
+    """Computes DeepSeekMath's eq. 3 and 4 literally: a loop over completions, one forward each."""
     total = torch.zeros(())
     for n, prompt in enumerate(p for p in rollout.prompts for _ in range(rollout.num_generation)):
-        own = rollout.tokens_NC[n, : rollout.lengths_N[n]]
-        tokens = torch.cat([torch.tensor(prompt.token_ids), own])[None]
+        completion = rollout.tokens_NC[n, : rollout.lengths_N[n]]
+        tokens = torch.cat([torch.tensor(prompt.token_ids), completion])[None]
 
-        def logprobs(model: LanguageModel, tokens: Tensor = tokens, own: Tensor = own) -> Tensor:
-            logits = model.model(input_ids=tokens).logits[0, -len(own) - 1 : -1] / 1.3
-            return torch.log_softmax(logits, -1).gather(1, own[:, None])[:, 0]
+        def logprobs(
+            model: LanguageModel, tokens: Tensor = tokens, completion: Tensor = completion
+        ) -> Tensor:
+            logits = model.model(input_ids=tokens).logits[0, -len(completion) - 1 : -1] / 1.3
+            return torch.log_softmax(logits, -1).gather(1, completion[:, None])[:, 0]
 
-        new, old = logprobs(policy), rollout.logprobs_NC[n, : len(own)]
+        new, old = logprobs(policy), rollout.logprobs_NC[n, : len(completion)]
         with torch.no_grad():
             base = logprobs(reference.model)
         advantage, ratio = advantages_BG.flatten()[n], torch.exp(new - old)
@@ -170,13 +172,15 @@ def test_loss_and_gradient_are_the_papers_whatever_the_budget(
     tiny: LanguageModel, budget: int
 ) -> None:
     reference, rollout = make_reference(tiny, moves=False), rollout_of(tiny, 5, 3)
-    assert same_as_the_paper(shaken(tiny), reference, rollout, budget) > 0  # the clip was tried
+    assert (
+        same_as_the_paper(shaken(tiny), reference, rollout, budget) > 0
+    )  # some tokens are clipped
 
 
 def same_as_the_paper(
     policy: LanguageModel, reference: Reference, rollout: Rollout, budget: int
 ) -> float:
-    """Loss and every gradient to 1e-5 of the largest; returns the share of clipped tokens."""
+    """Compares loss and gradients, to 1e-5 of the largest; returns the share of clipped tokens."""
     shape = (len(rollout.prompts), rollout.num_generation)
     advantages_BG = group_advantages(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     expected = paper_loss(policy, reference, rollout, advantages_BG)
@@ -186,7 +190,7 @@ def same_as_the_paper(
 
     kept = Kept(policy.model, "adamw", 1e-3, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0)
     stats = update(policy, reference, kept, OBJECTIVE, rollout, advantages_BG, budget)
-    # Terms of size 1 cancel to almost nothing on-policy, hence the absolute part.
+    # On-policy, terms of size 1 almost cancel, so there is an absolute tolerance, too.
     assert stats["loss/total"] == pytest.approx(float(expected.detach()), rel=1e-5, abs=1e-6)
     largest = max(float(gradient.abs().max()) for gradient in expected_gradients)
     for ours, theirs in zip(kept.seen, expected_gradients, strict=True):
@@ -245,7 +249,7 @@ def kept_gradients(
     budget: int = 10**6,
     old_NC: Tensor | None = None,
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
-    """What an update says, and the gradients of each of its optimizer steps; no weight moves."""
+    """Returns an update's result and the gradients of its optimizer steps; changes no weight."""
     kept = KeptAll(policy.model, "adamw", 0.0, 10, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0)
     stats = update(policy, reference, kept, objective, rollout, advantages_BG, budget, old_NC)
     return stats, kept.all_seen
@@ -285,7 +289,7 @@ def test_the_gradients_of_minibatches_average_to_that_of_the_whole(
 
 
 def test_iterations_and_minibatches_are_optimizer_steps(tiny: LanguageModel) -> None:
-    """Three passes in two parts are six steps, and off-policy from the second on."""
+    """Three passes of two minibatches are six steps, off-policy from the second on."""
     rollout = rollout_of(tiny, 4, 3)
     advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
     objective, steps = replace(OBJECTIVE, num_iterations=3, minibatches=2), optimizer(tiny)
@@ -302,7 +306,7 @@ def test_groups_without_advantage_cost_no_backward_and_change_nothing(
     advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
     advantages_BG[[0, 2]] = 0.0
     objective = replace(OBJECTIVE, kl=None)
-    backwards = []  # through the layers: the head's part has one of its own, from the loss
+    backwards = []  # through the layers; the head has its own backward, from the loss
     original = Tensor.backward
 
     def backward(self: Tensor, *gradient: Tensor) -> None:
@@ -311,8 +315,8 @@ def test_groups_without_advantage_cost_no_backward_and_change_nothing(
 
     monkeypatch.setattr(Tensor, "backward", backward)
     stats, [skipped] = kept_gradients(tiny, objective, rollout, advantages_BG, budget=1)
-    assert len(backwards) == 2 * 3  # rows of the two groups that teach, one at a time
-    with_bonus = replace(objective, entropy_weight=1e-12)  # everything has a gradient of nothing
+    assert len(backwards) == 2 * 3  # the rows of the two groups with advantages, one at a time
+    with_bonus = replace(objective, entropy_weight=1e-12)  # all gradients are 0
     everything, [all_of_it] = kept_gradients(tiny, with_bonus, rollout, advantages_BG, budget=1)
     assert len(backwards) == 2 * 3 + 4 * 3
     assert close(skipped, all_of_it)
@@ -320,7 +324,7 @@ def test_groups_without_advantage_cost_no_backward_and_change_nothing(
 
 
 def test_truncated_completions_are_masked_out_of_the_whole_loss(tiny: LanguageModel) -> None:
-    """As if they were not there, with the other completions weighed as before."""
+    """The loss is as without them, with the same weights for the other completions."""
     rollout = rollout_of(tiny, 4, 3)
     rollout = replace(rollout, truncated_N=torch.arange(12) % 3 == 0)
     advantages_BG = group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
@@ -341,24 +345,24 @@ def test_truncated_completions_are_masked_out_of_the_whole_loss(tiny: LanguageMo
 def test_completions_without_a_reward_are_as_if_they_had_not_been_sampled(
     averaging: str, tiny: LanguageModel
 ) -> None:
-    """Groups of four of which one has no reward, against groups of three."""
+    """Groups of four with one completion without a reward equal groups of three."""
     four = rollout_of(tiny, 2, 4)
     unscored_N = torch.arange(8) % 4 == 2
-    own = ~unscored_N
+    scored_N = ~unscored_N
     three = replace(
         four,
-        tokens_NC=four.tokens_NC[own],
-        logprobs_NC=four.logprobs_NC[own],
-        lengths_N=four.lengths_N[own],
-        truncated_N=four.truncated_N[own],
-        texts=tuple(text for text, kept in zip(four.texts, own.tolist(), strict=True) if kept),
+        tokens_NC=four.tokens_NC[scored_N],
+        logprobs_NC=four.logprobs_NC[scored_N],
+        lengths_N=four.lengths_N[scored_N],
+        truncated_N=four.truncated_N[scored_N],
+        texts=tuple(text for text, kept in zip(four.texts, scored_N.tolist(), strict=True) if kept),
     )
     advantages_N = torch.tensor([1.0, -2.0, 0.0, 1.0, 3.0, -1.0, 0.0, -2.0])
     objective = replace(OBJECTIVE, averaging=AVERAGINGS[averaging], kl=None)
     found = []
     for rollout, learned in (
         (four, UpdateInputs(advantages_N, None, None, 0.0, unscored_N)),
-        (three, UpdateInputs(advantages_N[own], None, None, 0.0)),
+        (three, UpdateInputs(advantages_N[scored_N], None, None, 0.0)),
     ):
         (minibatch,) = split_minibatches(
             tiny, objective, rollout, ROOM.forward_limit, 0, learned.unscored_N
@@ -375,11 +379,11 @@ def test_completions_without_a_reward_are_as_if_they_had_not_been_sampled(
 
 
 def full_logprobs(model: LanguageModel, rollout: Rollout, n: int) -> Tensor:
-    """[C, V] of one row, by the model's own logits."""
+    """Returns [C, V] the log-probabilities of one row, from the model's own logits."""
     prompt = rollout.prompts[n // rollout.num_generation]
-    own = rollout.tokens_NC[n, : rollout.lengths_N[n]]
-    tokens = torch.cat([torch.tensor(prompt.token_ids), own])[None]
-    logits = model.model(input_ids=tokens).logits[0, -len(own) - 1 : -1] / 1.3
+    completion = rollout.tokens_NC[n, : rollout.lengths_N[n]]
+    tokens = torch.cat([torch.tensor(prompt.token_ids), completion])[None]
+    logits = model.model(input_ids=tokens).logits[0, -len(completion) - 1 : -1] / 1.3
     return torch.log_softmax(logits, -1)
 
 
@@ -387,7 +391,7 @@ def full_logprobs(model: LanguageModel, rollout: Rollout, n: int) -> Tensor:
 def test_the_exact_divergence_and_its_gradient_by_whole_distributions(
     tiny: LanguageModel, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks of a few rows, against a loop that holds every distribution at once."""
+    """Compares chunks of a few rows with a loop that holds every distribution at once."""
     monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", 319 * 5)
     reference, rollout = make_reference(tiny, moves=False), rollout_of(tiny, 3, 3)
     shaken(tiny)
@@ -413,7 +417,7 @@ def test_the_exact_divergence_and_its_gradient_by_whole_distributions(
 def test_in_how_many_parts_the_head_is_read_changes_no_number(
     tiny: LanguageModel, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all that a readout may ask for, with completions longer than a part and shorter ones."""
+    """Tests all scores of a readout, with completions longer and shorter than a chunk."""
     reference, rollout = make_reference(tiny, moves=False), rollout_of(tiny, 3, 3)
     shaken(tiny)
     cut = Sampling(temperature=1.3, top_p=0.9, repetition_penalty=1.2)
@@ -470,7 +474,7 @@ def test_only_uncertain_tokens_are_trained_on_and_all_are_in_the_kl(tiny: Langua
 
 
 def test_what_another_sampler_wrote_counts_by_truncated_importance(tiny: LanguageModel) -> None:
-    """As if each advantage were multiplied by it; the KL is left alone."""
+    """The importance weight multiplies each advantage, and leaves the KL as it is."""
     rollout, reference = rollout_of(tiny, 2, 3), make_reference(tiny, moves=False)
     advantages_BG = group_advantages(torch.rand(2, 3, generator=torch.Generator().manual_seed(0)))
     likelier_N1 = torch.tensor([0.5, 1.0, 1.5, 2.0, 4.0, 0.1])[:, None]  # to the policy
@@ -489,7 +493,7 @@ def test_what_another_sampler_wrote_counts_by_truncated_importance(tiny: Languag
 
 
 def test_how_far_the_sampler_was_is_the_k3_of_its_tokens(tiny: LanguageModel) -> None:
-    """Twice as likely to the policy, half and the same: 2 - 1 - log 2, 1/2 - 1 + log 2, 0."""
+    """Policy / sampler of 2, 1/2 and 1 give 2 - 1 - log 2, 1/2 - 1 + log 2 and 0."""
     rollout = rollout_of(tiny, 1, 2)
     likelier_NC = torch.ones_like(rollout.logprobs_NC)
     likelier_NC[0, 0], likelier_NC[1, 0] = 2.0, 0.5
@@ -504,7 +508,7 @@ def test_how_far_the_sampler_was_is_the_k3_of_its_tokens(tiny: LanguageModel) ->
 
 
 def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTrainedModel) -> None:
-    """Bitwise the same gradients, with less kept between forward and backward."""
+    """The gradients are the same to the bit; less is kept between forward and backward."""
     policy = wrap(small_model, open_device("cpu", "auto"), end_ids=(1,))
     rollout = NativeEngine(policy, 9, ROOM).generate(prompts_of(7, 3, 5), 4, SAMPLING, seed=4)
     advantages_BG = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
@@ -518,8 +522,8 @@ def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTra
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             objective = replace(OBJECTIVE, kl=None)
-            own = replace(policy, recompute=recompute)
-            _, [found] = kept_gradients(own, objective, rollout, advantages_BG)
+            recomputing = replace(policy, recompute=recompute)
+            _, [found] = kept_gradients(recomputing, objective, rollout, advantages_BG)
         results.append((found, len(kept)))
     (plain, many), (again, few) = results
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
@@ -527,7 +531,7 @@ def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTra
 
 
 def test_a_reference_moves_toward_the_policy(tiny: LanguageModel) -> None:
-    """Half of the way, then all of it."""
+    """It moves half of the way, then all of it."""
     reference = make_reference(tiny, moves=True)
     before = [weight.clone() for weight in reference.model.model.parameters()]
     shaken(tiny)
@@ -536,8 +540,10 @@ def test_a_reference_moves_toward_the_policy(tiny: LanguageModel) -> None:
     for was, now, goal in pairs:
         assert_close(now, (was + goal) / 2)
     reference.move(1.0)
-    for own, goal in zip(reference.model.model.parameters(), tiny.model.parameters(), strict=True):
-        assert torch.equal(own, goal)
+    for moved, goal in zip(
+        reference.model.model.parameters(), tiny.model.parameters(), strict=True
+    ):
+        assert torch.equal(moved, goal)
 
 
 def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageModel) -> None:
@@ -545,7 +551,7 @@ def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageM
     rollout = rollout_of(tiny, 3, 3)
     with torch.no_grad():
         for parameter in tiny.model.parameters():
-            parameter.add_(0.01)  # the sampler stays what it was, as in the later updates of a step
+            parameter.add_(0.01)  # the sampler stays the same, as in later updates of a step
     term = KLTerm(k1, None, in_reward=True, unbiased_gradient=False)
     pull = KLPenalty(
         tiny, reference, term, AdaptiveWeight(0.5, None, 1), SAMPLING, ROOM.forward_limit, 0, 1.0
@@ -555,16 +561,16 @@ def test_a_kl_in_the_reward_is_the_sum_over_a_completions_tokens(tiny: LanguageM
     assert pulled.weight == 0.5
     assert pulled.divergence_BG is not None
     for n in range(9):
-        own = rollout.tokens_NC[n, : rollout.lengths_N[n], None]
-        base = full_logprobs(reference.model, rollout, n).gather(1, own)[:, 0]
-        expected = (rollout.logprobs_NC[n, : len(own)] - base).sum()
+        completion = rollout.tokens_NC[n, : rollout.lengths_N[n], None]
+        base = full_logprobs(reference.model, rollout, n).gather(1, completion)[:, 0]
+        expected = (rollout.logprobs_NC[n, : len(completion)] - base).sum()
         assert_close(pulled.divergence_BG.flatten()[n], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_while_the_policy_is_the_reference_the_samplers_numbers_are_its(
     tiny: LanguageModel,
 ) -> None:
-    """Before the first update and after each copying, the reference is not read at all."""
+    """Before the first update, and after each copy to the reference, no forward pass runs in it."""
     rollout, reference = rollout_of(tiny, 3, 3), make_reference(tiny, moves=True)
 
     def pull_of(sampling: Sampling, share: float) -> KLPenalty:
@@ -585,7 +591,7 @@ def test_while_the_policy_is_the_reference_the_samplers_numbers_are_its(
     halfway = pull_of(SAMPLING, 0.5)
     halfway.after_update(2, {"kl/mean": 0.0}, 9)
     assert halfway.score(rollout).reference_NC is not rollout.logprobs_NC
-    # What top-k leaves out is not in the sampler's log-probabilities, which the KL is not taken of.
+    # With top-k, the KL can't use the sampler's log-probabilities, which leave out tokens.
     cut = pull_of(replace(SAMPLING, top_k=5), 1.0)
     assert cut.score(rollout).reference_NC is not rollout.logprobs_NC
 
@@ -634,15 +640,15 @@ def test_the_head_reads_whole_completions_as_many_as_fit(lengths: list[int], mos
     assert rows == list(range(len(lengths)))
     assert tokens == list(range(sum(lengths)))
     for row_slice, token_slice in parts:
-        own = sum(lengths[row_slice])
-        assert token_slice.stop - token_slice.start == own
-        assert own <= most or row_slice.stop - row_slice.start == 1
+        total = sum(lengths[row_slice])
+        assert token_slice.stop - token_slice.start == total
+        assert total <= most or row_slice.stop - row_slice.start == 1
         if row_slice.stop < len(lengths):
-            assert own + lengths[row_slice.stop] > most
+            assert total + lengths[row_slice.stop] > most
 
 
 def test_micro_batches_are_even_and_cut_no_group_that_fits() -> None:
-    """Four groups of 30 tokens: two by two, not three and one; a group of 30 is whole at 20."""
+    """Four groups of 30 tokens split 2 + 2, not 3 + 1; a limit of 20 keeps a group of 30 whole."""
     rollout = fake_rollout([10] * 4, [[10, 10]] * 4)
     two_by_two = list(split_into_micro_batches(rollout, TokenLimit(100, 100)))
     assert [batch.tokens for batch in two_by_two] == [60, 60]
@@ -663,7 +669,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tiny: Lang
 
 
 def test_long_gradients_are_scaled_down(tiny: LanguageModel) -> None:
-    """What Adam's first moment holds after one step is (1 - beta1) of the clipped gradient."""
+    """After one step, Adam's first moment is (1 - beta1) of the clipped gradient."""
     steps = optimizer(tiny, max_grad_norm=1.0)
     for parameter in steps.parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -676,7 +682,7 @@ def test_long_gradients_are_scaled_down(tiny: LanguageModel) -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("end", [30, 9, 20])
 def test_a_schedule_goes_on_without_a_jump_to_another_end(schedule: str, end: int) -> None:
-    """Twenty steps were planned, two of them warm-up; after eight the end is another."""
+    """Of twenty planned steps, two are warm-up; after eight steps the end changes."""
 
     def made() -> Optimizer:
         model = nn.Linear(2, 2)
@@ -690,7 +696,7 @@ def test_a_schedule_goes_on_without_a_jump_to_another_end(schedule: str, end: in
     assert second.next_learning_rate() == pytest.approx(coming)
     for _ in range(8, end):
         rates.append(second.step()["optim/learning_rate"])
-        # Resumed once more with nothing changed, it is where it was, to the bit.
+        # Resumed again without a change, the rate is the same to the bit.
         third = made()
         third.load_state(second.state())
         third.end_schedule_after(end - second.steps_done)
@@ -701,7 +707,7 @@ def test_a_schedule_goes_on_without_a_jump_to_another_end(schedule: str, end: in
         unbroken = made()
         assert rates == [unbroken.step()["optim/learning_rate"] for _ in range(20)]
     if schedule == "linear":
-        # Six of eighteen steps down: 2/3 of the rate, and from there in a line.
+        # Six of eighteen steps down: 2/3 of the rate, then linear from there.
         assert rates[8:] == pytest.approx(
             [0.1 * 2 / 3 * (1 - n / (end - 8)) for n in range(end - 8)]
         )
@@ -721,7 +727,7 @@ def test_a_schedule_at_its_end_begins_again_within_the_longer_one(
 
 
 class Untied(nn.Module):
-    """A table and a head of many rows of which few have a gradient, and a matrix between them."""
+    """An embedding and a head with few rows that get gradients, and a matrix between them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -729,7 +735,7 @@ class Untied(nn.Module):
         self.middle = nn.Parameter(torch.ones(16, 8, dtype=dtype))
 
     def read_some(self) -> None:
-        """Gradients as of a step that has read ten rows of the table."""
+        """Sets the gradients of a step that reads ten rows of the embedding."""
         for parameter in self.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for graded in (self.table.grad[:10], self.middle.grad, self.head.grad[:10]):  # type: ignore[index]
@@ -740,8 +746,8 @@ class Untied(nn.Module):
     ("dtype", "learning_rate", "moved"),
     [
         (torch.float32, 1e-5, 1.0),
-        (torch.float32, 1e-9, 0.0),  # next to 1 the last digit of fp32 is 6e-8
-        (torch.bfloat16, 1e-5, 0.0),  # and that of bf16 4e-3
+        (torch.float32, 1e-9, 0.0),  # near 1, the precision of fp32 is 6e-8
+        (torch.bfloat16, 1e-5, 0.0),  # and that of bf16 is 4e-3
         (torch.bfloat16, 1e-2, 1.0),
     ],
 )
@@ -754,25 +760,25 @@ def test_whether_steps_round_away_is_seen_where_there_is_a_gradient(
     )
     model.read_some()
     assert steps.step()["optim/moved"] == moved
-    # Half of the middle is so small that any step shows.
+    # Half of the middle matrix is so small that any step changes it.
     with torch.no_grad():
         model.middle[8:] = 1e-12
     model.read_some()
     assert steps.step()["optim/moved"] == pytest.approx(max(moved, 0.5), abs=0.15)
-    # Without a gradient there is nothing to be said.
+    # Without a gradient, the share is 0.
     assert steps.step()["optim/moved"] == 0.0
 
 
 def test_an_untied_models_steps_are_seen_to_move_it(device: Device) -> None:
-    """Its largest matrix is the table of tokens, most of which no step reads."""
+    """Its largest matrix is the embedding, and a step reads few of its rows."""
     shape = {**SHAPE, "vocab_size": 4000, "tie_word_embeddings": False}
     torch.manual_seed(0)
     policy = wrap(Qwen2ForCausalLM(Qwen2Config(**shape, head_dim=16)).eval(), device)
     rollout = NativeEngine(policy, 6, ROOM).generate(prompts_of(7, 3), 3, SAMPLING, seed=4)
     advantages_BG = torch.tensor([[1.0, 0.0, -1.0], [2.0, -1.0, -1.0]])
     for learning_rate, low, high in ((1e-4, 0.9, 1.0), (1e-13, 0.0, 0.05)):
-        own = optimizer(policy, learning_rate=learning_rate)
-        found = update(policy, None, own, OBJECTIVE, rollout, advantages_BG, 10**6)
+        adamw = optimizer(policy, learning_rate=learning_rate)
+        found = update(policy, None, adamw, OBJECTIVE, rollout, advantages_BG, 10**6)
         assert low <= found["optim/moved"] <= high
 
 
@@ -800,7 +806,7 @@ def test_a_resumed_optimizer_keeps_its_state_and_takes_todays_options(tiny: Lang
     ],
 )
 def test_the_learning_rate_by_hand(schedule: str, rates: list[float]) -> None:
-    """Four steps of warm-up to 1, then four of the schedule."""
+    """There are four steps of warm-up to 1, then four of the schedule."""
     steps = Optimizer(
         torch.nn.Linear(1, 1), "adamw", 1.0, 8, SCHEDULES[schedule], 4, 0.0, (0.9, 0.99), 1.0
     )  # fmt: skip
@@ -837,7 +843,7 @@ print(policy.device.measure_peak_gb())
 
 
 def peak_of_update(groups: int, micro_batch_tokens: int, **shape: int) -> float:
-    """GB of a process that trains once on groups of 8 completions of 256 tokens."""
+    """Returns the GB of a process that trains once on groups of 8 completions of 256 tokens."""
     asked = json.dumps([groups, micro_batch_tokens, shape])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
@@ -850,7 +856,7 @@ def peak_of_update(groups: int, micro_batch_tokens: int, **shape: int) -> float:
 
 @pytest.mark.slow
 def test_twice_the_completions_take_no_more_memory() -> None:
-    """Micro-batches are the same; the activations of all would take 0.6 GB, and 1.2."""
+    """The micro-batches stay the same; all activations would take 0.6 GB and 1.2 GB."""
     once, twice = (
         peak_of_update(groups, 600, hidden_size=256, intermediate_size=1024) for groups in (4, 8)
     )
@@ -859,5 +865,5 @@ def test_twice_the_completions_take_no_more_memory() -> None:
 
 @pytest.mark.slow
 def test_the_logits_of_a_micro_batch_are_never_there_at_once() -> None:
-    """All 64 completions are one micro-batch; their logits alone would take 3.3 GB."""
+    """All 64 completions are one micro-batch, whose logits alone would take 3.3 GB."""
     assert peak_of_update(8, 60_000, vocab_size=50_000) < 1.5

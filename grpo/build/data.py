@@ -1,4 +1,4 @@
-"""Prompts, rewards and evaluation from a config."""
+"""Builds prompts, rewards and evaluation from a config."""
 
 from __future__ import annotations
 
@@ -37,12 +37,19 @@ REWARD_KEYS = ("weight", "sources")  # of any reward, beside its callable's opti
 
 
 def build_prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
-    """How a data set's config says that a question is put. key: where that config is."""
+    """Builds the prompt format that a data set's config describes.
+
+    Args:
+        key: the config key of the data set.
+
+    Raises:
+        ConfigError: an option is missing or has a wrong value.
+    """
     options = resolve_node(dataset)
     for name in PROMPT_KEYS:
         if name not in options:
             raise ConfigError(
-                f"{key}.{name} is not set: a data set's file begins with defaults: [_base, _self_]"
+                f"{key}.{name} is not set: begin the data set's file with defaults: [_base, _self_]"
             )
     keys = {name: options[name] for name in PROMPT_KEYS if name != "allow_overlap"}
     check_options(PromptFormat, keys, key)
@@ -62,32 +69,32 @@ def build_prompt_format(dataset: DictConfig, key: str) -> PromptFormat:
 def build_prompts(
     found: RunInputs, formats: Sequence[PromptFormat], tokenizer: PreTrainedTokenizerBase
 ) -> PromptSets:
-    """The prompts to train and to evaluate on, without overlap unless asked for.
+    """Builds the prompts to train and to evaluate on, without overlap unless it is allowed.
 
     Raises:
-        ConfigError: nothing is left of one of them.
+        ConfigError: no prompts of a set are left.
     """
-    evaluated = [example for own in found.sets for example in own.evaluation]
-    many = any(len(own.train) > MAX_EAGER_ROWS for own in found.sets)
+    evaluated = [example for part in found.sets for example in part.evaluation]
+    lazy = any(len(part.train) > MAX_EAGER_ROWS for part in found.sets)
     train: list[Prompt] = []
-    drawn: list[LazyPromptSet] = []
+    lazy_sets: list[LazyPromptSet] = []
     evaluation: list[Prompt] = []
-    for own, format in zip(found.sets, formats, strict=True):
-        keep = own.options.allow_overlap or not own.train
-        rows = own.train if keep else drop_held_out(own.train, evaluated, own.key)
-        if many:
-            left_out = frozenset(() if keep else (example.question for example in evaluated))
-            drawn.append(LazyPromptSet(rows, format, left_out, own.name))
+    for part, format in zip(found.sets, formats, strict=True):
+        keep_overlap = part.options.allow_overlap or not part.train
+        rows = part.train if keep_overlap else drop_held_out(part.train, evaluated, part.key)
+        if lazy:
+            left_out = frozenset(() if keep_overlap else (row.question for row in evaluated))
+            lazy_sets.append(LazyPromptSet(rows, format, left_out, part.name))
         elif rows:
-            train += tokenize_examples(rows, format, tokenizer, "training", own.key)
-        evaluation += tokenize_examples(own.evaluation, format, tokenizer, "evaluation", own.key)
-    return PromptSets(LazyPrompts(drawn, tokenizer) if many else train, evaluation)
+            train += tokenize_examples(rows, format, tokenizer, "training", part.key)
+        evaluation += tokenize_examples(part.evaluation, format, tokenizer, "evaluation", part.key)
+    return PromptSets(LazyPrompts(lazy_sets, tokenizer) if lazy else train, evaluation)
 
 
 def build_order(prompts: Sequence[Prompt], found: RunInputs, cfg: DictConfig) -> Order:
     if len(found.sets) == 1:
         return order_one_set(len(prompts), cfg.seed, shuffled=cfg.curriculum.order == "shuffled")
-    probabilities = {own.name: own.probability for own in found.sets}
+    probabilities = {part.name: part.probability for part in found.sets}
     if isinstance(prompts, LazyPrompts):
         sources = prompts.list_sources()
     else:
@@ -103,9 +110,9 @@ def build_curriculum(cfg: DictConfig) -> Curriculum:
 
 
 def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward]:
-    """Each named callable: a class is made with its options, a function is called with them."""
+    """Builds the rewards: an instance of a class, or a function with its options bound."""
     rewards = {}
-    names = [own.name for own in found.sets]
+    names = [part.name for part in found.sets]
     for name, node in cfg.reward.items():
         options = {k: v for k, v in resolve_node(node).items() if k not in REWARD_KEYS}
         bound = bind(options, f"reward.{name}", REWARD_KEYS)
@@ -128,7 +135,7 @@ def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward
             if source not in names:
                 raise ConfigError(
                     f"reward.{name}.sources={sources}: the data has no set {source}; there are "
-                    f"{', '.join(filter(None, names)) or 'none, for it is no mix'}."
+                    f"{', '.join(filter(None, names)) or 'none, because it is not a mix'}."
                 )
         only = None if sources is None else frozenset(sources)
         rewards[str(name)] = WeightedReward(function, float(node.get("weight", 1.0)), only)
@@ -136,7 +143,11 @@ def build_rewards(cfg: DictConfig, found: RunInputs) -> dict[str, WeightedReward
 
 
 def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
-    """An instance of a user's class; what its constructor raises is refused under its key."""
+    """Instantiates a reward class.
+
+    Raises:
+        ConfigError: its constructor raised; the message begins with the reward's key.
+    """
     if missing := find_missing_options(bound, given=0):
         raise ConfigError(
             f"{key}._target_: {bound.func.__qualname__} needs `{missing[0]}`: add "
@@ -146,10 +157,10 @@ def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
     try:
         return bound()
     except ConfigError as error:
-        own = str(error).partition("=")[0] in bound.keywords
+        names_option = str(error).partition("=")[0] in bound.keywords
         raise ConfigError(
-            f"{key}{'.' if own else ': '}{error}",
-            key=f"{key}.{error.key}" if own else key,
+            f"{key}{'.' if names_option else ': '}{error}",
+            key=f"{key}.{error.key}" if names_option else key,
             value=error.value,
         ) from error
     except Exception as error:

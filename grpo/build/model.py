@@ -1,4 +1,4 @@
-"""Device, model, memory and sampler from a config."""
+"""Builds device, model, memory budget and sampler from a config."""
 
 from __future__ import annotations
 
@@ -48,19 +48,26 @@ def build_device(cfg: DictConfig) -> Device:
 
 
 def build_policy(cfg: DictConfig, found: RunInputs, device: Device) -> tuple[LanguageModel, str]:
-    """The model that is trained, under a fresh adapter where one is asked for; its fingerprint."""
+    """Loads the model to train, under a new adapter if one is configured.
+
+    Returns:
+        The model, and the fingerprint of its weights.
+
+    Raises:
+        ConfigError: the model can't be trained with this config.
+    """
     adapter, folder = build_adapter(cfg), found.model()
     policy = load_model(cfg, folder, device, frozen=adapter is not None)
     if getattr(policy.model, "is_quantized", False) and is_quantized(folder):
         raise ConfigError(
-            f"model={cfg.model.name}: its weights are quantized already, so they can't be trained; "
-            f"take the model that they were made of, which adapter=qlora puts in 4 bits.",
+            f"model={cfg.model.name}: its weights are already quantized, so they can't be trained; "
+            f"use the model they were made from; adapter=qlora loads that in 4 bits.",
             key="model",
             value=cfg.model.name,
         )
     if adapter is not None:
         add_adapter(policy.model, adapter, cfg.seed)
-    # A checkpoint of an adapter names its base: by id where that is how it is found again.
+    # An adapter's checkpoint names its base model: by id if the hub cache has it under that id.
     name = cfg.model.id if cfg.model.id and is_in_hub_cache(folder) else policy.base
     commit = read_commit(folder) if name == cfg.model.id else None
     if cfg.device.gradient_checkpointing and not find_decoder_layers(policy.model):
@@ -73,9 +80,10 @@ def build_policy(cfg: DictConfig, found: RunInputs, device: Device) -> tuple[Lan
 
 
 def load_model(cfg: DictConfig, folder: Path, device: Device, frozen: bool) -> LanguageModel:
-    """The model in a folder, in 4 bits where the adapter over it asks for that.
+    """Loads the model in a folder, in 4 bits if its adapter is quantized.
 
-    frozen: as `load_language_model` says.
+    Args:
+        frozen: see `load_language_model`.
     """
     adapter = build_adapter(cfg)
     quantized = adapter is not None and adapter.quantized
@@ -85,7 +93,12 @@ def load_model(cfg: DictConfig, folder: Path, device: Device, frozen: bool) -> L
 def build_budget(
     cfg: DictConfig, policy: LanguageModel, longest: int, with_reference: bool
 ) -> Budget:
-    """How much is computed at once, given the tokens of the longest prompt and completion."""
+    """Chooses how much is computed at once.
+
+    Args:
+        longest: tokens of the longest prompt and its completion.
+        with_reference: whether a copy of the model is the reference.
+    """
     work = Workload(
         prompt=longest - cfg.max_new_tokens,
         completion=cfg.max_new_tokens,
@@ -94,10 +107,10 @@ def build_budget(
         reference=with_reference,
         reference_moves=cfg.kl.sync_every > 0,
     )
-    asked, device = cfg.device, policy.device.torch_device
+    options, device = cfg.device, policy.device.torch_device
     held = estimate_memory(policy, work)
     return choose_budget(
-        device, asked.memory_gb, asked.token_budget, asked.cache_budget, held, longest
+        device, options.memory_gb, options.token_budget, options.cache_budget, held, longest
     )
 
 
@@ -108,10 +121,10 @@ def build_adapter(cfg: DictConfig) -> Adapter | None:
 def build_engine(
     make_engine: functools.partial[Any], policy: LanguageModel, max_new_tokens: int, budget: Budget
 ) -> Engine:
-    """The sampler, tried on a few tokens first where that is cheap.
+    """Builds the sampler, after a check on a few tokens where that is cheap.
 
     Raises:
-        ConfigError: it can't sample from this model, or samples from something else than it.
+        ConfigError: it can't sample from this model, or its probabilities differ from the model's.
     """
     if make_engine.func in (NativeEngine, HFEngine):
         check_sampler(make_engine, policy)
@@ -125,13 +138,15 @@ def fit_to_lengths(
     prompts: Sequence[Prompt],
     train: Sequence[Prompt] = (),
 ) -> tuple[LanguageModel, int]:
-    """The model as it is used at these lengths; tokens of the longest prompt and its completion.
+    """Prepares the model for the lengths of these prompts and their completions.
 
-    Of prompts that are made as they are drawn it is the longest that there may be: longer ones than
-    the context has room for are left out.
+    Lazy prompts that exceed the context are left out; they count as long as they may become.
+
+    Returns:
+        The model, and the tokens of the longest prompt and its completion.
 
     Raises:
-        ConfigError: that is more than the model can read.
+        ConfigError: these are more than the model's context.
     """
     known = [] if isinstance(train, LazyPrompts) else train
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *known))

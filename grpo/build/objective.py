@@ -1,4 +1,4 @@
-"""Objective, advantage, KL and optimizer from a config."""
+"""Builds objective, advantage, KL penalty and optimizer from a config."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def build_objective(cfg: DictConfig) -> Objective:
 
 
 def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
-    """Rewards [R, B, G], weights [R] and a penalty [B, G] to take off, if any -> [B, G].
+    """Builds the advantage: rewards [R, B, G], weights [R], optional penalty [B, G] -> [B, G].
 
     Raises:
-        ConfigError: a function of the user's own has no place for a divergence, and there is one.
+        ConfigError: kl.within=reward, but a custom `algorithm.aggregate` takes no penalty_BG.
     """
     algorithm = cfg.algorithm
     normalize = Normalize(
@@ -79,7 +79,7 @@ def build_advantage(cfg: DictConfig) -> Callable[..., Tensor]:
     ):
         raise ConfigError(
             f"algorithm.aggregate={algorithm.aggregate}: has no parameter penalty_BG for the KL "
-            f"that kl.within=reward takes off; add it, or use kl.within=loss.",
+            f"that kl.within=reward subtracts; add it, or use kl.within=loss.",
             key="algorithm.aggregate",
             value=algorithm.aggregate,
         )
@@ -95,14 +95,14 @@ def accepts_parameter(function: Callable[..., Any], parameter: str) -> bool:
 
 
 def build_kl_term(cfg: DictConfig) -> KLTerm | None:
-    """None without a reference: kl=none, or a weight of 0."""
+    """Builds the KL term; None without a reference: kl=none, or kl_weight=0."""
     kl = cfg.kl
     if kl.estimator is None or cfg.kl_weight == 0:
         return None
     if kl.estimator == "k1" and kl.within == "loss" and not kl.unbiased_gradient:
         log.warning(
-            "kl=k1 in the loss has no gradient on average, so it doesn't pull; "
-            "kl.unbiased_gradient=true or kl.within=reward gives it one (docs/kl.md)."
+            "kl=k1 in the loss has a gradient of 0 on average, so it has no effect; "
+            "use kl.unbiased_gradient=true or kl.within=reward (docs/kl.md)."
         )
     exact = kl.estimator == "full"
     table = {**ESTIMATORS[kl.direction], "full": None}
@@ -131,15 +131,15 @@ def format_kl(kl: Mapping[str, Any] | None) -> str:
 
 
 def warn_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> None:
-    """Says that a KL was asked for, by these overrides or this choice, which has no weight."""
+    """Warns if these overrides or this choice of kl ask for a KL, but kl_weight is 0."""
     if unused := explain_unused_kl(cfg, overrides, choice):
         log.warning("%s", unused)
 
 
 def explain_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) -> str | None:
-    """Why a KL that was asked for does nothing; None where it does, or none was asked for."""
-    own_weight = not OmegaConf.is_interpolation(cfg, "kl_weight")
-    if own_weight or cfg.kl_weight > 0 or cfg.kl.estimator is None:
+    """Says why the KL asked for does nothing; None if it does, or none was asked for."""
+    weight_is_set = not OmegaConf.is_interpolation(cfg, "kl_weight")
+    if weight_is_set or cfg.kl_weight > 0 or cfg.kl.estimator is None:
         return None
     keys = [parse_key(override) for override in overrides]
     asked = [key for key in keys if key == "kl" or key.startswith("kl.")]

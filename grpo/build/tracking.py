@@ -1,4 +1,4 @@
-"""What trackers are told of a run, and what records it."""
+"""Builds what a run's trackers know of it, and the sinks that record it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from grpo.tracking import RunInfo
 
 
 def make_run_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
-    """Of a run: the experiment's, or what it trains on what."""
+    """Returns the default name of a run: that of its experiment, or MODEL-DATASET."""
     experiment = choices.get("experiment")
     if isinstance(experiment, str) and experiment != "none":
         return experiment
@@ -45,12 +45,12 @@ def build_evaluation_info(cfg: DictConfig, folder: Path) -> RunInfo:
 
 
 def bind_sinks(cfg: DictConfig) -> list[functools.partial[Any]]:
-    """What makes each place that a run is recorded in, beside its folder."""
+    """Binds the options of each tracker; each result makes a sink from `info`."""
     return [bind(node, f"tracking.{name}") for name, node in cfg.tracking.items()]
 
 
 def make_folder_title(folder: Path) -> str:
-    """What tells a run's folder apart: its name, after the day where that is the folder's."""
+    """Returns the name of a run's folder, after its parent's if that is a day."""
     day = folder.parent.name
     return f"{day}-{folder.name}" if re.fullmatch(r"\d+-\d+-\d+", day) else folder.name
 

@@ -1,1 +1,1 @@
-"""The doctor: what is wrong with a run, told by its metrics, live and in its report."""
+"""The doctor finds what is wrong with a run from its metrics, live and for its report."""

@@ -1,4 +1,4 @@
-"""A run's metrics so far, as diagnoses ask for them."""
+"""A run's metrics so far, with the means that diagnoses use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from grpo.config.schema import DoctorConfig
 
-MetricsLine = Mapping[str, Any]  # of metrics.jsonl
+MetricsLine = Mapping[str, Any]  # one line of metrics.jsonl
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run as far as it has come."""
+    """The metrics of a run so far, its config and the doctor's limits."""
 
     lines: Sequence[MetricsLine]
     config: Mapping[str, Any]
@@ -30,15 +30,15 @@ class RunHistory:
         return [line for line in self.lines if "eval/accuracy" in line]
 
     def values(self, metric: str) -> list[float]:
-        """A metric over the steps that have it."""
+        """Returns a metric's values over the steps that have it."""
         return [line[metric] for line in self.steps if line.get(metric) is not None]
 
     def recent_mean(self, metric: str) -> float | None:
-        """Its mean over the last steps; None where it isn't logged."""
+        """Returns a metric's mean over the last `window` steps; None if it isn't logged."""
         values = self.values(metric)[-self.limits.window :]
         return fmean(values) if values else None
 
     def first_and_last_means(self, metric: str) -> tuple[float, float] | None:
-        """Its mean over the first steps, and over the last; None where it isn't logged."""
+        """Returns its means over the first and the last `window` steps; None if not logged."""
         values, window = self.values(metric), self.limits.window
         return (fmean(values[:window]), fmean(values[-window:])) if values else None

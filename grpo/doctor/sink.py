@@ -1,4 +1,4 @@
-"""The doctor beside a run: a sink that says what is wrong as soon as it shows."""
+"""The doctor as a sink: warns of what is wrong with a run as soon as the metrics show it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ log = logging.getLogger(__name__)
 
 
 class DoctorSink(Sink):
-    """Tells each diagnosis once, when it is first made."""
+    """Logs each diagnosis once, when it is first found."""
 
     def __init__(self, info: RunInfo, limits: DoctorConfig) -> None:
         self.info, self.limits = info, limits
-        past = read_lines(info.folder / "metrics.jsonl")
-        self.lines = [line for line in past if line["step"] <= info.logged_step]
-        self.reported = {one.name for one in diagnose(self.lines, info.config, limits)}
+        earlier = read_lines(info.folder / "metrics.jsonl")
+        self.lines = [line for line in earlier if line["step"] <= info.logged_step]
+        self.reported = {found.name for found in diagnose(self.lines, info.config, limits)}
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.lines.append(replace_nonfinite({"step": step, **metrics}))
         if step % self.limits.window:
             return
-        for one in diagnose(self.lines, self.info.config, self.limits):
-            if one.name not in self.reported:
-                self.reported.add(one.name)
-                log.warning("step %d: %s", step, one)
+        for diagnosis in diagnose(self.lines, self.info.config, self.limits):
+            if diagnosis.name not in self.reported:
+                self.reported.add(diagnosis.name)
+                log.warning("step %d: %s", step, diagnosis)

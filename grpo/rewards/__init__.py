@@ -1,4 +1,4 @@
-"""Rewards: callables that take samples and give each a number. A config names and weighs them."""
+"""Rewards: callables that return a number for each sample. A config names and weights them."""
 
 from grpo.rewards.answer import Answer, AnswerFormat, Task
 from grpo.rewards.code import Code

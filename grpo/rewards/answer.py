@@ -10,13 +10,13 @@ from grpo.types import Failure, Sample
 
 ANSWER_TAGS = re.compile(r"</?answer>")
 
-NO_GOLD = Failure("its row has no one gold answer; use reward=task, the data set's own verifier")
+NO_GOLD = Failure("its row has no single gold answer; use reward=task, the data set's own verifier")
 
 
 class Answer:
-    """The note's reward: 1 where what is in `<answer>…</answer>` equals the gold answer, else 0.
+    """1 if the text in `<answer>…</answer>` equals the gold answer, else 0.
 
-    A row without a gold answer, of a task where several are right, is a failure.
+    A row without a gold answer, as in a task with several right answers, gives a failure.
     """
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure]:
@@ -29,7 +29,7 @@ class Answer:
 
 
 class AnswerFormat:
-    """1 where a completion has exactly one `<answer>…</answer>`, else 0."""
+    """1 if a completion has exactly one `<answer>…</answer>`, else 0."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         return [
@@ -39,7 +39,7 @@ class AnswerFormat:
 
 
 class Task:
-    """The data set's own verifier, which reads the answer as `dataset.extract` says."""
+    """The score of the data set's own verifier, which finds the answer by `dataset.extract`."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure]:
         return [sample.verdict for sample in samples]

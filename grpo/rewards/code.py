@@ -26,33 +26,33 @@ PYTHON_LANGUAGES = ("python", "python3", "py")
 class Code:
     """The share of its tests that a Python program passes.
 
-    The program is the last ```python fence of the last `<answer>…</answer>`, or all that is in
-    there; without the tags, the last fence of the completion. Its tests are in a column of the row:
+    The program is the last ```python fence of the last `<answer>…</answer>`, else its last fence,
+    else all of its text; without the tags, the last such fence of the completion. A column of the
+    row holds its tests:
 
     - a string of Python: each statement that asserts, raises or calls something is a test;
-    - a list of such strings, each one test; in both, functions `test…` without arguments and the
-      methods of a `unittest.TestCase` are called as pytest would;
-    - a list of `{input, output}`: the program reads the one and has to print the other, but for
-      white space at the ends of lines. Each is run on its own;
-    - an object `{inputs: [...], outputs: [...]}`, which says the same. With a `fn_name` that
+    - a list of such strings, each one test. In both, functions `test…` without arguments and the
+      methods of a `unittest.TestCase` are called, as pytest does;
+    - a list of `{input, output}`: the program reads the input and must print the output, apart from
+      white space at the ends of lines. It is run once for each pair;
+    - an object `{inputs: [...], outputs: [...]}`, which means the same. With a `fn_name`, that
       function, or method of `Solution`, is called with each input, a list of arguments;
-    - any of these as a string, in JSON or as Python writes it.
+    - any of these as a string, in JSON or as a Python literal.
 
-    A program that reads and prints is run as `python answer.py` would, and has to end with exit
-    code 0; any other is imported, so `__name__` is not `"__main__"`.
+    A program that reads and prints is run like `python answer.py`, and must end with exit code 0.
+    Any other is imported, so its `__name__` is not `"__main__"`.
 
-    The reward does not apply to a row without tests. A program that fails, crashes, hangs or takes
-    more than it may scores 0, and so does a completion without one; a failure is only where it
-    could not be run, or its tests can't be read or check nothing: what passes without any program
-    is no test. `grpo.verifiers.sandbox` says what a running program can and can't do.
+    The reward does not apply to a row without tests. It is 0 for a program that fails, crashes,
+    hangs or exceeds a limit, and for a completion without a program. It is a failure only where the
+    program could not be run, or where the tests can't be read or check nothing, since a test that
+    passes without any program is no test. `grpo.verifiers.sandbox` says what a program may do.
 
     What a program prints is compared outside its process. Tests in Python run in a second process
-    and use the program over two pipes, at some 0.2 ms a call. The program learns what it is called
-    with and what is done with its objects. It gets no text of the tests and no expected value, and
-    it decides no comparison with one. `grpo.verifiers.grader` has the details. The program still
-    decides what two objects of its own are to each other: `assert f(2) == Point(1, 2)` checks no
-    more than the program's own `Point.__eq__`, and a function of the tests that it is given need
-    never be called.
+    and use the program over two pipes, at about 0.2 ms a call. The program learns the arguments of
+    its calls and the operations on its objects. It gets no text of the tests and no expected value,
+    and it decides no comparison with one. `grpo.verifiers.grader` has the details. The program does
+    decide how two of its own objects compare: `assert f(2) == Point(1, 2)` only checks the
+    program's own `Point.__eq__`. It also decides whether it calls a function that tests pass to it.
 
     A correct program fails tests that do one of these:
 
@@ -60,21 +60,21 @@ class Code:
     - look at source, signatures or frames, or use `dataclasses.asdict` or `pickle` on its objects;
     - compare an object of the program's with a value, by `==`, `<` or `in`, unless its class
       derives from that of the value (`in` works where it can be iterated);
-    - want a number from arithmetic with an object of the program's and a value;
-    - write a file that the program reads, or the other way around;
+    - need a number from arithmetic with an object of the program's and a value;
+    - write a file that the program reads, or read a file that it writes;
     - set the seed of `random` or a global variable for the program;
     - use `async with` or `async for` on its objects, or give it a coroutine;
-    - let a `with` of the program's keep an error to itself, and check something in a `with`;
+    - need a context manager of the program's to suppress an error, and check something in a `with`;
     - `eval` a text that is not written in the tests;
-    - use a builtin's name, such as `abs`, for a function of the program's, and other names too.
+    - call a function of the program's by a builtin's name, such as `abs`, and use other names too.
 
     Args:
-        column: of the row, where the tests are.
-        strict: all tests passed or nothing.
-        seconds: of one run, on the clock and of CPU.
-        memory_mb: address space of one run.
-        file_mb: all that one run may leave in its folder, and print where that is compared.
-        workers: runs at a time.
+        column: the column of the row that holds the tests.
+        strict: 1 if all tests pass, else 0, instead of the share that passes.
+        seconds: time limit of one run, for wall time and for CPU time.
+        memory_mb: limit on the address space of one run.
+        file_mb: limit on all files of one run, and on what it prints where that is compared.
+        workers: programs that run at the same time.
     """
 
     concurrent = True
@@ -99,13 +99,15 @@ class Code:
             raise ConfigError(f"grpo.rewards.Code can't confine programs here: {error}.") from error
         self.threads: ThreadPoolExecutor | None = None
         self.warned = False
-        self.effective_pieces: dict[
-            PythonTests, list[int]
-        ] = {}  # which pieces no empty program passes
+        # The indices of the pieces that an empty program fails.
+        self.effective_pieces: dict[PythonTests, list[int]] = {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure | None]:
         if not self.warned and not any(self.column in s.example.columns for s in samples):
-            log.warning("column=%s: no row of this batch has one, so no tests", self.column)
+            log.warning(
+                "column=%s: no row of this batch has this column, so the reward applies to none",
+                self.column,
+            )
             self.warned = True
         if self.threads is None:
             self.threads = ThreadPoolExecutor(self.workers, thread_name_prefix="code")
@@ -133,13 +135,13 @@ class Code:
         return float(all(passed)) if self.strict else sum(passed) / len(passed)
 
     def grade_pairs(self, program: str, tests: InputOutput) -> list[bool]:
-        """Whether each test passed; in strict mode the list ends at the first that didn't."""
+        """Returns whether each test passed; in strict mode, stops after the first that didn't."""
         most = self.limits.file_mb << 20
         if any(len(wanted) > most for _, wanted in tests.pairs):
-            raise InvalidTests(f"wants more printed than file_mb={self.limits.file_mb} allows")
+            raise InvalidTests(f"expects more output than file_mb={self.limits.file_mb} allows")
         passed = []
-        for given, wanted in tests.pairs:
-            run = run_script(encode_source(program), given, self.limits)
+        for script_input, wanted in tests.pairs:
+            run = run_script(encode_source(program), script_input, self.limits)
             passed.append(run.exit_code == 0 and split_lines(run.printed) == split_lines(wanted))
             if self.strict and not passed[-1]:
                 break
@@ -149,7 +151,7 @@ class Code:
         if tests not in self.effective_pieces:
             without = self.run_asserts("", tests)
             self.effective_pieces[tests] = [
-                n for n, own in enumerate(tests.is_test_piece) if own and not without[n]
+                n for n, is_test in enumerate(tests.is_test_piece) if is_test and not without[n]
             ]
         checking = self.effective_pieces[tests]
         if not checking:
@@ -158,14 +160,14 @@ class Code:
         return [passed[n] for n in checking]
 
     def run_asserts(self, program: str, tests: PythonTests) -> list[bool]:
-        """Whether each piece of the tests ran to its end."""
+        """Returns whether each piece of the tests ran to its end."""
         pieces = [encode_source(piece).decode() for piece in tests.pieces]
-        exam = GraderArguments(pieces, tests.reserved, tests.passes_errors)
-        return run_tests(encode_source(program), exam, self.limits)
+        arguments = GraderArguments(pieces, tests.reserved, tests.passes_errors)
+        return run_tests(encode_source(program), arguments, self.limits)
 
 
 def extract_program(completion: str) -> str:
-    """The program that a completion gives, empty where it gives none."""
+    """Returns the program in a completion; empty if there is none."""
     answer = extract_tagged_answer(completion)
     fences = CODE_FENCE.findall(completion if answer is None else answer)
     if fences:

@@ -1,4 +1,4 @@
-"""What a row's tests ask of a program: Python that is run after it, or inputs and outputs."""
+"""Reads the tests of a program from a row: Python that uses it, or inputs and outputs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-# Statements that make something for the tests behind them.
+# Statements that prepare something for the tests after them.
 SETUP_STATEMENTS = (
     *(ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
     *(ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete, ast.Pass),
 )
-# Functions of libraries that raise, or leave, where something is wrong.
+# Library functions that raise or exit if something is wrong.
 CHECK_FUNCTION = re.compile(r"(assert|fail|raises|debug$|exit$|expect$|quit$)")
 PARSE_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 
 class InvalidTests(Exception):
-    """A column holds something else than the tests that `Code` describes."""
+    """A column does not hold tests as `Code` describes them."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,23 @@ class PythonTests:
     """Pieces of Python, run one after the other with the program's names."""
 
     pieces: tuple[str, ...]
-    is_test_piece: tuple[bool, ...]  # whether a piece is a test, or only makes something for one
-    reserved: tuple[str, ...]  # names that are Python's own in there, whatever the program says
-    passes_errors: bool  # whether a `with` may hold a test, so that none may keep errors to itself
+    is_test_piece: tuple[bool, ...]  # whether each piece is a test, or only prepares one
+    reserved: tuple[str, ...]  # names that stay Python's own, even if the program defines them
+    passes_errors: bool  # whether a `with` may hold a test, so that it must not suppress errors
 
 
 @dataclass(frozen=True)
 class InputOutput:
-    """What a program is given and has to print, of each test."""
+    """For each test, the input of the program and the output that it must print."""
 
     pairs: tuple[tuple[bytes, bytes], ...]
 
 
 def read_tests(column: Any) -> PythonTests | InputOutput | None:
-    """The tests of a row; None where it has none.
+    """Reads the tests in a row's column; returns None if there are none.
 
     Raises:
-        NotTests: they can't be read, or check nothing.
+        InvalidTests: the tests can't be read, or check nothing.
     """
     tests = parse_literal(column) if isinstance(column, str) else column
     if tests is None or (isinstance(tests, float) and math.isnan(tests)):
@@ -72,12 +72,12 @@ def read_tests(column: Any) -> PythonTests | InputOutput | None:
         raise InvalidTests("calls a function, but doesn't say which: add its fn_name to each test")
     pairs = tuple((encode_lines(test["input"]), encode_lines(test["output"])) for test in tests)
     if not any(wanted.strip() for _, wanted in pairs):
-        raise InvalidTests("wants nothing printed, so it checks nothing")
+        raise InvalidTests("expects no output, so it checks nothing")
     return InputOutput(pairs)
 
 
 def parse_literal(text: str) -> Any:
-    """The list or object that a text holds as JSON or as Python writes it; else the text."""
+    """Returns the list or object that a text holds in JSON or as a literal; else the text."""
     if not text.lstrip().startswith(("[", "{", '"', "(")):
         return text
     try:
@@ -92,29 +92,29 @@ def parse_literal(text: str) -> Any:
 
 
 def refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def pair_columns(tests: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A test for each of {inputs: [...], outputs: [...]}, or the one that is {input, output}."""
+    """Yields each test of {inputs: [...], outputs: [...]}, or the one of {input, output}."""
     keys = next((k for k in (("inputs", "outputs"), ("input", "output")) if k[0] in tests), None)
     if keys is None and not tests:
         return
     if keys is None or not set(keys) <= set(tests):
         raise InvalidTests("is an object, which should have inputs and outputs")
-    given, wanted = (tests[key] for key in keys)
-    if keys == ("input", "output") and isinstance(given, str) and isinstance(wanted, str):
-        given, wanted = [given], [wanted]
-    if not (isinstance(given, list | tuple) and isinstance(wanted, list | tuple)):
+    inputs, outputs = (tests[key] for key in keys)
+    if keys == ("input", "output") and isinstance(inputs, str) and isinstance(outputs, str):
+        inputs, outputs = [inputs], [outputs]
+    if not (isinstance(inputs, list | tuple) and isinstance(outputs, list | tuple)):
         raise InvalidTests(f"should hold lists of {keys[0]} and {keys[1]}")
-    if len(given) != len(wanted):
-        raise InvalidTests(f"has {len(given)} {keys[0]} and {len(wanted)} {keys[1]}")
-    for one, other in zip(given, wanted, strict=True):
-        yield {"input": one, "output": other, "fn_name": tests.get("fn_name")}
+    if len(inputs) != len(outputs):
+        raise InvalidTests(f"has {len(inputs)} {keys[0]} and {len(outputs)} {keys[1]}")
+    for test_input, output in zip(inputs, outputs, strict=True):
+        yield {"input": test_input, "output": output, "fn_name": tests.get("fn_name")}
 
 
 def encode_lines(value: Any) -> bytes:
-    """What is read or printed: a text, a whole number, or a list of lines."""
+    """Encodes an input or output: a text, an integer, or a list of lines."""
     values = value if isinstance(value, list | tuple) else [value]
     for line in values:
         if not isinstance(line, str | int) or isinstance(line, bool):
@@ -125,35 +125,42 @@ def encode_lines(value: Any) -> bytes:
 
 
 def write_call(test: Mapping[str, Any]) -> str:
-    """A test as an assert: a function, or a method of `Solution`, called with given arguments.
+    """Writes a test as an assert that calls a function, or a method of `Solution`.
 
-    These are a list, or a text with one in JSON on each line. The result is compared as JSON, which
-    has lists alone, no tuples; where a list of one is wanted, what is in it does too.
+    The input is a list of arguments, or a text with one argument in JSON on each line. The result
+    is compared as JSON, where tuples are lists. If a list of one element is expected, the element
+    by itself is right, too.
     """
-    name, given, wanted = test["fn_name"], test["input"], test["output"]
+    name, arguments, wanted = test["fn_name"], test["input"], test["output"]
     if not isinstance(name, str) or not name.isidentifier():
         raise InvalidTests(f"has {name!r} as fn_name, which names no function")
     try:
-        if isinstance(given, str):
-            given = [json.loads(line) for line in given.splitlines() if line.strip()]
+        if isinstance(arguments, str):
+            arguments = [json.loads(line) for line in arguments.splitlines() if line.strip()]
             wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
-        if not isinstance(given, list | tuple):
-            raise TypeError(f"{type(given).__name__} instead of a list")
+        if not isinstance(arguments, list | tuple):
+            raise TypeError(f"{type(arguments).__name__} instead of a list")
         wanted = json.loads(json.dumps(wanted, allow_nan=False))
-        given = json.loads(json.dumps(given, allow_nan=False))
+        arguments = json.loads(json.dumps(arguments, allow_nan=False))
     except PARSE_ERRORS as error:
         raise InvalidTests(
-            f"has arguments or a result of {name} that are no JSON ({error})"
+            f"has arguments or a result of {name} that are not JSON ({error})"
         ) from error
     right = [wanted, *(wanted if isinstance(wanted, list) and len(wanted) == 1 else ())]
     function = f"(Solution().{name} if 'Solution' in globals() else {name})"
-    return f"import json\nassert json.loads(json.dumps({function}(*{given!r}))) in {right!r}"
+    return f"import json\nassert json.loads(json.dumps({function}(*{arguments!r}))) in {right!r}"
 
 
 def read_asserts(tests: Sequence[str], text_is_test: bool) -> PythonTests:
-    """Tests in Python. Each text is one test, or each statement of them.
+    """Reads tests in Python.
 
-    Functions `test…` and the methods of a `unittest.TestCase` are tests too, as pytest has it.
+    Functions `test…` and the methods of a `unittest.TestCase` are tests, too, as in pytest.
+
+    Args:
+        text_is_test: whether each text is one test; else each statement is.
+
+    Raises:
+        InvalidTests: a text is not Python, or nothing in the tests can fail.
     """
     try:
         modules = [ast.parse(text).body for text in tests]
@@ -173,31 +180,31 @@ def read_asserts(tests: Sequence[str], text_is_test: bool) -> PythonTests:
             pieces, counted, find_reserved_names(everything), has_tests_in_with(everything)
         )
     except PARSE_ERRORS as error:
-        raise InvalidTests(f"no Python ({type(error).__name__}: {error})") from error
+        raise InvalidTests(f"is not Python ({type(error).__name__}: {error})") from error
 
 
 def find_reserved_names(body: Sequence[ast.stmt]) -> tuple[str, ...]:
-    """The names that tests take from Python itself: of builtins, and of modules by an attribute.
+    """Finds the names that tests take from Python: builtins, and modules with an attribute.
 
-    A program's own `abs` or `math` decides no test. But where tests use no other name than that of
-    one builtin, as in `assert sum(10, 15) == 6`, it is what they test.
+    A program's own `abs` or `math` must not decide a test. But if the only name that tests use is
+    one builtin's, as in `assert sum(10, 15) == 6`, then they test the program's function.
     """
     nodes = [node for statement in body for node in ast.walk(statement)]
     loaded = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     free = loaded - find_bound_names(nodes)
-    own = {name for name in free if hasattr(builtins, name)}
-    if own == free and len(own) == 1:
-        own = set()
+    reserved = {name for name in free if hasattr(builtins, name)}
+    if reserved == free and len(reserved) == 1:
+        reserved = set()
     spaces = {
         node.value.id
         for node in nodes
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
-    return tuple(sorted(own | (spaces & free & sys.stdlib_module_names)))
+    return tuple(sorted(reserved | (spaces & free & sys.stdlib_module_names)))
 
 
 def find_bound_names(nodes: Sequence[ast.AST]) -> set[str]:
-    """The names that tests define, assign, import or have as an argument."""
+    """Returns the names that tests define, assign, import or have as a parameter."""
     bound = set()
     for node in nodes:
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -212,7 +219,7 @@ def find_bound_names(nodes: Sequence[ast.AST]) -> set[str]:
 
 
 def has_tests_in_with(body: Sequence[ast.stmt]) -> bool:
-    """Whether something in a `with` checks a result, or calls a function of the tests that may."""
+    """Returns whether a `with` of the tests contains a check, or calls one of their functions."""
     nodes = [node for statement in body for node in ast.walk(statement)]
     bound = find_bound_names(nodes)
     inside = [
@@ -230,7 +237,7 @@ def has_tests_in_with(body: Sequence[ast.stmt]) -> bool:
 
 
 def write_test_calls(body: Sequence[ast.stmt]) -> Iterator[str]:
-    """Calls of the test functions and methods that nothing calls."""
+    """Writes calls of the test functions and methods that the tests don't call themselves."""
     for statement in body:
         others = [other for other in body if other is not statement and not runs_unittest(other)]
         if isinstance(statement, ast.FunctionDef) and statement.name.startswith("test"):
@@ -247,12 +254,12 @@ def write_test_calls(body: Sequence[ast.stmt]) -> Iterator[str]:
 
 
 def runs_unittest(statement: ast.stmt) -> bool:
-    """Whether this is `unittest.main()`, which reports and leaves, but raises nothing."""
+    """Returns whether this is `unittest.main()`, which reports and exits, but never raises."""
     return isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("unittest.main(")
 
 
 def drop_unused(body: Sequence[ast.stmt]) -> list[ast.stmt]:
-    """The statements without the functions and classes that no other one names."""
+    """Drops the functions and classes that no other statement names."""
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return [
         statement
@@ -267,9 +274,9 @@ def list_names(code: ast.AST) -> set[str]:
 
 
 def is_test(statement: ast.stmt) -> bool:
-    """Whether a statement is one that a program passes: it calls something, asserts or raises.
+    """Returns whether a statement is a test: it calls something, asserts or raises.
 
-    A value that is thrown away, `f(1) == 2` or a text, is none.
+    An expression whose value is not used, such as `f(1) == 2` or a text, is no test.
     """
     if isinstance(statement, SETUP_STATEMENTS):
         return False
@@ -281,7 +288,7 @@ def is_test(statement: ast.stmt) -> bool:
 
 
 def can_fail(statement: ast.stmt) -> bool:
-    """Whether there is something in here that fails where a result is wrong."""
+    """Returns whether a statement contains something that fails if a result is wrong."""
     return any(map(is_check, ast.walk(statement)))
 
 
@@ -294,7 +301,7 @@ def is_check(node: ast.AST) -> bool:
 
 
 def is_always_true(node: ast.expr) -> bool:
-    """Whether an assert of it passes for any program: a tuple (with the message in it), a text."""
+    """Returns whether an assert of it always passes: a text, or a tuple with the message in it."""
     if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
         return any(map(is_always_true, node.values))
     if isinstance(node, ast.Tuple | ast.List | ast.Set):

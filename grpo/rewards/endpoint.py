@@ -1,4 +1,4 @@
-"""A reward that another service works out."""
+"""A reward that an HTTP service computes."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from grpo.errors import ConfigError
 from grpo.rewards.option_checks import require_at_least, require_positive
 from grpo.types import Failure, Sample
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries
-JITTER = random.Random()  # of its own: a retry must not change what is sampled
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
+JITTER = random.Random()  # a separate generator, so that a retry doesn't change what is sampled
 
 
 class Endpoint:
-    """What an HTTP service says of each completion.
+    """The reward that an HTTP service returns for each completion.
 
-    It is sent `{"samples": [{"prompt", "completion", "answer", "columns"}, …]}` and has to answer
-    `{"rewards": [number or null, …]}`, one a sample; null is a reward that does not apply. A batch
-    is tried again, after pauses that double, where no connection is made, the time is over, or it
-    answers 429 or 5xx. What then has no right answer is a failure, of that batch alone.
+    The service gets `{"samples": [{"prompt", "completion", "answer", "columns"}, …]}` and must
+    answer `{"rewards": [number or null, …]}`, one for each sample; null means that the reward does
+    not apply. A request is repeated, after pauses that double, if it can't connect, runs out of
+    time, or gets status 429 or 5xx. If it still has no valid answer, its samples get failures.
 
     Args:
         url: http or https.
-        seconds: time limit of one try.
-        retries: tries after the first.
-        batch_size: samples a request.
-        workers: requests at a time.
-        token_env: the environment's variable that holds a token, sent as `Authorization: Bearer`.
+        seconds: time limit of one attempt.
+        retries: attempts after the first.
+        batch_size: samples per request.
+        workers: requests at the same time.
+        token_env: environment variable that holds a token, sent as `Authorization: Bearer`.
     """
 
     concurrent = True
@@ -57,7 +57,7 @@ class Endpoint:
             )
         if urlsplit(url).password:
             raise ConfigError(
-                "url: takes no user and password; name a variable of the environment that holds a "
+                "url: takes no user and password; name an environment variable that holds a "
                 "token: token_env=NAME."
             )
         if token_env is not None and not os.environ.get(token_env):
@@ -110,7 +110,7 @@ class Endpoint:
             except (OSError, HTTPException) as error:
                 reason = f"{type(error).__name__}: {error}"
             except (ValueError, OverflowError, RecursionError) as error:
-                reason = f"its answer is not as agreed: {error}"
+                reason = f"its answer is not valid: {error}"
                 break
         return [Failure(f"{self.url}: {reason} (try {attempt + 1})")] * len(batch)
 
@@ -125,17 +125,19 @@ def sample_to_json(sample: Sample) -> dict[str, Any]:
 
 
 def post(url: str, body: bytes, seconds: float, token: str | None = None) -> bytes:
-    """The answer to a request, all of it within a time limit.
+    """Sends a request and returns the whole answer, within a time limit.
 
     Raises:
-        OSError, HTTPException: there is none; HTTPError where it is another status than 2xx.
+        OSError, HTTPException: there is no whole answer; HTTPError if its status is not 2xx.
     """
     request = Request(url, body, {"Content-Type": "application/json"})
-    if token is not None:  # for this address alone, wherever it sends one
+    if token is not None:  # not sent on to where the service redirects
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     deadline = time.monotonic() + seconds
     parts = []
-    with urlopen(request, timeout=seconds) as response:  # a limit on each wait, not on their sum
+    with urlopen(
+        request, timeout=seconds
+    ) as response:  # the timeout limits each wait, not their sum
         while part := response.read1(2**16):
             parts.append(part)
             if time.monotonic() > deadline:
@@ -146,15 +148,15 @@ def post(url: str, body: bytes, seconds: float, token: str | None = None) -> byt
 
 
 def read_rewards(answer: bytes, count: int) -> list[float | None]:
-    """The rewards in an answer.
+    """Reads the rewards in an answer.
 
     Raises:
-        ValueError: it is not `{"rewards": […]}` with so many finite numbers or nulls.
+        ValueError: it is not `{"rewards": […]}` with `count` finite numbers or nulls.
     """
     content = json.loads(answer)
     rewards = content.get("rewards") if isinstance(content, dict) else None
     if not isinstance(rewards, list) or len(rewards) != count:
-        raise ValueError(f"it should hold {count} rewards, and is {answer[:80]!r}")
+        raise ValueError(f"it should hold {count} rewards, but is {answer[:80]!r}")
     for reward in rewards:
         if reward is not None and not (type(reward) in (int, float) and math.isfinite(reward)):
             raise ValueError(f"{reward!r} is neither a finite number nor null")

@@ -1,4 +1,4 @@
-"""A reward for mathematics that is the same in any notation."""
+"""A reward for mathematical answers in any notation."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 class Math:
-    """1 where a completion's answer is the gold one by math-verify, 0 where it isn't.
+    """1 if math-verify finds a completion's answer equal to the gold answer, else 0.
 
-    The answer is read from the last `<answer>…</answer>`; where there is none, from the last
-    `\\boxed{…}`; else it is what math-verify finds last in the text. Gold may be plain (`1,234`,
-    `\\frac{1}{2}`, `x=2`), between dollars or boxed; where it can't be read, as a word can't, the
-    reward does not apply. An answer that takes longer than `seconds` to compare is a failure, and
-    so is one whose worker died; the others of its batch are compared all the same.
+    The answer is read from the last `<answer>…</answer>`; without it, from the last `\\boxed{…}`;
+    without that, it is the last one that math-verify finds in the text. The gold answer may be
+    plain (`1,234`, `\\frac{1}{2}`, `x=2`), between dollars or boxed. If it can't be read, like a
+    word, the reward does not apply. An answer that takes longer than `seconds` to compare, or whose
+    worker dies, gives a failure; the other answers of its batch are compared anyway.
 
     https://github.com/huggingface/Math-Verify, in processes because sympy can't be interrupted.
 
     Args:
-        seconds: time limit of one answer, on the clock.
-        workers: processes; they start at the first call and stay until `close` or the end.
+        seconds: time limit of one answer, in wall time.
+        workers: processes; they start at the first call and run until `close` or the end.
     """
 
     concurrent = True
@@ -53,7 +53,7 @@ class Math:
                 )
                 for sample in samples
             ]
-        except RuntimeError as error:  # the pool broke between two of them
+        except RuntimeError as error:  # the pool broke after some were scheduled
             return [Failure(f"the pool of workers broke: {error}")] * len(samples)
         return [self.await_result(future) for future in futures]
 
@@ -71,7 +71,7 @@ class Math:
         return None if same is None else float(same)
 
     def ensure_pool(self) -> ProcessPool:
-        """The pool; a new one where there is none yet, or where a worker's death broke it."""
+        """Returns the pool; starts one if there is none, or if a worker's death broke it."""
         if self.pool is not None and not self.pool.active:
             self.close()
         if self.pool is None:

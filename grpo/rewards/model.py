@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 class RewardModel:
-    """What a sequence classifier gives a question and its completion.
+    """The score that a sequence classifier gives to a question and its completion.
 
-    By its tokenizer's chat template it reads the question and the completion as one exchange; where
-    it has none, the prompt as the policy read it and the completion after it, as plain text.
-    One output is the reward as it is; of several, the softmax probability of `label`.
+    If its tokenizer has a chat template, it reads question and completion as one exchange; else it
+    reads the policy's prompt followed by the completion, as plain text. If the classifier has one
+    output, that is the reward; if it has several, the reward is the softmax probability of `label`.
 
     Args:
         model: id on the hub, or a folder.
-        revision: of an id: a branch, tag or commit; None is main.
-        batch_size: completions at a time.
+        revision: branch, tag or commit of a model on the hub; None is main.
+        batch_size: completions per forward pass.
         max_tokens: longer texts lose their beginning.
-        device: cpu, cuda, cuda:1 …; auto is cuda where there is one.
-        label: which output, where there are several.
+        device: cpu, cuda, cuda:1 …; auto is cuda if available, else cpu.
+        label: index of the output to use, if there are several.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RewardModel:
                 f"device={device}: use auto, cpu, cuda or cuda:NUMBER.", key="device", value=device
             )
         folder = find_local_model(model, revision)
-        if folder is not None:  # else that is known once it is downloaded
+        if folder is not None:  # else it is checked after the download
             check_label(model, label, count_outputs(folder))
         self.model, self.revision = model, revision
         self.batch_size = batch_size
@@ -70,7 +70,7 @@ class RewardModel:
         return [reward for batch in batches for reward in self.score(batch).tolist()]
 
     def score(self, samples: Sequence[Sample]) -> Tensor:
-        """Rewards [n] float32, on the CPU."""
+        """Returns the rewards [n], float32, on the CPU."""
         import torch
 
         assert self.loaded is not None
@@ -95,15 +95,17 @@ class RewardModel:
     def format_text(self, sample: Sample, tokenizer: Any) -> str:
         if tokenizer.chat_template is None:
             return sample.prompt + sample.completion
-        asked = sample.example.messages or ({"role": "user", "content": sample.example.question},)
-        messages = [*asked, {"role": "assistant", "content": sample.completion}]
+        question = sample.example.messages or (
+            {"role": "user", "content": sample.example.question},
+        )
+        messages = [*question, {"role": "assistant", "content": sample.completion}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
     def load(self) -> tuple[Any, Any]:
-        """The classifier, in eval mode on its device, and its tokenizer.
+        """Loads the classifier, in eval mode on its device, and its tokenizer.
 
         Raises:
-            ConfigError: it can't be had, has no trained head, or has other outputs than `label`.
+            ConfigError: it can't be downloaded, has no trained head, or `label` doesn't fit it.
         """
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -112,11 +114,11 @@ class RewardModel:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = fetch_model_folder(self.model, self.revision)
-        # When it is loaded must not change what is sampled.
+        # Loading it must not change what is sampled later.
         with torch.random.fork_rng(devices=[]):
             classifier, info = AutoModelForSequenceClassification.from_pretrained(
                 folder,
-                trust_remote_code=False,  # else it asks, and takes what is piped in for an answer
+                trust_remote_code=False,  # without a value, it would ask on stdin
                 dtype=torch.float32 if device == "cpu" else "auto",
                 output_loading_info=True,
             )
@@ -133,7 +135,7 @@ class RewardModel:
         )
         config = classifier.config.get_text_config()
         if config.pad_token_id is None:
-            self.batch_size = 1  # it tells a text's end by the padding
+            self.batch_size = 1  # without padding, it can't find the ends of several texts
         else:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
         longest = getattr(config, "max_position_embeddings", None)
@@ -159,10 +161,10 @@ def is_folder(model: str) -> bool:
 
 
 def find_local_model(model: str, revision: str | None) -> Path | None:
-    """The folder of a model that needs no download, None for one that can be downloaded.
+    """Returns the folder of a local or cached model; None if it can be downloaded.
 
     Raises:
-        ConfigError: it is not there, and can't be had.
+        ConfigError: it is not there, and can't be downloaded.
     """
     if is_folder(model):
         if revision is not None:
@@ -190,7 +192,7 @@ def make_unreachable_error(model: str, revision: str | None, error: HubUnreachab
 
 
 def count_outputs(folder: Path) -> int:
-    """How many outputs the classifier in a folder has."""
+    """Returns the number of outputs of the classifier in a folder."""
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels)

@@ -1,4 +1,4 @@
-"""Rollout to scores. A reward that raises stops the run: its failure is never a reward of zero."""
+"""Scores a rollout. A reward that raises stops the run: an error is never a reward of 0."""
 
 from __future__ import annotations
 
@@ -24,43 +24,45 @@ Reward = Callable[[Sequence[Sample]], Sequence[RewardValue]]
 
 @dataclass(frozen=True)
 class WeightedReward:
+    """A reward, its weight and the sets that it applies to."""
+
     function: Reward
     weight: float
-    sources: frozenset[str] | None = None  # the sets of a mix that it is for; None: all
+    sources: frozenset[str] | None = None  # the sets of a mix that it applies to; None: all
 
     @property
     def concurrent(self) -> bool:
-        """Whether it waits for others rather than computes, and so may run beside the rest."""
+        """Whether it mostly waits for other processes, so that it can run beside other rewards."""
         return bool(getattr(self.function, "concurrent", False))
 
     def applies_to(self, sample: Sample) -> bool:
         return self.sources is None or sample.example.source in self.sources
 
     def close(self) -> None:
-        """Ends the processes and connections that it may have opened."""
+        """Ends the processes and threads that the reward may have started."""
         if hasattr(self.function, "close"):
             self.function.close()
 
 
 class RewardError(RunError):
-    """A reward raised, failed everywhere, or gave what is not one finite number a sample."""
+    """A reward raised, failed for all samples, or didn't return one finite number per sample."""
 
 
 def compute_scores(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> Scores:
-    """Every reward of every completion, and their weighted sum; none where a reward failed.
+    """Computes all rewards of all completions, and their weighted sum; NaN if a reward failed.
 
     Raises:
-        RewardError: naming the reward and showing the prompt and the completion that did it.
+        RewardError: names the reward and shows the prompt and the completion that caused it.
     """
     samples = to_samples(rollout)
     values = compute_all_rewards(rewards, samples)
     failures = {
-        name: {n: redact(one.reason) for n, one in enumerate(own) if isinstance(one, Failure)}
-        for name, own in values.items()
+        name: {n: redact(v.reason) for n, v in enumerate(values_N) if isinstance(v, Failure)}
+        for name, values_N in values.items()
     }
     for name, rows in failures.items():
         warn_failures(name, rows, len(samples))
-    parts = {name: as_tensor(own) for name, own in values.items()}
+    parts = {name: as_tensor(values_N) for name, values_N in values.items()}
     weights = {name: reward.weight for name, reward in rewards.items()}
     stacked_R1N = torch.stack(list(parts.values()))[:, None]
     total_N = weighted_sum(stacked_R1N, torch.tensor(list(weights.values())))[0]
@@ -82,19 +84,19 @@ def compute_scores(rollout: Rollout, rewards: Mapping[str, WeightedReward]) -> S
 def compute_all_rewards(
     rewards: Mapping[str, WeightedReward], samples: Sequence[Sample]
 ) -> dict[str, list[RewardValue]]:
-    """Each reward's values; those that wait for others do so at the same time."""
-    waiting = {name: reward for name, reward in rewards.items() if reward.concurrent}
-    with ThreadPoolExecutor(max_workers=max(1, len(waiting))) as threads:
-        promised = {
+    """Computes the values of each reward; concurrent rewards run in threads beside the others."""
+    concurrent = {name: reward for name, reward in rewards.items() if reward.concurrent}
+    with ThreadPoolExecutor(max_workers=max(1, len(concurrent))) as threads:
+        futures = {
             name: threads.submit(compute_reward, name, reward, samples)
-            for name, reward in waiting.items()
+            for name, reward in concurrent.items()
         }
         computed = {
             name: compute_reward(name, reward, samples)
             for name, reward in rewards.items()
-            if name not in waiting
+            if name not in concurrent
         }
-        computed |= {name: promise.result() for name, promise in promised.items()}
+        computed |= {name: future.result() for name, future in futures.items()}
     return {name: computed[name] for name in rewards}
 
 
@@ -120,25 +122,29 @@ def to_samples(rollout: Rollout) -> list[Sample]:
 def compute_reward(
     name: str, reward: WeightedReward, samples: Sequence[Sample]
 ) -> list[RewardValue]:
-    """One reward's value of every sample, checked; None for those it is not for."""
+    """Computes and checks one reward's values; None for samples that it doesn't apply to.
+
+    Raises:
+        RewardError: it raised, or didn't return one finite number, None or failure per sample.
+    """
     rows = [n for n, sample in enumerate(samples) if reward.applies_to(sample)]
-    own = [samples[n] for n in rows]
-    if not own:
+    scored = [samples[n] for n in rows]
+    if not scored:
         return [None] * len(samples)
     try:
-        values = list(reward.function(own))
+        values = list(reward.function(scored))
     except Exception as error:
-        culprit = find_raising_sample(reward.function, own)
+        culprit = find_raising_sample(reward.function, scored)
         raise RewardError(
             format_reward_error(name, f"it raised {type(error).__name__}: {error}", culprit)
         ) from error
-    if len(values) != len(own):
-        what = f"it gave {len(values)} values for {len(own)} completions"
-        raise RewardError(format_reward_error(name, what, own[0]))
-    for value, sample in zip(values, own, strict=True):
+    if len(values) != len(scored):
+        what = f"it returned {len(values)} values for {len(scored)} completions"
+        raise RewardError(format_reward_error(name, what, scored[0]))
+    for value, sample in zip(values, scored, strict=True):
         if not (value is None or isinstance(value, Failure) or is_finite_number(value)):
             raise RewardError(
-                format_reward_error(name, f"it gave {value!r}, not a finite number", sample)
+                format_reward_error(name, f"it returned {value!r}, not a finite number", sample)
             )
     by_row = dict(zip(rows, values, strict=True))
     return [by_row.get(n) for n in range(len(samples))]
@@ -176,7 +182,7 @@ def find_right(samples: Sequence[Sample], *, leniently: bool = False) -> list[bo
 
 
 def warn_failures(name: str, rows: Mapping[int, str], count: int) -> None:
-    """Says that a reward could not be worked out for some completions."""
+    """Warns that a reward could not be computed for some completions."""
     if rows:
         log.warning(
             "reward.%s failed for %d of %d completions, which are not trained on: %s",
@@ -196,10 +202,7 @@ def explain_no_rewards(scores: Scores) -> str:
 
 
 def raise_if_all_failed(rollout: Rollout, scores: Scores) -> None:
-    """Raises RewardError where a reward failed for every completion that it is for.
-
-    And where the failures of several rewards leave no completion with a total.
-    """
+    """Raises RewardError if a reward failed wherever it applies, or failures leave no total."""
     for name, rows in scores.failures.items():
         if rows and scores.parts[name].isnan().all():
             first = min(rows)
@@ -214,7 +217,7 @@ def raise_if_all_failed(rollout: Rollout, scores: Scores) -> None:
 
 
 def as_tensor(values: Sequence[RewardValue]) -> Tensor:
-    """[N] float32, NaN where the reward doesn't apply or failed."""
+    """Returns [N] float32, NaN where the reward doesn't apply or failed."""
     return torch.tensor(
         [math.nan if v is None or isinstance(v, Failure) else float(v) for v in values]
     )
@@ -228,11 +231,11 @@ def is_finite_number(value: object) -> bool:
 
 
 def find_raising_sample(function: Reward, samples: Sequence[Sample]) -> Sample:
-    """The sample that makes a reward raise on its own; the first where none does."""
+    """Returns the first sample that alone makes a reward raise; else the first sample."""
     for sample in samples:
         try:
             function([sample])
-        except Exception:  # noqa: BLE001 - a user's code; the error itself is already being told
+        except Exception:  # noqa: BLE001 - a user's code; the caller reports its error
             return sample
     return samples[0]
 

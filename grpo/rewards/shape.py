@@ -1,4 +1,4 @@
-"""Rewards for how a completion looks: its tags, steps, length and repetitions."""
+"""Rewards for the form of a completion: its tags, steps, length and repetitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo.errors import ConfigError
 from grpo.rewards.option_checks import require_at_least
 from grpo.types import Failure, Sample
 
-# A numbered step, a numbered line or a bullet, a word that orders.
+# A numbered step, a numbered line or a bullet, a word such as "First,".
 STEP_MARKER = re.compile(
     r"\bstep \d+|^[ \t]*(?:\d+[.)]|[-*•])[ \t]+|\b(?:first|second|third|next|finally)(?:ly)?,",
     re.IGNORECASE | re.MULTILINE,
@@ -19,12 +19,12 @@ STEP_MARKER = re.compile(
 
 
 class TagCount:
-    """The share of the tags that a completion has exactly once: each of four is worth 0.25.
+    """The share of the tags that occur exactly once in a completion: 0.25 for each of four.
 
-    As open-r1's `tag_count_reward`, but line breaks around the tags are not asked for.
+    Like open-r1's `tag_count_reward`, but without line breaks around the tags.
 
     Args:
-        tags: as they are written.
+        tags: the exact text of each tag.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class TagCount:
 
 
 class ReasoningSteps:
-    """Step markers in a completion as a share of `target`, at most 1.
+    """The number of step markers in a completion, divided by `target`; at most 1.
 
     A marker is "Step 1", a numbered line, a bullet, or "First," "Second," "Third," "Next,"
-    "Finally,". After open-r1's `reasoning_steps_reward`.
+    "Finally,". Follows open-r1's `reasoning_steps_reward`.
 
     Args:
-        target: this many markers give the whole reward.
+        target: the number of markers that gives 1.
     """
 
     def __init__(self, target: int = 3) -> None:
@@ -66,8 +66,8 @@ class ReasoningSteps:
 class Length:
     """From 0.5 for the shortest completion of its group to -0.5 for the longest, in tokens.
 
-    A wrong completion never gains: it gets 0 at most. Where all are as long, all get 0.
-    Kimi k1.5 (2501.12599), section 2.3.3. Right is what the data set's own verifier gives 1.
+    A wrong completion gets 0 at most. If all of a group have the same length, all get 0.
+    Kimi k1.5 (2501.12599), section 2.3.3. A completion is right if the data set's verifier gives 1.
     """
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Failure]:
@@ -88,17 +88,17 @@ class Length:
 
 
 class Cosine:
-    """From one bound at no tokens to another at `max_tokens`, along half a cosine.
+    """From a start value at 0 tokens to an end value at `max_tokens`, along half a cosine.
 
-    By default a right completion gets the less the longer it is, and a wrong one is punished the
-    less the longer it is, so that the model thinks on where it can't answer yet. Longer ones than
-    `max_tokens` stay at the end. 2502.03373, appendix C.1; the defaults are its own.
+    By default, longer right completions get less reward and longer wrong ones less penalty, so that
+    the model thinks longer where it can't answer yet. Beyond `max_tokens`, the end value holds.
+    2502.03373, appendix C.1, with its defaults.
 
     Args:
-        max_tokens: of a completion.
-        right_start, right_end: for a completion that the data set's own verifier gives 1.
-        wrong_start, wrong_end: for any other.
-        cut_off: for one that reached the limit, so that it doesn't pay to go on for ever.
+        max_tokens: tokens of a completion at which the end value is reached.
+        right_start, right_end: for a completion that the data set's verifier gives 1.
+        wrong_start, wrong_end: for any other completion.
+        cut_off: for a truncated completion, so that endless ones don't pay.
     """
 
     def __init__(
@@ -131,21 +131,21 @@ class Cosine:
 
 
 class Repetition:
-    """`max_penalty` times the share of n-grams that were there before; 0 where all are distinct.
+    """`max_penalty` times the share of repeated n-grams; 0 if all n-grams are distinct.
 
-    2502.03373's n-gram penalty, over a whole completion as in open-r1.
+    The n-gram penalty of 2502.03373, over a whole completion as in open-r1.
 
     Args:
-        ngram: words or tokens to an n-gram; a completion with fewer gets 0.
-        max_penalty: 0 or less, for a completion that only repeats.
-        over: words (between white space, whatever their case) or tokens.
+        ngram: words or tokens per n-gram; a shorter completion gets 0.
+        max_penalty: 0 or less; a completion that only repeats comes close to it.
+        over: words (split at white space, case ignored) or tokens.
     """
 
     def __init__(self, ngram: int = 3, max_penalty: float = -1.0, over: str = "words") -> None:
         require_at_least(1, ngram=ngram)
         if max_penalty > 0:
             raise ConfigError(
-                f"max_penalty={max_penalty}: is a penalty, so 0 or less.",
+                f"max_penalty={max_penalty}: is a penalty, so use 0 or less.",
                 key="max_penalty",
                 value=max_penalty,
             )
@@ -167,13 +167,13 @@ class Repetition:
 
 
 class SoftOverlong:
-    """0 up to `buffer` tokens before `max_tokens`, falling linearly to -1 there, and -1 beyond.
+    """0 up to `max_tokens` - `buffer` tokens, then linear down to -1 at `max_tokens` and beyond.
 
     DAPO (2503.14476), eq. 13.
 
     Args:
-        max_tokens: of a completion; as `max_new_tokens`, it punishes before truncation does.
-        buffer: tokens over which it falls.
+        max_tokens: length with -1; equal to `max_new_tokens`, it penalizes before truncation.
+        buffer: tokens over which the reward falls.
     """
 
     def __init__(self, max_tokens: int, buffer: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, and going on from them."""
+"""Saving and loading checkpoints; a checkpoint is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """A run's `checkpoints/` folder: step_N written aside and renamed, the newest few kept."""
+    """A run's `checkpoints/` folder, which keeps the newest `keep` checkpoints, named step_N."""
 
     def __init__(self, run: Path, keep: int, config: Mapping[str, Any]) -> None:
         self.run, self.folder = run, run / "checkpoints"
@@ -39,28 +39,28 @@ class Checkpoints:
         budget: Budget,
         progress: Progress,
     ) -> Path:
-        """Writes step_N aside and renames it; a whole one that is there already is left alone."""
+        """Writes step_N under another name and renames it; keeps an intact step_N that exists."""
         target = self.folder / f"step_{progress.step}"
         if target.exists() and find_damage(target) is None:
             return target
         for leftover in self.folder.glob(".*"):
             shutil.rmtree(leftover)
-        aside = self.folder / f".step_{progress.step}.partial"
-        aside.mkdir(parents=True)
-        policy.save(aside / "model")
+        partial = self.folder / f".step_{progress.step}.partial"
+        partial.mkdir(parents=True)
+        policy.save(partial / "model")
         state = {
             "optimizer": optimizer.state(),
             "pull": kl_penalty.state(),
             "budget": budget.state(),
             **vars(progress),
         }
-        torch.save(state, aside / "trainer.pt")
-        (aside / "config.json").write_text(json.dumps(self.config, indent=1))
-        (aside / "manifest.json").write_text(json.dumps(hash_files(aside), indent=1))
-        flush_to_disk(aside)
+        torch.save(state, partial / "trainer.pt")
+        (partial / "config.json").write_text(json.dumps(self.config, indent=1))
+        (partial / "manifest.json").write_text(json.dumps(hash_files(partial), indent=1))
+        flush_to_disk(partial)
         if target.exists():
             target.rename(self.folder / f".step_{progress.step}.broken")
-        aside.rename(target)
+        partial.rename(target)
         link = self.run / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
@@ -73,35 +73,35 @@ class Checkpoints:
     def load(
         self, policy: LanguageModel, optimizer: Optimizer, kl_penalty: NoKL, budget: Budget
     ) -> Progress:
-        """Puts the newest whole checkpoint's state into policy, optimizer, pull and budget.
+        """Loads the newest intact checkpoint into policy, optimizer, KL penalty and budget.
 
         Raises:
-            ConfigError: none is whole.
+            ConfigError: no checkpoint is intact.
         """
         for path in reversed(list_checkpoints(self.run)):
             if reason := find_damage(path):
-                log.warning("%s is broken (%s); trying the one before.", path, reason)
+                log.warning("%s is damaged (%s); trying the checkpoint before it.", path, reason)
                 continue
             state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
             policy.restore(path / "model")
             optimizer.load_state(state.pop("optimizer"))
             kl_penalty.load_state(state.pop("pull"))
-            budget.load_state(state.pop("budget", budget.state()))  # older ones have none
-            log.info("going on from %s", path)
+            budget.load_state(state.pop("budget", budget.state()))  # older checkpoints have none
+            log.info("resuming from %s", path)
             return Progress(**state)
         raise ConfigError(
-            f"resume: no whole checkpoint in {self.folder}, so nothing to go on from."
+            f"resume: no intact checkpoint in {self.folder}; start a new run without resume."
         )
 
     def read_saved_config(self, step: int) -> dict[str, Any]:
-        """The config that the run had when it saved this step."""
+        """Returns the config that the run had when it saved this step."""
         file = self.folder / f"step_{step}" / "config.json"
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
+        config: dict[str, Any] = json.loads(file.read_text())
+        return config
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file, by its path in the folder."""
+    """Returns the sha256 of every file but manifest.json, by its path in the folder."""
     return {
         str(file.relative_to(folder)): hash_file(file)
         for file in sorted(folder.rglob("*"))
@@ -118,7 +118,7 @@ def hash_file(file: Path) -> str:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Returns what is wrong with a checkpoint, or None if it is intact."""
     try:
         expected = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
@@ -129,7 +129,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def flush_to_disk(folder: Path) -> None:
-    """So that a rename never outlives the bytes it names."""
+    """Syncs a folder and its files, so that a renamed folder is complete even after a crash."""
     for path in (folder, *folder.rglob("*")):
         sync_path(path)
 

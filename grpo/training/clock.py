@@ -1,4 +1,4 @@
-"""Where the time goes."""
+"""A stopwatch for a run and for the parts of a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class Clock:
-    """Seconds since it was made, plus those before; and since the last lap."""
+    """Measures the seconds since its creation plus `seconds_before`, and since the last lap."""
 
     def __init__(self, seconds_before: float = 0.0) -> None:
         self.started = self.last_lap = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a step learns from: completions and their scores, groups that teach nothing drawn anew."""
+"""Samples and scores the completions of a step; replaces groups with equal rewards."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from grpo.training.metrics import rollout_metrics, score_metrics
 from grpo.types import Prompt, Rollout, Sampling, Scores
 
 log = logging.getLogger(__name__)
-MAX_PROMPT_TRIES = 1000  # prompts looked at for one that fits
+MAX_PROMPT_TRIES = 1000  # prompts tried in search of one that fits
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from, and what is said of all that was sampled for it."""
+    """The completions that a step trains on, and the metrics of everything sampled for it."""
 
     rollout: Rollout
     scores: Scores
     metrics: dict[str, float]
-    sampled_tokens: int  # sampled for it
-    sampled_completions: int
+    sampled_tokens: int  # of replaced groups, too
+    sampled_completions: int  # of replaced groups, too
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Prompts to scored completions.
+    """Turns prompts into scored completions.
 
-    Groups whose rewards agree teach nothing: DAPO's dynamic sampling (2503.14476), eq. 11, draws
-    other prompts in their place, here at most `resample` times. What is said of the rewards is of
-    everything that was sampled, so it stays comparable with a run that keeps them.
+    A group with equal rewards has no advantages, so it trains nothing. DAPO's dynamic sampling
+    (2503.14476), eq. 11, draws other prompts in its place, here at most `resample` times. The
+    reward metrics cover everything that was sampled, so runs with and without it compare.
     """
 
     engine: Engine
@@ -57,7 +57,7 @@ class Collector:
     warnings: list[str] = field(default_factory=list)  # that were logged, each once a run
 
     def collect(self, step: int) -> Batch:
-        """The completions of a step; its number seeds what is random."""
+        """Returns a step's scored completions; the step number seeds all randomness."""
         clock = Clock()
         times = {"time/rollout": 0.0, "time/reward": 0.0}
         rollouts: list[Rollout] = []
@@ -72,22 +72,26 @@ class Collector:
             times["time/reward"] += clock.lap()
             return scores[-1]
 
-        shown: set[int] = set()
+        already_drawn: set[int] = set()
         first_rows = self.replace_long_prompts(
-            step, 0, self.order.draw_batch(step, self.batch_size), shown
+            step, 0, self.order.draw_batch(step, self.batch_size), already_drawn
         )
         first = sample(first_rows)
         kept = [Group(0, b) for b in range(self.batch_size)]
-        stale = set(kept) - {Group(0, b) for b in find_informative_groups(first)}
+        uninformative = set(kept) - {Group(0, b) for b in find_informative_groups(first)}
         for attempt in range(self.resample):
-            if not stale:
+            if not uninformative:
                 break
-            rows = [first_rows[b] for b, group in enumerate(kept) if group in stale]
-            drawn = self.order.draw_replacements(step, attempt, rows, shown)
-            again = sample(self.replace_long_prompts(step, attempt + 1, drawn, shown))
-            kept = replace_uninformative(kept, len(rollouts) - 1, again, stale, first.sources)
-            stale &= set(kept)
-        everything = [Group(k, b) for k, own in enumerate(scores) for b in range(len(own.sources))]
+            rows = [first_rows[b] for b, group in enumerate(kept) if group in uninformative]
+            drawn = self.order.draw_replacements(step, attempt, rows, already_drawn)
+            fresh = sample(self.replace_long_prompts(step, attempt + 1, drawn, already_drawn))
+            kept = replace_uninformative(
+                kept, len(rollouts) - 1, fresh, uninformative, first.sources
+            )
+            uninformative &= set(kept)
+        everything = [
+            Group(k, b) for k, part in enumerate(scores) for b in range(len(part.sources))
+        ]
         sampled = join_rollouts(rollouts, everything)
         scored = join_scores(scores, everything)
         raise_if_all_failed(sampled, scored)
@@ -106,44 +110,46 @@ class Collector:
         )
 
     def replace_long_prompts(
-        self, step: int, attempt: int, rows: list[int], shown: set[int]
+        self, step: int, attempt: int, rows: list[int], already_drawn: set[int]
     ) -> list[int]:
-        """The rows, with others of the same set for those whose prompts don't fit; all are `shown`.
+        """Replaces rows whose prompts are too long by others of the same set.
+
+        Adds all rows that it returns to `already_drawn`.
 
         Raises:
-            RunError: so few fit that none was found.
+            RunError: MAX_PROMPT_TRIES rows drawn in place of one were all too long.
         """
-        shown.update(rows)
+        already_drawn.update(rows)
         if not isinstance(self.prompts, LazyPrompts):
             return rows
-        found = []
+        fitting = []
         for place, row in enumerate(rows):
-            own, tries = row, 0
-            while not self.prompts.fits(own):
+            candidate, tries = row, 0
+            while not self.prompts.fits(candidate):
                 tries += 1
                 if tries > MAX_PROMPT_TRIES:
                     raise RunError(
-                        f"step {step}: none of {MAX_PROMPT_TRIES} training prompts drawn one after "
-                        f"the other is short enough; raise dataset.max_prompt_tokens."
+                        f"step {step}: none of {MAX_PROMPT_TRIES} training prompts drawn in a row "
+                        f"is short enough; raise dataset.max_prompt_tokens."
                     )
-                (own,) = self.order.draw_replacements(
-                    step, f"{attempt} {place} {tries}", [row], shown
+                (candidate,) = self.order.draw_replacements(
+                    step, f"{attempt} {place} {tries}", [row], already_drawn
                 )
-                shown.add(own)
-            found.append(own)
-        return found
+                already_drawn.add(candidate)
+            fitting.append(candidate)
+        return fitting
 
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt's completions, in one of the rollouts of a step."""
+    """One prompt's completions in one of a step's rollouts, both by index."""
 
     rollout: int
     prompt: int
 
 
 def find_informative_groups(scores: Scores) -> list[int]:
-    """The groups whose rewards differ."""
+    """Returns the indices of the groups whose rewards differ."""
     return (~has_equal_rewards(scores.total_BG))[:, 0].nonzero()[:, 0].tolist()
 
 
@@ -154,9 +160,10 @@ def replace_uninformative(
     uninformative: set[Group],
     sources: Sequence[str],
 ) -> list[Group]:
-    """Puts a new rollout's informative groups in the places of those that taught nothing.
+    """Puts a new rollout's informative groups in the places of uninformative ones.
 
-    sources: the set of a mix that each place belongs to; it keeps it.
+    Args:
+        sources: which set of a mix each place belongs to; a new group comes from the same set.
     """
     fresh: dict[str, list[Group]] = {}
     for b in find_informative_groups(scores):
@@ -169,12 +176,12 @@ def replace_uninformative(
 
 
 def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollout:
-    """The named groups as one rollout, in their order; of a single rollout, all of it."""
+    """Joins the groups into one rollout, in their order; returns a single rollout as it is."""
     if len(rollouts) == 1:
         return rollouts[0]
     size = rollouts[0].num_generation
     rows = [(rollouts[g.rollout], g.prompt * size + i) for g in groups for i in range(size)]
-    lengths = {id(own): own.lengths_N.tolist() for own in rollouts}
+    lengths = {id(rollout): rollout.lengths_N.tolist() for rollout in rollouts}
     tokens_NC, lengths_N = pad_right([r.tokens_NC[n, : lengths[id(r)][n]] for r, n in rows], 0)
     logprobs_NC, _ = pad_right([r.logprobs_NC[n, : lengths[id(r)][n]] for r, n in rows], 0.0)
     return Rollout(
@@ -184,28 +191,28 @@ def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollo
         lengths_N=lengths_N,
         truncated_N=torch.stack([r.truncated_N[n] for r, n in rows]),
         texts=tuple(r.texts[n] for r, n in rows),
-        exact_logprobs=all(own.exact_logprobs for own in rollouts),
+        exact_logprobs=all(rollout.exact_logprobs for rollout in rollouts),
     )
 
 
 def join_scores(scores: Sequence[Scores], groups: Sequence[Group]) -> Scores:
-    """The scores of the named groups, in their order; of a single rollout, all of them."""
+    """Joins the scores of the groups, in their order; returns a single rollout's as they are."""
     if len(scores) == 1:
         return scores[0]
     size = scores[0].total_BG.shape[1]
     rows = [(scores[g.rollout], g.prompt * size + i) for g in groups for i in range(size)]
     return Scores(
         parts={
-            name: torch.stack([own.parts[name][n] for own, n in rows]) for name in scores[0].parts
+            name: torch.stack([part.parts[name][n] for part, n in rows]) for name in scores[0].parts
         },
         weights=scores[0].weights,
         total_BG=torch.stack([scores[g.rollout].total_BG[g.prompt] for g in groups]),
         right_BG=torch.stack([scores[g.rollout].right_BG[g.prompt] for g in groups]),
         failures={
             name: {
-                at: own.failures[name][n]
-                for at, (own, n) in enumerate(rows)
-                if n in own.failures[name]
+                row: part.failures[name][n]
+                for row, (part, n) in enumerate(rows)
+                if n in part.failures[name]
             }
             for name in scores[0].failures
         },

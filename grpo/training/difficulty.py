@@ -1,4 +1,4 @@
-"""How hard each training prompt is for the model that training begins with."""
+"""Measures how hard each training prompt is for the model before training."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from grpo.types import Prompt, Sampling
 log = logging.getLogger(__name__)
 
 DIFFICULTY_FILE = "difficulty.jsonl"
-DIFFICULTY_SEED = 1  # of the completions: the same however often they are made
-PROMPTS_AT_ONCE = 64  # prompts, so that a long measurement says how far it is
+DIFFICULTY_SEED = 1  # seeds the completions: each measurement samples the same ones
+PROMPTS_AT_ONCE = 64  # so that a long measurement logs its progress
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Which training prompts are used, and in which order."""
+    """Which training prompts a run uses, and in which order."""
 
     order: str  # shuffled, given, easy_first or hard_first
-    samples: int  # completions a prompt to find how hard it is; 0: it isn't asked
-    at_least: float  # share of them that is right
-    at_most: float
+    samples: int  # completions a prompt to measure its difficulty; 0: not measured
+    at_least: float  # smallest share of right completions
+    at_most: float  # largest share
 
     def choose(self, prompts: Sequence[Prompt], solved_shares: Sequence[float]) -> list[Prompt]:
-        """The prompts within the bounds, in order.
+        """Returns the prompts whose solved share is within the bounds, in order.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: no prompt is within the bounds.
         """
         kept = [
             n for n, share in enumerate(solved_shares) if self.at_least <= share <= self.at_most
@@ -41,11 +41,11 @@ class Curriculum:
         if not kept:
             raise ConfigError(
                 f"curriculum.at_least={self.at_least} at_most={self.at_most}: no training prompt "
-                f"is solved that often; the shares go from {min(solved_shares):g} to "
-                f"{max(solved_shares):g}."
+                f"is solved that often; the solved shares go from {min(solved_shares):g} to "
+                f"{max(solved_shares):g}, so widen the bounds."
             )
         log.info(
-            "difficulty: of %d training prompts %d are solved always and %d never; %d are used",
+            "difficulty: of %d training prompts, %d are always solved and %d never; %d are used",
             len(prompts), sum(share == 1 for share in solved_shares),
             sum(share == 0 for share in solved_shares), len(kept),
         )  # fmt: skip
@@ -57,20 +57,20 @@ class Curriculum:
 def measure_difficulty(
     run: Path, prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int
 ) -> list[float]:
-    """The share of each prompt's completions that are right.
+    """Returns the share of right completions of each prompt.
 
-    Written down as it is measured, and read where that was done before, so that no measurement is
-    lost to a crash or a refusal.
+    Appends each share to DIFFICULTY_FILE at once, and reads the shares that are there already, so
+    that no measurement is lost to a crash or a refused config.
     """
     file = run / DIFFICULTY_FILE
     texts = [prompt.text for prompt in prompts]
-    before = read_lines(file)
-    same = [(row["prompt"], row["samples"]) for row in before]
-    if same != [(text, samples) for text in texts[: len(before)]]:
-        log.warning("%s is of other prompts or samples; measured anew.", file)
+    measured = read_lines(file)
+    measured_with = [(row["prompt"], row["samples"]) for row in measured]
+    if measured_with != [(text, samples) for text in texts[: len(measured)]]:
+        log.warning("%s is of other prompts or another curriculum.samples; measuring anew.", file)
         file.unlink()
-        before = []
-    solved = [float(row["solved"]) for row in before]
+        measured = []
+    solved = [float(row["solved"]) for row in measured]
     with reopen(file) as out:
         for start in range(len(solved), len(prompts), PROMPTS_AT_ONCE):
             part = prompts[start : start + PROMPTS_AT_ONCE]

@@ -1,4 +1,4 @@
-"""How good the policy is on rows it is not trained on."""
+"""Evaluates the policy on rows that it is not trained on."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from grpo.rollout import Engine
 from grpo.types import Example, Prompt, Rollout, Sampling, Scores
 from grpo.verifiers.numbers import Number
 
-EVALUATION_SEED = (
-    0  # of the sampled completions: the same for every evaluation, so that they compare
-)
+EVALUATION_SEED = 0  # seeds the sampled completions of every evaluation, so that they compare
 
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """Completions of the evaluation prompts, and what was said of them."""
+    """Completions of the evaluation prompts, and their scores."""
 
     rollout: Rollout
     scores: Scores
@@ -29,28 +27,28 @@ class ScoredRollout:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A fixed set of prompts and how they are answered."""
+    """A fixed set of prompts, and how to answer and score them."""
 
     engine: Engine
     prompts: Sequence[Prompt]
     rewards: Mapping[str, WeightedReward]
-    samples: int  # completions a prompt for the sampled figures; 0: none
-    greedy: bool  # also the one that the policy thinks likeliest
+    samples: int  # completions a prompt for the sampled metrics; 0: none
+    greedy: bool  # also evaluate one greedy completion a prompt
     sampling: Sampling
-    overlap: float = 0.0  # the share of its questions that are trained on
+    overlap: float = 0.0  # the share of these questions that the run also trains on
 
     @property
     def answer_counts(self) -> dict[str, int]:
-        """Of each metric that is a share of right answers: of how many answers."""
+        """The number of answers behind each metric that is a share of right answers."""
         counts = Counter(prompt.example.source for prompt in self.prompts)
-        found = {}
+        answers = {}
         for kind, each in (("accuracy", 1), ("sampled_accuracy", self.samples)):
-            found[f"eval/{kind}"] = each * len(self.prompts)
-            found |= {f"eval/{kind}_from_{own}": each * n for own, n in counts.items() if own}
-        return {**found, "eval/pass_at_k": len(self.prompts)}
+            answers[f"eval/{kind}"] = each * len(self.prompts)
+            answers |= {f"eval/{kind}_from_{name}": each * n for name, n in counts.items() if name}
+        return {**answers, "eval/pass_at_k": len(self.prompts)}
 
     def evaluate(self) -> tuple[ScoredRollout | None, ScoredRollout | None]:
-        """Greedy and sampled completions, scored."""
+        """Returns the scored greedy and sampled completions; None for a kind that is off."""
         greedy = self._sample_and_score(1, self.sampling.as_greedy()) if self.greedy else None
         return greedy, self._sample_and_score(self.samples, self.sampling) if self.samples else None
 
@@ -64,7 +62,7 @@ class Evaluation:
 def evaluation_metrics(
     greedy: ScoredRollout | None, sampled: ScoredRollout | None
 ) -> dict[str, float]:
-    """The figures of an evaluation under their names in every sink."""
+    """Returns the metrics of an evaluation, under the names that every sink uses."""
     return {
         **greedy_metrics(greedy),
         **sampled_metrics(sampled),
@@ -73,7 +71,7 @@ def evaluation_metrics(
 
 
 def greedy_metrics(answers: ScoredRollout | None) -> dict[str, float]:
-    """Reward, accuracy and length of the likeliest completion."""
+    """Returns mean reward, accuracy and mean length of the greedy completions."""
     if answers is None:
         return {}
     return {
@@ -84,7 +82,7 @@ def greedy_metrics(answers: ScoredRollout | None) -> dict[str, float]:
 
 
 def sampled_metrics(answers: ScoredRollout | None) -> dict[str, float]:
-    """Accuracy of all samples, and pass@k with k = all of them."""
+    """Returns the accuracy of all samples, and pass@k with k = the samples of a prompt."""
     if answers is None:
         return {}
     right_BG = answers.scores.right_BG
@@ -97,67 +95,67 @@ def sampled_metrics(answers: ScoredRollout | None) -> dict[str, float]:
 def accuracy_by_source(
     greedy: ScoredRollout | None, sampled: ScoredRollout | None
 ) -> dict[str, float]:
-    """The accuracies of each set of a mix."""
-    found = {}
+    """Returns the accuracies on each set of a mix."""
+    accuracies = {}
     for kind, answers in (("accuracy", greedy), ("sampled_accuracy", sampled)):
         if answers is None:
             continue
         for source in sorted(set(answers.scores.sources) - {""}):
-            rows = [b for b, own in enumerate(answers.scores.sources) if own == source]
+            rows = [b for b, name in enumerate(answers.scores.sources) if name == source]
             right_BG = answers.scores.right_BG[rows]
-            found[f"eval/{kind}_from_{source}"] = float(right_BG.float().mean())
-    return found
+            accuracies[f"eval/{kind}_from_{source}"] = float(right_BG.float().mean())
+    return accuracies
 
 
 def summarize_evaluation(
     greedy: ScoredRollout | None, sampled: ScoredRollout | None
 ) -> dict[str, dict[str, float]]:
-    """Everything that is said of all rows, and of those of each set of a mix.
+    """Returns the figures of all rows, and of the rows of each set of a mix.
 
-    The number of prompts; accuracy as the data set's verifier reads it, and leniently; pass@1,
-    pass@2, … and the majority's accuracy.
+    These are the number of prompts; accuracy by the data set's verifier, strict and lenient;
+    pass@1, pass@2, pass@4, …; and the accuracy of the majority vote.
     """
     either = greedy or sampled
-    assert either is not None  # config.check saw to it
+    assert either is not None  # check_config requires one of them
     sources = either.scores.sources
     groups = {"all": list(range(len(sources)))}
     for source in sorted(set(sources) - {""}):
-        groups[source] = [b for b, own in enumerate(sources) if own == source]
+        groups[source] = [b for b, name in enumerate(sources) if name == source]
     return {name: compute_accuracies(greedy, sampled, rows) for name, rows in groups.items()}
 
 
 def compute_accuracies(
     greedy: ScoredRollout | None, sampled: ScoredRollout | None, rows: Sequence[int]
 ) -> dict[str, float]:
-    found: dict[str, float] = {"prompts": len(rows)}
+    figures: dict[str, float] = {"prompts": len(rows)}
     if greedy is not None:
-        found["greedy"] = mean([float(greedy.scores.right_BG[b, 0]) for b in rows])
+        figures["greedy"] = mean([float(greedy.scores.right_BG[b, 0]) for b in rows])
         lenient = verify_leniently_BG(greedy.rollout)
-        found["greedy lenient"] = mean([lenient[b][0] for b in rows])
+        figures["greedy lenient"] = mean([lenient[b][0] for b in rows])
     if sampled is not None:
         right_BG, count = sampled.scores.right_BG, sampled.rollout.num_generation
-        found["sampled"] = mean([float(right_BG[b].float().mean()) for b in rows])
+        figures["sampled"] = mean([float(right_BG[b].float().mean()) for b in rows])
         lenient = verify_leniently_BG(sampled.rollout)
-        found["sampled lenient"] = mean([mean(lenient[b]) for b in rows])
+        figures["sampled lenient"] = mean([mean(lenient[b]) for b in rows])
         for k in powers_of_two(count):
             right_B = [int(right_BG[b].sum()) for b in rows]
-            found[f"pass@{k}"] = mean([pass_at_k(count, right, k) for right in right_B])
-        found[f"majority@{count}"] = mean([majority_accuracy(sampled, b) for b in rows])
-    return found
+            figures[f"pass@{k}"] = mean([pass_at_k(count, right, k) for right in right_B])
+        figures[f"majority@{count}"] = mean([majority_accuracy(sampled, b) for b in rows])
+    return figures
 
 
 def powers_of_two(count: int) -> list[int]:
-    """1, 2, 4 … up to a count, and the count itself."""
+    """Returns 1, 2, 4, … up to a count, and the count itself."""
     return sorted({2**n for n in range(count.bit_length()) if 2**n <= count} | {count})
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that one of k samples is right, unbiased: Chen et al. (2107.03374), eq. 1."""
+    """Estimates the chance that one of k is right, unbiased: Chen et al. (2107.03374), eq. 1."""
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
 def majority_accuracy(answers: ScoredRollout, b: int) -> float:
-    """Whether the answer given most often is right; several as often share the point."""
+    """Returns 1 if the most frequent answer is right, else 0; answers that tie share the point."""
     example = answers.rollout.prompts[b].example
     size = answers.rollout.num_generation
     texts = answers.rollout.texts[b * size : (b + 1) * size]
@@ -173,13 +171,19 @@ def majority_accuracy(answers: ScoredRollout, b: int) -> float:
 
 
 def read_vote(example: Example, text: str) -> Number | str | None:
-    """What a completion's answer is counted by; None where there is none."""
+    """Returns the normalized answer that a completion votes for; None if it has no answer."""
     answer = example.extract_answer(text)
     return None if answer is None else normalize_answer(answer)
 
 
 def verify_leniently_BG(rollout: Rollout) -> list[list[float]]:
-    """What the verifier says where it takes an answer wherever it stands; else what it says."""
+    """Returns 1 or 0 for each completion: right, if the answer may stand anywhere in it.
+
+    Where a data set has no lenient verifier, its own verifier decides.
+
+    Raises:
+        RewardError: a verifier raised.
+    """
     size = rollout.num_generation
     verdicts = [float(own) for own in find_right(to_samples(rollout), leniently=True)]
     return [verdicts[start : start + size] for start in range(0, len(verdicts), size)]

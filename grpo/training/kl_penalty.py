@@ -1,4 +1,4 @@
-"""The pull toward the reference: how it is read, how strong it is, how the reference moves."""
+"""The KL penalty: scores under the reference, the weight, and updates of the reference."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from grpo.types import Rollout, Sampling
 
 
 class ReferenceScores(NamedTuple):
-    """What a step's completions are told of the reference."""
+    """What a step's loss or rewards need from the reference."""
 
-    reference_NC: Tensor | None  # its log-probabilities of their tokens; None: the update has them
-    divergence_BG: Tensor | None  # summed over a completion's tokens, to be taken off its reward
-    weight: float  # of the one or the other
+    reference_NC: Tensor | None  # its log-probabilities; None: no KL, or the update computes it
+    divergence_BG: Tensor | None  # summed over tokens, to subtract from the reward, else None
+    weight: float  # of the KL, in the loss or in the reward
 
 
 class NoKL:
-    """A KL term's part in the loop; this one is that of none: no reference, nothing computed."""
+    """Training without a KL term: no reference, no cost. Also the interface of `KLPenalty`."""
 
     reference: Reference | None = None
 
     def score(self, rollout: Rollout) -> ReferenceScores:
-        """Before the advantages."""
+        """Scores a rollout under the reference; the loop calls it before the advantages."""
         return ReferenceScores(None, None, 0.0)
 
     def after_update(
         self, step: int, metrics: dict[str, float], completions: int
     ) -> dict[str, float]:
-        """After the update: moves weight and reference, and says how the weight stood."""
+        """Adapts weight and reference after a step's updates; returns the weight it used."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with the same numbers."""
+        """Returns what a resumed run needs to continue with the same numbers."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores what `state` returned."""
 
 
 class KLPenalty(NoKL):
@@ -62,19 +62,21 @@ class KLPenalty(NoKL):
         sync_every: int,
         sync_share: float,
     ) -> None:
-        """sync_every: steps between moves of the reference, 0: none; sync_share: of the way."""
+        """
+        Args:
+            sync_every: steps between two updates of the reference; 0: it never changes.
+            sync_share: how far each update moves its weights toward the policy's; 1: all the way.
+        """
         self.policy, self.term, self.weight = policy, term, weight
         self.reference: Reference = reference
         self.sampling, self.limit = sampling, limit
         self.sync_every, self.sync_share = sync_every, sync_share
-        self.reference_moved = (
-            False  # the reference is no longer the model that training began with
-        )
-        self.policy_is_reference = True  # the policy is still what the reference is
+        self.reference_moved = False  # the reference is not the initial model any more
+        self.policy_is_reference = True  # the policy still equals the reference
 
     def score(self, rollout: Rollout) -> ReferenceScores:
         if not self.term.in_reward:
-            # For the exact divergence the update reads both side by side.
+            # For an exact divergence, the update runs both models side by side.
             exact = self.term.divergence is not None
             reference_NC = None if exact else self._score_reference(rollout)
             return ReferenceScores(reference_NC, None, self.weight.weight)
@@ -84,7 +86,7 @@ class KLPenalty(NoKL):
         return ReferenceScores(reference_NC, divergence_BG, self.weight.weight)
 
     def _score_reference(self, rollout: Rollout) -> Tensor:
-        """[N, C] the reference's log-probabilities; the sampler's own while they are the same."""
+        """Returns [N, C] the reference's log-probabilities; the sampler's while both are equal."""
         if (
             self.policy_is_reference
             and rollout.exact_logprobs
@@ -96,7 +98,7 @@ class KLPenalty(NoKL):
             return score_rollout(self.reference.model, rollout, plain, self.limit).plain_logprobs
 
     def _score_divergence(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """[N, C] the reference's log-probabilities, and the divergence of the policy as it was."""
+        """Returns [N, C] the reference's log-probabilities and the divergence before the update."""
         if (
             self.term.estimator is not None
             and rollout.exact_logprobs
@@ -133,8 +135,8 @@ class KLPenalty(NoKL):
             return
         if not self.reference.weight_pairs:
             raise ConfigError(
-                f"kl.sync_every={self.sync_every}: this run's reference has moved, so its weights "
-                f"are kept by themselves; keep kl.sync_every above 0.",
+                f"kl.sync_every={self.sync_every}: this run's reference has moved, so it needs "
+                f"weights of its own; keep kl.sync_every above 0.",
                 key="kl.sync_every",
                 value=self.sync_every,
             )

@@ -1,4 +1,4 @@
-"""The loop: prompts, rollout, score, advantage, loss, update, log."""
+"""The training loop: prompts, rollout, scores, advantages, loss, update, log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """Everything the loop works with, built and checked."""
+    """Everything that the loop needs, built and checked."""
 
     policy: LanguageModel
     collector: Collector
@@ -49,33 +49,33 @@ class Training:
     eval_every: int
     checkpoint_every: int
     log_prompts: int
-    should_prune: Callable[[int, dict[str, float]], bool]  # a step and its metrics
+    should_prune: Callable[[int, dict[str, float]], bool]  # takes a step and its metrics
 
 
 @dataclass
 class TrainingState:
-    """How far a run has come, known however it ends."""
+    """How far a run has come; the caller can read it even when `train` raises."""
 
     progress: Progress
 
 
 def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
-    """Trains from where it stands to the last step, or to where it is stopped; then saves.
+    """Trains from the present step to the last one, or until it is stopped; then saves.
 
     Returns:
-        finished, pruned (a search has given it up) or interrupted.
+        finished, pruned (the search stopped it early) or interrupted.
 
     Raises:
-        RunError: with the step where it happened. All steps done before are in a checkpoint, unless
-            that step had updated the policy already.
+        RunError: names the step that failed. A checkpoint holds all steps before it, unless that
+            step had already updated the policy.
     """
     clock = Clock(state.progress.seconds)
 
-    updates = run.optimizer.steps_done  # when the last step was done
+    recorded_updates = run.optimizer.steps_done  # at the end of the last step
 
     def record_progress(step: int, unlogged: dict[str, float] | None) -> None:
-        nonlocal updates
-        updates = run.optimizer.steps_done
+        nonlocal recorded_updates
+        recorded_updates = run.optimizer.steps_done
         state.progress = replace(
             state.progress, step=step, unlogged=unlogged, seconds=clock.seconds()
         )
@@ -83,13 +83,13 @@ def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
     def save() -> None:
         run.checkpoints.save(run.policy, run.optimizer, run.kl_penalty, run.budget, state.progress)
 
-    def save_if_whole() -> None:
-        taken = run.optimizer.steps_done - updates
-        if taken:  # these weights are no step's: resumed, the step would be done twice
+    def save_if_between_steps() -> None:
+        updates = run.optimizer.steps_done - recorded_updates
+        if updates:  # a run resumed from these weights would repeat this step's updates
             log.warning(
-                "step %d ended after %d of %d updates, so it is not saved; resume goes on from the "
-                "newest checkpoint.",
-                state.progress.step + 1, taken, run.objective.updates,
+                "step %d ended after %d of %d updates, so it is not saved; resume continues from "
+                "the newest checkpoint.",
+                state.progress.step + 1, updates, run.objective.updates,
             )  # fmt: skip
         else:
             save()
@@ -97,9 +97,8 @@ def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
     start, unlogged_metrics = state.progress.step, state.progress.unlogged
     step = start
     try:
-        if (
-            unlogged_metrics is not None
-        ):  # the evaluation before training, or one that a failure cut short
+        # Before training, or after a failure between a step and its log line.
+        if unlogged_metrics is not None:
             run.tracker.log(start, unlogged_metrics | evaluate_policy(run, start))
             record_progress(start, None)
         for step in range(start + 1, run.total_steps + 1):
@@ -117,24 +116,24 @@ def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
             if last:
                 return "finished" if done else "pruned" if pruned else "interrupted"
     except RunError as error:
-        save_if_whole()
+        save_if_between_steps()
         raise RunError(f"step {step}: {error}") from error
-    return "finished"  # there was nothing left to do
+    return "finished"  # no steps were left
 
 
 def train_step(run: Training, step: int) -> dict[str, float]:
-    """One step of GRPO, and what there is to say about it. The step number seeds what is random."""
+    """Runs one step of GRPO and returns its metrics. The step number seeds all randomness."""
     clock = Clock()
     batch = run.collector.collect(step)
     clock.lap()
-    pulled = run.kl_penalty.score(batch.rollout)
+    reference_scores = run.kl_penalty.score(batch.rollout)
     old = score_old_policy(run.policy, run.objective, batch.rollout, run.budget.forward_limit)
     parts_RBG, weights_R = batch.scores.stack_parts()
-    penalty = {}  # of a KL in the reward
-    if pulled.divergence_BG is not None:
-        penalty["penalty_BG"] = pulled.weight * pulled.divergence_BG.cpu()
+    penalty = {}  # for a KL in the reward
+    if reference_scores.divergence_BG is not None:
+        penalty["penalty_BG"] = reference_scores.weight * reference_scores.divergence_BG.cpu()
     advantages_BG = run.advantage(parts_RBG, weights_R, **penalty)
-    updated = update_policy(
+    result = update_policy(
         run.policy,
         run.kl_penalty.reference,
         run.optimizer,
@@ -143,28 +142,28 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         UpdateInputs(
             advantages_BG.flatten().to(run.device.torch_device),
             old,
-            pulled.reference_NC,
-            0.0 if pulled.divergence_BG is not None else pulled.weight,
+            reference_scores.reference_NC,
+            0.0 if reference_scores.divergence_BG is not None else reference_scores.weight,
             batch.scores.total_BG.isnan().flatten().to(run.device.torch_device),
         ),
         run.budget.forward_limit,
         seed=derive_seed(run.seed, step),
     )
-    stats = updated.metrics
+    stats = result.metrics
     stats |= run.kl_penalty.after_update(step, stats, len(batch.rollout.texts))
     run.device.synchronize()
     update_seconds = clock.lap()
 
     rows = make_completion_rows(step, batch.rollout, batch.scores, advantages_BG, run.log_prompts)
-    spelled = add_token_fields(rows, batch.rollout, updated.log_ratio_NC, run.policy.decoder)
-    run.tracker.log_completions(spelled)
+    rows = add_token_fields(rows, batch.rollout, result.log_ratio_NC, run.policy.decoder)
+    run.tracker.log_completions(rows)
     run.tracker.log_distributions(
         step,
         {
             "histogram/reward": batch.scores.total_BG,
             "histogram/advantage": advantages_BG,
             "histogram/length": batch.rollout.lengths_N,
-            "histogram/ratio": updated.ratios_T,
+            "histogram/ratio": result.ratios_T,
         },
     )
     seconds = clock.seconds()
@@ -180,7 +179,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
 
 
 def evaluate_policy(run: Training, step: int) -> dict[str, float]:
-    """Evaluates the policy; what it answered goes to the tracker."""
+    """Evaluates the policy, logs the greedy answers and returns the metrics."""
     greedy, sampled = run.evaluation.evaluate()
     if greedy is not None:
         run.tracker.log_answers(step, make_answer_rows(greedy.rollout, greedy.scores))

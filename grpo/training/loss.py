@@ -1,4 +1,4 @@
-"""The loss of some completions, and what it is made of."""
+"""The loss of a micro-batch, and its parts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ LOGGED_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on
 
 @dataclass(frozen=True)
 class KLTerm:
-    """How the divergence from the reference is worked out; exactly one of the two is there."""
+    """How the KL from the reference is computed; `estimator` or `divergence` is None, not both."""
 
     estimator: Estimator | None  # from the log-probabilities of the sampled tokens
     divergence: Divergence | None  # from whole distributions
-    in_reward: bool  # taken off the reward before the advantage, instead of added to the loss
-    unbiased_gradient: bool  # weighed by the ratio, with its gradient: DeepSeek-V3.2 (2512.02556)
+    in_reward: bool  # subtracted from the reward before the advantage, not added to the loss
+    unbiased_gradient: bool  # multiplied by the ratio, with its gradient: 2512.02556
 
     def token_kl(self, scored: TokenScores, reference_NC: Tensor) -> Tensor:
-        """[N, C] nats, by token."""
+        """Returns [N, C] the KL of each token in nats."""
         if self.estimator is None:
             return scored.divergence
         return self.estimator(scored.plain_logprobs, reference_NC)
@@ -39,71 +39,69 @@ class KLTerm:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: sum over tokens of weight · (policy loss + w · KL - v · entropy)."""
+    """The loss to minimize: sum over tokens of weight · (policy loss + w · KL - v · entropy)."""
 
     ratio: Ratio
     policy_loss: Callable[[Tensor, Tensor, Tensor], PolicyLoss]  # ratio, logprobs, advantages
     averaging: Averaging
     kl: KLTerm | None
     sampling: Sampling
-    max_tokens: int  # the longest that a completion may be
+    max_tokens: int  # maximum length of a completion
     entropy_weight: float = 0.0
-    mask_truncated: bool = False  # completions that were cut off are not trained on
-    top_entropy: float = 1.0  # only this share of the tokens, the least certain, is trained on
-    importance_cap: float = 2.0  # what a token counts for at most, where its sampler differs
+    mask_truncated: bool = False  # truncated completions are not trained on
+    top_entropy: float = 1.0  # the share of tokens, of highest entropy, that keep the policy loss
+    importance_cap: float = 2.0  # maximum importance weight of a token whose sampler differs
     num_iterations: int = 1  # passes over a rollout
-    minibatches: int = 1  # optimizer steps a pass
+    minibatches: int = 1  # optimizer steps per pass
 
     @property
     def updates(self) -> int:
-        """Optimizer steps a rollout."""
+        """Optimizer steps per rollout."""
         return self.num_iterations * self.minibatches
 
     @property
     def readout(self) -> Readout:
-        """What the loss asks of the policy's distributions."""
+        """What the loss needs of the policy's distributions."""
         divergence = self.kl.divergence if self.kl else None
         return Readout(self.sampling, self.entropy_weight > 0, divergence)
 
 
 class OldPolicy(NamedTuple):
-    """The policy before the first update of a step, by the forward pass that the update uses."""
+    """Scores by the policy before the first update of a step, through the update's forward pass."""
 
     logprobs_NC: Tensor
-    kept: KeptTokens | None = None  # what top-k, top-p or min-p left of the vocabulary
+    kept: KeptTokens | None = None  # the tokens that top-k, top-p or min-p kept
 
 
 @dataclass(frozen=True)
 class UpdateInputs:
-    """What an update learns from, [N] or [N, C]."""
+    """The inputs of an update beside the rollout, [N] or [N, C]."""
 
     advantages_N: Tensor
-    old_policy: OldPolicy | None  # None: the policy has not moved, and each token's ratio is 1
-    reference_NC: Tensor | None  # the reference's log-probabilities; None where the update has them
+    old_policy: OldPolicy | None  # None: the policy has not changed, so each token's ratio is 1
+    reference_NC: Tensor | None  # its log-probabilities; None: no KL, or the update computes it
     kl_weight: float  # of the KL in the loss
-    unscored_N: Tensor | None = None  # bool: without a reward, so only the KL is taken on them
+    unscored_N: Tensor | None = None  # bool: without a reward, so trained by the KL only
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """The groups of one optimizer step, and what each token of the rollout counts in its loss."""
+    """The groups of one optimizer step, and the weight of each token of the rollout in its loss."""
 
     prompts: list[int]  # indices into B
-    weights_NC: Tensor  # those of all minibatches sum to their number
-    policy_factor_NC: (
-        Tensor  # in the policy loss it counts so many times that; 0: it isn't taken on it
-    )
+    weights_NC: Tensor  # multiplied by the number of minibatches
+    policy_factor_NC: Tensor  # multiplies the weight in the policy loss; 0: not trained by it
 
 
 @dataclass(frozen=True)
 class MicroBatchLoss:
-    """Some completions' share of the loss, and what it was made of."""
+    """A micro-batch's share of a minibatch's loss, and the parts of that share."""
 
     policy: Tensor
-    kl: Tensor  # weighed
-    entropy: Tensor  # weighed, negative
+    kl: Tensor  # weighted
+    entropy: Tensor  # weighted, negative
     ratio_NC: Tensor
-    importance_NC: Tensor  # log of how much likelier the old policy found a token than its sampler
+    importance_NC: Tensor  # log of old policy's probability / sampler's probability
     clipped_NC: Tensor
     kl_NC: Tensor | None
     reference_NC: Tensor | None
@@ -122,14 +120,16 @@ def compute_loss(
     inputs: Completions,
     scored: TokenScores,
 ) -> MicroBatchLoss:
-    """The loss of some rows: DeepSeekMath (2402.03300), eq. 3, or what was chosen for its parts."""
+    """Computes the loss of some rows: DeepSeekMath (2402.03300), eq. 3, with configured parts."""
     width = inputs.tokens_NC.shape[1]
-    before = update_inputs.old_policy
-    old_NC = scored.logprobs.detach() if before is None else before.logprobs_NC[rows, :width]
+    old_policy = update_inputs.old_policy
+    old_NC = (
+        scored.logprobs.detach() if old_policy is None else old_policy.logprobs_NC[rows, :width]
+    )
     weights_NC = minibatch.weights_NC[rows, :width]
-    chosen_NC = weights_NC * minibatch.policy_factor_NC[rows, :width]
+    policy_weights_NC = weights_NC * minibatch.policy_factor_NC[rows, :width]
     importance_NC = old_NC - rollout.logprobs_NC[rows, :width]
-    policy_NC = chosen_NC * importance_NC.exp().clamp(max=objective.importance_cap)
+    policy_NC = policy_weights_NC * importance_NC.exp().clamp(max=objective.importance_cap)
     ratio = objective.ratio(scored.logprobs, old_NC, inputs.mask_NC)
     token = objective.policy_loss(ratio, scored.logprobs, update_inputs.advantages_N[rows, None])
     token_ratio_NC = torch.exp(scored.logprobs - old_NC)
@@ -141,12 +141,12 @@ def compute_loss(
         reference_NC = scored.reference
     if objective.kl is not None and reference_NC is not None:
         kl_NC = objective.kl.token_kl(scored, reference_NC)
-        weighed_NC = kl_NC * token_ratio_NC if objective.kl.unbiased_gradient else kl_NC
-        kl_loss = update_inputs.kl_weight * (weights_NC * weighed_NC).sum()
+        ratio_kl_NC = kl_NC * token_ratio_NC if objective.kl.unbiased_gradient else kl_NC
+        kl_loss = update_inputs.kl_weight * (weights_NC * ratio_kl_NC).sum()
     return MicroBatchLoss(
         policy=(policy_NC * token.loss).sum(),
         kl=kl_loss,
-        entropy=-objective.entropy_weight * (chosen_NC * scored.entropy).sum(),
+        entropy=-objective.entropy_weight * (policy_weights_NC * scored.entropy).sum(),
         ratio_NC=token_ratio_NC.detach(),
         importance_NC=importance_NC,
         clipped_NC=token.clipped.expand_as(inputs.mask_NC),

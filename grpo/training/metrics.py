@@ -1,4 +1,4 @@
-"""A step's metrics of what was sampled and how it was rewarded; docs name each."""
+"""A step's metrics of its completions and their rewards; the docs explain each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from grpo.types import Rollout, Scores
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Lengths in tokens; shares of the completions that were cut off, and that hold an answer."""
+    """Returns lengths in tokens, and the shares of truncated and of answering completions."""
     lengths_N = rollout.lengths_N.float()
     return {
         "completion/length_mean": float(lengths_N.mean()),
@@ -18,7 +18,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def answered_share(rollout: Rollout) -> float:
-    """The share of completions that hold an answer, right or wrong."""
+    """Returns the share of completions that hold an answer, right or wrong."""
     size = rollout.num_generation
     answers = [
         rollout.prompts[n // size].example.extract_answer(text)
@@ -28,12 +28,12 @@ def answered_share(rollout: Rollout) -> float:
 
 
 def score_metrics(scores: Scores) -> dict[str, float]:
-    """The means of each reward and of their sum, the sum's spread, and how the groups came out."""
+    """Returns the mean of each reward and of the total, its spread, and shares of groups."""
     right_B = scores.right_BG.float().mean(dim=1)
     applies_BG = scores.total_BG[scores.total_BG.isfinite()]
     return {
         "reward/mean": float(applies_BG.mean()),
-        # Over all completions of the step.
+        # Over all completions of the step, not within groups.
         "reward/std": float(applies_BG.std()) if len(applies_BG) > 1 else 0.0,
         **{f"reward/{name}": float(part_N.nanmean()) for name, part_N in scores.parts.items()},
         **mean_by_source(scores),
@@ -45,9 +45,12 @@ def score_metrics(scores: Scores) -> dict[str, float]:
 
 
 def mean_by_source(scores: Scores) -> dict[str, float]:
-    """The mean reward of each set of a mix."""
+    """Returns the mean reward of each set of a mix."""
     names = sorted(set(scores.sources) - {""})
-    rows = {name: [b for b, own in enumerate(scores.sources) if own == name] for name in names}
+    rows = {
+        name: [b for b, source in enumerate(scores.sources) if source == name] for name in names
+    }
     return {
-        f"reward/from_{name}": float(scores.total_BG[own].nanmean()) for name, own in rows.items()
+        f"reward/from_{name}": float(scores.total_BG[rows_b].nanmean())
+        for name, rows_b in rows.items()
     }

@@ -1,4 +1,4 @@
-"""How a rollout's groups are split over optimizer steps, and what each token counts."""
+"""Splits a rollout's groups into minibatches, and weights their tokens."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def split_minibatches(
     seed: int,
     unscored_N: Tensor | None = None,
 ) -> Iterator[Minibatch]:
-    """Each of the optimizer steps that a rollout is worth, its groups split at random.
+    """Yields the minibatch of each optimizer step; each pass splits the groups at random.
 
-    The policy loss is averaged over the completions that have a reward. One without is not a zero
-    among them: it would make every step smaller by the share of failed rewards. So verl averages
-    over sequences that aren't masked. Groups that agree do count, as in the papers.
+    The policy loss is averaged over the completions that have a reward. A completion without one
+    doesn't count as a zero: that would shrink every step by the share of failed rewards. verl, too,
+    averages over the sequences that aren't masked. Groups with equal rewards do count, as in the
+    papers.
     """
     mask_NC = rollout.mask_NC
     if objective.mask_truncated:
@@ -55,25 +56,25 @@ def split_minibatches(
         counts_NC = chosen_NC
         if unscored_N is not None and unscored_N.any():
             counts_NC = chosen_NC * weigh_scored_only(unscored_N, tokens, objective.averaging)
-        for own in range(objective.minibatches):
-            prompts = (minibatch_B == own).nonzero()[:, 0].tolist()
+        for index in range(objective.minibatches):
+            prompts = (minibatch_B == index).nonzero()[:, 0].tolist()
             yield Minibatch(prompts, weights_NC * objective.minibatches, counts_NC)
 
 
 def weigh_scored_only(unscored_N: Tensor, tokens: Tokens, averaging: Averaging) -> Tensor:
-    """[N, C] an average over the scored completions alone, in weights of that over all of them."""
+    """Returns [N, C] the weights over scored completions alone, divided by those over all."""
     counts_NC = torch.zeros_like(tokens.mask_NC, dtype=torch.float32)
-    own_N = ~unscored_N
-    if own_N.any():
-        own = Tokens(tokens.mask_NC[own_N], tokens.minibatch_N[own_N], tokens.max_tokens)
-        share = averaging(own) / averaging(tokens)[own_N]
-        counts_NC[own_N] = share.masked_fill(~own.mask_NC, 0.0)
+    scored_N = ~unscored_N
+    if scored_N.any():
+        scored = Tokens(tokens.mask_NC[scored_N], tokens.minibatch_N[scored_N], tokens.max_tokens)
+        quotient = averaging(scored) / averaging(tokens)[scored_N]
+        counts_NC[scored_N] = quotient.masked_fill(~scored.mask_NC, 0.0)
     return counts_NC
 
 
 def assign_minibatches(prompts: int, count: int, seed: int) -> Tensor:
-    """[B] which of `count` minibatches each prompt's group is in: a random split, even to one."""
+    """Returns [B] each group's minibatch: a random split into sizes that differ by 1 at most."""
     generator = torch.Generator().manual_seed(seed % SEED_LIMIT)
-    share_B = torch.empty(prompts, dtype=torch.int64)
-    share_B[torch.randperm(prompts, generator=generator)] = torch.arange(prompts) % count
-    return share_B
+    minibatch_B = torch.empty(prompts, dtype=torch.int64)
+    minibatch_B[torch.randperm(prompts, generator=generator)] = torch.arange(prompts) % count
+    return minibatch_B

@@ -1,4 +1,4 @@
-"""AdamW on fp32 weights, with a schedule, gradient clipping, and no step on a broken gradient."""
+"""AdamW on fp32 weights, with a schedule and gradient clipping; skips non-finite gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo.errors import ConfigError
 log = logging.getLogger(__name__)
 
 Adam = torch.optim.Optimizer
-Schedule = Callable[[float], float]  # share of the steps after warm-up done, 0..1 -> factor
+Schedule = Callable[[float], float]  # share of the steps after warm-up, 0..1 -> factor
 
 SCHEDULES: dict[str, Schedule] = {
     "constant": lambda done: 1.0,
@@ -36,25 +36,22 @@ def make_adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float,
 
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
-SAMPLED_WEIGHTS, SAMPLED_MATRICES = (
-    4096,
-    64,
-)  # weights whose moves are counted, and in how many matrices
+SAMPLED_WEIGHTS, SAMPLED_MATRICES = 4096, 64  # weights in a WeightSample, and their matrices
 OPTIMIZERS = {"adamw": make_adamw, "adamw_8bit": make_adamw_8bit}
 
 
 class ScheduleStart(NamedTuple):
-    """Where a schedule begins, in steps, and at which share of the learning rate."""
+    """The step where a schedule begins, and the share of the learning rate it begins with."""
 
     start: int
     share: float
 
 
 class WeightSample:
-    """Whether steps as small as these change anything: a sample of the weights, before and after.
+    """A sample of the weights, to see what share of them an optimizer step changes at all.
 
-    Every matrix in it gives as many, whatever its size: the rows of rare tokens, most of the
-    weights of a model whose head is its own, have next to no gradient and say nothing.
+    Every matrix in it gives equally many weights, whatever its size. Else most of them would be
+    embeddings of rare tokens, which have almost no gradient and so show nothing.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -66,19 +63,19 @@ class WeightSample:
 
     @torch.no_grad()
     def record(self) -> None:
-        """Keeps the weights, and which of them have a gradient."""
+        """Records the weights, and which of them have a gradient."""
         self.weights_T = self._read_weights()
-        none = [torch.zeros_like(at, dtype=torch.bool) for _, at in self.sampled_places]
+        all_false = [torch.zeros_like(at, dtype=torch.bool) for _, at in self.sampled_places]
         self.has_gradient_T = torch.cat(
             [
-                own if p.grad is None else torch.take(p.grad, at) != 0
-                for (p, at), own in zip(self.sampled_places, none, strict=True)
+                false if p.grad is None else torch.take(p.grad, at) != 0
+                for (p, at), false in zip(self.sampled_places, all_false, strict=True)
             ]
         )
 
     @torch.no_grad()
     def changed_share(self) -> float:
-        """The share of those with a gradient that are not what they were; 0 where none has one."""
+        """Returns the share of weights with a gradient that changed since `record`; 0 if none."""
         changed_T = (self._read_weights() != self.weights_T) & self.has_gradient_T
         changed, graded = torch.stack([changed_T.sum(), self.has_gradient_T.sum()]).tolist()
         return float(changed / graded) if graded else 0.0
@@ -88,7 +85,7 @@ class WeightSample:
 
 
 def sample_indices(matrix: Tensor, count: int) -> Tensor:
-    """At most so many places in a matrix, the same ones each time, without a pattern."""
+    """Returns at most `count` flat indices of a matrix, random but the same at each call."""
     generator = torch.Generator().manual_seed(matrix.numel())
     drawn = torch.randint(matrix.numel(), (count,), generator=generator)
     different: Tensor = drawn.unique()
@@ -96,7 +93,7 @@ def sample_indices(matrix: Tensor, count: int) -> Tensor:
 
 
 class Optimizer:
-    """The optimizer and what belongs to a step of it. The learning rate follows from the step."""
+    """AdamW with its schedule, clipping and metrics. The learning rate depends on `steps_done`."""
 
     def __init__(
         self,
@@ -113,11 +110,11 @@ class Optimizer:
         """
         Args:
             name: adamw, or adamw_8bit, whose state takes a quarter of the memory (2110.02861).
-            max_grad_norm: gradients longer than this are scaled down to it; 0 leaves them be.
+            max_grad_norm: gradients with a larger norm are scaled down to this one; 0: never.
         """
         self.name = name
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # Norms and biases pull no weight toward zero.
+        # Norms and biases get no weight decay.
         groups = [
             {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -133,7 +130,7 @@ class Optimizer:
         self.weight_sample = WeightSample(self.parameters)
 
     def _allocate_state(self) -> None:
-        """Makes Adam's state now, beside the weights, and not where activations come and go."""
+        """Allocates Adam's state next to the weights, before there are activations around it."""
         state = {
             n: {"step": torch.tensor(0.0), **{name: torch.zeros_like(p) for name in ADAM_STATE}}
             for n, p in enumerate(p for group in self.adamw.param_groups for p in group["params"])
@@ -142,22 +139,22 @@ class Optimizer:
         self.adamw.load_state_dict({"state": state, "param_groups": options})
 
     def next_learning_rate(self) -> float:
-        """The learning rate of the step that comes next."""
+        """Returns the learning rate of the next step."""
         if self.steps_done < self.warmup_steps:
             return self.learning_rate * (self.steps_done + 1) / self.warmup_steps
         return self.learning_rate * self._schedule_factor()
 
     def _schedule_factor(self) -> float:
-        """Of the learning rate, after warm-up."""
+        """Returns the present factor of the learning rate, after warm-up."""
         after = max(1, self.schedule_end - self.schedule_start.start)
         done = min(1.0, (self.steps_done - self.schedule_start.start) / after)
         return self.schedule_start.share * self.schedule(done)
 
     def end_schedule_after(self, remaining: int) -> None:
-        """Lets the schedule end after so many steps more, where a resumed run has other ones left.
+        """Makes the schedule end after `remaining` more steps, for a resumed run of another length.
 
-        It goes on from the rate that it had come to, so that nothing jumps. Only where that is 0,
-        at the end of a run, does it take the place that it would have had in the longer one.
+        It continues from the present rate, so that the rate doesn't jump. If that rate is 0, as at
+        the end of a run, it continues as if the new length had been planned from the start.
         """
         end = self.steps_done + remaining
         if end == self.schedule_end:
@@ -171,20 +168,20 @@ class Optimizer:
         if started and share > 0:
             self.schedule_start = ScheduleStart(self.steps_done, share)
             log.info(
-                "optim.schedule: from the present learning rate, %g, on to the new end, "
+                "optim.schedule: continues from the present learning rate, %g, to its new end, "
                 "%d updates from here.", self.next_learning_rate(), remaining,
             )  # fmt: skip
         elif started:
             self.schedule_start = ScheduleStart(self.warmup_steps, 1.0)
             log.warning(
-                "optim.schedule: had come to its end, at 0; the learning rate goes on at %g, as if "
+                "optim.schedule: it had ended at 0; the learning rate continues at %g, as if "
                 "%d updates had been planned from the start.", self.next_learning_rate(), end,
             )  # fmt: skip
 
     def step(self) -> dict[str, float]:
-        """Applies the gradients that have gathered and frees them.
+        """Applies the accumulated gradients, frees them and returns the step's metrics.
 
-        A gradient that is not finite is thrown away, and counted: the weights stay as they were.
+        A gradient that is not finite is dropped and counted; the weights then stay as they are.
         """
         rate = self.next_learning_rate()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
@@ -205,11 +202,11 @@ class Optimizer:
         }
 
     def clear_gradients(self) -> None:
-        """Frees the gradients that have gathered."""
+        """Frees the accumulated gradients."""
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        bent = (
+        moved_start = (
             None
             if self.schedule_start == ScheduleStart(self.warmup_steps, 1.0)
             else tuple(self.schedule_start)
@@ -219,23 +216,23 @@ class Optimizer:
             "adamw": self.adamw.state_dict(),
             "steps_done": self.steps_done,
             "end": self.schedule_end,
-            "bend": bent,
+            "bend": moved_start,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state["name"] != self.name:
             raise ConfigError(
-                f"optim.name={self.name}: this run's optimizer is {state['name']}, and no other "
-                f"can use its state.",
+                f"optim.name={self.name}: this run's optimizer is {state['name']}, whose state no "
+                f"other can use; set optim.name={state['name']}.",
                 key="optim.name",
                 value=self.name,
             )
-        now = [(group["betas"], group["weight_decay"]) for group in self.adamw.param_groups]
+        configured = [(group["betas"], group["weight_decay"]) for group in self.adamw.param_groups]
         self.adamw.load_state_dict(state["adamw"])
-        # torch puts back the saved options too; what the config says now wins.
-        for group, (betas, weight_decay) in zip(self.adamw.param_groups, now, strict=True):
+        # torch restores the saved options, too; the config's present values replace them.
+        for group, (betas, weight_decay) in zip(self.adamw.param_groups, configured, strict=True):
             group["betas"], group["weight_decay"] = betas, weight_decay
         self.steps_done = state["steps_done"]
-        self.schedule_end = state.get("end", self.schedule_end)  # older ones have none
+        self.schedule_end = state.get("end", self.schedule_end)  # older checkpoints have none
         if state.get("bend") is not None:
             self.schedule_start = ScheduleStart(*state["bend"])

@@ -1,4 +1,4 @@
-"""Optimizer steps from one rollout: loss and gradient in micro-batches that add up exactly."""
+"""Optimizer steps on one rollout; the gradients of its micro-batches add up exactly."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ from grpo.types import Rollout
 def score_old_policy(
     policy: LanguageModel, objective: Objective, rollout: Rollout, limit: TokenLimit
 ) -> OldPolicy | None:
-    """What the ratios of a step are taken to; None where that is the update's own forward pass.
+    """Returns the old log-probabilities for a step's ratios; None if the update computes them.
 
-    With one update the policy is still the one that sampled: its ratio is 1. With more, the policy
-    is read once before the first, unless the sampler's log-probabilities are its own.
+    With one update per rollout, old and new policy are the same, so each ratio is 1. With more, the
+    policy scores the rollout once before the first, unless the sampler's log-probabilities are
+    exact and cover the whole vocabulary.
     """
     if objective.updates == 1:
         return None
@@ -63,26 +64,26 @@ def update_policy(
     limit: TokenLimit,
     seed: int = 0,
 ) -> UpdateResult:
-    """Takes `num_iterations` x `split_minibatches` optimizer steps and says what they were made of.
+    """Takes `num_iterations` x `minibatches` optimizer steps and returns their metrics.
 
-    A token counts by how likely the old policy found it, next to its sampler, up to a cap:
-    truncated importance weights, as IMPALA's (1802.01561). `sampler/kl` says how far the two were
-    apart. Groups that nothing gives a gradient are read for the metrics, and cost no backward.
+    Each token is weighted by its probability under the old policy / under the sampler, up to a cap:
+    truncated importance weights, as in IMPALA (1802.01561). `sampler/kl` measures how far the two
+    differ. Rows without a gradient are scored for the metrics, but need no backward pass.
 
     Args:
-        seed: of the split into minibatches.
+        seed: seeds the split into minibatches.
     """
     totals = UpdateTotals(objective, rollout)
     for minibatch in split_minibatches(
         policy, objective, rollout, limit, seed, update_inputs.unscored_N
     ):
 
-        def work(minibatch: Minibatch = minibatch) -> UpdateTotals:
+        def run_minibatch(minibatch: Minibatch = minibatch) -> UpdateTotals:
             return add_gradients(
                 policy, reference, objective, rollout, update_inputs, minibatch, limit
             )
 
-        totals.merge(limit.retry_smaller(work, undo=optimizer.clear_gradients))
+        totals.merge(limit.retry_smaller(run_minibatch, undo=optimizer.clear_gradients))
         totals.optimizer_metrics.append(optimizer.step())
     return totals.compute_result()
 
@@ -96,41 +97,51 @@ def add_gradients(
     minibatch: Minibatch,
     limit: TokenLimit,
 ) -> UpdateTotals:
-    """Adds a minibatch's gradients to what the weights have, and says what the loss was made of."""
+    """Adds a minibatch's gradients to those of the weights; returns the sums for its metrics."""
     totals = UpdateTotals(objective, rollout)
     kept = None if update_inputs.old_policy is None else update_inputs.old_policy.kept
     for batch in split_into_micro_batches(rollout, limit, minibatch.prompts):
         limit.record_start(batch.tokens)
         inputs = select_completions(rollout, batch, policy, kept)
-        against = compute_reference_features(reference, objective.readout, inputs)
+        reference_features = compute_reference_features(reference, objective.readout, inputs)
         needs_gradient = has_gradient(objective, update_inputs, minibatch, batch.rows)
         if needs_gradient:
             allocate_gradients(policy.model)
         with torch.set_grad_enabled(needs_gradient):
             features = policy.compute_features(inputs)
             gradient_TX = []
-            # Forward and backward through the head by parts, so that a part's logits serve both.
+            # The head runs forward and backward chunk by chunk, so a chunk's logits serve both.
             for rows, tokens in split_head_chunks(inputs, features.chunk_size):
-                own, some = features.select_detached(tokens), inputs.select_rows(rows)
-                other = None if against is None else against.select_tokens(tokens)
-                scored = policy.score_features(own, some, objective.readout, other)
+                chunk, chunk_inputs = features.select_detached(tokens), inputs.select_rows(rows)
+                reference_chunk = (
+                    None if reference_features is None else reference_features.select_tokens(tokens)
+                )
+                scored = policy.score_features(
+                    chunk, chunk_inputs, objective.readout, reference_chunk
+                )
                 loss = compute_loss(
-                    objective, rollout, update_inputs, minibatch, batch.rows[rows], some, scored
+                    objective,
+                    rollout,
+                    update_inputs,
+                    minibatch,
+                    batch.rows[rows],
+                    chunk_inputs,
+                    scored,
                 )
                 if needs_gradient:
                     loss.total.backward()
-                    gradient_TX.append(cast(Tensor, own.values_TX.grad))
-                totals.add(batch.rows[rows], loss, some.mask_NC, scored)
+                    gradient_TX.append(cast(Tensor, chunk.values_TX.grad))
+                totals.add(batch.rows[rows], loss, chunk_inputs.mask_NC, scored)
             if needs_gradient:
                 features.values_TX.backward(torch.cat(gradient_TX))
     return totals
 
 
 def allocate_gradients(model: nn.Module) -> None:
-    """Gives each trained weight a gradient of zeros, where it has none.
+    """Gives each trained weight without a gradient a gradient of zeros.
 
-    Gradients are added up in place; made here, they don't lie scattered among the activations,
-    whose memory the next micro-batch takes as a whole.
+    Gradients add up in place. Allocated here, they don't lie scattered among the activations, whose
+    memory the next micro-batch reuses as one block.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -140,7 +151,7 @@ def allocate_gradients(model: nn.Module) -> None:
 def has_gradient(
     objective: Objective, update_inputs: UpdateInputs, minibatch: Minibatch, rows: Tensor
 ) -> bool:
-    """Whether anything of the loss depends on the policy at these rows."""
+    """Returns whether the loss of these rows has a gradient."""
     regularized = update_inputs.kl_weight > 0 or objective.entropy_weight > 0
     has_advantage = bool(update_inputs.advantages_N[rows].any())
     return (regularized or has_advantage) and bool((minibatch.weights_NC[rows] > 0).any())

@@ -1,4 +1,4 @@
-"""What the metrics of a step's updates are made of."""
+"""The metrics of a step's updates, summed over micro-batches."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from grpo.types import Rollout
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an update was made of."""
+    """The metrics of a step's updates, and the values behind them."""
 
     metrics: dict[str, float]
-    ratios_T: Tensor  # of every completion token, as often as it was read, on the CPU
-    log_ratio_NC: Tensor | None  # policy to reference before the first update, on the CPU
+    ratios_T: Tensor  # of every completion token, once per pass, on the CPU
+    log_ratio_NC: Tensor | None  # log of policy / reference when first scored, on the CPU
 
 
 class UpdateTotals:
-    """Sums over a step's completion tokens and updates, made into means at the end.
+    """Sums over a step's completion tokens and updates; `compute_result` turns them into means.
 
-    They stay on the device, in fp32, until then, so that nothing waits for it.
+    The sums stay on the device, in fp32, until then, so that no step waits for the device.
     """
 
     def __init__(self, objective: Objective, rollout: Rollout) -> None:
@@ -41,12 +41,12 @@ class UpdateTotals:
         self.tokens: list[Tensor] = []
         self.ratios: list[Tensor] = []
         self.importance: list[Tensor] = []
-        self.optimizer_metrics: list[dict[str, float]] = []  # what the optimizer said of each
+        self.optimizer_metrics: list[dict[str, float]] = []  # one for each optimizer step
         self.log_ratio_NC = torch.full_like(rollout.logprobs_NC, torch.nan)
 
     @torch.no_grad()
     def add(self, rows: Tensor, loss: MicroBatchLoss, mask_NC: Tensor, scored: TokenScores) -> None:
-        """Takes in what was read of these rows."""
+        """Adds the loss and the scores of these rows."""
         self.tokens.append(mask_NC.sum())
         self.losses["loss/total"].append(loss.total.detach())
         self.losses["loss/policy"].append(loss.policy.detach())
@@ -71,18 +71,18 @@ class UpdateTotals:
         self.token_sums[name].append(values_T.sum())
 
     def merge(self, others: UpdateTotals) -> None:
-        """Those of a minibatch; what was said of a row before its first update stays."""
+        """Adds the totals of a minibatch; keeps the log-ratios of rows that were scored earlier."""
         self.tokens += others.tokens
         self.ratios += others.ratios
         self.importance += others.importance
-        for own, more in ((self.token_sums, others.token_sums), (self.losses, others.losses)):
-            for name, values in more.items():
-                own[name] += values
-        unread_NC = self.log_ratio_NC.isnan()
-        self.log_ratio_NC = torch.where(unread_NC, others.log_ratio_NC, self.log_ratio_NC)
+        for sums, added in ((self.token_sums, others.token_sums), (self.losses, others.losses)):
+            for name, values in added.items():
+                sums[name] += values
+        unscored_NC = self.log_ratio_NC.isnan()
+        self.log_ratio_NC = torch.where(unscored_NC, others.log_ratio_NC, self.log_ratio_NC)
 
     def compute_result(self) -> UpdateResult:
-        """Means over tokens, and over updates; the largest ratio of all."""
+        """Returns the means over tokens and over updates, and the largest ratio."""
         steps, ratios_T = len(self.optimizer_metrics), torch.cat(self.ratios).cpu()
         tokens, log_T = fetch_sum(self.tokens), torch.cat(self.importance).cpu()
         metrics = {
@@ -102,5 +102,5 @@ class UpdateTotals:
 
 
 def fetch_sum(parts: Sequence[Tensor]) -> float:
-    """The sum of numbers that are on a device, fetched together."""
+    """Returns the sum of scalars on a device, fetched in one transfer."""
     return fsum(torch.stack(list(parts)).tolist())

@@ -1,4 +1,4 @@
-"""What runs in processes of its own, to check answers that can't be trusted to end or to behave.
+"""Checks answers that may never end or may do harm, in separate processes.
 
 Nothing in here imports torch, or anything else that makes a process slow to start.
 """

@@ -1,7 +1,7 @@
 """Carries questions and answers between a program and its grader, over two pipes.
 
-One side asks, the other answers; before it does it may ask back, and so on. A side that finds the
-other gone, or reads anything but a message, leaves at once: no test after that has passed.
+One side asks and the other answers. Before it answers it may ask back, and so on. A side exits at
+once if the other is gone, or if it reads anything but a message; no later test passes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-MAX_MESSAGE_BYTES = 32 << 20  # bytes of one message
-MAX_NESTED_QUESTIONS = 50  # questions that wait for each other
+MAX_MESSAGE_BYTES = 32 << 20  # size limit of one message
+MAX_NESTED_QUESTIONS = 50  # questions open at the same time, each asked to answer another
 
 
 class Channel:
@@ -24,10 +24,10 @@ class Channel:
     Args:
         incoming: descriptor of the pipe to read.
         outgoing: descriptor of the pipe to write.
-        pack: writes what kind of message it is, and its content; or raises and changes nothing.
-        unpack: both again; where it raises, this process leaves.
-        serve: does what the other side asks for: an operation, its operands and options.
-        asks_first: whether this side may ask while it answers nothing.
+        pack: turns the kind and the content of a message into bytes, or raises and changes nothing.
+        unpack: turns the bytes into kind and content; if it raises, this process exits.
+        serve: executes a question of the other side: an operation, its operands and options.
+        asks_first: whether this side may ask when it is not answering a question.
     """
 
     def __init__(
@@ -42,17 +42,15 @@ class Channel:
         self.incoming, self.outgoing = incoming, outgoing
         self.pack, self.unpack, self.serve = pack, unpack, serve
         self.asks_first = asks_first
-        self.lock = RLock()  # a thread that asks has the channel until it is answered
+        self.lock = RLock()  # a thread that asks holds the channel until it has the answer
         self.asking = self.answering = 0
-        self.busy_thread: int | None = (
-            None  # the thread that writes or reads values: it can't ask meanwhile
-        )
+        self.busy_thread: int | None = None  # reads or writes values, so it can't ask now
 
     def ask(self, operation: str, *operands: Any, **options: Any) -> Any:
-        """What the other side's operation gives; raises what it raises."""
+        """Asks the other side for an operation; returns its result or raises its exception."""
         with self.lock:
             if self.is_busy() or not (self.answering or self.asks_first):
-                raise RuntimeError("nobody answers now")
+                raise RuntimeError("the other side is not answering now")
             if self.asking >= MAX_NESTED_QUESTIONS:
                 raise RecursionError("the program and its tests call each other too often")
             self.asking += 1
@@ -83,7 +81,7 @@ class Channel:
         try:
             operation, operands, options = question
             content = self.serve(operation, operands, dict(options))
-        except BaseException as error:  # noqa: BLE001 - SystemExit too is for the side that asked
+        except BaseException as error:  # noqa: BLE001 - the side that asked gets SystemExit, too
             kind, content = "raise", error
         with self.lock:
             self.answering -= 1
@@ -104,7 +102,7 @@ class Channel:
         try:
             while rest:
                 rest = rest[os.write(self.outgoing, rest) :]
-        except BaseException:  # noqa: BLE001 - half a message can't be taken back
+        except BaseException:  # noqa: BLE001 - part of the message is already sent
             exit_process()
 
     def read(self) -> tuple[str, Any]:
@@ -117,7 +115,7 @@ class Channel:
             self.busy_thread = None
             if kind in ("give", "ask") or (kind == "raise" and isinstance(content, BaseException)):
                 return kind, content
-        except BaseException:  # noqa: BLE001 - this is no message
+        except BaseException:  # noqa: BLE001 - this is not a message
             exit_process()
         return exit_process()
 

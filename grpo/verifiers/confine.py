@@ -1,5 +1,5 @@
-"""Confines the process that calls it, with Python's standard library alone, before it runs what
-nobody has read. `sandbox.py` says what holds from then on.
+"""Confines the calling process, with Python's standard library alone, before it runs code that
+nobody has read. `sandbox.py` lists what holds after that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 import sys
 from contextlib import suppress
 
-TYPE_CHECKING = False  # `typing` takes longer to import than all of this
+TYPE_CHECKING = False  # `typing` takes longer to import than this whole module
 if TYPE_CHECKING:
     from grpo.verifiers.process_spec import ProcessSpec, SandboxLimits
 
@@ -20,7 +20,7 @@ MAX_OPEN_FILES = 64
 MAX_THREADS = 64
 SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom")
 
-# Linux's numbers of system calls, on x86-64 and arm64.
+# The numbers of Linux's system calls on x86-64 and on arm64; None: no such call.
 SystemCalls = dict[str, tuple[int | None, int | None]]
 REFUSED_CALLS: SystemCalls = {  # never allowed
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
@@ -45,50 +45,50 @@ REFUSED_CALLS: SystemCalls = {  # never allowed
     "lremovexattr": (198, 15), "fremovexattr": (199, 16), "truncate": (76, 45),
     "open_by_handle_at": (304, 265),
 }  # fmt: skip
-WRITING_CALLS: SystemCalls = {  # refused where Landlock can't hold them in
+WRITING_CALLS: SystemCalls = {  # refused where Landlock can't restrict them to the folder
     "creat": (85, None), "mkdir": (83, None), "mkdirat": (258, 34), "mknod": (133, None),
     "mknodat": (259, 33), "unlink": (87, None), "unlinkat": (263, 35), "rmdir": (84, None),
     "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "link": (86, None),
     "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36), "openat2": (437, 437),
 }  # fmt: skip
-CHECKED_CALLS: SystemCalls = {  # allowed by their arguments
+CHECKED_CALLS: SystemCalls = {  # allowed or refused by their arguments
     "clone": (56, 220), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),
     "socketpair": (53, 199), "fcntl": (72, 25), "ioctl": (16, 29), "open": (2, None),
     "openat": (257, 56),
 }  # fmt: skip
-UNKNOWN_CALLS: SystemCalls = {  # answered as a kernel without them would
+UNKNOWN_CALLS: SystemCalls = {  # answered as if the kernel didn't have them
     "clone3": (435, 435),
 }  # fmt: skip
 
-NEWEST_CALL = 450  # later calls are answered as unknown: what they might allow is not known here
+NEWEST_CALL = 450  # later calls get the same answer, because what they allow is unknown
 
 
 def confine(spec: ProcessSpec, limits: SandboxLimits) -> None:
-    """Everything that the head of `sandbox.py` promises.
+    """Confines this process as the docstring of `sandbox.py` says.
 
     Raises:
-        OSError: the kernel refuses; nothing must be run.
+        OSError: the kernel refuses; the caller must then run nothing.
     """
-    counted = drop_privileges(spec.folder)
+    threads_limited = drop_privileges(spec.folder)
     set_limits(limits)
     call_libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     call_libc("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
-    call_libc("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: its /proc is closed to its own user too
+    call_libc("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: closes its /proc to its own user, too
     if os.getppid() != spec.parent:
-        raise OSError("the process that started it is gone")
+        raise OSError("the process that started it has ended")
     if limits.landlock:
         restrict_files(spec.folder, limits.landlock)
-    filter_system_calls(may_write=can_restrict_writes(limits.landlock), may_thread=counted)
+    filter_system_calls(may_write=can_restrict_writes(limits.landlock), may_thread=threads_limited)
 
 
 def drop_privileges(folder: str) -> bool:
-    """Gives up who started it. Whether a limit on threads holds: for root it wouldn't."""
+    """Drops user and capabilities; returns whether a limit on threads holds, as not for root."""
     if os.geteuid() != 0:
         with suppress(OSError):
-            call_libc("unshare", 0x10000000)  # CLONE_NEWUSER: threads are counted in there
+            call_libc("unshare", 0x10000000)  # CLONE_NEWUSER: counts threads separately
         keep_capability(0)
         return True
-    for user in (2**30 + os.getpid(), 65534):  # the second where few users are mapped
+    for user in (2**30 + os.getpid(), 65534):  # the second id for where few users are mapped
         with suppress(OSError):
             os.chown(folder, user, user)
             call_libc("prctl", 8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
@@ -96,13 +96,13 @@ def drop_privileges(folder: str) -> bool:
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
             break
-    # CAP_DAC_READ_SEARCH, or in containers that don't have it CAP_DAC_OVERRIDE.
+    # CAP_DAC_READ_SEARCH; CAP_DAC_OVERRIDE in containers without it.
     keep_capability(0b100, 0b010)
     return os.geteuid() != 0
 
 
 def keep_capability(*choices: int) -> None:
-    """Drops every capability but the first of these that there is."""
+    """Drops every capability but the first of `choices` that the process has."""
     header, state = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
     call_libc("capget", header, state)
     _, permitted, *_ = struct.unpack("=6I", state.raw)
@@ -143,10 +143,10 @@ FILE_RIGHTS = WRITE_FILE | READ_FILE | TRUNCATE
 
 
 def detect_landlock_version() -> int:
-    """The kernel's version of Landlock, 0 where there is none.
+    """Returns the kernel's version of Landlock; 0 if it has none.
 
     Raises:
-        OSError: this is no system that a program can be confined on.
+        OSError: programs can't be confined on this system.
     """
     if sys.platform != "linux" or os.uname().machine not in ARCHITECTURES:
         raise OSError(f"{sys.platform} on {os.uname().machine}: needs Linux on x86-64 or arm64")
@@ -157,7 +157,7 @@ def detect_landlock_version() -> int:
 
 
 def can_restrict_writes(version: int) -> bool:
-    return version >= 3  # before, it doesn't see a file being cut to nothing
+    return version >= 3  # earlier versions don't restrict truncation
 
 
 def restrict_files(folder: str, version: int) -> None:
@@ -187,7 +187,7 @@ Instruction = tuple[int, int, int, int]  # operation, jump if true, jump if fals
 
 
 def filter_system_calls(may_write: bool, may_thread: bool) -> None:
-    """Has the kernel refuse every call that leads out of this process."""
+    """Installs a filter that refuses every system call that reaches out of this process."""
     column, architecture = ARCHITECTURES[os.uname().machine]
     itself = os.getpid()
     program: list[Instruction] = [
@@ -201,7 +201,7 @@ def filter_system_calls(may_write: bool, may_thread: bool) -> None:
             program.extend([(EQUAL, 0, len(then), number), *then])
 
     def check(name: str, argument: int, test: int, values: list[int], allow: bool) -> None:
-        """Allows or refuses a call where an argument meets one of the values."""
+        """Allows or refuses a call if an argument matches one of the values; else the opposite."""
         tests = [(test, len(values) - n, 0, value) for n, value in enumerate(values)]
         met, unmet = (ALLOW, DENY) if allow else (DENY, ALLOW)
         load = (LOAD, 0, 0, 16 + 8 * argument)
@@ -209,15 +209,15 @@ def filter_system_calls(may_write: bool, may_thread: bool) -> None:
 
     for name in REFUSED_CALLS if may_write else {**REFUSED_CALLS, **WRITING_CALLS}:
         add(name, (RETURN, 0, 0, DENY))
-    for name in UNKNOWN_CALLS:  # glibc then falls back on clone, whose flags can be looked at
+    for name in UNKNOWN_CALLS:  # glibc then falls back to clone, whose flags can be checked
         add(name, (RETURN, 0, 0, NOT_THERE))
     check("clone", 0, ANY_BIT, [0x10000] if may_thread else [], allow=True)  # CLONE_THREAD
     check("kill", 0, EQUAL, [itself], allow=True)
     check("tgkill", 0, EQUAL, [itself], allow=True)
     check("prlimit64", 0, EQUAL, [0], allow=True)  # of itself
     check("socketpair", 1, ANY_BIT, [0xE], allow=False)  # all types but SOCK_STREAM
-    check("fcntl", 1, EQUAL, [8, 15], allow=False)  # F_SETOWN(_EX): signals by way of a file
-    # FIOSETOWN, SIOCSPGRP, TIOCSTI; a file's attributes (FS_IOC_SETFLAGS, its 32 bits, FSSETXATTR)
+    check("fcntl", 1, EQUAL, [8, 15], allow=False)  # F_SETOWN(_EX): signals through a file
+    # FIOSETOWN, SIOCSPGRP, TIOCSTI; FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS, FS_IOC_FSSETXATTR
     owners, attributes = [0x8901, 0x8902, 0x5412], [0x40086602, 0x40046602, 0x401C5820]
     check("ioctl", 1, EQUAL, owners + attributes, allow=False)
     if not may_write:

@@ -1,28 +1,28 @@
 """The tests' side of the pipes, in the grader's process.
 
-The program learns what it is called with, and what is asked of its objects. It gets no text of the
-tests, no value that is only compared with, and nothing that leads on from what it is given: of a
-function it may do no more than call it, of an object whose class the tests define it has the public
+The program learns the arguments of its calls, and the operations on its objects. It gets no text of
+the tests and no value that is only compared with. It can't go further from what it gets: it can
+only call a function, and for an object whose class the tests define it can use the public
 attributes and the operators.
 
-What is decided here, and never by the program:
+This side decides, and never the program:
 
-- whether something of the program's equals, is less than or is in something that isn't. An object
-  of a class that derives from a plain one has its value with it, and is compared by that; any other
-  equals nothing that isn't the program's, and `in` goes through its elements.
-- what arithmetic with something that isn't the program's gives. It is asked for, but what comes of
-  it can't become a number again: an object whose difference from any number is 0 equals none.
-- of which class an object is, and which `except` catches an exception: a class of the program's has
-  the bases that it said it has, and its name catches no failed assert.
-- what `abs`, `math` and other names of Python's own are. What the program has imported of `math`
-  and other harmless modules the tests have too, from their own process.
+- whether an object of the program's equals, is less than, or is in a value of another origin. An
+  object whose class derives from a plain class brings its value, and is compared by that. Any other
+  object equals only objects of the program's, and `in` goes through its elements.
+- the result of arithmetic with a value of another origin. The program computes it, but the result
+  can't become a number again: an object whose difference from every number is 0 equals no number.
+- the class of an object, and which `except` catches an exception. A class of the program's keeps
+  the bases that it declared, and its name catches no failed assert.
+- the meaning of `abs`, `math` and other names of Python. If the program imports `math` or another
+  harmless module, the tests get the same from their own process.
 
-What is left to the program is what returning a value is: how long, true or printed an object of its
-own is, what two of them are to each other, whether it calls what it is given, and what it makes of
-a list that is given to it, now or later.
+The program decides only what a return value could decide, too: the length, truth and text of its
+own objects, how two of them compare, whether it calls a function that it gets, and how it changes a
+list that it gets, now or later.
 
-Tests must not run what the program gives. `eval`, `exec`, `compile`, `pickle` and `doctest` refuse
-to; a test that uses `timeit`, `marshal` or the like on it hands it this process.
+Tests must not run text or code from the program. `eval`, `exec`, `compile`, `pickle` and `doctest`
+refuse to; a test that uses `timeit`, `marshal` or the like on it gives the program this process.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ CHANGING_OPERATIONS = {"setattr", "delattr", "setitem", "delitem"}
 
 
 class Grader(Peer):
-    """Lets tests use a program that is somewhere else.
+    """Lets tests use a program in another process.
 
     Args:
         module: where the tests run, with the program's names.
-        reserved: names that are not the program's to give.
-        passes_errors: whether no `with` of the program's may keep an error of the tests to itself.
+        reserved: names that the program can't define for the tests.
+        passes_errors: whether the program's context managers must not suppress the tests' errors.
     """
 
     def __init__(
@@ -78,12 +78,8 @@ class Grader(Peer):
     ) -> None:
         super().__init__(0, incoming, outgoing, asks_first=True)
         self.module = module
-        self.mixed_results: set[int] = (
-            set()
-        )  # ids of what arithmetic with values of the tests' has given
-        self.given_names: dict[
-            str, Any
-        ] = {}  # the program's names, as they were put into the module
+        self.mixed_results: set[int] = set()  # ids of results of arithmetic with the tests' values
+        self.given_names: dict[str, Any] = {}  # the program's names, as put into the module
         self.reserved = set(reserved)
         self.passes_errors = passes_errors
         self.streams = list_streams()
@@ -95,7 +91,7 @@ class Grader(Peer):
                 self.put_name(name, value)
 
     def import_for_tests(self, name: Any, module: Any, imported: Any) -> None:
-        """Gives the tests what the program has imported: this process's own, by the same name."""
+        """Gives the tests what the program imported, under the same name, from this process."""
         same = imported in ("", name) and (name == module or name not in sys.stdlib_module_names)
         if same and not name.startswith("__") and not (self.reserved & {name} & set(dir(builtins))):
             vars(self.module)[name] = import_again(module, imported)
@@ -108,7 +104,7 @@ class Grader(Peer):
             space[name] = self.given_names[name] = value
 
     def collect_extra(self) -> Any:
-        """What tests have put in place of a stream, `input` or `print`, if that has changed."""
+        """Returns what tests put in place of streams, `input` and `print`, if that has changed."""
         replaced = [
             (name, getattr(place, name))
             for name, (place, usual) in self.streams.items()
@@ -116,11 +112,11 @@ class Grader(Peer):
         ]
         now = [(name, id(value)) for name, value in replaced]
         before, self.replaced_streams = self.replaced_streams, now
-        self.undo.append(lambda: setattr(self, "replaced", before))
+        self.undo.append(lambda: setattr(self, "replaced_streams", before))
         return tuple(replaced) if now != before else None
 
-    def apply_extra(self, aside: Any) -> None:
-        for name, value in zip(*[iter(aside or ())] * 2, strict=True):
+    def apply_extra(self, extra: Any) -> None:
+        for name, value in zip(*[iter(extra or ())] * 2, strict=True):
             self.put_name(name, value)
 
     def import_name(self, module: str, name: str) -> Any:
@@ -131,7 +127,7 @@ class Grader(Peer):
     def find_name(self, value: Any) -> tuple[str, str] | None:
         return find_in_library(value)
 
-    # What tests do with what is the program's
+    # What tests do with objects of the program's
 
     def ask(self, operation: str, *operands: Any, **options: Any) -> Any:
         try:
@@ -139,13 +135,13 @@ class Grader(Peer):
         except (StopIteration, StopAsyncIteration) as stop:
             if operation in ("next", "send", "throw"):
                 raise
-            # Anywhere else it would end a loop of the tests' own early, with nothing wrong in it.
+            # Anywhere else it would end a loop of the tests early, without an error.
             raise RuntimeError(f"{operation} raised {type(stop).__name__}") from stop
         return bool(result) and not self.passes_errors if operation == "exit" else result
 
     def read(self, owner: Any, name: str) -> Any:
         if id(owner) in self.mixed_results and name in VALUE_ATTRIBUTES:
-            raise AttributeError(f"{name}: of arithmetic with a value of the tests'")
+            raise AttributeError(f"{name}: of a result of arithmetic with a value of the tests'")
         value = super().read(owner, name)
         if name == "__annotations__" and not self.are_annotations(value):
             raise AttributeError(name)
@@ -155,24 +151,26 @@ class Grader(Peer):
         return super().make_class(name, hide_examples(doc), *rest)
 
     def are_annotations(self, value: Any) -> bool:
-        """Whether no annotation is a text, which `typing.get_type_hints` would run."""
+        """Returns whether no annotation is a text, which `typing.get_type_hints` would run."""
         return type(value) is dict and not any(isinstance(v, str) for v in value.values())
 
     def operate(self, operation: str, *operands: Any) -> Any:
         foreign = [operand for operand in operands if not self.is_proxy(operand)]
-        if operation in ("round", "format"):  # to so many digits
+        if operation in ("round", "format"):  # their operand is a number of digits or a format
             foreign = []
         if any(type(operand) not in ARITHMETIC_TYPES for operand in foreign):
             return NotImplemented
         result = self.ask(operation, *operands)
         if foreign or any(id(operand) in self.mixed_results for operand in operands):
             if not self.is_opaque(result):
-                raise TypeError(f"{operation} of something of the program's and of the tests'")
+                raise TypeError(
+                    f"{operation} of an object of the program's and a value of the tests'"
+                )
             self.mixed_results.add(id(result))
         return result
 
     def is_opaque(self, value: Any) -> bool:
-        """Whether a value is an object of the program's with no value of its own."""
+        """Returns whether a value is an object of the program's without a plain value."""
         kind = type(value)
         if not isinstance(kind, self.metaclass) or self.find_container(kind):
             return False
@@ -199,16 +197,16 @@ class Grader(Peer):
             return super().contains(container, item) is True
         return any(item is element or item == element for element in container)
 
-    # What the program does with what is the tests'
+    # What the program does with values of the tests'
 
     def check_shareable(self, value: Any) -> None:
         if isinstance(value, PRIVATE_TYPES):
-            raise TypeError(f"a {type(value).__name__} of the tests' is not for the program")
+            raise TypeError(f"the program can't get a {type(value).__name__} of the tests'")
 
     def serve(self, operation: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Lets the program call, iterate, compare … what it was given, and nothing behind that."""
+        """Executes the program's operation on a value that it was given, and on no other value."""
         if not any(id(operand) in self.exported_numbers for operand in operands[:2]):
-            raise TypeError("not given to the program")
+            raise TypeError("this value was not given to the program")
         owner = operands[0]
         if operation == "getattr":
             return self.read_for_program(*operands)
@@ -220,19 +218,19 @@ class Grader(Peer):
 
     def read_for_program(self, owner: Any, name: Any) -> Any:
         if type(name) is not str:
-            raise TypeError("no name")
+            raise TypeError("the name of an attribute must be a string")
         if name in ("__name__", "__qualname__", "__doc__") and self.may_call(owner):
             return str(getattr(owner, name))
         streams = type(owner) in (io.StringIO, io.BytesIO)
         hidden = name.startswith("_") or (isinstance(owner, type) and hasattr(type, name))
-        if is_mock(owner):  # its own methods would make it say that it was called
+        if is_mock(owner):  # through its methods, the program could fake calls of it
             hidden = hidden or hasattr(sys.modules["unittest.mock"].Mock, name)
         if hidden or not (self.is_defined_by_tests(owner) or is_mock(owner) or streams):
             raise AttributeError(name)
         return getattr(owner, name)
 
     def is_defined_by_tests(self, value: Any) -> bool:
-        """Whether this is a class that the tests define, or an instance of one."""
+        """Returns whether this is a class that the tests define, or an instance of one."""
         kind = value if isinstance(value, type) else type(value)
         return kind.__module__ == self.module.__name__ and not isinstance(kind, self.metaclass)
 
@@ -258,7 +256,7 @@ class Grader(Peer):
 
 
 def hide_examples(doc: Any) -> Any:
-    """A docstring without examples that `doctest` would run."""
+    """Returns a docstring without the examples that `doctest` would run."""
     return doc.replace(">>>", "...") if type(doc) is str else None
 
 

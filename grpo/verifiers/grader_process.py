@@ -1,4 +1,4 @@
-"""The grader's process: runs tests, of a program that is in another process."""
+"""The grader's process: runs the tests of a program that is in another process."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def run_pieces(
     module: types.ModuleType,
     spec: ProcessSpec,
 ) -> NoReturn:
-    """Runs each piece of the tests, and writes a byte for each that runs to its end.
+    """Runs each piece of the tests and writes a byte for each that runs to its end; then exits.
 
     Args:
         pieces: Python, run one after the other in one module.
         reserved: see `Grader`.
         passes_errors: see `Grader`.
-        module: an empty one, to run them in.
-        place: the pipes and the file of results.
+        module: an empty module, to run them in.
+        spec: has the pipes and the file of results.
     """
-    sys.modules["solution"] = module  # what many tests import it as
-    sys.setrecursionlimit(4000)  # a test that calls the program that calls a test … needs more
+    sys.modules["solution"] = module  # the name that many tests import it by
+    sys.setrecursionlimit(4000)  # tests and program that call each other need more
     Grader(module, reserved, passes_errors, spec.incoming, spec.outgoing)
     guard_texts(module, "\n".join(pieces))
     for number, piece in enumerate(pieces):
         try:
             exec(compile(piece, "test.py", "exec", dont_inherit=True), vars(module))
-        except BaseException:  # noqa: BLE001 - sys.exit too is no way to pass
+        except BaseException:  # noqa: BLE001 - sys.exit must not pass, either
             continue
         os.pwrite(spec.results, b"\1", number)
     exit_process()
 
 
 def guard_texts(module: types.ModuleType, tests: str) -> None:
-    """Lets tests run a text that is written in them, but none that the program has given."""
+    """Lets tests run only texts that are written in them, and none from the program."""
 
     def check(text: Any) -> None:
         if isinstance(text, bytes | bytearray):
@@ -71,8 +71,8 @@ def guard_texts(module: types.ModuleType, tests: str) -> None:
     def check_pickle(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "pickle.find_class" and tuple(arguments) not in SHARED_CLASSES:
             space, name = arguments
-            own = vars(module).get(name) if space == module.__name__ else None
-            if not isinstance(own, type):
+            defined = vars(module).get(name) if space == module.__name__ else None
+            if not isinstance(defined, type):
                 raise TypeError(f"tests can't unpickle {space}.{name}")
 
     sys.addaudithook(check_pickle)

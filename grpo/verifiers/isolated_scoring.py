@@ -1,6 +1,6 @@
-"""Scorers that work out what an answer says, in a process that can be stopped.
+"""Scores answers that have to be evaluated, in a process that can be stopped.
 
-Some tasks of reasoning-gym give an answer to sympy. One that holds 9**9**9 would keep this process
+Some tasks of reasoning-gym pass an answer to sympy. An answer with 9**9**9 would keep this process
 busy for ever, in a multiplication that no signal interrupts.
 """
 
@@ -20,12 +20,14 @@ from grpo.verifiers.latex import start_worker
 if TYPE_CHECKING:
     from pebble import ProcessPool
 
-SCORING_SECONDS = 5.0  # of one answer, on the clock
-ENDLESS = re.compile(r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}")  # what may never end
+SCORING_SECONDS = 5.0  # time limit of one answer, in wall time
+ENDLESS = re.compile(
+    r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}"
+)  # an expression whose evaluation may never end
 
 
 def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float | Failure:
-    """A task's own score of an answer; a failure where that takes too long or its process dies."""
+    """Returns a task's own score of an answer; a Failure if it is late or its worker dies."""
     if not ENDLESS.search(answer):
         return float(problems.score_answer(answer, entry))
     from pebble import ProcessExpired  # the extra [gym] brings it
@@ -46,7 +48,7 @@ def score_in_worker(problems: Any, answer: str, entry: Mapping[str, Any]) -> flo
 
 
 def start_scoring_worker() -> None:
-    """Imports what is slow before the first answer's time begins."""
+    """Imports slow modules before the time of the first answer begins."""
     import reasoning_gym  # noqa: F401
 
     start_worker()
@@ -54,7 +56,7 @@ def start_scoring_worker() -> None:
 
 @cache
 def open_pool() -> ProcessPool:
-    """One process, started by the first answer that needs it, which ends with this one."""
+    """Starts the one worker process at the first call; it ends with this process."""
     from pebble import ProcessPool
 
     context = multiprocessing.get_context("spawn")

@@ -1,5 +1,5 @@
-"""Whether two answers are the same mathematics, by math-verify. Runs in worker processes only:
-sympy may take for ever over a single power, and then only its process can be stopped."""
+"""Decides whether two answers are the same mathematics, by math-verify. Runs only in worker
+processes: sympy may compute a single power for ever, and only its process can be stopped."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from typing import Any
 
 from grpo.verifiers.numbers import LOOKALIKE_SIGNS, SUPERSCRIPT_DIGITS, split_vulgar_fractions
 
-WORKER_MEMORY_MB = (
-    4096  # of a worker's address space; past it an answer is as unreadable as any other
-)
+WORKER_MEMORY_MB = 4096  # limit on a worker's address space; beyond it, an answer is unreadable
 
-MAX_CHARACTERS = 4000  # characters that are read, from the end: the time grows with their square
+MAX_CHARACTERS = 4000  # read from the end of an answer; the time grows with the square
 TAG = re.compile(r"</?[A-Za-z][A-Za-z_]{2,}>")
 DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[")
 NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?%?")
@@ -30,7 +28,7 @@ TEXT = re.compile(r"\\(?:text|textbf|mathrm|begin|end)\s*\{([^{}]*)\}")
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|(?<=\d )[A-Za-z]{2}")  # 5 km, but not 2xy
 BARE_COMMAND = re.compile(r"(?<![\\A-Za-z])(?=(?:pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp)\b)")
 ROOT = re.compile(r"\\?sqrt\(([^()]*)\)")
-# Of the signs that look alike, a long dash is punctuation more often than a minus.
+# Without the long dashes, which are more often punctuation than a minus.
 SIGNS = {sign: plain for sign, plain in LOOKALIKE_SIGNS.items() if sign not in (0x2014, 0x2015)} | {
     ord("∞"): r"\infty "
 }
@@ -53,9 +51,9 @@ SCIENTIFIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)([-+]?\d+)")
 
 
 def are_same_math(gold: str, given: str) -> bool | None:
-    """Whether an answer equals the gold one; None where the gold one says nothing readable.
+    """Returns whether an answer equals the gold answer; None if the gold answer can't be read.
 
-    What math-verify can't read or compare in an answer is not the gold answer.
+    An answer that math-verify can't read or compare doesn't equal the gold answer.
     """
     from math_verify import verify
 
@@ -69,40 +67,40 @@ def are_same_math(gold: str, given: str) -> bool | None:
 
 
 def normalize_text(text: str) -> str:
-    """A text without `\\text{…}`, dollars and case: East is `$\\text{east}$`."""
+    """Removes `\\text{…}`, dollars and case, so that East equals `$\\text{east}$`."""
     return TEXT.sub(r"\1", text).strip(" $\n").casefold()
 
 
-@lru_cache(maxsize=4096)  # one gold answer meets a whole group, and comes back every epoch
+@lru_cache(maxsize=4096)  # a gold answer is used for a whole group, again in every epoch
 def read_gold(gold: str) -> tuple[Any, ...]:
     return tuple(parse_answer(gold))
 
 
 def parse_answer(text: str) -> list[Any]:
-    """A text's answer in sympy: what its last boxes hold, without one the last in it."""
+    """Parses a text's answer for sympy: its last boxes, or else the last answer in it."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     plain = TAG.sub(" ", text).rpartition("####")[2].strip()  # GSM8K's mark
     answers = extract_last_boxes(plain)
     answer = ", ".join(dict.fromkeys(answers)) if answers else plain
     answer = delimit_math(convert_signs(answer[-MAX_CHARACTERS:]))
-    # Where sympy can't read an expression, math-verify takes a number out of it. That is a good
-    # guess where there is one (5 cm), but not of an expression's parts, as in \sum_{k=0}^n.
+    # If sympy can't read an expression, math-verify takes a number out of it. That is a good guess
+    # if it has one number (5 cm), but wrong for a part of an expression, as in \sum_{k=0}^n.
     in_parts = len(re.findall(r"\d+", answer)) > 1 or INDEX.search(answer)
     whole = WHOLE_FORMULA.fullmatch(answer) and "\n" not in answer.strip("$\n ")
     kinds = [LatexExtractionConfig()] + ([] if whole and in_parts else [ExprExtractionConfig()])
-    # math-verify has its own time limits, by signal.alarm; here the process has one.
+    # No time limits of math-verify's, which use signal.alarm; the process has one.
     return list(parse(answer, kinds, parsing_timeout=None))
 
 
 def extract_last_box(text: str) -> str | None:
-    """What the last whole `\\boxed{…}` holds, braces inside it included."""
+    """Returns the content of the last complete `\\boxed{…}`, inner braces included, or None."""
     found = find_boxes(text)
     return found[-1][2] if found else None
 
 
 def extract_last_boxes(text: str) -> list[str]:
-    """What the last whole boxes hold: several, where no more than an "and" is between them."""
+    """Returns the contents of the last complete boxes that have at most an "and" between them."""
     *before, (start, _, content) = find_boxes(text) or [(0, 0, "")]
     contents = [content]
     for begin, end, content in reversed(before):
@@ -115,8 +113,8 @@ def extract_last_boxes(text: str) -> list[str]:
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
-    """Where each whole `\\boxed{…}` begins and ends, and what it holds, by where it begins."""
-    opened: list[re.Match[str] | None] = []  # None: a brace of something else
+    """Returns start, end and content of each complete `\\boxed{…}`, ordered by start."""
+    opened: list[re.Match[str] | None] = []  # None: a brace that opens no box
     found = []
     for mark in BOX.finditer(text):
         if mark[0] == "}" and opened:
@@ -129,7 +127,7 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def convert_signs(text: str) -> str:
-    """A text in signs that math-verify knows, and thousands without spaces between them."""
+    """Replaces signs by those that math-verify knows; joins thousands that spaces separate."""
     text = split_vulgar_fractions(text.translate(SIGNS))
     text = ROOT_SIGN.sub(r"\\sqrt{\1\2}", text)
     text = SUPERSCRIPT_SIGNS.sub(
@@ -141,22 +139,22 @@ def convert_signs(text: str) -> str:
 
 
 def strip_punctuation(text: str) -> str:
-    """A formula without the sentence's full stop, which doesn't belong to it; an ellipsis does."""
+    """Removes the punctuation of the sentence around a formula; an ellipsis stays."""
     text = text.rstrip()
     is_stop = text.endswith((".", ",", ";", ":")) and not text.endswith(("..", "\\,", "\\;", "\\:"))
     return text[:-1].rstrip() if is_stop else text
 
 
 def convert_mixed_number(mixed: re.Match[str]) -> str:
-    """A mixed number as one fraction, which else is a product or its last part: 2 1/2 is 5/2."""
+    """Writes 2 1/2 as 5/2; math-verify would read a product, or only the fraction."""
     whole, above, below = (int(part) for part in mixed.groups())
     return f"{whole * below + above}/{below}" if above < below else mixed[0]
 
 
 def delimit_math(text: str) -> str:
-    """Puts bare LaTeX between dollars, without which math-verify sees only the numbers in it.
+    """Puts bare LaTeX between dollars; without them, math-verify reads only its numbers.
 
-    Plain numbers and prose are left: `10 000` would be a product, and words would be variables.
+    Plain numbers and prose stay: `10 000` would be a product, and words would be variables.
     """
     text = text.strip().replace(r"\%", "%").replace(r"\$", "")
     if not DELIMITED.search(text):
@@ -168,16 +166,16 @@ def delimit_math(text: str) -> str:
 
 
 def start_worker() -> None:
-    """Readies a worker: imports what is slow, limits memory, and dies with its parent."""
+    """Prepares a worker: imports slow modules, limits its memory, ends it with its parent."""
     import math_verify  # noqa: F401
 
-    logging.disable(logging.CRITICAL)  # math-verify warns of the time limits that are off
+    logging.disable(logging.CRITICAL)  # math-verify warns that its time limits are off
     parent = multiprocessing.parent_process()
     assert parent is not None
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_MB << 20, WORKER_MEMORY_MB << 20))
-        # The kernel kills the worker when the pipe from its parent breaks, even in the middle of
-        # one long multiplication, which would let no Python code run.
+        # The kernel kills the worker when the pipe from its parent breaks, even during one long
+        # multiplication, when no Python code can run.
         pipe = parent.sentinel
         fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
@@ -186,6 +184,6 @@ def start_worker() -> None:
 
 
 def exit_with_parent(pipe: int) -> None:
-    """Elsewhere a thread sees to it, and on Linux where the parent was dead before we asked."""
+    """Exits when the parent ends: on other systems, and on Linux if it ended early."""
     connection.wait([pipe])
     os._exit(1)

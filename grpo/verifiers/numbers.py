@@ -1,4 +1,4 @@
-"""Numbers as people write them: found in a text, and compared by value."""
+"""Finds numbers in texts, as people write them, and reads their exact values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 
 Number = Decimal | Fraction
 
-LONGEST_FRACTION = 1000  # digits above or below the line
+LONGEST_FRACTION = 1000  # digits of a numerator or a denominator
 
 # Signs that look like an ASCII one and mean the same.
 LOOKALIKE_SIGNS: dict[int, str | int | None] = {
@@ -33,7 +33,8 @@ CURRENCY = (
     r"(?:(?:US|CA|AU|NZ|HK|[ACRS])?\$|[€£¥₹₩₽₺₫₴₪₱฿₿]|Rs\.?"
     r"|(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD)(?![A-Za-z]))"
 )
-# A minus counts where nothing stands before it (12-5 names 12 and 5) or an equals sign does.
+# A minus is no sign after a letter, a digit or a closing mark: 12-5 names 12 and 5. A space may
+# follow it only after an equals sign.
 SIGN = r"(?:(?<![^\W_])(?<![-)\]}.%])[-+]|(?<==\ )-\ |(?:±|\\pm)\ ?)"
 POWER_PATTERN = r"(?:\^|\*\*)[{(]?(?P<%s>[-+]?\d+)[)}]?"
 TOKEN = re.compile(
@@ -46,9 +47,9 @@ TOKEN = re.compile(
       | [eE](?P<exponent>[-+]?\d+)
       | \ ?(?:[x×*·⋅]|\\times|\\cdot)\ ?10{POWER_PATTERN % "times_ten"} )?
     (?:{POWER_PATTERN % "power"})?
-    # No numbers, but what would be read as one: a LaTeX command, so that \approx5 isn't a name;
+    # These would be read as numbers, but are none: LaTeX commands, so \approx5 is no name;
     | \\[A-Za-z]+
-    # a digit that belongs to a name (x2, x_{{2}}), and what is above a name or a bracket (m^2).
+    # a digit that belongs to a name (x2, x_{{2}}), and an exponent of a name or a bracket (m^2).
     | [A-Za-z]_?\{{?\d+(?:\.\d+)*
     | (?:[^\W\d_]|[)\]}}])\ ?\^\ ?[{{(]?[-+]?\d+(?:\.\d+)*
     """,
@@ -60,10 +61,10 @@ CURRENCY_BEFORE_SIGN = re.compile(rf"^{CURRENCY}\s?(?=[-+])")
 
 
 def find_last_number(text: str) -> str | None:
-    """The last number that the text names, or None.
+    """Returns the last number in a text, or None.
 
-    As it is written there, but for the signs: `-5` for any kind of minus, `1000` for `1 000`,
-    `3/4` for `\\frac{3}{4}`. A power is no number, except of ten: 2^10 names neither 2 nor 10.
+    It stays as it is written, apart from signs: `-5` for any kind of minus, `1000` for `1 000`,
+    `3/4` for `\\frac{3}{4}`. A power is not a number, except of ten: 2^10 has neither 2 nor 10.
     """
     for token in reversed(list(TOKEN.finditer(normalize_signs(text)))):
         named = extract_numbers(token)
@@ -73,10 +74,10 @@ def find_last_number(text: str) -> str | None:
 
 
 def parse_number(text: str) -> Number | None:
-    """What an answer is worth that is one number and nothing else, exactly; else None.
+    """Returns the exact value of an answer that is one number and nothing else; else None.
 
-    `1,234.50`, `$12`, `**-7**`, `50%`, `1e3`, `6 \\times 10^{23}` and `2 1/2` are numbers; a sign
-    of percent or of a currency says nothing. No exponent is worked out: 1e999999999 costs nothing.
+    `1,234.50`, `$12`, `**-7**`, `50%`, `1e3`, `6 \\times 10^{23}` and `2 1/2` are numbers; percent
+    and currency signs are ignored. Exponents are not expanded, so 1e999999999 costs nothing.
     """
     token = TOKEN.fullmatch(unwrap(normalize_signs(text)))
     named = [] if token is None else extract_numbers(token)
@@ -84,7 +85,7 @@ def parse_number(text: str) -> Number | None:
 
 
 def normalize_signs(text: str) -> str:
-    """A text with one kind of minus, space and fraction, however it was typeset."""
+    """Writes a text with one kind of minus, of space and of fraction."""
     text = text.translate(LOOKALIKE_SIGNS)
     text = LATEX_MARK.sub(lambda mark: LATEX_PLAIN.get(mark[0], mark[1] or " "), text)
     text = LATEX_FRACTION.sub(lambda m: f"{m[1] and m[1] + ' '}{m[2] or m[3]}/{m[4] or m[5]}", text)
@@ -93,7 +94,7 @@ def normalize_signs(text: str) -> str:
 
 
 def split_vulgar_fractions(text: str) -> str:
-    """A text with 1/2 for ½, a space apart from a whole number before it."""
+    """Writes 1/2 for ½, with a space after a whole number before it."""
     return VULGAR_FRACTION.sub(
         lambda m: (
             f"{m[1] and m[1] + ' '}{unicodedata.normalize('NFKC', m[2]).translate(LOOKALIKE_SIGNS)}"
@@ -103,9 +104,9 @@ def split_vulgar_fractions(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """An answer without emphasis, dollars of LaTeX, a full stop, and its unit of money."""
+    """Removes emphasis, LaTeX wrappers, dollars, a full stop and percent or currency."""
     text = text.strip(" \n\t\r*_`").rstrip(".,;:")
-    for _ in range(3):  # \boxed{\text{$5$}}, and no more than anyone would write
+    for _ in range(3):  # enough for \boxed{\text{$5$}}
         wrapped = LATEX_WRAP.fullmatch(text)
         text = (wrapped[1] if wrapped else text).removeprefix(r"\(").removesuffix(r"\)")
         text = text.strip(" \n\t\r*_`").rstrip(".,;:")
@@ -115,7 +116,7 @@ def unwrap(text: str) -> str:
 
 
 def extract_numbers(token: re.Match[str]) -> list[str]:
-    """What a token names: one number, the parts of a list, a date or a version, or nothing."""
+    """Returns the numbers in a token: one, the parts of a list, date or version, or none."""
     sign, run, power = token["sign"] or "", token["run"], token["power"]
     if (run is None and token["bare"] is None) or "±" in sign or "pm" in sign:
         return []
@@ -124,26 +125,26 @@ def extract_numbers(token: re.Match[str]) -> list[str]:
     if decimals.count(".") > 1:
         return [*before, last, *decimals[1:].split(".")]
     minus = "-" if "-" in sign else ""
-    own_minus = "" if before else minus  # in -1 2 it is the first one's
+    last_minus = "" if before else minus  # in -1 2, the minus belongs to the 1
     if token["over"]:
         below = token["over"][1:].split("/")
         if power or decimals or len(below) > 1 or not is_fraction(last, below[0]):
             return [] if power else [*before, last, *below]
         if len(before) == 1 and is_mixed(before[0], last, below[0]):
             return [f"{minus}{before[0]} {last}/{below[0]}"]
-        return [*before, f"{own_minus}{last}/{below[0]}"]
+        return [*before, f"{last_minus}{last}/{below[0]}"]
     number, exponent = last + decimals, token["exponent"] or token["times_ten"]
     if power:
         if number != "10" or exponent:
             return []
         number, exponent = "1", power
-    return [*before, own_minus + number + (f"e{exponent}" if exponent else "")]
+    return [*before, last_minus + number + (f"e{exponent}" if exponent else "")]
 
 
 def split_run(run: str) -> list[str]:
-    """Digits with single signs between them: one number, if these can part thousands, or several.
+    """Splits digits with signs between them; returns one number if these separate thousands.
 
-    Commas stay, since everybody knows them for what they are.
+    Commas between thousands stay, since everybody reads them as such.
     """
     by_space = run.split(" ")
     if len(by_space) > 1 and are_thousands(by_space):
@@ -173,7 +174,7 @@ def is_mixed(whole: str, above: str, below: str) -> bool:
 
 
 def evaluate_number(number: str) -> Number | None:
-    """What a number of `extract_numbers` is worth; None for an exponent that no Decimal holds."""
+    """Returns the value of a number from `extract_numbers`; None if Decimal can't hold it."""
     if "/" in number:
         whole, _, part = remove_commas(number).removeprefix("-").rpartition(" ")
         value = Fraction(int(whole or 0)) + Fraction(part)

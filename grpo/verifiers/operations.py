@@ -1,4 +1,4 @@
-"""What can be asked of an object on the other side, and the classes of stand-ins that ask it."""
+"""The operations on objects of the other side, and the proxy classes that ask for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     class Peer(Protocol):
-        """What of `mirror.Peer` is used here."""
+        """The part of `proxy.Peer` that this module uses."""
 
         hashes: dict[int, int]
         building_class: bool
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         def read(self, value: Any, name: str) -> Any: ...
 
 
-# Of a subclass of one of these an object has its value with it: what makes it one of exactly these.
+# An object whose class derives from one of these brings its value; this makes the plain value.
 VALUE_TYPES: dict[type, Callable[[Any], Any]] = {
     int: int.__pos__,
     float: float.__pos__,
@@ -40,7 +40,7 @@ VALUE_TYPES: dict[type, Callable[[Any], Any]] = {
     tuple: lambda value: tuple.__getitem__(value, slice(None)),
     frozenset: lambda value: frozenset.union(frozenset(), value),
 }
-# The attributes with two underscores that a stand-in has; Python's own tools ask for many more.
+# The dunder attributes that a proxy has; Python's own tools ask for many more.
 READABLE_ATTRIBUTES = {
     *("__name__", "__qualname__", "__doc__", "__annotations__", "__dict__", "__members__"),
     "__slots__",
@@ -72,7 +72,7 @@ SPECIAL = {
 
 
 def copy_contents(value: Any) -> Any:
-    """A container of exactly its kind, from one of a class that derives from it."""
+    """Copies an object whose class derives from a container into that plain container."""
     kind = next(base for base in type(value).__mro__ if base in CONTAINERS)
     return kind(list(value.items()) if isinstance(value, dict) else list(value))
 
@@ -113,7 +113,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def make_method(peer: Peer, name: str) -> Callable[..., Any]:
-    """The method of a stand-in's class that asks the other side for an operator.
+    """Makes the method of a proxy class that asks the other side for an operator.
 
     Raises:
         KeyError: there is no such operator.
@@ -148,7 +148,7 @@ def find_hash(peer: Peer, value: Any) -> int:
 
 
 def make_doc(peer: Peer, doc: Any) -> Any:
-    """The `__doc__` of a stand-in's class, which is not that of its instances."""
+    """Makes the `__doc__` of a proxy class, which differs from that of its instances."""
 
     class Doc:
         def __get__(self, instance: Any, owner: Any) -> Any:
@@ -158,7 +158,7 @@ def make_doc(peer: Peer, doc: Any) -> Any:
 
 
 def make_root(peer: Peer) -> tuple[Any, type]:
-    """The metaclass of all stand-ins' classes, and the class that all of them derive from."""
+    """Makes the metaclass of all proxy classes, and the class that they all derive from."""
 
     class Class(type):
         def __new__(cls, name: str, bases: tuple[type, ...], space: dict[str, Any]) -> Any:
@@ -213,7 +213,7 @@ def make_root(peer: Peer) -> tuple[Any, type]:
             return peer.ask("deepcopy", self)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            raise TypeError("a stand-in can't be pickled")
+            raise TypeError("a proxy can't be pickled")
 
         for operator_ in COMPARISONS:
             locals()[operator_] = make_method(peer, operator_)

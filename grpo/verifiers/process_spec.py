@@ -1,4 +1,4 @@
-"""Where a process of the code reward runs, and what it is held to."""
+"""Where a process of the code reward runs, and its limits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class ProcessSpec(NamedTuple):
-    """Where and as what a process runs."""
+    """The place, the role and the descriptors of a process."""
 
-    parent: int  # the process that started this one
-    folder: str  # the one that files can be written in
+    parent: int  # id of the process that started this one
+    folder: str  # the only one that it can write files in
     role: str  # script, program or tests, see `sandbox.py`
     source_fd: int  # descriptor: the program, or the tests
     incoming: int = -1  # descriptor: the pipe from the other process
@@ -18,9 +18,9 @@ class ProcessSpec(NamedTuple):
 
 
 class SandboxLimits(NamedTuple):
-    """What every process is held to."""
+    """The limits of every process."""
 
     seconds: float
     memory_mb: int
     file_mb: int
-    landlock: int  # its version; 0 where there is none
+    landlock: int  # version of Landlock; 0: none

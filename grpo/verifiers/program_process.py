@@ -1,5 +1,5 @@
-"""The program's process, where it is tested by calls: imports the program, then does what the
-grader asks for. All of this is in the program's hands.
+"""The process of a program that is tested by calls: imports the program, then does what the
+grader asks for. The program can change everything in this process.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class ProgramServer(Peer):
         return import_from_library(module, name)
 
     def import_program(self) -> Names:
-        """Runs it, and says which names it has and how the grader gets each.
+        """Runs the program; returns its names and how the grader gets each.
 
-        The grader asks for that as the first thing, when nothing can see into its process any more.
+        The grader asks for this first, when its own process is already closed to the program's.
         """
-        sys.modules["solution"] = self.module  # what many tests import it as
+        sys.modules["solution"] = self.module  # the name that many tests import it by
         try:
             exec(self.code, vars(self.module))
-        except BaseException:  # noqa: BLE001 - sys.exit too: one that leaves has passed nothing
+        except BaseException:  # noqa: BLE001 - a program that exits passes no test
             exit_process()
         self.known_names = {}
         names: Names = []
@@ -76,7 +76,7 @@ class ProgramServer(Peer):
         return names
 
     def collect_extra(self) -> Any:
-        """The names that have got another value since the last message."""
+        """Returns the names that have a new value since the last message."""
         if self.known_names is None:
             return None
         changed: list[Any] = []
@@ -87,10 +87,10 @@ class ProgramServer(Peer):
                 changed += (name, value)
         return tuple(changed) or None
 
-    def apply_extra(self, aside: Any) -> None:
-        if aside is not None:
+    def apply_extra(self, extra: Any) -> None:
+        if extra is not None:
             for name, (place, usual) in self.streams.items():
-                setattr(place, name, dict(aside).get(name, usual))
+                setattr(place, name, dict(extra).get(name, usual))
 
     def collect_names(self) -> dict[str, Any]:
         return {
@@ -100,8 +100,8 @@ class ProgramServer(Peer):
         }
 
     def run_coroutine(self, coroutine: Any) -> Any:
-        """The end of a coroutine, in one loop, which what the program has made may belong to."""
-        import asyncio  # only a few programs need it, and it takes long
+        """Runs a coroutine to its end, in one loop that the program's objects can share."""
+        import asyncio  # slow to import, and few programs need it
 
         if self.loop is None:
             self.loop = asyncio.new_event_loop()
@@ -112,7 +112,7 @@ class ProgramServer(Peer):
 def serve_program(
     code: types.CodeType, module: types.ModuleType, incoming: int, outgoing: int
 ) -> None:
-    """Imports the program and does what it is asked for, until the grader has gone."""
+    """Imports the program, then serves the grader until its process ends."""
     program = ProgramServer(code, module, incoming, outgoing)
     while True:
         program.channel.answer_next()

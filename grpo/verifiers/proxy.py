@@ -1,8 +1,8 @@
-"""Stand-ins for what can't travel by value between a program and its grader.
+"""Proxies for what can't be sent by value between a program and its grader.
 
 What is not plain data stays where it was made: functions, classes, instances, iterators. The other
-side has a stand-in for it, of a class of the same name, bases and operators, and asks for all that
-is done with it. A stand-in that comes back is the thing itself again.
+side gets a proxy, of a class with the same name, bases and operators, which asks this side for
+every operation. A proxy that comes back becomes the original object again.
 """
 
 from __future__ import annotations
@@ -34,50 +34,52 @@ PLAIN_HASHES = {None, object.__hash__, *(kind.__hash__ for kind in VALUE_TYPES)}
 
 
 class Peer(ValueCodec):
-    """One of the two processes: what it has given out, and the stand-ins it has been given.
+    """One of the two processes: the objects that it exported, and the proxies that it got.
 
     Args:
-        first: 0 or 1, each side another, see `ValueCodec`.
+        first_number: 0 on one side and 1 on the other, see `ValueCodec`.
         incoming: descriptor of the pipe to read.
         outgoing: descriptor of the pipe to write.
-        asks_first: whether this side may ask while it answers nothing.
+        asks_first: whether this side may ask when it is not answering a question.
     """
 
     def __init__(self, first_number: int, incoming: int, outgoing: int, asks_first: bool) -> None:
         super().__init__(first_number)
-        self.exported: dict[int, Any] = {}  # what the other side has stand-ins for, by number
+        self.exported: dict[int, Any] = {}  # objects with a proxy on the other side, by number
         self.exported_numbers: dict[int, int] = {}  # by id
-        self.proxies: dict[int, Any] = {}  # the stand-ins here; kept, so that their ids stay
+        self.proxies: dict[
+            int, Any
+        ] = {}  # the proxies here, by number; kept, so that their ids stay
         self.proxy_numbers: dict[int, int] = {}
         self.handles: list[Any] = []  # kept for the same reason
-        self.hashes: dict[int, int] = {}  # of the stand-ins whose class has its own, by id
-        self.container_bases: dict[type, type] = {}  # of classes: the container they derive from
+        self.hashes: dict[int, int] = {}  # hashes of the proxies whose class defines one, by id
+        self.container_bases: dict[type, type] = {}  # proxy class -> the container it derives from
         self.building_class = False
         self.metaclass, self.root = make_root(self)
         self.channel = Channel(
             incoming, outgoing, self.pack, self.unpack, self.serve, asks_first=asks_first
         )
 
-    # What a side decides: what it serves, what it names instead of giving, what a stand-in may do
+    # What each side decides for itself: what it serves, what it sends by name, what proxies may do
 
     def serve(self, operation: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
         raise NotImplementedError
 
     def find_name(self, value: Any) -> tuple[str, str] | None:
-        """Module and name of a thing of the standard library that the other side has as well."""
+        """Returns module and name of a value from the standard library that both sides have."""
         raise NotImplementedError
 
     def import_name(self, module: str, name: str) -> Any:
         raise NotImplementedError
 
     def check_shareable(self, value: Any) -> None:
-        """Raises TypeError where the other side may not have a stand-in for a value."""
+        """Raises TypeError if the other side must not get a proxy for a value."""
 
     def ask(self, operation: str, *operands: Any, **options: Any) -> Any:
         return self.channel.ask(operation, *operands, **options)
 
     def read(self, owner: Any, name: str) -> Any:
-        """An attribute of a stand-in."""
+        """Returns an attribute of a proxy."""
         if name.startswith("__") and name.endswith("__") and name not in READABLE_ATTRIBUTES:
             raise AttributeError(name)
         return self.ask("getattr", owner, name)
@@ -86,7 +88,9 @@ class Peer(ValueCodec):
         return self.ask(operation, *operands)
 
     def compare(self, operation: str, one: Any, other: Any) -> Any:
-        if self.channel.is_busy():  # in one set or dict, which the other side has told apart
+        if (
+            self.channel.is_busy()
+        ):  # both are in one set or dict, where the other side compared them
             return (one is other) == (operation == "eq")
         return self.ask(operation, one, other)
 
@@ -101,8 +105,8 @@ class Peer(ValueCodec):
     def pack(self, kind: str, content: Any) -> bytes:
         self.undo.clear()
         try:
-            changes, aside = self.encode_changes(), self.encode(self.collect_extra())
-            message = json.dumps([kind, changes, aside, self.encode(content)]).encode()
+            changes, extra = self.encode_changes(), self.encode(self.collect_extra())
+            message = json.dumps([kind, changes, extra, self.encode(content)]).encode()
         except BaseException:
             for take_back in reversed(self.undo):
                 take_back()
@@ -112,19 +116,19 @@ class Peer(ValueCodec):
         return message
 
     def unpack(self, message: bytes) -> tuple[str, Any]:
-        kind, changes, aside, content = json.loads(message)
+        kind, changes, extra, content = json.loads(message)
         self.decode_changes(changes)
-        self.apply_extra(self.decode(aside))
+        self.apply_extra(self.decode(extra))
         return kind, self.decode(content)
 
     def collect_extra(self) -> Any:
-        """What else the other side has to know."""
+        """Returns what else a message must tell the other side."""
         return None
 
-    def apply_extra(self, aside: Any) -> None:
+    def apply_extra(self, extra: Any) -> None:
         pass
 
-    # What is given out
+    # Sending objects
 
     def encode_object(self, value: Any, depth: int) -> Any:
         if id(value) in self.proxy_numbers:
@@ -138,7 +142,7 @@ class Peer(ValueCodec):
         if isinstance(value, BaseException):
             if self.find_kind(kind):
                 return ["error", self.encode_kind(kind, depth), self.encode(value.args, depth + 1)]
-            value.__traceback__ = None  # its frames would keep all that they know
+            value.__traceback__ = None  # its frames would keep their local variables alive
         self.check_shareable(value)
         if isinstance(value, type):
             return self.encode_class(value, depth)
@@ -159,7 +163,7 @@ class Peer(ValueCodec):
         return number
 
     def encode_kind(self, kind: type, depth: int) -> Any:
-        """A class for what derives from it: all but the plainest are described."""
+        """Encodes the class of an object or of a base; describes it unless both sides have it."""
         named = self.find_kind(kind)
         if named:
             return ["named", *named]
@@ -169,7 +173,7 @@ class Peer(ValueCodec):
         return self.encode_class(kind, depth + 1)
 
     def find_kind(self, kind: type) -> tuple[str, str] | None:
-        """Module and name of a class that objects on both sides can be of, or derive from."""
+        """Returns module and name of a class that both sides can instantiate and derive from."""
         plain = kind is object or kind in VALUE_TYPES or kind in CONTAINERS
         return find_class(kind) if plain or issubclass(kind, BaseException) else None
 
@@ -182,22 +186,22 @@ class Peer(ValueCodec):
         return ["class", self.export(value), *self.describe_class(value, depth)]
 
     def describe_class(self, value: type, depth: int) -> list[Any]:
-        own = dict(vars(value))
+        attributes = dict(vars(value))
         for base in value.__bases__:
             if base in CONTAINERS:
-                own = {**vars(base), **own}
+                attributes = {**vars(base), **attributes}
         known = {*UNARY, *BINARY, *COMPARISONS, *SPECIAL}
         return [
             value.__name__,
             value.__doc__ if type(value.__doc__) is str else None,
             [self.encode_kind(base, depth) for base in value.__bases__],
-            [name for name in own if name in known and own[name] is not None],
-            [name for name in own if name in known and own[name] is None],
+            [name for name in attributes if name in known and attributes[name] is not None],
+            [name for name in attributes if name in known and attributes[name] is None],
             next((base.__name__ for base in value.__mro__ if base in CONTAINERS), None),
         ]
 
     def describe_object(self, value: Any, depth: int) -> list[Any]:
-        """What never changes of an object: its value or arguments, and its hash."""
+        """Returns what never changes about an object: its value or arguments, and its hash."""
         kind = type(value)
         if isinstance(value, BaseException):
             base: Any = value.args
@@ -207,11 +211,11 @@ class Peer(ValueCodec):
         if kind.__hash__ not in PLAIN_HASHES:
             try:
                 hashed = hash(value)
-            except Exception:  # noqa: BLE001 - whatever it raises, it has none
+            except Exception:  # noqa: BLE001 - an object whose hash raises has no hash
                 hashed = None
         return [self.encode(base, depth + 1), self.encode(hashed)]
 
-    # What is taken
+    # Receiving objects
 
     def decode_object(self, name: str, parts: list[Any]) -> Any:
         if name == "yours":
@@ -224,25 +228,25 @@ class Peer(ValueCodec):
             return self.make_error(self.decode_kind(parts[0]), self.decode(parts[1]))
         number, *rest = parts
         if type(number) is not int or number in self.proxies:
-            raise ValueError("no number for an object")
+            raise ValueError("an object needs a new number")
         if name == "object":
-            made = self.make_object(self.decode_kind(rest[0]), *map(self.decode, rest[1:]))
+            proxy = self.make_object(self.decode_kind(rest[0]), *map(self.decode, rest[1:]))
         elif name == "class":
-            made = self.make_class(*rest)
+            proxy = self.make_class(*rest)
         else:
             handle: Any = object.__new__(self.root)
             self.proxy_numbers[id(handle)] = number
             self.handles.append(handle)
-            made = (self.relay_generator if name == "generator" else self.relay_coroutine)(handle)
-        self.proxies[number], self.proxy_numbers[id(made)] = made, number
-        return made
+            proxy = (self.relay_generator if name == "generator" else self.relay_coroutine)(handle)
+        self.proxies[number], self.proxy_numbers[id(proxy)] = proxy, number
+        return proxy
 
     def make_error(self, kind: Any, arguments: Any) -> BaseException:
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            raise TypeError("no exception")
+            raise TypeError("not an exception")
         try:
             return kind(*arguments)
-        except Exception:  # noqa: BLE001 - of those that are made of something else
+        except Exception:  # noqa: BLE001 - its constructor takes other arguments than its args
             error = kind.__new__(kind, *arguments)
             error.args = arguments
             return error
@@ -251,54 +255,54 @@ class Peer(ValueCodec):
         if not isinstance(kind, self.metaclass):
             kind = self.root
         if issubclass(kind, BaseException):
-            made: Any = kind.__new__(kind, *base)
-            made.args = base
+            proxy: Any = kind.__new__(kind, *base)
+            proxy.args = base
         elif base is None:
-            made = object.__new__(kind)
+            proxy = object.__new__(kind)
         else:
-            made = next(b for b in kind.__mro__ if b in VALUE_TYPES).__new__(kind, base)
+            proxy = next(b for b in kind.__mro__ if b in VALUE_TYPES).__new__(kind, base)
         if type(hashed) is int:
-            self.hashes[id(made)] = hashed
-        return made
+            self.hashes[id(proxy)] = hashed
+        return proxy
 
     def make_class(
         self, name: str, doc: Any, bases: Any, has: Any, lacks: Any, container: Any
     ) -> type:
         local = []
         for base in map(self.decode_kind, bases):
-            mirrored = isinstance(base, self.metaclass) and base is not self.root
-            if mirrored or base in VALUE_TYPES or issubclass(base, BaseException):
+            is_proxy_class = isinstance(base, self.metaclass) and base is not self.root
+            if is_proxy_class or base in VALUE_TYPES or issubclass(base, BaseException):
                 local.append(base)
         space: dict[str, Any] = {"__slots__": (), "__module__": "answer"}
         space["__doc__"] = make_doc(self, doc)
         space |= {method: make_method(self, method) for method in has}
         space |= {method: None for method in lacks if method in SPECIAL or method in UNARY}
         if any(issubclass(base, BaseException) for base in local):
-            # Python itself sets what is behind an exception, on the stand-in alone.
+            # Python itself sets an exception's traceback and context, on the proxy only.
             space["__setattr__"] = BaseException.__setattr__
             space["__delattr__"] = BaseException.__delattr__
         self.building_class = True
         try:
-            made: type = self.metaclass(name, (*local, self.root), space)
+            proxy_class: type = self.metaclass(name, (*local, self.root), space)
         finally:
             self.building_class = False
         if container is not None:
-            self.container_bases[made] = CONTAINER_NAMES[container]
-        return made
+            self.container_bases[proxy_class] = CONTAINER_NAMES[container]
+        return proxy_class
 
     def relay_generator(self, handle: Any) -> Generator[Any, Any, Any]:
-        """A generator of the other side's, which a test may want to be one."""
+        """Relays a generator of the other side, since a test may check that it is a generator."""
         operation, argument = "send", None
         while True:
             try:
-                given = self.ask(operation, handle, argument)
+                value = self.ask(operation, handle, argument)
             except StopIteration as stop:
                 return stop.value
             try:
-                operation, argument = "send", (yield given)
-            except BaseException as error:  # noqa: BLE001 - GeneratorExit too is for the other
+                operation, argument = "send", (yield value)
+            except BaseException as error:  # noqa: BLE001 - the other side gets GeneratorExit, too
                 operation, argument = "throw", error
 
     async def relay_coroutine(self, handle: Any) -> Any:
-        """A coroutine of the other side's, which runs there from its start to its end."""
+        """Relays a coroutine of the other side, which runs there from start to end."""
         return self.ask("run", handle)

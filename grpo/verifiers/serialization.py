@@ -1,12 +1,12 @@
-"""Writes Python's plain data as JSON and reads it back, for two processes that trust each other in
-nothing. Nothing that is read can run anything.
+"""Writes Python's plain data as JSON and reads it back, for two processes that don't trust each
+other. Reading never runs code from the message.
 
 Plain data are values of exactly these types: None, bool, int, float, complex, str, bytes,
 bytearray, list, tuple, set, frozenset, dict, range, those of `collections`, Decimal, Fraction,
-date, time, datetime, timedelta and timezone. What to do with all else is up to a subclass.
+date, time, datetime, timedelta and timezone. Subclasses decide about all other types.
 
-A list, dict, set or other container that can change is shared: both sides keep it as long as both
-have a use for it, and each message carries what has changed since the last.
+A list, dict, set or other container that can change is shared: both sides keep it while both use
+it, and each message has the changes since the last one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     Take = Callable[[Any], list[Any]]
     Refill = Callable[[Any, list[Any]], None]
 
-MAX_DEPTH = 200  # lists in lists
-LARGE_INT = 2**63  # beyond, an int's decimal digits take long, and Python refuses more than 4300
+MAX_DEPTH = 200  # lists within lists
+LARGE_INT = 2**63  # larger ones go in hex: decimals are slow, and Python refuses 4300
 SCALARS = frozenset({str, float, bool, type(None)})
 READ_AS_IS = SCALARS | {int}
 
@@ -76,7 +76,7 @@ CONTAINERS: dict[type, tuple[Take, Refill]] = {
 }
 CONTAINER_NAMES = {kind.__name__: kind for kind in CONTAINERS}
 
-# What doesn't change, by where its type is: only a program that has imported it has values of it.
+# Immutable types by module and name, since only a program that imports one has values of it.
 TIME_FIELDS = ("hour", "minute", "second", "microsecond", "tzinfo", "fold")
 DATE_FIELDS = ("year", "month", "day")
 IMMUTABLE_TYPES: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
@@ -116,7 +116,7 @@ TYPE_MODULES = {name: module for module, name in IMMUTABLE_TYPES}
 
 
 def is_plain(kind: type) -> bool:
-    """Whether values of this type travel by value."""
+    """Returns whether values of this type are sent by value."""
     known = kind in SCALARS or kind is int or kind in CONTAINERS
     return known or is_immutable_type(kind)
 
@@ -127,27 +127,29 @@ def is_immutable_type(kind: type) -> bool:
 
 
 class SharedContainer:
-    """A container that both sides have, and what was in it when they last agreed."""
+    """A container that both sides have, with its elements at the last message."""
 
     __slots__ = ("container", "parts")
 
     def __init__(self, container: Any) -> None:
         self.container = container
-        self.parts: list[Any] | None = None  # None: what is in it is not known yet
+        self.parts: list[Any] | None = None  # None: not known yet
 
 
 class ValueCodec:
-    """One side's half of what both know.
+    """Encodes and decodes the values of one side, and keeps the containers that both share.
 
     Args:
-        first: of the numbers that this side gives out, 0 or 1; the other has those between.
+        first_number: 0 or 1: one side assigns even numbers, the other odd ones.
     """
 
     def __init__(self, first_number: int) -> None:
         self.next_number = first_number
         self.shared: dict[int, SharedContainer] = {}
-        self.shared_numbers: dict[int, int] = {}  # by the container's id
-        self.undo: list[Callable[[], Any]] = []  # what to take back where a message can't be sent
+        self.shared_numbers: dict[int, int] = {}  # by id of the container
+        self.undo: list[
+            Callable[[], Any]
+        ] = []  # undoes the changes of a message that can't be sent
         self.unshared_references = count_references(SharedContainer([]))
 
     def take_number(self) -> int:
@@ -196,15 +198,15 @@ class ValueCodec:
     # Reading
 
     def decode(self, code: Any) -> Any:
-        """The value that was written.
+        """Returns the value that was encoded.
 
         Raises:
-            Exception: of any kind, where it is none.
+            Exception: of any type, if the code is not valid.
         """
         if type(code) in READ_AS_IS:
             return code
         if type(code) is not list:
-            raise ValueError("no value")
+            raise ValueError("not a value")
         name, *parts = code
         if name == "int":
             return int(parts[0], 16)
@@ -227,9 +229,9 @@ class ValueCodec:
     def decode_container(self, kind: type, parts: list[Any]) -> Any:
         number, *length, codes = parts
         if type(number) is not int or number in self.shared:
-            raise ValueError("no number for a container")
+            raise ValueError("a container needs a new number")
         container = kind([], *length) if kind is deque else kind()
-        self.share(number, container)  # before what is in it, which may hold it again
+        self.share(number, container)  # before its elements, which may contain it
         self.refill(number, codes)
         return container
 
@@ -242,7 +244,7 @@ class ValueCodec:
     def decode_object(self, name: str, parts: list[Any]) -> Any:
         raise NotImplementedError
 
-    # What both have
+    # Shared containers
 
     def share(self, number: int, container: Any) -> None:
         self.shared[number] = SharedContainer(container)
@@ -254,7 +256,7 @@ class ValueCodec:
             del self.shared_numbers[id(shared.container)]
 
     def encode_changes(self) -> list[Any]:
-        """What was changed here since the last message, and what nothing here holds any more."""
+        """Returns what changed here since the last message, and what this side no longer uses."""
         changed: list[Any] = []
         dropped: list[int] = []
         for number, shared in list(self.shared.items()):
@@ -272,12 +274,12 @@ class ValueCodec:
     def decode_changes(self, changes: list[Any]) -> None:
         changed, dropped = changes
         for number, codes in changed:
-            if number in self.shared:  # else this side has forgotten it at the same time
+            if number in self.shared:  # else this side dropped it at the same time
                 self.refill(number, codes)
         for number in dropped:
             self.forget(number)
 
 
 def count_references(shared: SharedContainer) -> int:
-    """How many hold a container: as many as of one that nothing else holds, or more."""
+    """Counts references to a container, to compare with one that nothing else references."""
     return sys.getrefcount(shared.container)

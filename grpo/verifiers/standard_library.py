@@ -1,4 +1,4 @@
-"""What of Python's standard library a program may name to its grader, which then takes its own."""
+"""What a program may send to its grader by name, from Python's standard library."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ TYPE_CHECKING = False  # see confine.py
 if TYPE_CHECKING:
     from typing import Any
 
-# Classes that do no more than hold a value, and exceptions. A function is never taken by its name:
-# one of `eval` and `pickle.loads` would run in the grader what the program wrote.
+# Classes that only hold a value. Functions are never sent by name: `eval` or `pickle.loads` would
+# run in the grader what the program wrote.
 SHARED_CLASSES = {
     *((kind.__module__, kind.__qualname__) for kind in (*CONTAINERS, object, int, float, str)),
     ("builtins", "bool"),
@@ -24,13 +24,13 @@ EXCEPTION_MODULES = {
     *("asyncio.exceptions", "struct", "binascii", "zlib", "_csv", "configparser", "re", "copy"),
     *("sre_constants", "re._constants", "concurrent.futures._base"),
 }
-# What a test's own `except` catches its own failed assert by: no name of the program's is one.
+# A test's `except` catches its own failed assert by these, so the program can't send them by name.
 CATCH_ALL_EXCEPTIONS = {
     ("builtins", "BaseException"),
     ("builtins", "Exception"),
     ("builtins", "AssertionError"),
 }
-# Modules that tests use because the program imports them. None runs a text, or opens anything.
+# Modules that tests get if the program imports them. None runs a text or opens a file.
 SHARED_MODULES = {
     *("math", "cmath", "string", "itertools", "functools", "collections", "collections.abc"),
     *("heapq", "bisect", "random", "statistics", "fractions", "decimal", "datetime", "re", "json"),
@@ -39,16 +39,17 @@ SHARED_MODULES = {
 
 
 def list_streams() -> dict[str, tuple[Any, Any]]:
-    """What tests replace to hear what a program prints, or to tell it something: where, and what.
+    """Returns where each stream, `input` and `print` is, and its usual value.
 
-    While they do, the program's process has a stand-in for their replacement.
+    Tests replace these to read what a program prints, or to give it input. Meanwhile, the program's
+    process has a proxy for the replacement.
     """
     places = {"stdin": sys, "stdout": sys, "stderr": sys, "input": builtins, "print": builtins}
     return {name: (place, getattr(place, name)) for name, place in places.items()}
 
 
 def find_class(value: Any) -> tuple[str, str] | None:
-    """Where a class is that a grader takes by its name."""
+    """Returns module and name of a class that can be sent by name; None for other values."""
     if not isinstance(value, type):
         return None
     place = (value.__module__, value.__qualname__)
@@ -60,17 +61,17 @@ def find_class(value: Any) -> tuple[str, str] | None:
 
 
 def import_class(module: Any, name: Any) -> type:
-    """The class of that place.
+    """Returns the class with this module and name.
 
     Raises:
-        Exception: of any kind, where none of these classes is there.
+        Exception: of any type, if it is not a class that can be sent by name.
     """
     if (module, name) in SHARED_CLASSES:
         found = getattr(importlib.import_module(module), name)
     elif module in EXCEPTION_MODULES:
         found = getattr(importlib.import_module(module), name)
         if not issubclass(found, BaseException):
-            raise TypeError("no exception")
+            raise TypeError("not an exception")
     else:
         raise TypeError("not known")
     assert isinstance(found, type)
@@ -78,7 +79,7 @@ def import_class(module: Any, name: Any) -> type:
 
 
 def find_import(name: str, value: Any) -> tuple[str, str] | None:
-    """Where `name` was imported from: a module, or the same name in one; None if it wasn't."""
+    """Returns the shared module, and the name in it, that `name` was imported from, or None."""
     if isinstance(value, type(sys)):
         return (value.__name__, "") if value.__name__ in SHARED_MODULES else None
     for module in sorted(SHARED_MODULES & set(sys.modules)):
@@ -90,14 +91,16 @@ def find_import(name: str, value: Any) -> tuple[str, str] | None:
 def may_import(module: Any, name: Any) -> bool:
     if module not in SHARED_MODULES or name.startswith("_"):
         return False
-    return bool(module != "typing" or name == "" or name[0].isupper())  # get_type_hints runs texts
+    return bool(
+        module != "typing" or name == "" or name[0].isupper()
+    )  # typing.get_type_hints runs texts
 
 
 def import_again(module: Any, name: Any) -> Any:
-    """What `find_import` found, from this process's own standard library.
+    """Imports what `find_import` returned, from this process's own standard library.
 
     Raises:
-        Exception: of any kind, where it is none of these.
+        Exception: of any type, if it is not from a shared module.
     """
     if not may_import(module, name):
         raise TypeError("not known")
@@ -110,7 +113,7 @@ def import_again(module: Any, name: Any) -> Any:
 
 
 def find_in_library(value: Any) -> tuple[str, str] | None:
-    """Where a class or function of the standard library is: for a program, which may run it all."""
+    """Returns module and name of a standard class or function; a program may use all of them."""
     owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
     module = owner.__module__ if isinstance(owner, type) else getattr(value, "__module__", None)
     name = getattr(value, "__qualname__", None)

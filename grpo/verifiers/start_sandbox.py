@@ -1,4 +1,4 @@
-"""Starts `sandbox.py` for a program, and again for its tests; leaves nothing of them behind."""
+"""Starts `sandbox.py` for a program, and again for its tests; removes all that they leave."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ from typing import NamedTuple
 from grpo.verifiers import sandbox
 from grpo.verifiers.process_spec import ProcessSpec, SandboxLimits
 
-INTERPRETER = (sys.executable, "-s", "-S", "-X", "utf8")  # no packages but Python's own
-SANDBOX_ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # a set's order decides no reward
+INTERPRETER = (
+    sys.executable,
+    "-s",
+    "-S",
+    "-X",
+    "utf8",
+)  # no packages, only Python's standard library
+SANDBOX_ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # the order of a set must not decide a reward
 
 
 class SandboxError(Exception):
-    """A program could not be run, which is not its fault."""
+    """A program could not be run, for a reason outside of it."""
 
 
 class ScriptResult(NamedTuple):
-    exit_code: int  # negative: the signal that ended it
+    exit_code: int  # negative: minus the signal that ended it
     printed: bytes
 
 
 class GraderArguments(NamedTuple):
-    """The arguments of `exam.run_pieces`."""
+    """The arguments of `grader_process.run_pieces`."""
 
     pieces: Sequence[str]
     reserved: Sequence[str]
@@ -42,10 +48,10 @@ class Sandbox(NamedTuple):
 
 
 def run_script(program: bytes, script_input: bytes, limits: SandboxLimits) -> ScriptResult:
-    """Runs a program by itself, which reads what is given and prints.
+    """Runs a program by itself, with an input to read; returns its exit code and its output.
 
     Raises:
-        CannotRun: the process could not be started, or could not be confined.
+        SandboxError: the process could not be started, or could not be confined.
     """
     try:
         with ExitStack() as held:
@@ -59,18 +65,18 @@ def run_script(program: bytes, script_input: bytes, limits: SandboxLimits) -> Sc
 
 
 def run_tests(program: bytes, arguments: GraderArguments, limits: SandboxLimits) -> list[bool]:
-    """Whether each piece of an exam passed: in one process, of a program in another.
+    """Runs tests in one process, of a program in another; returns whether each piece passed.
 
-    They have two pipes between them and nothing else.
+    The processes have two pipes between them and nothing else.
 
     Raises:
-        CannotRun: a process could not be started, or could not be confined.
+        SandboxError: a process could not be started, or could not be confined.
     """
     pieces = len(arguments.pieces)
-    written = json.dumps(arguments._asdict()).encode()
+    encoded = json.dumps(arguments._asdict()).encode()
     try:
         with ExitStack() as held:
-            files = [held.enter_context(memory_file(text)) for text in (program, written, b"")]
+            files = [held.enter_context(memory_file(text)) for text in (program, encoded, b"")]
             source, questions, results = files
             with open_pipe() as asked, open_pipe() as answered:
                 tested = held.enter_context(
@@ -102,7 +108,7 @@ def running_sandbox(
     stdout: int = subprocess.DEVNULL,
     **descriptors: int,
 ) -> Iterator[Sandbox]:
-    """A process in a folder of its own, both gone afterwards."""
+    """Starts a process in a folder of its own; kills the process and deletes the folder after."""
     with tempfile.TemporaryDirectory(prefix="grpo-code-") as folder:
         spec = ProcessSpec(os.getpid(), folder, role, source_fd, **descriptors)
         process = subprocess.Popen(
@@ -120,21 +126,23 @@ def running_sandbox(
             try:
                 yield Sandbox(process, folder)
             finally:
-                process.kill()  # it is one process, so this is all of it
+                process.kill()  # it can't have started other processes
                 process.wait()
 
 
 def wait_for_exit(last: Sandbox, started: Sequence[Sandbox], limits: SandboxLimits) -> int:
-    """The exit code of the last one; that of a killed one, if their time or space is over first.
+    """Waits for the exit code of `last`; kills it if time or disk space runs out first.
 
     Raises:
-        CannotRun: one of them could not be confined.
+        SandboxError: a process could not be confined.
     """
     for process, _ in started:
         assert process.stderr is not None
         status = process.stderr.readline()
         if status != b"ready\n":
-            raise SandboxError(status.decode(errors="replace").strip() or "no word from it")
+            raise SandboxError(
+                status.decode(errors="replace").strip() or "the process ended without a message"
+            )
     deadline = time.monotonic() + limits.seconds
     most = limits.file_mb << 20
     while time.monotonic() < deadline and all(
@@ -147,7 +155,7 @@ def wait_for_exit(last: Sandbox, started: Sequence[Sandbox], limits: SandboxLimi
 
 
 def count_folder_bytes(folder: str) -> int:
-    """Bytes that a flat folder's files take, a block each at least."""
+    """Counts the bytes of a flat folder's files, plus a block of 4096 for each."""
     total = 0
     for entry in os.scandir(folder):
         with suppress(FileNotFoundError):
@@ -157,7 +165,7 @@ def count_folder_bytes(folder: str) -> int:
 
 @contextmanager
 def open_pipe() -> Iterator[tuple[int, int]]:
-    """A pipe's ends, to read and to write, here only until both are with who uses them."""
+    """Opens a pipe, (read end, write end), and closes both here once other processes have them."""
     ends = os.pipe()
     try:
         yield ends
@@ -168,7 +176,7 @@ def open_pipe() -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def memory_file(content: bytes) -> Iterator[int]:
-    """A descriptor of a file that is in memory alone, read from its start."""
+    """Opens a file in memory with this content; yields its descriptor, at the start."""
     descriptor = os.memfd_create("grpo-code")
     try:
         with open(descriptor, "wb", closefd=False) as file:
