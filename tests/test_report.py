@@ -284,8 +284,34 @@ def test_a_tie_to_the_last_digit_is_called_one() -> None:
         found = rank_settings(
             made({n: dict.fromkeys(seeds, v) for n, v in {"a": 0.5, "b": 0.25, "c": 0.5}.items()})
         )
-        assert found.conclusion.startswith("key=a and key=c are tied at 0.5, the highest, ")
+        assert found.conclusion.startswith("key=a and key=c are tied at 0.5, the highest")
         assert found.gaps_to_best == [0.0, 0.25]
+    assert found.conclusion.endswith(
+        "The difference from key=b is not significant: there is no spread to judge a difference by."
+    )
+    values = [0.5, 0.6, 0.55, 0.52, 0.58]
+    far = {"a": values, "b": [0.1, 0.2, 0.16, 0.12, 0.17], "c": values[::-1]}
+    assert rank_settings(made({n: dict(enumerate(v)) for n, v in far.items()})).conclusion.endswith(
+        "at 0.55, the highest. The first is significantly better than every other setting."
+    )
+    both = rank_settings(made({"a": {0: 0.4, 1: 0.6}, "b": {0: 0.4, 1: 0.6}}))
+    assert both.conclusion == "key=a and key=b are tied at 0.5, the highest."
+    near = rank_settings(
+        made({"a": {0: 0.4, 1: 0.6}, "b": {0: 0.55, 1: 0.35}, "c": {0: 0.6, 1: 0.4}})
+    )
+    assert near.conclusion.startswith(
+        "key=a and key=c are tied at 0.5, the highest. The first is not significantly better than "
+        "any other setting. The difference from key=b is not significant: they differ by 0.05;"
+    )
+
+
+def test_jobs_of_one_seed_in_several_sweeps_are_averaged() -> None:
+    """By hand: 0.4 and 0.6 on seed 0 are 0.5, and 0.7 on seed 1."""
+    sweep = made({"a": {0: 0.4, 1: 0.7}, "b": {0: 0.3, 1: 0.2}})
+    again = made({"a": {0: 0.6}})
+    (setting, _) = rank_settings(replace(sweep, jobs=[*sweep.jobs, *again.jobs])).settings
+    assert setting.by_seed == {0: pytest.approx(0.5), 1: 0.7}
+    assert len(setting.jobs) == 3
 
 
 def test_the_setting_that_is_worse_on_the_shared_seeds_is_not_the_best() -> None:

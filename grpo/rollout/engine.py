@@ -59,10 +59,10 @@ class InvalidLogits(RunError):
 
     def __init__(self, prompt: Prompt, num_written: int) -> None:
         super().__init__(
-            f"the policy's logits are NaN or infinite after {num_written} tokens of a completion. "
-            f"Most likely its weights have grown too large (see optim/grad_norm, kl/mean): resume "
-            f"from an earlier checkpoint with a smaller learning_rate or optim.max_grad_norm, or "
-            f"with device.precision=fp32.\n  prompt: {prompt.text!r}"
+            f"the policy's logits are NaN or infinite after {num_written} tokens of a completion "
+            f"of {prompt.text!r}. Most likely its weights have grown too large (see "
+            f"optim/grad_norm, kl/mean): resume from an earlier checkpoint with a smaller "
+            f"learning_rate or optim.max_grad_norm, or with device.precision=fp32."
         )
 
 

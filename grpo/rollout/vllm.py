@@ -143,8 +143,9 @@ class VLLMEngine:
         tokens = list(completion.token_ids)
         pairs = zip(completion.logprobs, tokens, strict=True)
         logprobs = [choices[token].logprob for choices, token in pairs]
-        if not all(map(math.isfinite, logprobs)):
-            raise InvalidLogits(prompt, 0)
+        for written, logprob in enumerate(logprobs):
+            if not math.isfinite(logprob):
+                raise InvalidLogits(prompt, written)
         return SampledCompletion(
             torch.tensor(tokens, device=device),
             torch.tensor(logprobs, dtype=torch.float32, device=device),

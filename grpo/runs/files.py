@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo.config.secrets import redact
-from grpo.runs.folder import log
+
+log = logging.getLogger(__name__)
 
 RUNNING = "running"  # a killed run keeps this status
-
 FINISHED = "finished"
-
 ENDED = (FINISHED, "pruned")  # the statuses of runs with nothing left to do
 
 
@@ -28,7 +28,7 @@ def read_summary(run: Path) -> dict[str, Any] | None:
 
 
 def is_finished(run: Path) -> bool:
-    return (read_summary(run) or {}).get("status") == "finished"
+    return (read_summary(run) or {}).get("status") == FINISHED
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from grpo.config.validation import check_writable
 from grpo.errors import ConfigError, RunError
-from grpo.runs.files import RUNNING, note_failure
+from grpo.runs.files import FINISHED, RUNNING, note_failure
 from grpo.runs.lock import is_locked, locked
 from grpo.sweep.folder import (
     STUDY,
@@ -211,7 +211,7 @@ class Search:
     def read_objective(self, job: JobState) -> float | None:
         """Returns the first objective of a finished job, or None."""
         values, _ = read_final_values(job.folder, self.objectives[:1])
-        return values[0] if values and job.status == "finished" else None
+        return values[0] if values and job.status == FINISHED else None
 
     @property
     def total(self) -> int:
@@ -333,7 +333,7 @@ class Search:
         """Tells the study how a job ended; the trial of a job that can go on stays open."""
         if job.status == "pruned":
             self.study.tell(job.number, state=TrialState.PRUNED)
-        elif job.status == "finished":
+        elif job.status == FINISHED:
             values, missing = read_final_values(job.folder, self.objectives)
             if missing:
                 note_failure(job.folder, f"{missing}: has no value at the end")

@@ -129,8 +129,8 @@ class Collector:
                 tries += 1
                 if tries > MAX_PROMPT_TRIES:
                     raise RunError(
-                        f"step {step}: none of {MAX_PROMPT_TRIES} training prompts drawn in a row "
-                        f"is short enough; raise dataset.max_prompt_tokens."
+                        f"none of {MAX_PROMPT_TRIES} training prompts drawn in a row is short "
+                        f"enough; raise dataset.max_prompt_tokens."
                     )
                 (candidate,) = self.order.draw_replacements(
                     step, f"{attempt} {place} {tries}", [row], already_drawn

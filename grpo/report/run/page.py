@@ -10,7 +10,7 @@ from grpo.report.html import COLORS, Page, render_row, render_table
 from grpo.report.run.browser import render_browser
 from grpo.report.run.charts import build_sections
 from grpo.report.run.read import Run, diff_configs, load_default_config, read_run
-from grpo.runs.files import write_atomically
+from grpo.runs.files import FINISHED, write_atomically
 
 
 def write_run_page(folder: Path) -> Path:
@@ -82,7 +82,7 @@ def describe_end(run: Run, error: str) -> str:
             if first.get(key) is not None and last.get(key) is not None
         ]
         parts.append(f"{', '.join(gains)} in {last['step']} steps.".capitalize())
-    if status != "finished" or not parts:
+    if status != FINISHED or not parts:
         parts.append(f"{status.capitalize()} at step {done}.")
     if error:
         parts.append(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +81,8 @@ class Ranking:
         value = format_value(self.adjusted_means[0])
         if len(self.settings) == 1:
             return f"There is only one setting, at {value}, so there is nothing to compare."
-        if len(self.ties) > 1:
+        tied = len(self.ties)
+        if tied > 1:
             named = [self.format_setting(setting) for setting in self.ties]
             text = f"{', '.join(named[:-1])} and {named[-1]} are tied at {value}, the {end}"
         else:
@@ -89,15 +92,19 @@ class Ranking:
                 f"{text}, on one seed each, so the differences may be noise. "
                 f"Run the best few on more seeds: seed=0,1,2"
             )
-        count = sum(self.significant)
-        if count == len(self.p):
-            return f"{text}, significantly better than every other setting."
-        text += (
-            f", significantly better than {count} of {len(self.p)} others."
-            if count
-            else ", but not significantly better than any other setting."
-        )
-        nearest = self.significant.index(False) + 1
+        others = self.significant[tied - 1 :]  # the tied settings come first
+        if not others:
+            return f"{text}."
+        text += ". The first is" if tied > 1 else ","
+        count = sum(others)
+        if count == len(others):
+            return f"{text} significantly better than every other setting."
+        if count:
+            text += f" significantly better than {count} of {len(others)} others."
+        else:
+            but = "" if tied > 1 else " but"
+            text += f"{but} not significantly better than any other setting."
+        nearest = tied + others.index(False)
         name = self.format_setting(self.settings[nearest])
         text += f" The difference from {name} is not significant"
         return f"{text}{self.explain_insignificance(nearest)}."
@@ -165,13 +172,17 @@ def rank_settings(sweep: Sweep) -> Ranking:
         adjusted_means=[means[n] for n in order],
         p=[p(n) for n in order[1:]],
         minimized=sweep.minimized,
-        seed_std=math.sqrt(comparison.variance) if comparison else math.nan,
+        # Rounded, so that values without any spread have none.
+        seed_std=round(math.sqrt(comparison.variance), 12) if comparison else math.nan,
         has_missing_seeds=len({frozenset(setting.by_seed) for setting in settings}) > 1,
     )
 
 
 def make_setting(sweep: Sweep, jobs: Sequence[Job]) -> Setting:
-    by_seed = {int(job.values.get("seed") or 0): float(job.value or 0.0) for job in jobs}
+    values = defaultdict(list)  # several of a seed where sweeps that share jobs are read together
+    for job in jobs:
+        values[int(job.values.get("seed") or 0)].append(float(job.value or 0.0))
+    by_seed = {seed: statistics.fmean(of_seed) for seed, of_seed in values.items()}
     trials = min(job.answer_count for job in jobs)
     interval = mean_interval(list(by_seed.values()), trials)
     return Setting(sweep.get_setting_values(jobs[0]), by_seed, list(jobs), interval)

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.errors import ConfigError
 from grpo.report.run.read import resolve_config
+from grpo.runs.files import FINISHED
 from grpo.runs.jsonl import find_last_values, read_lines
 from grpo.runs.resume import read_yaml
 from grpo.sweep.folder import StudyFile, read_job_state, require_record
@@ -42,7 +43,7 @@ class Job:
     def value(self) -> float | None:
         """The objective at the job's end; None if it hasn't finished or the value isn't finite."""
         logged = [line[self.objective] for line in self.lines if self.objective in line]
-        if self.status != "finished" or not logged or logged[-1] is None:
+        if self.status != FINISHED or not logged or logged[-1] is None:
             return None
         return float(logged[-1])
 
