@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,22 @@ def grpo(
     return run
 
 
+@pytest.fixture(autouse=True)
+def close_log_files() -> Iterator[None]:
+    """Closes the log files that a run in this process opened: their folder may be deleted."""
+    yield
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if isinstance(handler, logging.FileHandler) and handler.baseFilename != os.devnull:
+            root.removeHandler(handler)
+            handler.close()
+
+
+def copy_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns this process's environment with `env`, for a process with its own W&B service."""
+    return {**{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}, **(env or {})}
+
+
 def run_grpo(
     *arguments: str, cwd: Path, timeout: float = 300, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -146,7 +163,7 @@ def run_grpo(
     return subprocess.run(
         [sys.executable, "-m", "grpo", *arguments],
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        env=copy_environment(env),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -157,8 +174,9 @@ def start_grpo(cwd: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """As `run_grpo`, without waiting for its end; what it prints goes into a file in cwd."""
     log = (cwd / f"process{time.monotonic_ns()}.log").open("wb")
     return subprocess.Popen(
-        [sys.executable, "-m", "grpo", *arguments], cwd=cwd, stdout=log, stderr=log
-    )
+        [sys.executable, "-m", "grpo", *arguments],
+        cwd=cwd, env=copy_environment(), stdout=log, stderr=log,
+    )  # fmt: skip
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:

@@ -171,7 +171,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
         (("-m", "hydra/sweeper=optuna", "kl_weight=tag(log,interval(0,1))"), "can't be sampled"),
         (("-m", "hydra/sweeper=optuna", "kl_weight=interval(1,0)"), "can't be sampled"),
         (("-m", "hydra/sweeper=optuna", "seed=range(4,4)"), "can't be sampled"),
-        (("-m", "hydra/sweeper=optuna", "kl_weight=tag(log,choice(1,2))"), "tagged log"),
+        (("-m", "hydra/sweeper=optuna", "kl_weight=tag(log,choice(1,2))"), "a logarithmic scale"),
         (("-m", "hydra/sweeper=optuna", "temperature=interval(0,1)"), "temperature"),
         (("-m", "hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.sampler=tpee"), "tpe"),
         (("-m", "hydra/sweeper=optuna", "seed=0,1", "hydra.sweeper.n_trials=0"), "n_trials=0"),
