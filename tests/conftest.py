@@ -24,6 +24,7 @@ os.environ |= {
 
 import pytest
 import torch
+from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from transformers import (
@@ -191,16 +192,32 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
     raise AssertionError("the step never came")
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Returns a folder that `make` fills once for all test processes; no test may change it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once_{name}"
+    made = folder.with_suffix(".made")
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left by a failure
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps of experiment=smoke, all their completions kept; to be changed in a copy alone."""
-    cwd = tmp_path_factory.mktemp("short")
-    done = run_grpo(
-        "experiment=smoke", "tracking=none", "hydra.run.dir=run", "max_steps=6", "log_prompts=4",
-        cwd=cwd,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return cwd / "run"
+
+    def make(cwd: Path) -> None:
+        done = run_grpo(
+            "experiment=smoke", "tracking=none", "hydra.run.dir=run", "max_steps=6",
+            "log_prompts=4", cwd=cwd,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    return make_once(tmp_path_factory, "short", make) / "run"
 
 
 def copy_with_text(run: Path, copy: Path, text: str) -> None:

@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 
 from grpo.dashboard.outputs import find_outputs
 from grpo.dashboard.studies import copy_trials
-from tests.conftest import run_grpo
+from tests.conftest import make_once, run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=2", "dataset.eval_slice=:16")
@@ -34,18 +34,22 @@ JOB = ("experiment=smoke", "max_steps=2", "dataset.eval_slice=:16")
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in Trackio, its evaluation, and a search of two trials, in their usual folders."""
-    cwd = tmp_path_factory.mktemp("shown")
-    for command in (
-        (*JOB, "tracking=trackio", "hydra.run.dir=outputs/day/run"),
-        ("eval", "checkpoint=outputs/day/run", "hydra.run.dir=outputs/day/eval"),
-        (
-            "-m", *JOB, "tracking=none", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2",
-            "learning_rate=tag(log,interval(1e-4,1e-3))", "sweep_dir=outputs/sweeps/day/search",
-        ),
-    ):  # fmt: skip
-        done = run_grpo(*command, cwd=cwd)
-        assert done.returncode == 0, done.stderr
-    return cwd / "outputs"
+
+    def make(cwd: Path) -> None:
+        for command in (
+            (*JOB, "tracking=trackio", "hydra.run.dir=outputs/day/run"),
+            ("eval", "checkpoint=outputs/day/run", "hydra.run.dir=outputs/day/eval"),
+            (
+                "-m", *JOB, "tracking=none", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2",
+                "learning_rate=tag(log,interval(1e-4,1e-3))", "sweep_dir=outputs/sweeps/day/search",
+            ),
+        ):  # fmt: skip
+            done = run_grpo(*command, cwd=cwd)
+            assert done.returncode == 0, done.stderr
+
+    made = make_once(tmp_path_factory, "dashboard", make) / "outputs"
+    # This process's own: reading Trackio's databases leaves files beside them.
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("shown") / "outputs", symlinks=True))
 
 
 @contextmanager

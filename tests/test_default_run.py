@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 from grpo.report.run.read import read_run
-from tests.conftest import run_grpo
+from tests.conftest import make_once, run_grpo
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cwd = tmp_path_factory.mktemp("default")
-    short = ("max_steps=12", "eval.every=0", "dataset.eval_slice=:64", "eval.samples=4")
-    done = run_grpo(*short, "tracking=none", "hydra.run.dir=run", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd / "run"
+
+    def make(cwd: Path) -> None:
+        short = ("max_steps=12", "eval.every=0", "dataset.eval_slice=:64", "eval.samples=4")
+        done = run_grpo(*short, "tracking=none", "hydra.run.dir=run", cwd=cwd)
+        assert done.returncode == 0, done.stderr
+
+    return make_once(tmp_path_factory, "default", make) / "run"
 
 
 def test_it_learns(run: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import run_grpo
+from tests.conftest import make_once, run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 ROOT = Path(__file__).parents[1]
@@ -45,11 +45,15 @@ def lines(file: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One run of experiment=smoke in a process of its own: its folder and what it printed."""
-    cwd = tmp_path_factory.mktemp("smoke")
-    result = run_grpo("experiment=smoke", "hydra.run.dir=run", cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    assert {path.name for path in cwd.iterdir()} == {"run"}  # everything of the run inside it
-    return cwd / "run", result.stdout + result.stderr
+
+    def make(cwd: Path) -> None:
+        result = run_grpo("experiment=smoke", "hydra.run.dir=run", cwd=cwd)
+        assert result.returncode == 0, result.stderr
+        assert {path.name for path in cwd.iterdir()} == {"run"}  # everything of the run inside it
+        (cwd / "printed").write_text(result.stdout + result.stderr)
+
+    cwd = make_once(tmp_path_factory, "smoke", make)
+    return cwd / "run", (cwd / "printed").read_text()
 
 
 def test_a_run_leaves_what_the_contract_says(smoke: tuple[Path, str]) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.commands.export import format_card, is_private, read_licence
 from grpo.report.run.read import read_run
-from tests.conftest import read_metrics, run_grpo
+from tests.conftest import make_once, read_metrics, run_grpo
 from tests.servers import RequestHandler, serving
 
 Grpo = Callable[..., tuple[int, str]]
@@ -27,10 +27,12 @@ SHORT = ("experiment=smoke", "tracking=none", "dataset.eval_size=16", "hydra.run
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cwd = tmp_path_factory.mktemp("once")
-    done = run_grpo(*SHORT, "kl_weight=0.05", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd / "run"
+
+    def make(cwd: Path) -> None:
+        done = run_grpo(*SHORT, "kl_weight=0.05", cwd=cwd)
+        assert done.returncode == 0, done.stderr
+
+    return make_once(tmp_path_factory, "export", make) / "run"
 
 
 @pytest.fixture

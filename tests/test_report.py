@@ -28,7 +28,7 @@ from grpo.report.sweep.ranking import rank_settings
 from grpo.report.sweep.read import Job, Sweep, read_sweeps
 from grpo.report.sweep.write import choose_best, write_report
 from grpo.sweep.study import serialize_space
-from tests.conftest import read_metrics, run_grpo
+from tests.conftest import make_once, read_metrics, run_grpo
 from tests.test_sweep import TWO_STEPS, Grpo
 
 GRID = (
@@ -38,11 +38,13 @@ GRID = (
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cwd = tmp_path_factory.mktemp("reported")
-    done = run_grpo(*GRID, "sweep_dir=sweep", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    assert "best:   grpo --config-dir sweep experiment=best" in done.stdout
-    return cwd / "sweep"
+
+    def make(cwd: Path) -> None:
+        done = run_grpo(*GRID, "sweep_dir=sweep", cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        assert "best:   grpo --config-dir sweep experiment=best" in done.stdout
+
+    return make_once(tmp_path_factory, "reported", make) / "sweep"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from grpo.config.overrides import merge_overrides
 from grpo.runs.lock import RunLocked, is_locked, locked
 from grpo.training.checkpoint import hash_files
-from tests.conftest import read_metrics, start_grpo, wait_for_step
+from tests.conftest import make_once, read_metrics, start_grpo, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
 FEW = "dataset.eval_slice=:16"
@@ -41,10 +41,12 @@ def same_run(a: Path, b: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without interruption."""
-    cwd = tmp_path_factory.mktemp("whole")
-    process = start_grpo(cwd, *JOB, "hydra.run.dir=run")
-    assert process.wait(300) == 0
-    return cwd / "run"
+
+    def make(cwd: Path) -> None:
+        process = start_grpo(cwd, *JOB, "hydra.run.dir=run")
+        assert process.wait(300) == 0
+
+    return make_once(tmp_path_factory, "resume", make) / "run"
 
 
 def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from grpo.sweep.folder import StudyFile
 from grpo.sweep.objectives import read_final_values
 from grpo.sweep.space import Space, build_space, format_override, list_combinations, list_corners
 from grpo.sweep.study import SearchOptions
-from tests.conftest import read_metrics, run_grpo, start_grpo, wait_for_step
+from tests.conftest import make_once, read_metrics, run_grpo, start_grpo, wait_for_step
 from tests.test_sweep import TWO_STEPS, Grpo, summary
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *TWO_STEPS, "kl_weight=interval(0,0.1)")
@@ -149,10 +149,12 @@ def test_an_unknown_option_names_the_nearest() -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search that runs without interruption."""
-    cwd = tmp_path_factory.mktemp("whole")
-    done = run_grpo(*KILLED, "sweep_dir=x/sweep", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd / "x/sweep"
+
+    def make(cwd: Path) -> None:
+        done = run_grpo(*KILLED, "sweep_dir=x/sweep", cwd=cwd)
+        assert done.returncode == 0, done.stderr
+
+    return make_once(tmp_path_factory, "search", make) / "x/sweep"
 
 
 KILLED = (

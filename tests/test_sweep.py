@@ -15,7 +15,7 @@ import pytest
 
 from grpo.runs.lock import locked
 from grpo.sweep.folder import number_jobs, read_job_states
-from tests.conftest import read_metrics, run_grpo, start_grpo, wait_for_step
+from tests.conftest import make_once, read_metrics, run_grpo, start_grpo, wait_for_step
 
 Grpo = Callable[..., tuple[int, str]]
 
@@ -45,10 +45,12 @@ GRID = ("-m", *QUICK, "max_steps=9", "checkpoint.every=2", "eval.every=0", "seed
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A grid that runs without interruption."""
-    cwd = tmp_path_factory.mktemp("whole")
-    done = run_grpo(*GRID, "sweep_dir=sweep", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd / "sweep"
+
+    def make(cwd: Path) -> None:
+        done = run_grpo(*GRID, "sweep_dir=sweep", cwd=cwd)
+        assert done.returncode == 0, done.stderr
+
+    return make_once(tmp_path_factory, "sweep", make) / "sweep"
 
 
 @pytest.mark.slow

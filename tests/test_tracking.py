@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from grpo.tracking.wandb_sink import BEST_IS_HIGHEST, METRIC_SECTIONS
-from tests.conftest import run_grpo
+from tests.conftest import make_once, run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=4", "num_generation=4", "dataset.eval_slice=:16")
@@ -29,17 +29,19 @@ def lines(file: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that W&B and Trackio recorded."""
-    cwd = tmp_path_factory.mktemp("both")
-    done = run_grpo(
-        *JOB, "tracking=[wandb,trackio]", "hydra.run.dir=run", "tracking.wandb.notes=why it ran",
-        "tracking.wandb.tags=[first]", "tracking.wandb.log_model=true",
-        "tracking.wandb.table_every=2", "tracking.trackio.table_every=2",
-        cwd=cwd,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "wandb sync" in done.stderr
-    assert "to see it: grpo dashboard" in done.stderr
-    return cwd
+
+    def make(cwd: Path) -> None:
+        done = run_grpo(
+            *JOB, "tracking=[wandb,trackio]", "hydra.run.dir=run",
+            "tracking.wandb.notes=why it ran", "tracking.wandb.tags=[first]",
+            "tracking.wandb.log_model=true", "tracking.wandb.table_every=2",
+            "tracking.trackio.table_every=2", cwd=cwd,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "wandb sync" in done.stderr
+        assert "to see it: grpo dashboard" in done.stderr
+
+    return make_once(tmp_path_factory, "tracked", make)
 
 
 @pytest.fixture(scope="module")
