@@ -125,7 +125,10 @@ def write_report_html(folder: Path) -> None:
 def build_training(
     cfg: DictConfig, folder: Path, found: RunInputs
 ) -> tuple[Training, TrainingState]:
-    """Builds a run's parts, those with cheap checks first; returns them and where it starts."""
+    """Builds a run's parts, those with cheap checks first; returns them and where it starts.
+
+    One function despite its length: this order is the run's, read from top to bottom.
+    """
     device = build_device(cfg)
     rewards = build_rewards(cfg, found)
     objective, advantage = build_objective(cfg), build_advantage(cfg)

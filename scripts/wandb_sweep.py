@@ -35,7 +35,7 @@ from grpo.config import schema
 from grpo.config.overrides import parse_key, quote_value
 from grpo.config.secrets import refuse_secrets
 from grpo.errors import ConfigError
-from grpo.sweep.search import select_fixed
+from grpo.sweep.check_search import select_fixed
 from grpo.sweep.space import build_space, format_override, list_corners, list_values
 
 METHODS = {"random": "random", "grid": "grid"}  # of our samplers; all others learn: bayes

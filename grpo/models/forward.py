@@ -228,9 +228,8 @@ def reads_padding(model: PreTrainedModel, head: Head) -> bool:
     batch = make_random_completions(head.vocabulary, model.device)
     mask = left_mask(batch.prompts_BP, batch.prompt_lengths_B)
     options: dict[str, Tensor] = {}
-    if (
-        "position_ids" in inspect.signature(model.forward).parameters
-    ):  # the same check as in `generate`
+    # The same check as in `generate`.
+    if "position_ids" in inspect.signature(model.forward).parameters:
         options["position_ids"] = position_ids(mask)
     padded = model(
         input_ids=batch.prompts_BP, attention_mask=mask, use_cache=False, **options

@@ -135,9 +135,8 @@ def post(url: str, body: bytes, seconds: float, token: str | None = None) -> byt
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     deadline = time.monotonic() + seconds
     parts = []
-    with urlopen(
-        request, timeout=seconds
-    ) as response:  # the timeout limits each wait, not their sum
+    # The timeout limits each wait, not their sum.
+    with urlopen(request, timeout=seconds) as response:
         while part := response.read1(2**16):
             parts.append(part)
             if time.monotonic() > deadline:

@@ -6,31 +6,28 @@ folders, so it doesn't matter where a job ran, or whether this process survived.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import optuna
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.study import StudyDirection as Direction
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from grpo.config.validation import check_writable
-from grpo.errors import ConfigError, RunError
+from grpo.errors import RunError
 from grpo.runs.files import FINISHED, RUNNING, note_failure
 from grpo.runs.lock import is_locked, locked
+from grpo.sweep.check_search import (
+    build_overrides,
+    check_search,
+    count_trials,
+    format_distribution,
+    list_corner_jobs,
+)
 from grpo.sweep.folder import (
-    STUDY,
     JobState,
     Record,
     SweepResult,
@@ -38,17 +35,16 @@ from grpo.sweep.folder import (
     read_job_state,
     read_record,
 )
-from grpo.sweep.launch import Launch, SweepPlan, combine_overrides
+from grpo.sweep.launch import Launch, SweepPlan
 from grpo.sweep.objectives import read_final_values
-from grpo.sweep.open_study import check_objectives, exclusive, open_study
-from grpo.sweep.space import Space, build_space, format_override, list_combinations, list_corners
+from grpo.sweep.open_study import exclusive, open_study
+from grpo.sweep.space import Space, format_override, list_combinations
 from grpo.sweep.study import (
     DATABASE_ERRORS,
     SearchOptions,
     check_connection,
     format_reason,
     hide_password,
-    silence_optuna,
 )
 from grpo.sweep.view import viewed
 
@@ -81,91 +77,15 @@ def run_search(
 def plan_search(
     launch: Launch, params: Mapping[str, object], arguments: Sequence[str], options: SearchOptions
 ) -> SweepPlan:
-    """What a search would try; its study is not opened. Its arguments are `run_search`'s."""
+    """Plans a search without opening its study. Its arguments are those of `run_search`."""
     space, fixed, objectives = check_search(launch, params, arguments, options)
     total = count_trials(options, space)
     record = read_record(launch.folder)
     begun = 0 if record is None else len(record.jobs)
     ended = sum(read_job_state(launch.folder, number).ended for number in range(begun))
-    shown = {key: format_distribution(own) for key, own in space.items()}
+    shown = {key: format_distribution(d) for key, d in space.items()}
     jobs = list(list_corner_jobs(fixed, space))
     return SweepPlan(launch, "search", total, max(0, total - ended), jobs, objectives, shown)
-
-
-def check_search(
-    launch: Launch, params: Mapping[str, object], arguments: Sequence[str], options: SearchOptions
-) -> tuple[Space, list[str], dict[str, str]]:
-    """The space of a search, the overrides that its trials share, and its objectives.
-
-    Raises:
-        ConfigError: it can't be searched as asked.
-    """
-    silence_optuna()
-    overrides = OverridesParser.create(launch.context.config_loader).parse_overrides(
-        combine_overrides(params, arguments)
-    )
-    space, fixed = build_space(overrides), select_fixed(overrides)
-    if not space:
-        raise ConfigError(
-            "-m: nothing to search; give a key an interval, a range or a choice "
-            "(kl_weight=interval(0,0.1)), or a sweep=CHOICE."
-        )
-    options.check_space(space)
-    if options.n_jobs > 1 and type(launch.launcher).__name__ == "BasicLauncher":
-        raise ConfigError(
-            f"hydra.sweeper.n_jobs={options.n_jobs}: this launcher runs one job at a time; add "
-            f"hydra/launcher=joblib, or start the same search several times.",
-            key="hydra.sweeper.n_jobs",
-            value=options.n_jobs,
-        )
-    if options.sampler == "grid":
-        list_combinations(space)  # raises if a key has infinitely many values
-    objectives = check_objectives(
-        options, [launch.compose(job) for job in list_corner_jobs(fixed, space)]
-    )
-    folder = launch.folder
-    record = read_record(folder)
-    if record is not None and not (folder / STUDY).is_file():
-        raise ConfigError(
-            f"sweep_dir={folder}: holds a grid; give another sweep_dir.",
-            key="sweep_dir",
-            value=folder,
-        )
-    return space, fixed, objectives
-
-
-def count_trials(options: SearchOptions, space: Space) -> int:
-    """How many there will be: a grid of choices ends before n_trials."""
-    total = options.n_trials
-    return min(total, len(list_combinations(space))) if options.sampler == "grid" else total
-
-
-def format_distribution(distribution: BaseDistribution) -> str:
-    """`0 to 0.1`, `1e-05 to 0.001, logarithmic`, or the choices."""
-    if isinstance(distribution, CategoricalDistribution):
-        return ", ".join(map(str, distribution.choices))
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    step = f" in steps of {distribution.step:g}" if distribution.step else ""
-    scale = ", logarithmic" if distribution.log else ""
-    return f"{distribution.low:g} to {distribution.high:g}{step}{scale}"
-
-
-def select_fixed(overrides: Sequence[Override]) -> list[str]:
-    """Returns the overrides that all trials share."""
-    return [
-        f"{o.get_key_element()}={o.get_value_element_as_str()}"
-        for o in {o.get_key_element(): o for o in overrides}.values()
-        if not o.is_sweep_override()
-    ]
-
-
-def list_corner_jobs(fixed: Sequence[str], space: Space) -> Iterator[list[str]]:
-    for values in list_corners(space):
-        yield build_overrides(fixed, values)
-
-
-def build_overrides(fixed: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    return [*fixed, *(format_override(key, value) for key, value in values.items())]
 
 
 @dataclass(frozen=True)

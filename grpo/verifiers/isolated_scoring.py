@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from pebble import ProcessPool
 
 SCORING_SECONDS = 5.0  # time limit of one answer, in wall time
-ENDLESS = re.compile(
-    r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}"
-)  # an expression whose evaluation may never end
+# An expression whose evaluation may never end.
+ENDLESS = re.compile(r"\*\*|\^|!|<<|[A-Za-z]{3,}\s*\(|\d[eE]\+?\d{3}")
 
 
 def score_answer(problems: Any, answer: str, entry: Mapping[str, Any]) -> float | Failure:

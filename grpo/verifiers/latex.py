@@ -33,9 +33,8 @@ SIGNS = {sign: plain for sign, plain in LOOKALIKE_SIGNS.items() if sign not in (
     ord("∞"): r"\infty "
 }
 ROOT_SIGN = re.compile(r"√(?:\(([^()]*)\)|(\d+|[a-z]))")
-SUPERSCRIPT_SIGNS = re.compile(
-    r"(?<=[\d)}a-ln-z])(?<![A-Za-z]{2})[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+"
-)  # not m², a unit
+# Not m², a unit.
+SUPERSCRIPT_SIGNS = re.compile(r"(?<=[\d)}a-ln-z])(?<![A-Za-z]{2})[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 THOUSANDS = re.compile(r"(?<![\w.,])(?<!\d )\d{1,3}(?:(?: |\\[,; ])\d{3})+(?![\d/])(?! \d)")
 CONJUNCTION = re.compile(
     r"(?<=[\d)}\]])\s{0,9},?\s{0,9}(?:\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)\s*(?=[-\d(\\\[{])"

@@ -157,8 +157,23 @@ def make_doc(peer: Peer, doc: Any) -> Any:
     return Doc()
 
 
+def make_error(kind: Any, arguments: Any) -> BaseException:
+    """Makes an exception of a class of exceptions, without its constructor if that refuses."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+        raise TypeError("not an exception")
+    try:
+        return kind(*arguments)
+    except Exception:  # noqa: BLE001 - its constructor takes other arguments than its args
+        error = kind.__new__(kind, *arguments)
+        error.args = arguments
+        return error
+
+
 def make_root(peer: Peer) -> tuple[Any, type]:
-    """Makes the metaclass of all proxy classes, and the class that they all derive from."""
+    """Makes the metaclass of all proxy classes, and the class that they all derive from.
+
+    One function despite its length: both classes need each other and the peer.
+    """
 
     class Class(type):
         def __new__(cls, name: str, bases: tuple[type, ...], space: dict[str, Any]) -> Any:

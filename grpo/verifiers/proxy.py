@@ -19,6 +19,7 @@ from grpo.verifiers.operations import (
     UNARY,
     VALUE_TYPES,
     make_doc,
+    make_error,
     make_method,
     make_root,
 )
@@ -47,9 +48,8 @@ class Peer(ValueCodec):
         super().__init__(first_number)
         self.exported: dict[int, Any] = {}  # objects with a proxy on the other side, by number
         self.exported_numbers: dict[int, int] = {}  # by id
-        self.proxies: dict[
-            int, Any
-        ] = {}  # the proxies here, by number; kept, so that their ids stay
+        # The proxies here, by number; kept, so that their ids stay.
+        self.proxies: dict[int, Any] = {}
         self.proxy_numbers: dict[int, int] = {}
         self.handles: list[Any] = []  # kept for the same reason
         self.hashes: dict[int, int] = {}  # hashes of the proxies whose class defines one, by id
@@ -88,9 +88,8 @@ class Peer(ValueCodec):
         return self.ask(operation, *operands)
 
     def compare(self, operation: str, one: Any, other: Any) -> Any:
-        if (
-            self.channel.is_busy()
-        ):  # both are in one set or dict, where the other side compared them
+        # Both are in one set or dict, where the other side compared them.
+        if self.channel.is_busy():
             return (one is other) == (operation == "eq")
         return self.ask(operation, one, other)
 
@@ -225,7 +224,7 @@ class Peer(ValueCodec):
         if name == "named":
             return self.import_name(*parts)
         if name == "error":
-            return self.make_error(self.decode_kind(parts[0]), self.decode(parts[1]))
+            return make_error(self.decode_kind(parts[0]), self.decode(parts[1]))
         number, *rest = parts
         if type(number) is not int or number in self.proxies:
             raise ValueError("an object needs a new number")
@@ -240,16 +239,6 @@ class Peer(ValueCodec):
             proxy = (self.relay_generator if name == "generator" else self.relay_coroutine)(handle)
         self.proxies[number], self.proxy_numbers[id(proxy)] = proxy, number
         return proxy
-
-    def make_error(self, kind: Any, arguments: Any) -> BaseException:
-        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            raise TypeError("not an exception")
-        try:
-            return kind(*arguments)
-        except Exception:  # noqa: BLE001 - its constructor takes other arguments than its args
-            error = kind.__new__(kind, *arguments)
-            error.args = arguments
-            return error
 
     def make_object(self, kind: Any, base: Any, hashed: Any) -> Any:
         if not isinstance(kind, self.metaclass):

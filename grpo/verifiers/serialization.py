@@ -147,9 +147,8 @@ class ValueCodec:
         self.next_number = first_number
         self.shared: dict[int, SharedContainer] = {}
         self.shared_numbers: dict[int, int] = {}  # by id of the container
-        self.undo: list[
-            Callable[[], Any]
-        ] = []  # undoes the changes of a message that can't be sent
+        # Undoes the changes of a message that can't be sent.
+        self.undo: list[Callable[[], Any]] = []
         self.unshared_references = count_references(SharedContainer([]))
 
     def take_number(self) -> int:

@@ -91,9 +91,8 @@ def find_import(name: str, value: Any) -> tuple[str, str] | None:
 def may_import(module: Any, name: Any) -> bool:
     if module not in SHARED_MODULES or name.startswith("_"):
         return False
-    return bool(
-        module != "typing" or name == "" or name[0].isupper()
-    )  # typing.get_type_hints runs texts
+    # `typing.get_type_hints` runs texts.
+    return bool(module != "typing" or name == "" or name[0].isupper())
 
 
 def import_again(module: Any, name: Any) -> Any:

@@ -66,9 +66,8 @@ def written(groups: int) -> Rollout:
 
 def main(shape: str, precision: str, out: Path) -> None:
     torch.manual_seed(0)
-    keep_freed_memory(
-        LARGEST_KEPT_BLOCK_IN_BF16 if precision == "bf16" else LARGEST_KEPT_BLOCK
-    )  # as a run does
+    # As a run does.
+    keep_freed_memory(LARGEST_KEPT_BLOCK_IN_BF16 if precision == "bf16" else LARGEST_KEPT_BLOCK)
     policy = random_model(shape, precision)
     work = Workload(PROMPT, COMPLETION, GROUP, "adamw", reference=True, reference_moves=False)
     held, rollout = estimate_memory(policy, work), written(2)

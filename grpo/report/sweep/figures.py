@@ -29,7 +29,10 @@ MAX_RANKED_SETTINGS = 25
 def draw_figures(
     sweep: Sweep, ranking: Ranking, importances: Mapping[str, float]
 ) -> Iterator[tuple[str, str, go.Figure]]:
-    """Yields the title, the meaning and the figure of each figure that has data."""
+    """Yields the title, the meaning and the figure of each figure that has data.
+
+    One function despite its length: it lists the page's figures in their order.
+    """
     done = [job for job in sweep.jobs if job.value is not None]
     if ranking.settings:
         yield (
