@@ -1,50 +1,37 @@
 #!/usr/bin/env python
-"""Writes the parts of docs/ that repeat conf/: scripts/build_reference.py [--check]
+"""Writes the parts of docs/ that repeat conf/: python scripts/reference [--check]
 
 A page marks such a part with <!-- generated: NAME --> and <!-- end -->. The keys, their defaults
 and their meanings come from the YAML files and their comments, the types from the schema and from
-the classes that the files name; scripts/reference.yaml has meanings for keys whose comment is
+the classes that the files name; meanings.yaml has meanings for keys whose comment is
 short. --check writes nothing and fails where a page is out of date.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from importlib import import_module
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
+from key_types import find_type, guess_type
+from yaml_keys import Key, read_comment, read_keys
 
 from grpo.config import schema
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONF, DOCS = ROOT / "conf", ROOT / "docs"
 MARK = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-LINE = re.compile(
-    r"(?P<indent>\s*)(?P<key>[\w-]+):(?P<value>(\s+('[^']*'|\"[^\"]*\"|[^#\s'\"]+))*)"
-)
-COMMENT = re.compile(r"(?:^|\s)# (?P<text>.*)$")
 ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
-TYPES = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false"}
 
-TEXTS: dict[str, dict[str, str]] = yaml.safe_load((ROOT / "scripts/reference.yaml").read_text())
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of a file: what it is called on the command line, and what there is to say of it."""
-
-    name: str
-    default: str
-    meaning: str
+TEXTS: dict[str, dict[str, str]] = yaml.safe_load(
+    Path(__file__).with_name("meanings.yaml").read_text()
+)
 
 
 def main() -> None:
@@ -58,90 +45,13 @@ def main() -> None:
             if not check:
                 page.write_text(new, encoding="utf-8")
     if stale and check:
-        raise SystemExit(f"out of date, run scripts/build_reference.py: {', '.join(stale)}")
+        raise SystemExit(f"out of date, run python scripts/reference: {', '.join(stale)}")
     print("\n".join(stale) or "every page is up to date")
 
 
 def fill_page(text: str) -> str:
-    """The page with its generated parts made anew."""
+    """Returns a page with its generated parts built again."""
     return MARK.sub(lambda m: f"{m[1]}\n{GENERATED[m[2]]().strip()}\n\n{m[3]}", text)
-
-
-def read_keys(file: Path, prefix: str) -> list[Key]:
-    """Every key of a YAML file by its dotted name, with the comments beside, below or before it."""
-    found: list[Key] = []
-    path: list[tuple[int, str]] = []  # the keys around a line, with their indents
-    before: list[str] = []  # comment lines that come before a key
-    column = -1  # of the comment beside the last key: one right below goes on with it
-    content, skipped = yaml.safe_load(file.read_text()) or {}, False
-    for line in file.read_text().splitlines():
-        comment = COMMENT.search(line)
-        if comment and not line[: comment.start("text") - 2].strip():
-            if found and comment.start("text") == column:
-                found[-1] = Key(
-                    found[-1].name, found[-1].default, f"{found[-1].meaning} {comment['text']}"
-                )
-            elif line.startswith(" "):
-                before.append(comment["text"])
-            continue
-        code = line[: comment.start()] if comment else line
-        match = LINE.fullmatch(code.rstrip()) or re.fullmatch(
-            r"(?P<indent>\s*)(?P<key>[\w-]+):(?P<value>\s.*)", code.rstrip()
-        )
-        if not match:
-            continue
-        indent, key = len(match["indent"]), match["key"]
-        if indent == 0:
-            skipped = key == "defaults"
-        if skipped:
-            continue
-        path = [(own, name) for own, name in path if own < indent] + [(indent, key)]
-        names = [name for _, name in path]
-        text = " ".join([*before, *([comment["text"]] if comment else [])])
-        before, column = [], comment.start("text") if comment else -1
-        value = content
-        try:
-            for name in names:
-                value = value[name]
-        except (KeyError, TypeError, IndexError):
-            continue  # within a list, or text
-        if key == "_target_":
-            continue
-        is_section = isinstance(value, dict) and bool(value) and not match["value"].strip()
-        found.append(
-            Key(
-                f"{prefix}{'.'.join(names)}{'.*' if is_section else ''}",
-                format_value(match, value),
-                text,
-            )
-        )
-    return found
-
-
-def format_value(match: re.Match[str], value: Any) -> str:
-    """A default as it stands in the file; a list over several lines in one."""
-    written = match["value"].strip()
-    if isinstance(value, dict) and not written:
-        return ""
-    if written and not written.startswith((">", "|")):
-        return f"`{written}`"
-    dumped = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
-    return f"`{dumped.removesuffix('...').strip()}`"
-
-
-def read_comment(file: Path) -> str:
-    """What a file's first comment says."""
-    lines: list[str] = []
-    for line in file.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        text = line.removeprefix("#").strip()
-        if text.startswith("@"):
-            continue
-        if lines and re.search(r"=\S+\w$", lines[-1]) and text[:1].isupper():
-            lines[-1] += "."
-        lines.append(text)
-    return " ".join(lines)
 
 
 def take_first_sentence(text: str) -> str:
@@ -153,62 +63,6 @@ def link_papers(text: str) -> str:
     text = text.replace("<", "&lt;").replace("|", "\\|")
     text = re.sub(r"\bdocs/(\w+)\.md", r"[\1](../\1.md)", text)
     return ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", text)
-
-
-def find_type(name: str, file: Path, key: str) -> str:
-    """The type of a key, from the schema, else from the class that its file names, else ''."""
-    node: Any = schema.Config
-    for part in name.split("."):
-        if not is_dataclass(node):
-            break
-        node = get_type_hints(node).get(part)
-        optional = [own for own in get_args(node) if own is not type(None)]
-        if type(None) in get_args(node) and len(optional) == 1 and is_dataclass(optional[0]):
-            node = optional[0]
-    else:
-        return spell_type(getattr(node, "__name__", None) if isinstance(node, type) else str(node))
-    target = re.search(r"_target_: ([\w.]+)", file.read_text())
-    if target and target[1].startswith(("grpo.", "hydra_plugins.")):
-        module, _, own = target[1].rpartition(".")
-        function = getattr(import_module(module), own)
-        parameter = inspect.signature(function).parameters.get(key)
-        if parameter is not None:
-            return spell_type(str(parameter.annotation))
-    return ""
-
-
-def spell_type(annotation: str | None) -> str:
-    """An annotation in words."""
-    if annotation is None or "Any" in annotation:
-        return ""
-    words = []
-    for part in re.split(r"\s*\|\s*", annotation.replace("typing.", "")):
-        optional = re.fullmatch(r"Optional\[(\w+)\]", part)
-        part = optional[1] if optional else part
-        if part == "None":
-            continue
-        name = part.partition("[")[0]
-        words.append(
-            TYPES.get(name)
-            or ("list" if name.lower() in ("list", "sequence", "tuple") else "")
-            or ("mapping" if name.lower() in ("dict", "mapping") else "")
-        )
-    return " or ".join(filter(None, dict.fromkeys(words)))
-
-
-def guess_type(default: str) -> str:
-    """The type of a value in a file, where nothing else says it."""
-    try:
-        value = yaml.safe_load(default.strip("`"))
-    except yaml.YAMLError:
-        return ""
-    if isinstance(value, bool):
-        return TYPES["bool"]
-    if isinstance(value, str) and re.fullmatch(r"[\d.]+e-?\d+", value):
-        return TYPES["float"]  # which YAML 1.1 takes for a text
-    return TYPES.get(
-        type(value).__name__, {"list": "list", "dict": "mapping"}.get(type(value).__name__, "")
-    )
 
 
 def format_table(keys: Iterable[Key], file: Path, known: Mapping[str, str]) -> list[str]:
