@@ -200,7 +200,7 @@ def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> Non
         assert "href='/run/day/run'" in page
         assert "href='/sweep/sweeps/odd'" in page
         assert "href='/sweep/sweeps/torn'" not in page
-        assert "sweeps/torn/sweep.json: can&#x27;t be read" in page
+        assert "sweeps/torn/sweep.json: can&#39;t be read" in page
         assert page.count("<td>can't be read: ") == 2  # the studies of odd and gone
         names = [
             s["study_name"] for s in json.loads(ask(f"{found}/api/studies")[1])["study_summaries"]

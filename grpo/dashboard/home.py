@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from grpo.dashboard.outputs import EvaluationFolder, Outputs, RunFolder, SweepFolder
-from grpo.report.html import Page, render_table
+from grpo.dashboard.outputs import EvaluationFolder, Outputs, RunFolder
+from grpo.report.html import Page
 from grpo.runs.files import RUNNING
 from grpo.sweep.folder import count_by_status
 from grpo.tracking.console import format_duration
@@ -27,33 +25,36 @@ def render_home(
         unreadable: a sweep's folder -> why its study can't be read.
     """
     page = Page(f"grpo: {root.absolute().name}")
-    page.add(f"<h1>{escape(root.absolute().name)}</h1>")
-    page.add(f"<p class=lead>{summarize_outputs(outputs)}</p>")
-    if not (outputs.runs or outputs.sweeps or outputs.evaluations):
-        page.add("<section><p>Start a run with <code>grpo</code>; it appears here.</p></section>")
-    links = ["<a href='/trackio/'>Runs in Trackio</a>"]
-    if studies:
-        links.append("<a href='/dashboard'>Studies in optuna-dashboard</a>")
-    page.add(f"<p class=facts>{' &middot; '.join(links)}</p>")
-    if outputs.errors:
-        reasons = "".join(f"<li>{escape(error)}</li>" for error in outputs.errors)
-        page.add(f"<section class=trouble><h2>Broken</h2><ul>{reasons}</ul></section>")
-    if outputs.sweeps:
-        heads = ["sweep", "jobs", "study", "each job"]
-        cells = [render_study_cell(sweep, studies, unreadable) for sweep in outputs.sweeps]
-        rows = [render_sweep_row(*pair, root) for pair in zip(outputs.sweeps, cells, strict=True)]
-        page.add(f"<section><h2>Sweeps</h2>{render_table(heads, rows)}</section>")
-    if outputs.runs:
-        heads = ["run", "status", "steps", "sampled", "greedy", "time", "overrides"]
-        rows = [render_run_row(run, root) for run in outputs.runs]
-        page.add(f"<section><h2>Runs</h2>{render_table(heads, rows)}</section>")
-    if outputs.evaluations:
-        heads = ["evaluation", "of", "prompts", "sampled", "greedy", "pass@k", "overrides"]
-        rows = [render_evaluation_row(evaluation, root) for evaluation in outputs.evaluations]
-        page.add(f"<section><h2>Evaluations</h2>{render_table(heads, rows)}</section>")
     if any(status == RUNNING for status in list_statuses(outputs)):
-        page.reload(SECONDS_BETWEEN_LOADS)
-    return page.render_html()
+        page.seconds_to_reload = SECONDS_BETWEEN_LOADS
+
+    def locate(folder: Path) -> str:
+        return str(folder.relative_to(root))
+
+    return page.render(
+        "home.html",
+        name=root.absolute().name,
+        summary=summarize_outputs(outputs),
+        has_studies=bool(studies),
+        errors=outputs.errors,
+        sweeps=[
+            {
+                "place": locate(sweep.folder),
+                "counts": count_by_status(job.status for job in sweep.jobs),
+                "error": unreadable.get(sweep.folder),
+                "study": studies.get(sweep.folder),
+                "jobs": [
+                    (job.number, locate(job.folder)) for job in sweep.jobs if job.status != "none"
+                ],
+            }
+            for sweep in outputs.sweeps
+        ],
+        runs=[{"place": locate(run.folder), "cells": list_run_cells(run)} for run in outputs.runs],
+        evaluations=[
+            [locate(evaluation.folder), *list_evaluation_cells(evaluation)]
+            for evaluation in outputs.evaluations
+        ],
+    )
 
 
 def list_statuses(outputs: Outputs) -> Iterable[str]:
@@ -68,58 +69,24 @@ def summarize_outputs(outputs: Outputs) -> str:
     return f"{', '.join(parts)}; {f'{count} running now' if count else 'nothing runs just now'}."
 
 
-def render_run_row(run: RunFolder, root: Path) -> str:
+def list_run_cells(run: RunFolder) -> list[str]:
     first, last = run.summary.get("first_evaluation"), run.summary.get("last_evaluation")
     gains = [format_gain(first, last, f"eval/{key}") for key in ("sampled_accuracy", "accuracy")]
     steps = f"{run.summary.get('steps', 0)} of {run.summary.get('total_steps', '?')}"
     time = format_duration(run.summary.get("wall_seconds") or 0)
-    cells = [run.status, steps, *gains, time, " ".join(run.overrides)]
-    rest = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f"<tr><td>{render_link('run', run.folder, root)}</td>{rest}</tr>"
+    return [run.status, steps, *gains, time, " ".join(run.overrides)]
 
 
-def render_evaluation_row(evaluation: EvaluationFolder, root: Path) -> str:
+def list_evaluation_cells(evaluation: EvaluationFolder) -> list[str]:
     shares = [
         format_gain(None, evaluation.result, f"eval/{key}")
         for key in ("sampled_accuracy", "accuracy", "pass_at_k")
     ]
-    place, overrides = str(evaluation.folder.relative_to(root)), " ".join(evaluation.overrides)
-    cells = [
-        place,
-        str(evaluation.result["checkpoint"]),
-        str(evaluation.result["prompts"]),
-        *shares,
-        overrides,
-    ]
-    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+    checkpoint, prompts = (str(evaluation.result[key]) for key in ("checkpoint", "prompts"))
+    return [checkpoint, prompts, *shares, " ".join(evaluation.overrides)]
 
 
 def format_gain(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, key: str) -> str:
     values = [evaluation.get(key) for evaluation in (first, last) if evaluation]
     shares = [f"{value:.1%}" for value in values if value is not None]
     return " \u2192 ".join(dict.fromkeys(shares))
-
-
-def render_study_cell(
-    sweep: SweepFolder, studies: Mapping[Path, int], unreadable: Mapping[Path, str]
-) -> str:
-    if sweep.folder in unreadable:
-        return f"can't be read: {escape(unreadable[sweep.folder])}"
-    if sweep.folder in studies:
-        return f"<a href='/dashboard/studies/{studies[sweep.folder]}'>in optuna-dashboard</a>"
-    return ""
-
-
-def render_sweep_row(sweep: SweepFolder, study: str, root: Path) -> str:
-    counts = count_by_status(job.status for job in sweep.jobs)
-    begun = [job for job in sweep.jobs if job.status != "none"]
-    jobs = " ".join(render_link("run", job.folder, root, str(job.number)) for job in begun)
-    return (
-        f"<tr><td>{render_link('sweep', sweep.folder, root)}</td><td>{escape(counts)}</td>"
-        f"<td>{study}</td><td class=long>{jobs}</td></tr>"
-    )
-
-
-def render_link(kind: str, folder: Path, root: Path, text: str = "") -> str:
-    place = str(folder.relative_to(root))
-    return f"<a href='/{kind}/{quote(place)}'>{escape(text or place)}</a>"

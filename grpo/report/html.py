@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 HERE = Path(__file__).parent
 Figure = Mapping[str, Any]  # Plotly's: {"data": …, "layout": …}
@@ -19,53 +22,67 @@ COLORS = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be
 GRAY = "#94a3b8"
 
 
+@dataclass(frozen=True)
+class PlacedFigure:
+    """A figure's place in a page, where the browser draws it once it is in view."""
+
+    name: str
+    meaning: str
+    number: int
+    height: int  # pixels
+
+
+@dataclass
 class Page:
-    """Collects a page's parts in order. Texts must be escaped, or passed in `payload`."""
+    """A page's title, and the data that its scripts read."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.parts: list[str] = []
-        self.figures: list[Figure] = []
-        self.payload: dict[str, Any] = {}  # unpacked when the page is opened
-        self.blocks: list[str] = []  # packed; the browser unpacks each when it needs it
-        self.head = ""
+    title: str
+    figures: list[Figure] = field(default_factory=list)
+    payload: dict[str, Any] = field(default_factory=dict)  # unpacked when the page is opened
+    blocks: list[str] = field(default_factory=list)  # packed; unpacked when they are needed
+    seconds_to_reload: int | None = None  # None: the browser doesn't reload the page
 
-    def add(self, html: str) -> None:
-        self.parts.append(html)
-
-    def reload(self, seconds: int) -> None:
-        """Makes the browser reload the page after this time."""
-        self.head = f"<meta http-equiv=refresh content={seconds}>"
-
-    def add_figure(self, name: str, meaning: str, figure: Figure) -> str:
-        """Adds a figure; returns its place as HTML, where the browser draws it once in view."""
+    def place_figure(self, name: str, meaning: str, figure: Figure) -> PlacedFigure:
+        """Adds a figure to the page's data."""
         self.figures.append(figure)
         height = int(figure["layout"].get("height", 260))
+        return PlacedFigure(name, meaning, len(self.figures) - 1, height)
+
+    def render(self, template: str, scripts: Sequence[str] = (), **values: Any) -> str:
+        """Returns the page as HTML, in which every text is escaped.
+
+        Args:
+            template: a file in templates/.
+            scripts: files in this folder that the page needs, after page.js.
+            values: what the template shows.
+        """
+        content = json.dumps({"figures": self.figures, **self.payload}, allow_nan=False)
         return (
-            f"<figure><h3>{escape(name)}</h3><p>{escape(meaning)}</p>"
-            f"<div class=plot data-figure={len(self.figures) - 1} style='height:{height}px'></div>"
-            f"</figure>"
+            open_templates()
+            .get_template(template)
+            .render(
+                page=self,
+                plotly=load_plotly_script() if self.figures else "",
+                content=pack_text(content),
+                scripts=scripts,
+                **values,
+            )
         )
 
-    def render_html(self, scripts: Sequence[str] = ()) -> str:
-        """Returns the page. scripts: files in this folder that it needs, after page.js."""
-        code = "\n".join((HERE / name).read_text() for name in ("page.js", *scripts))
-        blocks = "".join(
-            f"<script type=text/plain class=block>{block}</script>" for block in self.blocks
-        )
-        data = pack_text(json.dumps({"figures": self.figures, **self.payload}, allow_nan=False))
-        plotly = load_plotly_script() if self.figures else ""
-        return (
-            "<!doctype html><html lang=en><head><meta charset=utf-8>"
-            "<meta name=viewport content='width=device-width, initial-scale=1'>"
-            f"{self.head}<title>{escape(self.title)}</title>"
-            f"<style>{(HERE / 'page.css').read_text()}</style>"
-            f"</head><body><main>{''.join(self.parts)}</main>"
-            f"<script type=text/plain id=plotly>{plotly}</script>"
-            f"<script type=text/plain id=content>{data}</script>"
-            f"{blocks}"
-            f"<script>{code}</script></body></html>\n"
-        )
+
+@cache
+def open_templates() -> Environment:
+    """Opens templates/, which may read a script or a style sheet of this folder unescaped."""
+    templates = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    templates.globals["read_file"] = lambda name: Markup((HERE / name).read_text("utf-8"))
+    return templates
 
 
 def pack_text(text: str) -> str:
@@ -77,17 +94,3 @@ def pack_text(text: str) -> str:
 def load_plotly_script() -> str:
     """Returns Plotly's script, packed, without importing its package, which takes a second."""
     return pack_text(files("plotly").joinpath("package_data/plotly.min.js").read_text("utf-8"))
-
-
-def render_table(heads: Sequence[str], rows: Iterable[str]) -> str:
-    """Renders a table; rows: <tr>…</tr>"""
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    return (
-        f"<div class=wide><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def render_row(cells: Iterable[str], kind: str = "") -> str:
-    inside = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f"<tr{f' class={kind}' if kind else ''}>{inside}</tr>"

@@ -1,4 +1,8 @@
-"""Locks that let one process at a time use a run's folder."""
+"""Locks that let one process at a time use a run's folder.
+
+The folder itself is locked, not a file in it, so that a lock leaves nothing behind, and whether a
+folder is locked can be read where nothing can be written.
+"""
 
 from __future__ import annotations
 

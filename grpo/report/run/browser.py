@@ -22,38 +22,30 @@ SAMPLED_BLOCKS = 8  # blocks that are packed to estimate the size of a large run
 T = TypeVar("T")
 
 
-def render_browser(page: Page, run: Run) -> str:
-    """Returns the browser's sections as HTML; adds the texts to the page's data."""
+def add_answers(page: Page, run: Run) -> dict[str, Any] | None:
+    """Adds the answers before and after training to a page's data; returns them, None if none."""
     page.payload["answers"] = pair_answers(run.evaluations)
+    return page.payload["answers"] or None
+
+
+def add_completions(page: Page, run: Run, size: int) -> tuple[int, int]:
+    """Adds as many completions to a page's data as fit.
+
+    Args:
+        size: characters of the page without them.
+
+    Returns:
+        The number of steps that have completions, and of those that the page shows.
+    """
     steps = group_by_step(run.completions)
-    blocks = pack_blocks(steps, MAX_PAGE_CHARACTERS - len(page.render_html()))
+    blocks = pack_blocks(steps, MAX_PAGE_CHARACTERS - size)
     page.blocks = [block.packed for block in blocks]
     page.payload["completions"] = {
         "parts": list_reward_parts(run.completions),
         "blocks": [block.steps for block in blocks],
         "groups": sum(block.groups for block in blocks),
     }
-    parts = []
-    if blocks:
-        shown = sum(len(block.steps) for block in blocks)
-        left_out = (
-            f" They are of {shown} of the {len(steps)} steps: all would make this page too large. "
-            f"The others are in completions.jsonl."
-            if shown < len(steps)
-            else ""
-        )
-        parts.append(
-            f"<section id=completions><h2>Completions</h2><p>What the policy wrote in training. A "
-            f"group's completions answer the same prompt; the advantage says how much better than "
-            f"its group one did.{left_out}</p></section>"
-        )
-    if page.payload["answers"]:
-        first, last = (page.payload["answers"][key] for key in ("first", "last"))
-        parts.append(
-            f"<section id=answers><h2>Before and after</h2><p>The evaluation's prompts, answered "
-            f"greedily at step {first} and at step {last}.</p></section>"
-        )
-    return "".join(parts)
+    return len(steps), sum(len(block.steps) for block in blocks)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
-from grpo.report.html import COLORS, Page, render_row, render_table
-from grpo.report.run.browser import render_browser
+from grpo.report.html import COLORS, Page, PlacedFigure
+from grpo.report.run.browser import add_answers, add_completions
 from grpo.report.run.charts import build_sections
 from grpo.report.run.read import Run, diff_configs, load_default_config, read_run
 from grpo.runs.files import FINISHED, write_atomically
@@ -27,41 +26,54 @@ def write_run_page(folder: Path) -> Path:
 def render_run_page(run: Run) -> str:
     """Returns the page of one run as HTML."""
     page = Page(run.name)
-    page.add(f"<h1>{escape(run.name)}</h1><p class=lead>{escape(describe_result(run))}</p>")
-    page.add(f"<p class=facts>{escape(format_facts(run))}</p>")
-    page.add(render_diagnoses(run))
-    add_charts(page, [run])
-    page.add(render_browser(page, run))
-    page.add(render_config(run))
-    return page.render_html(["browser.js"])
+    differences = diff_configs([load_default_config(), run.config])
+    values = {
+        "result": describe_result(run),
+        "facts": format_facts(run),
+        "diagnoses": run.diagnoses,
+        "health": describe_health(run),
+        "sections": place_charts(page, [run]),
+        "overrides": " ".join(run.overrides),
+        "differences": [
+            (key, format_config_value(value), format_config_value(default))
+            for key, (default, value) in differences.items()
+        ],
+        "answers": add_answers(page, run),
+        "steps": 0,
+        "steps_shown": 0,
+    }
+    size = len(page.render("run.html", ["browser.js"], **values))
+    values["steps"], values["steps_shown"] = add_completions(page, run, size)
+    return page.render("run.html", ["browser.js"], **values)
 
 
 def render_runs_page(runs: Sequence[Run]) -> str:
     """Returns the page of several runs, drawn in the same charts, as HTML."""
     page = Page(", ".join(run.name for run in runs))
-    page.add(f"<h1>{len(runs)} runs</h1>")
-    heads = ["", "run", "verdict"]
-    rows = [
-        f"<tr><td><i class=key style='background:{COLORS[n % len(COLORS)]}'></i></td>"
-        f"<td>{escape(run.name)}</td><td class=long>{escape(describe_result(run))}</td></tr>"
-        for n, run in enumerate(runs)
-    ]
-    page.add(f"<section>{render_table(heads, rows)}</section>")
     differences = diff_configs([run.config for run in runs])
-    body = [
-        render_row([key, *(format_config_value(value) for value in values)])
-        for key, values in differences.items()
+    return page.render(
+        "runs.html",
+        runs=[
+            {
+                "name": run.name,
+                "result": describe_result(run),
+                "color": COLORS[number % len(COLORS)],
+            }
+            for number, run in enumerate(runs)
+        ],
+        differences=[
+            (key, *map(format_config_value, values)) for key, values in differences.items()
+        ],
+        sections=place_charts(page, runs),
+    )
+
+
+def place_charts(page: Page, runs: Sequence[Run]) -> list[tuple[str, list[PlacedFigure]]]:
+    """Adds the charts of all sections to a page; returns each section's title and figures."""
+    return [
+        (title, [page.place_figure(c.name, c.meaning, figure) for c, figure in drawn])
+        for title, drawn in build_sections(runs)
     ]
-    table = render_table(["key", *(run.name for run in runs)], body) if body else "<p>None.</p>"
-    page.add(f"<section><h2>Differences in config</h2>{table}</section>")
-    add_charts(page, runs)
-    return page.render_html()
-
-
-def add_charts(page: Page, runs: Sequence[Run]) -> None:
-    for title, drawn in build_sections(runs):
-        figures = "".join(page.add_figure(c.name, c.meaning, figure) for c, figure in drawn)
-        page.add(f"<section><h2>{escape(title)}</h2><div class=charts>{figures}</div></section>")
 
 
 def describe_result(run: Run) -> str:
@@ -103,35 +115,13 @@ def format_facts(run: Run) -> str:
     return " \u00b7 ".join(part for part in facts if part)
 
 
-def render_diagnoses(run: Run) -> str:
-    """Renders the doctor's diagnoses, or that there are none."""
+def describe_health(run: Run) -> str:
+    """Describes a run without diagnoses; "" if no doctor looked at it."""
     if not run.config.get("doctor"):
         return ""
-    if not run.diagnoses:
-        few = len(run.steps) < run.config["doctor"]["patience"]
-        text = "The run is too short for a diagnosis." if few else "The doctor found nothing wrong."
-        return f"<p class=well>{text}</p>"
-    rows = [
-        f"<li><h3>{escape(diagnosis.title)}</h3><p>{escape(diagnosis.evidence)}</p>"
-        f"<p>{escape(diagnosis.cause)}</p><p>Try: <code>{escape(diagnosis.remedy)}</code></p></li>"
-        for diagnosis in run.diagnoses
-    ]
-    return f"<section class=trouble><h2>Diagnoses</h2><ul>{''.join(rows)}</ul></section>"
-
-
-def render_config(run: Run) -> str:
-    """Renders the overrides, and the keys in which the config differs from the shipped one."""
-    differences = diff_configs([load_default_config(), run.config])
-    rows = [
-        render_row([key, format_config_value(value), format_config_value(default)])
-        for key, (default, value) in differences.items()
-    ]
-    overrides = " ".join(run.overrides)
-    return (
-        f"<section><h2>Config</h2><pre>grpo {escape(overrides)}</pre>"
-        f"<p>{'These keys differ from the shipped config.' if rows else 'As shipped.'}</p>"
-        f"{render_table(['key', 'here', 'as shipped'], rows) if rows else ''}</section>"
-    )
+    if len(run.steps) < run.config["doctor"]["patience"]:
+        return "The run is too short for a diagnosis."
+    return "The doctor found nothing wrong."
 
 
 def format_config_value(value: object) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from grpo.report.html import Page, render_row, render_table
+from grpo.report.html import Page
 from grpo.report.sweep.ranking import Ranking, format_value
 from grpo.report.sweep.read import Job, Sweep
 from grpo.sweep.folder import count_by_status
+
+INTERVAL, BEHIND, P = "95% interval", "behind the best", "p"  # columns of the ranking
+ONE_SEED = "One seed each, so small differences may be noise."
 
 
 def render_page(
@@ -22,75 +25,66 @@ def render_page(
 ) -> str:
     """Returns the page as HTML. command: runs the best setting again; empty if there is none."""
     page = Page(f"Sweep {', '.join(folder.name for folder in sweep.folders)}")
-    counts = count_by_status(job.status for job in sweep.jobs)
-    page.add(f"<h1>{escape(page.title)}</h1><p class=lead>{escape(ranking.conclusion)}</p>")
-    page.add(
-        f"<p class=facts>{len(sweep.jobs)} jobs: {escape(counts)}. {format_objectives(sweep)}</p>"
-    )
-    if command:
-        page.add(f"<p>The best setting again:</p><pre>{escape(command)}</pre>")
-    page.add(render_failures(sweep.jobs))
-    page.add(render_ranking(sweep, ranking))
-    for name, meaning, figure in figures:
-        drawn = page.add_figure(name, meaning, json.loads(figure.to_json()))
-        page.add(f"<section>{drawn}</section>")
-    page.add(render_jobs(sweep))
-    return page.render_html()
-
-
-def format_objectives(sweep: Sweep) -> str:
-    names = [
-        f"<code>{escape(name)}</code>{', minimized' if direction == 'minimize' else ''}"
-        for name, direction in sweep.objectives.items()
-    ]
-    if len(names) == 1:
-        return f"Objective: {names[0]}."
-    return f"Objectives: {'; '.join(names)}. Settings are ranked by the first."
-
-
-def render_failures(jobs: Sequence[Job]) -> str:
-    """Renders why jobs failed; "" if none did."""
-    rows = [
-        f"<li>job {job.number}: {escape(job.reason or job.status)}</li>"
-        for job in jobs
-        if job.status in ("failed", "killed")
-    ]
-    return (
-        f"<section class=trouble><h2>Failed</h2><ul>{''.join(rows)}</ul></section>" if rows else ""
-    )
-
-
-def render_ranking(sweep: Sweep, ranking: Ranking) -> str:
-    """Renders the ranking; if each setting has one seed, without the columns that need several."""
-    if not ranking.settings:
-        return ""
     repeated = any(len(setting.by_seed) > 1 for setting in ranking.settings)
-    more = ["95% interval", "behind the best", "p"] if repeated else ["behind the best"]
-    rows = []
-    for place, setting in enumerate(ranking.settings):
-        spread = setting.interval
-        cells = dict.fromkeys(more, "")
-        kind = ""
-        if repeated and spread is not None:
-            cells["95% interval"] = f"{spread.low:.4g} to {spread.high:.4g}"
-        if place:
-            cells["behind the best"] = f"{ranking.gaps_to_best[place - 1]:.3g}"
-            if len(setting.by_seed) > 1:
-                cells["p"] = f"{ranking.p[place - 1]:.3f}"
-                kind = "sure" if ranking.significant[place - 1] else ""
-        first = [
-            *map(format_value, setting.values),
-            str(len(setting.by_seed)),
-            f"{setting.mean:.4g}",
-        ]
-        rows.append(render_row([*first, *cells.values()], kind))
-    heads = [*ranking.keys, "seeds", f"mean {sweep.objective}" if repeated else sweep.objective]
-    note = (
-        explain_ranking(ranking)
-        if repeated
-        else "One seed each, so small differences may be noise."
+    keys = sweep.keys_and_seed
+    return page.render(
+        "sweep.html",
+        conclusion=ranking.conclusion,
+        jobs=sweep.jobs,
+        counts=count_by_status(job.status for job in sweep.jobs),
+        objectives=sweep.objectives,
+        command=command,
+        failures=[job for job in sweep.jobs if job.status in ("failed", "killed")],
+        note=explain_ranking(ranking) if repeated else ONE_SEED,
+        heads=[
+            *ranking.keys,
+            "seeds",
+            f"mean {sweep.objective}" if repeated else sweep.objective,
+            *([INTERVAL, BEHIND, P] if repeated else [BEHIND]),
+        ],
+        ranking=list(list_rows(ranking, repeated=repeated)),
+        figures=[
+            page.place_figure(name, meaning, json.loads(figure.to_json()))
+            for name, meaning, figure in figures
+        ],
+        job_heads=["job", "status", *keys, sweep.objective, "steps", "minutes"],
+        job_rows=[list_job_cells(job, keys) for job in sweep.jobs],
     )
-    return f"<section><h2>Ranking</h2><p>{note}</p>{render_table([*heads, *more], rows)}</section>"
+
+
+class Row(NamedTuple):
+    """A row of the ranking."""
+
+    cells: list[str]
+    is_significant: bool  # whether the setting differs significantly from the best
+
+
+def list_rows(ranking: Ranking, *, repeated: bool) -> Iterator[Row]:
+    """Yields a row for each setting; with columns that need several seeds if `repeated`."""
+    for place, setting in enumerate(ranking.settings):
+        cells = dict.fromkeys([INTERVAL, BEHIND, P] if repeated else [BEHIND], "")
+        spread, is_significant = setting.interval, False
+        if repeated and spread is not None:
+            cells[INTERVAL] = f"{spread.low:.4g} to {spread.high:.4g}"
+        if place:
+            cells[BEHIND] = f"{ranking.gaps_to_best[place - 1]:.3g}"
+            if len(setting.by_seed) > 1:
+                cells[P] = f"{ranking.p[place - 1]:.3f}"
+                is_significant = ranking.significant[place - 1]
+        values = map(format_value, setting.values)
+        seeds, mean = str(len(setting.by_seed)), f"{setting.mean:.4g}"
+        yield Row([*values, seeds, mean, *cells.values()], is_significant)
+
+
+def list_job_cells(job: Job, keys: Sequence[str]) -> list[str]:
+    return [
+        f"{job.sweep} {job.number}".strip(),
+        job.status,
+        *(format_value(job.values[key]) for key in keys),
+        "" if job.value is None else f"{job.value:.4g}",
+        str(int(job.last_values.get("step", 0))),
+        f"{job.seconds / 60:.1f}",
+    ]
 
 
 def explain_ranking(ranking: Ranking) -> str:
@@ -109,20 +103,3 @@ def explain_ranking(ranking: Ranking) -> str:
         f"{text}The best is chosen by the same evaluation that measures it, so expect a little "
         f"less of it on new seeds and rows."
     )
-
-
-def render_jobs(sweep: Sweep) -> str:
-    keys = sweep.keys_and_seed
-    heads = ["job", "status", *keys, sweep.objective, "steps", "minutes"]
-    rows = []
-    for job in sweep.jobs:
-        cells = [
-            f"{job.sweep} {job.number}".strip(),
-            job.status,
-            *(format_value(job.values[key]) for key in keys),
-            "" if job.value is None else f"{job.value:.4g}",
-            str(int(job.last_values.get("step", 0))),
-            f"{job.seconds / 60:.1f}",
-        ]
-        rows.append(render_row(cells))
-    return f"<section><h2>Jobs</h2>{render_table(heads, rows)}</section>"
