@@ -39,7 +39,7 @@ WRONG_STEP = 0.30  # of the column sums, in the second stage
 NO_TAGS = 0.12  # of the answers, in the second stage
 
 
-def column_steps(
+def work_out_columns(
     a: int, b: int, operation: str, rng: random.Random, wrong: float
 ) -> tuple[str, str]:
     """The worked columns and the result they lead to; each column errs with probability `wrong`."""
@@ -65,7 +65,7 @@ def column_steps(
     return ", ".join(steps), str(result)
 
 
-def demonstration(
+def draw_demonstration(
     rng: random.Random, wrong: float, no_tags: float
 ) -> tuple[list[dict[str, str]], str]:
     """One chat prompt and the completion to learn."""
@@ -77,7 +77,7 @@ def demonstration(
         question = f"What is {a} {operation} {b}?"
         if not is_held_out(question):
             break
-    steps, result = column_steps(a, b, operation, rng, wrong)
+    steps, result = work_out_columns(a, b, operation, rng, wrong)
     system = rng.choice(SYSTEM_PROMPTS)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
@@ -90,7 +90,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(0)
     texts = []
     for _ in range(2000):
-        messages, completion = demonstration(rng, 0.0, 0.5)
+        messages, completion = draw_demonstration(rng, 0.0, 0.5)
         texts += [message["content"] for message in messages] + [completion]
         texts += ["system\n", "user\n", "assistant\n"]
     tokenizer = Tokenizer(models.BPE())
@@ -161,7 +161,7 @@ def train(
     for step in range(1, steps + 1):
         ids, labels = [], []
         for _ in range(rows):
-            messages, completion = demonstration(rng, wrong, no_tags)
+            messages, completion = draw_demonstration(rng, wrong, no_tags)
             prompt = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
@@ -178,7 +178,7 @@ def train(
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps:
-            greedy, sampled = accuracy(model, tokenizer)
+            greedy, sampled = measure_accuracy(model, tokenizer)
             print(
                 f"{step}/{steps} loss {loss.item():.3f} greedy {greedy:.2f} sampled {sampled:.2f} "
                 f"{time.time() - started:.0f} s",
@@ -187,7 +187,9 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[float, float]:
+def measure_accuracy(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> tuple[float, float]:
     """Held-out accuracy, greedy and at temperature 1, on 200 problems."""
     from grpo.data.arithmetic import Arithmetic
 

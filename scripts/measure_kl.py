@@ -56,8 +56,8 @@ class Term:
     truth: str  # the direction whose exact gradient it is held against
 
 
-def terms() -> list[Term]:
-    found = []
+def list_terms() -> list[Term]:
+    terms = []
     for direction, names in ESTIMATORS.items():
         for name, estimator in names.items():
             for unbiased in (False, True):
@@ -66,8 +66,8 @@ def terms() -> list[Term]:
                     continue
                 label = f"{name}{', weighed' if unbiased else ''}"
                 term = KLTerm(estimator, None, in_reward=False, unbiased_gradient=unbiased)
-                found.append(Term(f"{label} ({direction})", term, direction))
-    return found
+                terms.append(Term(f"{label} ({direction})", term, direction))
+    return terms
 
 
 class Gradient(Optimizer):
@@ -87,20 +87,20 @@ class Bench:
     policy: LanguageModel
     reference: Reference
 
-    def gradient(self, rollout: Rollout, term: KLTerm, reference_NC: Tensor) -> Tensor:
+    def compute_gradient(self, rollout: Rollout, term: KLTerm, reference_NC: Tensor) -> Tensor:
         """Of the divergence as a mean over the tokens of a rollout."""
         self.cfg.algorithm.averaging = "token_mean"
         objective = build_objective(self.cfg)
-        kept = Gradient(
+        recorder = Gradient(
             self.policy.model, "adamw", 0.0, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 0.0
         )
         nothing = torch.zeros(len(rollout.texts))
         learned = UpdateInputs(nothing, None, reference_NC, 1.0)
-        own = type(objective)(**{**vars(objective), "kl": term})
+        with_term = type(objective)(**{**vars(objective), "kl": term})
         update_policy(
-            self.policy, self.reference, kept, own, rollout, learned, BUDGET.forward_limit
+            self.policy, self.reference, recorder, with_term, rollout, learned, BUDGET.forward_limit
         )
-        return kept.flat
+        return recorder.flat
 
 
 def measure(run: Path, batches: int) -> dict[str, Any]:
@@ -108,14 +108,16 @@ def measure(run: Path, batches: int) -> dict[str, Any]:
     schema.register_schema()
     cfg = OmegaConf.load(run / ".hydra" / "config.yaml")
     assert isinstance(cfg, DictConfig)
-    device, found = open_device("cpu", "fp32"), find_for_training(cfg)
+    device, inputs = open_device("cpu", "fp32"), find_for_training(cfg)
     policy = load_language_model(find_checkpoint_model(str(run)), device)
-    base = load_language_model(found.model(), device)
+    base = load_language_model(inputs.model(), device)
     bench = Bench(cfg, policy, Reference(base, nullcontext, []))
     sampling = build_objective(cfg).sampling
     engine = NativeEngine(policy, cfg.max_new_tokens, BUDGET)
-    formats = [build_prompt_format(own.options, own.key) for own in found.sets]
-    prompts = build_prompts(found, formats, policy.tokenizer).train
+    formats = [
+        build_prompt_format(example_set.options, example_set.key) for example_set in inputs.sets
+    ]
+    prompts = build_prompts(inputs, formats, policy.tokenizer).train
     exact_terms = {d: KLTerm(None, f, False, False) for d, f in DIVERGENCES.items()}
 
     errors: dict[str, list[Tensor]] = {}
@@ -138,24 +140,25 @@ def measure(run: Path, batches: int) -> dict[str, Any]:
                     scored.plain_logprobs[mask_NC].double(), reference_NC[mask_NC].double()
                 )
                 errors.setdefault(f"{name} ({direction})", []).append(found_T - truth_T)
-            own = bench.gradient(rollout, exact_terms[direction], reference_NC)
-            gradients.setdefault(f"exact ({direction})", []).append(own)
-        for term in terms():
-            own = bench.gradient(rollout, term.term, reference_NC)
-            gradients.setdefault(term.label, []).append(own)
+            gradient_P = bench.compute_gradient(rollout, exact_terms[direction], reference_NC)
+            gradients.setdefault(f"exact ({direction})", []).append(gradient_P)
+        for term in list_terms():
+            gradient_P = bench.compute_gradient(rollout, term.term, reference_NC)
+            gradients.setdefault(term.label, []).append(gradient_P)
         print(f"{batch + 1} of {batches} batches", flush=True)
     return {
         "batches": batches,
         "tokens": int(sum(len(t) for t in exact["reverse"])),
-        "exact": {d: float(torch.cat(own).mean()) for d, own in exact.items()},
-        "values": {label: of_values(own) for label, own in errors.items()},
+        "exact": {d: float(torch.cat(by_batch).mean()) for d, by_batch in exact.items()},
+        "values": {label: summarize_values(by_batch) for label, by_batch in errors.items()},
         "gradients": {
-            label: of_gradients(torch.stack(own), gradients) for label, own in gradients.items()
+            label: summarize_gradients(torch.stack(by_batch), gradients)
+            for label, by_batch in gradients.items()
         },
     }
 
 
-def of_values(batches: list[Tensor]) -> dict[str, float]:
+def summarize_values(batches: list[Tensor]) -> dict[str, float]:
     """How far an estimate is from the exact value: on average, by token, and by batch."""
     error_T = torch.cat(batches)
     by_batch = torch.stack([batch.mean() for batch in batches])
@@ -167,22 +170,24 @@ def of_values(batches: list[Tensor]) -> dict[str, float]:
     }
 
 
-def of_gradients(own_KP: Tensor, all_of_them: dict[str, list[Tensor]]) -> dict[str, float]:
+def summarize_gradients(
+    gradient_KP: Tensor, gradients: dict[str, list[Tensor]]
+) -> dict[str, float]:
     """A loss's gradient beside the exact ones: its direction on average, and its noise.
 
     The noise is the distance of one batch's gradient from that batch's exact one, in lengths of the
     mean exact gradient; it counts only for the direction that the loss is meant for.
     """
-    found = {"length": float(own_KP.mean(0).norm())}
+    figures = {"length": float(gradient_KP.mean(0).norm())}
     for direction in DIVERGENCES:
-        exact_KP = torch.stack(all_of_them[f"exact ({direction})"])
+        exact_KP = torch.stack(gradients[f"exact ({direction})"])
         mean_P, size = exact_KP.mean(0), exact_KP.mean(0).norm()
-        found[f"cosine_{direction}"] = float(
-            torch.nn.functional.cosine_similarity(own_KP.mean(0), mean_P, dim=0)
+        figures[f"cosine_{direction}"] = float(
+            torch.nn.functional.cosine_similarity(gradient_KP.mean(0), mean_P, dim=0)
         )
-        found[f"noise_{direction}"] = float((own_KP - exact_KP).norm(dim=1).mean() / size)
-        found[f"bias_{direction}"] = float((own_KP.mean(0) - mean_P).norm() / size)
-    return found
+        figures[f"noise_{direction}"] = float((gradient_KP - exact_KP).norm(dim=1).mean() / size)
+        figures[f"bias_{direction}"] = float((gradient_KP.mean(0) - mean_P).norm() / size)
+    return figures
 
 
 def draw(run: Path, measured: dict[str, Any], out: Path) -> None:

@@ -14,14 +14,14 @@ from matplotlib import pyplot as plt
 from grpo.runs.jsonl import read_lines
 
 
-def smoothed(values: list[float], memory: float = 0.8) -> list[float]:
+def smooth(values: list[float], memory: float = 0.8) -> list[float]:
     """An exponential average, without the pull towards zero at its start."""
-    average, weight, smooth = 0.0, 0.0, []
+    average, weight, averages = 0.0, 0.0, []
     for value in values:
         average = memory * average + (1 - memory) * value
         weight = memory * weight + (1 - memory)
-        smooth.append(average / weight)
-    return smooth
+        averages.append(average / weight)
+    return averages
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         steps = [line for line in lines if "reward/mean" in line]
         x, rewards = [line["step"] for line in steps], [line["reward/mean"] for line in steps]
         left.plot(x, rewards, color=colour, alpha=0.25, linewidth=1)
-        left.plot(x, smoothed(rewards), color=colour, linewidth=2, label=label)
+        left.plot(x, smooth(rewards), color=colour, linewidth=2, label=label)
         evaluated = [line for line in lines if "eval/accuracy" in line]
         x = [line["step"] for line in evaluated]
         for key, style in (("eval/accuracy", "--"), ("eval/sampled_accuracy", "-")):

@@ -41,7 +41,7 @@ from grpo.sweep.space import build_space, format_override, list_corners, list_va
 METHODS = {"random": "random", "grid": "grid"}  # of our samplers; all others learn: bayes
 
 
-def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
+def build_sweep(arguments: Sequence[str]) -> dict[str, Any]:
     """Raises ConfigError where there is nothing to sweep."""
     parser = CommandParser("scripts/wandb_sweep [--config-dir DIR] sweep=CHOICE [overrides]")
     parser.add_value("--config-dir", needs="a folder")
@@ -49,19 +49,19 @@ def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
     own_configs = options.config_dir
     if own_configs is not None and not Path(own_configs).is_dir():
         raise ConfigError(f"--config-dir {own_configs}: there is no such folder.")
-    where = [] if own_configs is None else [searched(own_configs)]
-    composed = compose([*where, *(o for o in overrides if not is_swept(o))])
+    search_path = [] if own_configs is None else [format_search_path(own_configs)]
+    composed = compose([*search_path, *(o for o in overrides if not is_swept(o))])
     sweeper = composed.hydra.sweeper
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    given = [o for o in overrides if not parse_key(o).startswith("hydra")]
-    parsed = OverridesParser.create().parse_overrides([*params, *given])
+    job_overrides = [o for o in overrides if not parse_key(o).startswith("hydra")]
+    parsed = OverridesParser.create().parse_overrides([*params, *job_overrides])
     space = build_space(parsed)
     if not space:
         raise ConfigError("nothing to sweep; name a study: scripts/wandb_sweep sweep=search")
     for values in list_corners(space):  # an agent would find a wrong value one run after the other
         compose(
             [
-                *where,
+                *search_path,
                 *select_fixed(parsed),
                 *(format_override(key, value) for key, value in values.items()),
             ]
@@ -77,7 +77,9 @@ def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
         "program": "grpo",
         "method": method,
         "metric": {"name": metric, "goal": goal},
-        "parameters": {key: parameter(key, own, method) for key, own in space.items()},
+        "parameters": {
+            key: format_parameter(key, distribution, method) for key, distribution in space.items()
+        },
         # One run for each; hydra.mode undoes what makes a sweep of the study itself.
         "command": ["grpo", *flags, *select_fixed(parsed), "hydra.mode=RUN", "${args_no_hyphens}"],
     }
@@ -88,7 +90,7 @@ def wandb_sweep(arguments: Sequence[str]) -> dict[str, Any]:
     return content
 
 
-def searched(folder: str) -> str:
+def format_search_path(folder: str) -> str:
     """What --config-dir is to Hydra's command, as an override."""
     return f"hydra.searchpath=[{quote_value(f'file://{Path(folder).absolute()}')}]"
 
@@ -113,26 +115,27 @@ def is_swept(override: str) -> bool:
     return bool(parsed.is_sweep_override())
 
 
-def parameter(key: str, own: BaseDistribution, method: str) -> dict[str, Any]:
+def format_parameter(key: str, distribution: BaseDistribution, method: str) -> dict[str, Any]:
     """A key's values as W&B writes them."""
-    if method == "grid" or isinstance(own, CategoricalDistribution):
-        return {"values": list_values(key, own)}
-    assert isinstance(own, IntDistribution | FloatDistribution)
-    ends = {"min": own.low, "max": own.high}
-    if own.log and isinstance(own, IntDistribution):  # W&B has no whole numbers by magnitude
-        return {"values": by_magnitude(own.low, own.high)}
-    if own.log:
-        return {"distribution": "log_uniform_values", **ends}
-    if isinstance(own, IntDistribution):
-        if own.step == 1:
-            return {"distribution": "int_uniform", **ends}
-        return {"values": list_values(key, own)}
-    if own.step is not None:
-        return {"distribution": "q_uniform", "q": own.step, **ends}
-    return {"distribution": "uniform", **ends}
+    if method == "grid" or isinstance(distribution, CategoricalDistribution):
+        return {"values": list_values(key, distribution)}
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    bounds = {"min": distribution.low, "max": distribution.high}
+    if distribution.log and isinstance(distribution, IntDistribution):
+        # W&B has no whole numbers by magnitude.
+        return {"values": list_by_magnitude(distribution.low, distribution.high)}
+    if distribution.log:
+        return {"distribution": "log_uniform_values", **bounds}
+    if isinstance(distribution, IntDistribution):
+        if distribution.step == 1:
+            return {"distribution": "int_uniform", **bounds}
+        return {"values": list_values(key, distribution)}
+    if distribution.step is not None:
+        return {"distribution": "q_uniform", "q": distribution.step, **bounds}
+    return {"distribution": "uniform", **bounds}
 
 
-def by_magnitude(low: int, high: int, most: int = 16) -> list[int]:
+def list_by_magnitude(low: int, high: int, most: int = 16) -> list[int]:
     """Whole numbers between two, each about as many times its neighbour."""
     ratio = high / low
     return sorted({round(low * ratio ** (n / (most - 1))) for n in range(most)})
@@ -140,6 +143,6 @@ def by_magnitude(low: int, high: int, most: int = 16) -> list[int]:
 
 if __name__ == "__main__":
     try:
-        print(yaml.safe_dump(wandb_sweep(sys.argv[1:]), sort_keys=False), end="")
+        print(yaml.safe_dump(build_sweep(sys.argv[1:]), sort_keys=False), end="")
     except ConfigError as error:
         refuse(error)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as ws
-from wandb_sweep import wandb_sweep
+from wandb_sweep import build_sweep
 
 from grpo.cli.exits import refuse
 from grpo.errors import ConfigError
@@ -26,7 +26,7 @@ USAGE = "scripts/wandb_workspace ENTITY/PROJECT [sweep=CHOICE] [--print]"
 DISTRIBUTIONS = ("reward", "advantage", "length", "ratio")
 
 
-def workspace_of(place: str, overrides: Sequence[str]) -> ws.Workspace:
+def build_workspace(place: str, overrides: Sequence[str]) -> ws.Workspace:
     """The view of runs; with a study, or a key's several values, that of a sweep.
 
     Raises:
@@ -40,14 +40,14 @@ def workspace_of(place: str, overrides: Sequence[str]) -> ws.Workspace:
             entity=entity,
             project=project,
             name="GRPO: what the sweep found",
-            sections=sweep_sections(overrides),
+            sections=build_sweep_sections(overrides),
             settings=ws.WorkspaceSettings(x_axis="step", max_runs=50),
         )
     return ws.Workspace(
         entity=entity,
         project=project,
         name="GRPO: runs",
-        sections=run_sections(),
+        sections=build_run_sections(),
         settings=ws.WorkspaceSettings(x_axis="step"),
         runset_settings=ws.RunsetSettings(
             pinned_columns=["run:displayName", "summary:objective", "summary:status"]
@@ -55,10 +55,10 @@ def workspace_of(place: str, overrides: Sequence[str]) -> ws.Workspace:
     )
 
 
-def run_sections() -> list[ws.Section]:
+def build_run_sections() -> list[ws.Section]:
     """The sections of a run's own page, then what only W&B has."""
     sections = [
-        ws.Section(name=title, panels=[curve(chart) for chart in charts], is_open=n < 2)
+        ws.Section(name=title, panels=[build_curve(chart) for chart in charts], is_open=n < 2)
         for n, (title, charts) in enumerate(CHART_SECTIONS.items())
     ]
     shapes = [panels.MediaBrowser(media_keys=[f"histogram/{name}"]) for name in DISTRIBUTIONS]
@@ -70,7 +70,7 @@ def run_sections() -> list[ws.Section]:
     ]
 
 
-def curve(chart: Chart) -> panels.LinePlot:
+def build_curve(chart: Chart) -> panels.LinePlot:
     parts = chart.metrics == ("reward/*",)  # their names are each run's own
     return panels.LinePlot(
         title=chart.name,
@@ -82,9 +82,9 @@ def curve(chart: Chart) -> panels.LinePlot:
     )
 
 
-def sweep_sections(overrides: Sequence[str]) -> list[ws.Section]:
+def build_sweep_sections(overrides: Sequence[str]) -> list[ws.Section]:
     """What the searched keys did to the objective."""
-    sweep = wandb_sweep(overrides)
+    sweep = build_sweep(overrides)
     metric, keys = sweep["metric"]["name"], list(sweep["parameters"])
     objective = panels.SummaryMetric("objective")
     columns = [panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in keys]
@@ -109,10 +109,10 @@ def sweep_sections(overrides: Sequence[str]) -> list[ws.Section]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    given = [word for word in arguments if word != "--print"]
-    if not given:
+    words = [word for word in arguments if word != "--print"]
+    if not words:
         raise ConfigError(USAGE)
-    workspace = workspace_of(given[0], given[1:])
+    workspace = build_workspace(words[0], words[1:])
     if "--print" in arguments:
         model = workspace._to_model().model_dump(by_alias=True, exclude_none=True, mode="json")
         print(json.dumps(model, indent=2))

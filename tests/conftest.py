@@ -220,11 +220,20 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_once(tmp_path_factory, "short", make) / "run"
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
 def copy_with_text(run: Path, copy: Path, text: str) -> None:
     """A run all of whose prompts, completions and answers are this text."""
     shutil.copytree(run, copy, symlinks=True)
     for name in ("completions.jsonl", "evaluations.jsonl"):
-        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        lines = read_lines(run / name)
         for line in lines:
             line |= {"prompt": text, "completion": text, "answer": text, "token_ends": []}
             line |= {"failed": text}
@@ -235,6 +244,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Every step's metrics, less what a clock or the machine's memory says."""
     clocks = ("time/", "perf/", "memory/")
     return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(clocks)}
-        for line in (run / "metrics.jsonl").read_text().splitlines()
+        {key: value for key, value in line.items() if not key.startswith(clocks)}
+        for line in read_lines(run / "metrics.jsonl")
     ]

@@ -33,9 +33,8 @@ from grpo.models.head import Head, Readout
 from grpo.models.load import LanguageModel, choose_forward, load_language_model
 from grpo.models.reference import make_reference
 from grpo.types import Sampling
-from tests.conftest import SHAPE, build_with_distinct_logits
-from tests.test_end_to_end import lines
-from tests.test_forward import random_batch
+from tests.conftest import SHAPE, build_with_distinct_logits, read_lines
+from tests.test_forward import draw_batch
 
 Grpo = Callable[..., tuple[int, str]]
 LORA = Adapter(rank=4, alpha=8, target="all-linear", rslora=False, dora=False, quantized=False)
@@ -44,7 +43,7 @@ READOUT = Readout(Sampling(0.7))
 ROOT = Path(__file__).parents[1]
 
 
-def scores(
+def score_batch(
     model: PreTrainedModel, batch: Completions, forward: Forward = forward_shared_prompt
 ) -> Tensor:
     with fast_forward_pass(
@@ -53,7 +52,7 @@ def scores(
         return score_completions(forward(model, Head(model), batch), batch, READOUT).logprobs
 
 
-def stir(model: PreTrainedModel) -> None:
+def shake(model: PreTrainedModel) -> None:
     """Changes the adapter's weights, since a fresh adapter has no effect."""
     torch.manual_seed(0)
     with torch.no_grad():
@@ -66,15 +65,15 @@ def stir(model: PreTrainedModel) -> None:
 def test_an_adapter_is_trained_alone_and_by_the_right_gradient(
     small_model: PreTrainedModel, kind: str
 ) -> None:
-    batch = random_batch()
-    before = scores(small_model, batch)
+    batch = draw_batch()
+    before = score_batch(small_model, batch)
     add_adapter(small_model, KINDS[kind], seed=0)
-    assert torch.equal(scores(small_model, batch), before)  # a fresh one changes nothing
-    stir(small_model)
+    assert torch.equal(score_batch(small_model, batch), before)  # a fresh one changes nothing
+    shake(small_model)
     gradients = []
     for forward in (forward_shared_prompt, forward_plain):
         small_model.zero_grad()
-        scores(small_model, batch, forward).sum().backward()
+        score_batch(small_model, batch, forward).sum().backward()
         named = small_model.named_parameters()
         gradients.append({name: p.grad for name, p in named if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -89,51 +88,51 @@ def test_an_adapter_is_trained_alone_and_by_the_right_gradient(
 def test_the_reference_is_the_model_with_the_adapter_switched_off(
     tiny: LanguageModel, kind: str
 ) -> None:
-    batch = random_batch()
-    before = scores(tiny.model, batch)
+    batch = draw_batch()
+    before = score_batch(tiny.model, batch)
     add_adapter(tiny.model, KINDS[kind], seed=0)
-    stir(tiny.model)
+    shake(tiny.model)
     reference = make_reference(tiny, moves=False)
     assert reference.model.model is tiny.model  # no second copy
     trained = [p.requires_grad for p in tiny.model.parameters()]
     found = score_completions(reference.compute_features(batch), batch, READOUT).logprobs
     assert torch.equal(found, before)
-    assert not torch.allclose(scores(tiny.model, batch), before)  # the adapter is on again
+    assert not torch.allclose(score_batch(tiny.model, batch), before)  # the adapter is on again
     assert [p.requires_grad for p in tiny.model.parameters()] == trained
 
 
 def test_a_reference_that_moves_is_a_second_adapter(tiny: LanguageModel) -> None:
-    batch = random_batch()
+    batch = draw_batch()
     add_adapter(tiny.model, LORA, seed=0)
     trained = {n for n, p in tiny.model.named_parameters() if p.requires_grad}
     reference = make_reference(tiny, moves=True)
     assert {n for n, p in tiny.model.named_parameters() if p.requires_grad} == trained
-    before = scores(tiny.model, batch)
-    stir(tiny.model)
+    before = score_batch(tiny.model, batch)
+    shake(tiny.model)
 
-    def seen() -> Tensor:
+    def score_by_reference() -> Tensor:
         return score_completions(reference.compute_features(batch), batch, READOUT).logprobs
 
-    assert torch.equal(seen(), before)
+    assert torch.equal(score_by_reference(), before)
     reference.move(1.0)
-    assert torch.equal(seen(), scores(tiny.model, batch))
-    assert not torch.allclose(seen(), before)
+    assert torch.equal(score_by_reference(), score_batch(tiny.model, batch))
+    assert not torch.allclose(score_by_reference(), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_adapter_loads_in_transformers_and_here(
     tiny: LanguageModel, kind: str, tmp_path: Path, device: Device
 ) -> None:
-    batch = random_batch()
+    batch = draw_batch()
     add_adapter(tiny.model, KINDS[kind], seed=0)
-    stir(tiny.model)
+    shake(tiny.model)
     tiny.save(tmp_path / "model")
     assert sum(f.stat().st_size for f in (tmp_path / "model").glob("*.safetensors")) < 2e6
-    expected = scores(tiny.model, batch)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    assert torch.equal(scores(theirs, batch), expected)
+    expected = score_batch(tiny.model, batch)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    assert torch.equal(score_batch(loaded, batch), expected)
     assert torch.equal(
-        scores(load_language_model(tmp_path / "model", device).model, batch), expected
+        score_batch(load_language_model(tmp_path / "model", device).model, batch), expected
     )
 
 
@@ -147,27 +146,27 @@ def test_an_adapter_over_experts_is_kept_moved_and_merged(
         shape |= {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
     config = getattr(transformers, f"{family}Config")(**shape)
     model = build_with_distinct_logits(lambda: AutoModelForCausalLM.from_config(config))
-    head, batch = Head(model), random_batch()
+    head, batch = Head(model), draw_batch()
     policy = LanguageModel(model, None, head, choose_forward(model, head), (2,), 128, device)  # type: ignore[arg-type]
     base = copy.deepcopy(model)
-    before = scores(model, batch)
+    before = score_batch(model, batch)
     add_adapter(model, LORA, seed=0)
     assert any(".experts." in name for name, p in model.named_parameters() if p.requires_grad)
     reference = make_reference(policy, moves=True)
-    stir(model)
-    after = scores(model, batch)
+    shake(model)
+    after = score_batch(model, batch)
     assert not torch.allclose(after, before)
 
-    def referred() -> Tensor:
+    def score_by_reference() -> Tensor:
         return score_completions(reference.compute_features(batch), batch, READOUT).logprobs
 
-    assert_close(referred(), before, atol=1e-5, rtol=1e-5)
+    assert_close(score_by_reference(), before, atol=1e-5, rtol=1e-5)
     reference.move(1.0)
-    assert_close(referred(), after, atol=1e-5, rtol=1e-5)
-    assert_close(scores(merge_adapter(model), batch), after, atol=1e-4, rtol=1e-4)
+    assert_close(score_by_reference(), after, atol=1e-5, rtol=1e-5)
+    assert_close(score_batch(merge_adapter(model), batch), after, atol=1e-4, rtol=1e-4)
     save_adapter(model, tmp_path, "nowhere")
     load_adapter(base, tmp_path)
-    assert_close(scores(base, batch), after, atol=1e-5, rtol=1e-5)
+    assert_close(score_batch(base, batch), after, atol=1e-5, rtol=1e-5)
     plain_names = {name for name, _ in merge_adapter(base).named_parameters()}
     assert plain_names == {name for name, _ in type(model)(config).named_parameters()}
 
@@ -196,13 +195,13 @@ def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
     code, printed = grpo("resume=parts", "max_steps=4")
     assert code == 0, printed
 
-    def timeless(run: str) -> list[dict[str, Any]]:
-        rows = lines(tmp_path / run / "metrics.jsonl")
+    def read_timeless(run: str) -> list[dict[str, Any]]:
+        rows = read_lines(tmp_path / run / "metrics.jsonl")
         no_eval = [row for row in rows if row["step"] != 2]  # where the first part ended
         apart = ("time/", "perf/", "memory/")
         return [{k: v for k, v in row.items() if not k.startswith(apart)} for row in no_eval]
 
-    assert timeless("whole") == timeless("parts")
+    assert read_timeless("whole") == read_timeless("parts")
     weights = [
         (tmp_path / run / "checkpoints/latest/model/adapter_model.safetensors").read_bytes()
         for run in ("whole", "parts")
@@ -212,7 +211,7 @@ def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
     code, printed = grpo("eval", "checkpoint=whole", "hydra.run.dir=evaluated")
     assert code == 0, printed
     evaluated = json.loads((tmp_path / "evaluated/evaluation.json").read_text())
-    last = lines(tmp_path / "whole/metrics.jsonl")[-1]
+    last = read_lines(tmp_path / "whole/metrics.jsonl")[-1]
     assert evaluated["eval/sampled_accuracy"] == last["eval/sampled_accuracy"]
 
     code, printed = grpo("export", "whole", "merged")
@@ -221,8 +220,11 @@ def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
     assert not [name for name in plain_model.model.state_dict() if "lora" in name]
     folder = tmp_path / "whole/checkpoints/latest/model"
     trained = load_language_model(folder, device, quantized=adapter == "qlora")
-    batch = random_batch()
-    merged_scores, trained_scores = scores(plain_model.model, batch), scores(trained.model, batch)
+    batch = draw_batch()
+    merged_scores, trained_scores = (
+        score_batch(plain_model.model, batch),
+        score_batch(trained.model, batch),
+    )
     assert_close(merged_scores, trained_scores, atol=1e-4, rtol=1e-4)
 
 
@@ -270,7 +272,7 @@ def test_a_moved_reference_is_not_forgotten(grpo: Grpo, tmp_path: Path) -> None:
     for steps in (3, 4):
         code, printed = grpo("resume=run", "kl.sync_every=0", f"max_steps={steps}")
         assert code == 0, printed
-    kls = [row["kl/k2"] for row in lines(tmp_path / "run/metrics.jsonl")[1:]]
+    kls = [row["kl/k2"] for row in read_lines(tmp_path / "run/metrics.jsonl")[1:]]
     assert kls[2] < 1e-9 < kls[3]  # the reference had just been set to the policy
     kept = [
         torch.load(tmp_path / f"run/checkpoints/step_{step}/trainer.pt", weights_only=True)
@@ -291,7 +293,7 @@ def test_a_kl_that_is_added_later_begins_with_its_own_weight(grpo: Grpo, tmp_pat
     assert grpo(*common, "kl=none", "max_steps=1", "hydra.run.dir=run")[0] == 0
     code, printed = grpo("resume=run", "kl=k3", "kl.target=0.1", "max_steps=2")
     assert code == 0, printed
-    assert lines(tmp_path / "run/metrics.jsonl")[-1]["kl/weight"] == 0.02
+    assert read_lines(tmp_path / "run/metrics.jsonl")[-1]["kl/weight"] == 0.02
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -300,17 +302,17 @@ def test_merged_weights_are_handed_over_one_layer_at_a_time(
 ) -> None:
     """They equal the merged model's weights, and at most one layer is copied at a time."""
     add_adapter(tiny.model, replace(LORA, dora=dora), seed=0)
-    stir(tiny.model)
+    shake(tiny.model)
     expected = dict(adapter_module.merge_adapter(tiny.model).named_parameters())
     copied: list[int] = []
     deepcopy = copy.deepcopy
 
-    def watched(layer: Any, *rest: Any) -> Any:
+    def record_and_copy(layer: Any, *rest: Any) -> Any:
         if isinstance(layer, torch.nn.Module):
             copied.append(sum(x.numel() for x in layer.parameters()))
         return deepcopy(layer, *rest)
 
-    monkeypatch.setattr(adapter_module.copy, "deepcopy", watched)
+    monkeypatch.setattr(adapter_module.copy, "deepcopy", record_and_copy)
     found = dict(adapter_module.iterate_merged_weights(tiny.model))
     assert set(found) == set(expected)
     for name, weight in expected.items():

@@ -11,31 +11,33 @@ from typing import Any
 import pytest
 
 from grpo.config.schema import find_conf_folder
-from tests.test_end_to_end import lines
+from tests.conftest import read_lines
 
 Grpo = Callable[..., tuple[int, str]]
 
 
-def choices(group: str) -> list[str]:
+def list_choices(group: str) -> list[str]:
     return sorted(file.stem for file in (find_conf_folder() / group).glob("[!_]*.yaml"))
 
 
-def combinations() -> list[Any]:
+def combine_choices() -> list[Any]:
     """Every two of the three together; slow are those that differ from the usual in two of them,
     and the algorithms that differ in a loss alone, which test_objective.py has by hand.
     """
     usual = ("grpo", "k3", "none")
     in_a_loss = ("bnpo", "cispo", "dr_grpo", "gpg", "luspo", "sapo", "vespo")
-    found = []
-    for chosen in itertools.product(choices("algorithm"), choices("kl"), choices("adapter")):
-        apart = sum(own != one for own, one in zip(chosen, usual, strict=True))
+    cases = []
+    for chosen in itertools.product(
+        list_choices("algorithm"), list_choices("kl"), list_choices("adapter")
+    ):
+        apart = sum(choice != default for choice, default in zip(chosen, usual, strict=True))
         if apart < 3:
             slow = apart == 2 or chosen[0] in in_a_loss
-            found.append(pytest.param(*chosen, marks=pytest.mark.slow if slow else ()))
-    return found
+            cases.append(pytest.param(*chosen, marks=pytest.mark.slow if slow else ()))
+    return cases
 
 
-@pytest.mark.parametrize(("algorithm", "kl", "adapter"), combinations())
+@pytest.mark.parametrize(("algorithm", "kl", "adapter"), combine_choices())
 def test_each_combination_trains(
     algorithm: str, kl: str, adapter: str, grpo: Grpo, tmp_path: Path
 ) -> None:
@@ -49,7 +51,7 @@ def test_each_combination_trains(
         "hydra.run.dir=run",
     )  # fmt: skip
     assert code == 0, printed
-    steps = lines(tmp_path / "run/metrics.jsonl")[1:]
+    steps = read_lines(tmp_path / "run/metrics.jsonl")[1:]
     for step in steps:
         assert all(isinstance(v, float | int) and math.isfinite(v) for v in step.values())
         assert ("kl/mean" in step) == (kl != "none")
@@ -60,7 +62,7 @@ def test_each_combination_trains(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", choices("algorithm"))
+@pytest.mark.parametrize("algorithm", list_choices("algorithm"))
 def test_each_algorithm_teaches_the_tiny_model_to_add(
     algorithm: str, grpo: Grpo, tmp_path: Path
 ) -> None:
@@ -70,6 +72,6 @@ def test_each_algorithm_teaches_the_tiny_model_to_add(
         "checkpoint.every=0", "hydra.run.dir=run",
     )  # fmt: skip
     assert code == 0, printed
-    metrics = lines(tmp_path / "run/metrics.jsonl")
+    metrics = read_lines(tmp_path / "run/metrics.jsonl")
     assert metrics[0]["eval/sampled_accuracy"] <= 0.5
     assert metrics[-1]["eval/sampled_accuracy"] >= 0.85

@@ -18,37 +18,41 @@ from grpo.rollout.cache import KVCache
 HEADS, KEY_HEADS, WIDTH = 6, 2, 8
 
 
-def tensors(tree: Tree, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def draw_tensors(tree: Tree, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Makes queries, keys and values of a tree's tokens, in float64."""
     generator = torch.Generator().manual_seed(seed)
     tokens = tree.prompt_tokens + sum(tree.lengths)
 
-    def normal(heads: int) -> Tensor:
+    def draw_normal(heads: int) -> Tensor:
         drawn = torch.randn(heads, tokens, WIDTH, generator=generator, dtype=torch.float64)
         return drawn.requires_grad_()
 
-    return normal(HEADS), normal(KEY_HEADS), normal(KEY_HEADS)
+    return draw_normal(HEADS), draw_normal(KEY_HEADS), draw_normal(KEY_HEADS)
 
 
-def by_hand(
+def compute_attention(
     queries: Tensor, keys: Tensor, values: Tensor, tree: Tree, how: AttentionScoring
 ) -> Tensor:
     """Computes attention [T, H, d] by its definition, for one token and one head at a time."""
     out = torch.zeros(queries.shape[1], HEADS, WIDTH, dtype=queries.dtype)
-    ways = [list(range(part.start, part.stop)) for part in tree.prompt_slices]
-    places = [(way, i) for way in ways for i in range(len(way))]
+    sequences = [list(range(part.start, part.stop)) for part in tree.prompt_slices]
+    places = [(sequence, i) for sequence in sequences for i in range(len(sequence))]
     for n, part in enumerate(tree.completion_slices):
-        root = ways[n // tree.rows_per_prompt]
+        root = sequences[n // tree.rows_per_prompt]
         whole = root + list(range(part.start, part.stop))
         places += [(whole, i) for i in range(len(root), len(whole))]
-    for way, i in places:
-        past = way[: i + 1] if how.window is None else way[max(0, i + 1 - how.window) : i + 1]
+    for sequence, i in places:
+        visible = (
+            sequence[: i + 1]
+            if how.window is None
+            else sequence[max(0, i + 1 - how.window) : i + 1]
+        )
         for head in range(HEADS):
-            kept = head // (HEADS // KEY_HEADS)
-            scores = keys[kept, past] @ queries[head, way[i]] * how.scale
+            key_head = head // (HEADS // KEY_HEADS)
+            scores = keys[key_head, visible] @ queries[head, sequence[i]] * how.scale
             if how.softcap is not None:
                 scores = torch.tanh(scores / how.softcap) * how.softcap
-            out[way[i], head] = scores.softmax(0) @ values[kept, past]
+            out[sequence[i], head] = scores.softmax(0) @ values[key_head, visible]
     return out
 
 
@@ -65,15 +69,15 @@ TREES = st.tuples(st.integers(1, 3), st.integers(1, 3)).flatmap(
 @given(tree=TREES)
 def test_pieces_put_together_are_the_whole_with_its_gradients(tree: Tree) -> None:
     how = AttentionScoring(scale=0.3)
-    queries, keys, values = tensors(tree)
-    ours, theirs = (
+    queries, keys, values = draw_tensors(tree)
+    joined, whole = (
         attend_split(queries, keys, values, tree, 0.3),
-        by_hand(queries, keys, values, tree, how),
+        compute_attention(queries, keys, values, tree, how),
     )
-    assert_close(ours, theirs)
-    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).double()
-    found = torch.autograd.grad((ours * weight).sum(), (queries, keys, values))
-    expected = torch.autograd.grad((theirs * weight).sum(), (queries, keys, values))
+    assert_close(joined, whole)
+    weight = torch.randn(joined.shape, generator=torch.Generator().manual_seed(1)).double()
+    found = torch.autograd.grad((joined * weight).sum(), (queries, keys, values))
+    expected = torch.autograd.grad((whole * weight).sum(), (queries, keys, values))
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b)
 
@@ -86,10 +90,10 @@ def test_pieces_put_together_are_the_whole_with_its_gradients(tree: Tree) -> Non
 )
 def test_expanded_is_the_definition(tree: Tree, window: int | None, softcap: float | None) -> None:
     how = AttentionScoring(0.3, window, softcap)
-    queries, keys, values = tensors(tree)
+    queries, keys, values = draw_tensors(tree)
     assert_close(
         attend_expanded(queries, keys, values, tree, how),
-        by_hand(queries, keys, values, tree, how),
+        compute_attention(queries, keys, values, tree, how),
         check_dtype=False,
         atol=2e-6,  # with a soft cap, the softmax is in fp32
         rtol=1e-5,
@@ -104,8 +108,8 @@ def test_one_token_at_a_time_is_the_same_as_all_at_once(
     """Attends through the cache while rows are dropped, with unequal prompts and groups."""
     tree = Tree((5, 3, 4), (6,) * 9)
     how = AttentionScoring(0.3, window, softcap)
-    queries, keys, values = (x.detach().float() for x in tensors(tree))
-    expected = by_hand(queries, keys, values, tree, how)
+    queries, keys, values = (x.detach().float() for x in draw_tensors(tree))
+    expected = compute_attention(queries, keys, values, tree, how)
     cache = KVCache(tree.prompt_lengths, tree.rows_per_prompt, 6, torch.device("cpu"))
     prompts = slice(0, tree.prompt_tokens)
     cache.store_prompts(0, 0, keys[:, prompts], values[:, prompts], Tree(tree.prompt_lengths, ()))
@@ -115,9 +119,9 @@ def test_one_token_at_a_time_is_the_same_as_all_at_once(
             keep = torch.tensor([0, 2, 3, 6, 7] if column == 2 else [1, 3])
             cache.keep_rows(keep)
             alive = [alive[n] for n in keep.tolist()]
-        at = [tree.completion_slices[n].start + column for n in alive]
-        found = cache.attend(0, queries[:, at], keys[:, at], values[:, at], how)
-        assert_close(found, expected[at], atol=1e-5, rtol=1e-5)
+        places = [tree.completion_slices[n].start + column for n in alive]
+        found = cache.attend(0, queries[:, places], keys[:, places], values[:, places], how)
+        assert_close(found, expected[places], atol=1e-5, rtol=1e-5)
         positions = [tree.prompt_lengths[n // 3] + column for n in alive]
         assert cache.next_positions().tolist() == positions
         cache.num_written += 1

@@ -27,7 +27,7 @@ SEARCH = ("-m", "hydra/sweeper=optuna", "kl_weight=interval(0,1)")
 QUICK = ("experiment=smoke", "tracking=none", RUN)
 
 
-def files(folder: Path) -> None:
+def write_files(folder: Path) -> None:
     """The files that the cases name."""
     good = {"question": "q", "answer": "#### 1"}
     lines = [json.dumps(good)] * 20
@@ -542,7 +542,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_is_refused_before_anything_starts(case: str, grpo: Grpo, tmp_path: Path) -> None:
     arguments, names, tells = CASES[case]
-    files(tmp_path)
+    write_files(tmp_path)
     job = [a for a in arguments if "=" not in a]
     base = [] if job else QUICK
     code, output = grpo(*job, *base, *[a for a in arguments if "=" in a])
@@ -655,7 +655,7 @@ def test_a_hub_that_cannot_be_reached_is_told_within_seconds(
 ) -> None:
     """A closed port on this machine stands for the hub."""
     started = time.monotonic()
-    message = refused_with_hub("http://127.0.0.1:9", tmp_path, asked, "tracking=none", RUN)
+    message = run_refused_with_hub("http://127.0.0.1:9", tmp_path, asked, "tracking=none", RUN)
     assert f"{missing} is not in the local cache and the hub can't be reached" in message
     assert instead in message
     assert time.monotonic() - started < 60  # where it hangs instead, that is minutes
@@ -679,14 +679,14 @@ def test_what_the_hub_does_not_have_is_told(
     nothing = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), nothing) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
-        message = refused_with_hub(f"http://127.0.0.1:{hub.server_port}", tmp_path, *arguments)
+        message = run_refused_with_hub(f"http://127.0.0.1:{hub.server_port}", tmp_path, *arguments)
         hub.shutdown()
     assert names in message
     assert "404" in message
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def refused_with_hub(endpoint: str, cwd: Path, *arguments: str) -> str:
+def run_refused_with_hub(endpoint: str, cwd: Path, *arguments: str) -> str:
     """The last line of a command that is refused, where the hub has this address."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "cache")}
     environment.pop("HF_HUB_OFFLINE", None)
@@ -722,8 +722,8 @@ def test_a_reward_that_fails_stops_the_run_after_saving(
 ) -> None:
     (tmp_path / "own_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    own = [f"+reward.own._target_=own_rewards.{name}", "+reward.own.weight=1.0"]
-    code, output = grpo(*QUICK, *own)
+    reward = [f"+reward.own._target_=own_rewards.{name}", "+reward.own.weight=1.0"]
+    code, output = grpo(*QUICK, *reward)
     assert code == 1, output
     assert "Traceback" not in output
     assert "reward.own" in output

@@ -23,7 +23,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return runpy.run_path(str(BENCHMARK / "__main__.py"))
 
 
-def rows(path: Path) -> Path:
+def write_rows(path: Path) -> Path:
     ask = "Tom has {} eggs and buys {} more. How many?"
     lines = [{"question": ask.format(n, n + 1), "answer": f"#### {2 * n + 1}"} for n in range(40)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -33,15 +33,15 @@ def rows(path: Path) -> Path:
 @pytest.mark.slow
 def test_both_sides_do_the_same_work(benchmark: Any, tmp_path: Path) -> None:
     """In each precision that the peer is run in; the ratio is to the faster one."""
-    from step import peer_precisions
+    from step import choose_peer_precisions
 
     pytest.importorskip("trl", reason="TRL is not installed: pip install grpo-bench[bench]")
     command = [sys.executable, str(BENCHMARK), "step", "tiny", "--out", str(tmp_path / "out.json")]
-    command += ["--data", str(rows(tmp_path / "rows.jsonl"))]
+    command += ["--data", str(write_rows(tmp_path / "rows.jsonl"))]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     [result] = json.loads((tmp_path / "out.json").read_text())["results"]
     ours, peers = result["ours"], result["peers"]
-    assert list(peers) == peer_precisions("best", "cpu", Path("/proc/cpuinfo").read_text())
+    assert list(peers) == choose_peer_precisions("best", "cpu", Path("/proc/cpuinfo").read_text())
     assert len(ours["seconds"]) == 3
     assert ours["length"] == [16.0] * 3
     for precision, peer in peers.items():
@@ -62,7 +62,7 @@ def test_one_precision_holds_both_sides(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed: pip install grpo-bench[bench]")
     command = [sys.executable, str(BENCHMARK), "step", "tiny", "--precision", "bf16"]
     command += ["--out", str(tmp_path / "out.json")]
-    command += ["--data", str(rows(tmp_path / "rows.jsonl"))]
+    command += ["--data", str(write_rows(tmp_path / "rows.jsonl"))]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     [result] = json.loads((tmp_path / "out.json").read_text())["results"]
     assert list(result["peers"]) == [result["peer_precision"]] == ["bf16"]
@@ -84,23 +84,23 @@ def test_one_precision_holds_both_sides(tmp_path: Path) -> None:
 def test_the_peer_is_run_in_what_may_be_its_fastest(
     choice: str, device: str, flags: str, expected: list[str], benchmark: Any
 ) -> None:
-    from step import peer_precisions
+    from step import choose_peer_precisions
 
     cpuinfo = (
         f"processor\t: 0\nmodel name\t: amx_bf16 by name alone\nflags\t\t: {flags}\nbugs\t\t:\n"
     )
-    assert peer_precisions(choice, device, cpuinfo) == expected
+    assert choose_peer_precisions(choice, device, cpuinfo) == expected
 
 
 def test_the_result_names_each_precision_and_the_faster_one(benchmark: Any) -> None:
     from step import format_step
 
-    def side(seconds: float) -> dict[str, Any]:
+    def build_side(seconds: float) -> dict[str, Any]:
         return {"seconds": [9.0, seconds, seconds], "peak_gb": 2.0, "version": "1.16.0"}
 
     result = {
-        "peers": {"fp32": side(4.0), "bf16": side(3.0)}, "peer_precision": "bf16",
-        "ours": {**side(1.0), "precision": "fp32"},
+        "peers": {"fp32": build_side(4.0), "bf16": build_side(3.0)}, "peer_precision": "bf16",
+        "ours": {**build_side(1.0), "precision": "fp32"},
         "speedup": 3.0, "speedup_least": 3.0, "speedup_most": 3.0, "memory": 1.0,
     }  # fmt: skip
     fp32, bf16, ours, ratio = format_step(result)
@@ -116,7 +116,9 @@ def test_other_work_is_refused(benchmark: Any, tmp_path: Path) -> None:
     from step import check_same
     from work import prepare
 
-    lines = [json.loads(line) for line in rows(tmp_path / "rows.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in write_rows(tmp_path / "rows.jsonl").read_text().splitlines()
+    ]
     prepare(SETTINGS["tiny"], lines, tmp_path)
     side = {"seconds": [1.0] * 3, "length": [16.0] * 3, "first_prompts": []}
     peer = {**side, "loss": [0.0], "grad_norm": [2.0], "computed_in": ["fp32"]}

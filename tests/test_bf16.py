@@ -31,9 +31,8 @@ from grpo.training.loss import KLTerm, Objective, UpdateInputs
 from grpo.training.optimizer import SCHEDULES, Optimizer
 from grpo.training.update import update_policy
 from grpo.types import Example, Prompt, Rollout, Sample, Sampling
-from tests.conftest import read_metrics
-from tests.test_algorithms import combinations
-from tests.test_end_to_end import lines
+from tests.conftest import read_lines, read_metrics
+from tests.test_algorithms import combine_choices
 
 ROOT = Path(__file__).resolve().parents[1]
 Grpo = Callable[..., tuple[int, str]]
@@ -44,15 +43,15 @@ SHORT = (
 )  # fmt: skip
 
 
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    steps = lines(folder / "run/metrics.jsonl")[1:]
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    steps = read_lines(folder / "run/metrics.jsonl")[1:]
     for step in steps:
         assert all(isinstance(v, float | int) and math.isfinite(v) for v in step.values())
     return steps
 
 
 @pytest.mark.usefixtures("gpu_branches")
-@pytest.mark.parametrize(("algorithm", "kl", "adapter"), combinations())
+@pytest.mark.parametrize(("algorithm", "kl", "adapter"), combine_choices())
 def test_each_combination_is_on_policy(
     algorithm: str, kl: str, adapter: str, grpo: Grpo, tmp_path: Path
 ) -> None:
@@ -62,7 +61,7 @@ def test_each_combination_is_on_policy(
         "learning_rate=1e-3",
     )  # fmt: skip
     assert code == 0, printed
-    steps = steps_of(tmp_path)
+    steps = read_steps(tmp_path)
     for step in steps:
         assert step["policy/ratio_max"] == 1.0
         assert step["policy/clip_fraction"] == 0.0
@@ -83,7 +82,7 @@ def test_several_updates_start_from_the_policy_that_is_updated(
         "algorithm.num_iterations=2", "algorithm.minibatches=2",
     )  # fmt: skip
     assert code == 0, printed
-    for step in steps_of(tmp_path):
+    for step in read_steps(tmp_path):
         assert step["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
         assert step["policy/clip_fraction"] == 0.0
 
@@ -94,10 +93,10 @@ class NoFloat64(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
             assert getattr(tensor, "dtype", None) != torch.float64, function
-        return made
+        return output
 
 
 @pytest.mark.usefixtures("gpu_branches")
@@ -116,12 +115,12 @@ def test_a_step_makes_no_float64(
 ) -> None:
     step, seen = train.train_step, []
 
-    def watched(*arguments: Any) -> dict[str, float]:
+    def take_step(*arguments: Any) -> dict[str, float]:
         seen.append(1)
         with NoFloat64():
             return step(*arguments)
 
-    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(train, "train_step", take_step)
     code, printed = grpo(*BF16, *SHORT, f"device.precision={precision}", *overrides)
     assert code == 0, printed
     assert len(seen) == 2
@@ -132,7 +131,7 @@ def test_a_cpu_of_its_own_branches_trains(engine: str, grpo: Grpo, tmp_path: Pat
     """Trains with the products and kernels that this CPU uses."""
     code, printed = grpo(f"rollout={engine}", *BF16, *SHORT, "learning_rate=1e-3")
     assert code == 0, printed
-    steps = steps_of(tmp_path)
+    steps = read_steps(tmp_path)
     for step in steps:
         assert step["policy/ratio_max"] == 1.0
         assert step["policy/clip_fraction"] == 0.0
@@ -164,8 +163,10 @@ def test_resumed_it_gives_the_same_numbers(grpo: Grpo, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     """Returns SmolLM2-135M's folder, from the hub's cache or the wheel."""
-    own = OmegaConf.load(ROOT / "conf/model/smollm2_135m.yaml")
-    return find_model_folder(own.name, own.id, None, None, OmegaConf.to_container(own.wheel))
+    config = OmegaConf.load(ROOT / "conf/model/smollm2_135m.yaml")
+    return find_model_folder(
+        config.name, config.id, None, None, OmegaConf.to_container(config.wheel)
+    )
 
 
 class KeepsGradient(Optimizer):
@@ -186,17 +187,17 @@ def shake(model: nn.Module) -> None:
             weight.add_(0.01 * float(weight.abs().mean()) * noise)
 
 
-def chats(policy: LanguageModel) -> list[Prompt]:
-    def tokens(question: str) -> tuple[int, ...]:
+def build_prompts(policy: LanguageModel) -> list[Prompt]:
+    def encode(question: str) -> tuple[int, ...]:
         message = [{"role": "user", "content": question}]
         encoded = policy.tokenizer.apply_chat_template(message, add_generation_prompt=True)
         return tuple(encoded["input_ids"])
 
     questions = ("What is 47 + 38?", "Name three rivers of France.")
-    return [Prompt(q, tokens(q), Example(q, "", float)) for q in questions]
+    return [Prompt(q, encode(q), Example(q, "", float)) for q in questions]
 
 
-def gradient_of_step(
+def compute_gradient(
     policy: LanguageModel, reference: Reference, rollout: Rollout, ratio: Ratio
 ) -> tuple[Tensor, dict[str, float]]:
     """Returns a step's gradient, with random advantages and a KL to a different reference.
@@ -214,8 +215,8 @@ def gradient_of_step(
     )
     advantages_N = torch.randn(len(rollout.texts), generator=torch.Generator().manual_seed(3))
     learned = UpdateInputs(advantages_N, None, of_reference.plain_logprobs, 0.1)
-    own = replace(rollout, logprobs_NC=of_policy.logprobs)
-    updated = update_policy(policy, reference, optimizer, objective, own, learned, limit)
+    rescored = replace(rollout, logprobs_NC=of_policy.logprobs)
+    updated = update_policy(policy, reference, optimizer, objective, rescored, learned, limit)
     return optimizer.gradient.double(), updated.metrics
 
 
@@ -230,9 +231,9 @@ def test_the_gradient_is_that_of_fp32(smollm2: Path) -> None:
         shake(policy.model)
         if rollout is None:
             engine = NativeEngine(policy, 24, Budget.from_tokens(2048))
-            rollout = engine.generate(chats(policy), 4, Sampling(1.0), seed=2)
+            rollout = engine.generate(build_prompts(policy), 4, Sampling(1.0), seed=2)
         for name in ("token", "sequence"):
-            gradient, stats = gradient_of_step(policy, reference, rollout, RATIOS[name])
+            gradient, stats = compute_gradient(policy, reference, rollout, RATIOS[name])
             assert stats["policy/ratio_max"] == 1.0
             assert stats["kl/k3"] > 1e-3
             if precision == "fp32":
@@ -243,7 +244,7 @@ def test_the_gradient_is_that_of_fp32(smollm2: Path) -> None:
             assert float(gradient.norm()) == pytest.approx(float(found[name].norm()), rel=0.02)
 
 
-def vowels(samples: Sequence[Sample]) -> list[float]:
+def reward_vowels(samples: Sequence[Sample]) -> list[float]:
     """Returns rewards that differ between completions."""
     return [sum(x in "aeiou" for x in s.completion) / (1 + len(s.completion)) for s in samples]
 
@@ -262,11 +263,11 @@ def test_gspo_is_on_policy_with_a_real_model(
         "model=local", f"model.path={smollm2}", "algorithm=gspo", "rollout=native", *BF16, *SHORT,
         f"algorithm.minibatches={minibatches}",
         f"learning_rate={1e-5 if minibatches == 1 else 1e-30}",
-        "~reward.answer", "+reward.vowels._target_=tests.test_bf16.vowels",
+        "~reward.answer", "+reward.vowels._target_=tests.test_bf16.reward_vowels",
         "+reward.vowels.weight=1.0",
     )  # fmt: skip
     assert code == 0, printed
-    for step in steps_of(tmp_path):
+    for step in read_steps(tmp_path):
         assert step["policy/ratio_max"] == 1.0
         assert step["policy/clip_fraction"] == 0.0
         assert step["optim/grad_norm"] > 0

@@ -100,15 +100,15 @@ def test_completions_are_browsed(short_run: Path, opened: Callable[[Path], Any])
     for row in rows:
         groups.setdefault((row["step"], row["prompt"]), []).append(row)
     with_word = [
-        own for (_, prompt), own in groups.items()
-        if word in prompt or any(word in row["completion"] for row in own)
+        rows for (_, prompt), rows in groups.items()
+        if word in prompt or any(word in row["completion"] for row in rows)
     ]  # fmt: skip
-    told = f"{len(with_word)} of {len(groups)} groups"
+    count = f"{len(with_word)} of {len(groups)} groups"
     page.wait_for_function(
-        "told => document.querySelector('#completions .found').textContent === told", arg=told
+        "count => document.querySelector('#completions .found').textContent === count", arg=count
     )
     section.get_by_role("combobox", name="Groups", exact=True).select_option("mixed")
-    mixed = [own for own in with_word if len({row["reward"] for row in own}) > 1]
+    mixed = [rows for rows in with_word if len({row["reward"] for row in rows}) > 1]
     assert section.locator(".found").inner_text() == f"{len(mixed)} of {len(groups)} groups"
 
 

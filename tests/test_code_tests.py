@@ -7,7 +7,7 @@ import json
 import pytest
 
 from grpo.rewards import Code
-from tests.test_reward_code import ADD, ADD_TESTS, raw, sample
+from tests.test_reward_code import ADD, ADD_TESTS, build_raw_sample, build_sample
 
 CHECKS_NOTHING = {
     "a text": "'''Adds two numbers.'''",
@@ -39,7 +39,7 @@ CHECKS_NOTHING = {
 def test_tests_that_check_nothing_are_a_failure_for_any_program() -> None:
     """Any program would pass each of them, even the empty one or a wrong one."""
     samples = [
-        sample(program, tests)
+        build_sample(program, tests)
         for tests in CHECKS_NOTHING.values()
         for program in (ADD, "def add(a, b):\n    return 'x'")
     ]
@@ -101,12 +101,12 @@ def test_tests_in_every_form_that_data_sets_have() -> None:
     wrong = "print(4)\ndef add(a, b):\n    return 4\nclass Solution:\n    add = lambda *_: 4"
     for program, value in ((None, 1.0), (wrong, 0.0), ("", 0.0)):
         values = reward(
-            [sample(right if program is None else program, t) for right, t in FORMS.values()]
+            [build_sample(right if program is None else program, t) for right, t in FORMS.values()]
         )
         assert dict(zip(FORMS, values, strict=True)) == dict.fromkeys(FORMS, value)
-    assert reward([raw("I don't know.", tests) for _, tests in FORMS.values()]) == [0.0] * len(
-        FORMS
-    )
+    assert reward([build_raw_sample("I don't know.", tests) for _, tests in FORMS.values()]) == [
+        0.0
+    ] * len(FORMS)
 
 
 AS_A_SCRIPT = {  # each prints what `python answer.py` prints
@@ -137,7 +137,7 @@ PRINTED = {
 def test_a_program_runs_as_a_script_would() -> None:
     programs = AS_A_SCRIPT | {"its name": "def f(): return 1\n" + AS_A_SCRIPT["its name"]}
     samples = [
-        sample(program, [{"input": "", "output": PRINTED.get(name, "ok")}])
+        build_sample(program, [{"input": "", "output": PRINTED.get(name, "ok")}])
         for name, program in programs.items()
     ]
     values = Code(workers=2)(samples)
@@ -146,10 +146,10 @@ def test_a_program_runs_as_a_script_would() -> None:
 
 @pytest.mark.parametrize("end", ["exit(1)", "exit('no')", "quit(2)", "raise SystemExit('no')"])
 def test_a_program_that_says_it_failed_did(end: str) -> None:
-    assert Code()([sample(f"print('ok')\n{end}", [{"input": "", "output": "ok"}])]) == [0.0]
+    assert Code()([build_sample(f"print('ok')\n{end}", [{"input": "", "output": "ok"}])]) == [0.0]
 
 
 def test_asserts_and_their_program_have_their_own_compiler_flags() -> None:
     program = "def f(x: int): pass"
-    assert Code()([sample(program, "assert f.__annotations__ == {'x': int}")]) == [1.0]
-    assert Code()([sample(program, "def g(x: y): pass\nassert g(1) is f(1)")]) == [0.0]
+    assert Code()([build_sample(program, "assert f.__annotations__ == {'x': int}")]) == [1.0]
+    assert Code()([build_sample(program, "def g(x: y): pass\nassert g(1) is f(1)")]) == [0.0]

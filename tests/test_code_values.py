@@ -47,36 +47,36 @@ def send(sender: ValueCodec, receiver: ValueCodec, value: Any) -> Any:
 
 @given(DATA)
 def test_plain_data_come_back_as_they_were(value: Any) -> None:
-    one, other = ValueCodec(0), ValueCodec(1)
-    there = send(one, other, value)
-    assert there == value
-    assert repr(there) == repr(value) or "set" in repr(value)
-    assert send(other, one, there) == value
+    sender, receiver = ValueCodec(0), ValueCodec(1)
+    received = send(sender, receiver, value)
+    assert received == value
+    assert repr(received) == repr(value) or "set" in repr(value)
+    assert send(receiver, sender, received) == value
 
 
 def test_a_container_is_the_same_on_both_sides_while_both_hold_it() -> None:
-    one, other = ValueCodec(0), ValueCodec(1)
+    sender, receiver = ValueCodec(0), ValueCodec(1)
     rows: list[Any] = [[1], [2]]
-    there = send(one, other, rows)
-    there[0].append(3)
-    there.append(there)
-    assert send(other, one, there) is rows
+    received = send(sender, receiver, rows)
+    received[0].append(3)
+    received.append(received)
+    assert send(receiver, sender, received) is rows
     assert rows[0] == [1, 3]
     assert rows[2] is rows
     rows.clear()
-    send(one, other, None)
-    assert there == []
+    send(sender, receiver, None)
+    assert received == []
 
 
 def test_what_one_side_holds_no_more_is_forgotten_by_both() -> None:
-    one, other = ValueCodec(0), ValueCodec(1)
+    sender, receiver = ValueCodec(0), ValueCodec(1)
     rows: list[Any] = [[1], [2]]
-    there = send(one, other, rows)
+    received = send(sender, receiver, rows)
     del rows
     for _ in range(3):  # the list, then its element
-        send(one, other, None)
-    assert one.shared == other.shared == {}
-    assert there == [[1], [2]]
+        send(sender, receiver, None)
+    assert sender.shared == receiver.shared == {}
+    assert received == [[1], [2]]
 
 
 def test_a_default_that_a_dict_makes_comes_along() -> None:
@@ -87,9 +87,9 @@ def test_a_default_that_a_dict_makes_comes_along() -> None:
         def decode_object(self, name: str, parts: list[Any]) -> Any:
             return int
 
-    there = send(Named(0), Named(1), defaultdict(int, a=1))
-    assert there == {"a": 1}
-    assert there["b"] == 0
+    received = send(Named(0), Named(1), defaultdict(int, a=1))
+    assert received == {"a": 1}
+    assert received["b"] == 0
 
 
 @pytest.mark.parametrize(

@@ -62,24 +62,24 @@ def test_norm_and_gate_are_torchs_also_far_out() -> None:
     assert_close(swiglu_compiled(x), expected, rtol=1e-5, atol=1e-30)
 
 
-def plain_attention(
-    keys: KeyValueBuffers, asked: Tensor, written: int, scale: float, window: int
+def compute_attention(
+    keys: KeyValueBuffers, queries: Tensor, written: int, scale: float, window: int
 ) -> Tensor:
     """Computes attention one row and one head at a time, in float64."""
-    out = torch.empty_like(asked)
-    repeats = asked.shape[1] // keys.keys.shape[1]
-    for n in range(asked.shape[0]):
+    out = torch.empty_like(queries)
+    repeats = queries.shape[1] // keys.keys.shape[1]
+    for n in range(queries.shape[0]):
         b = int(keys.prompt_N[n])
-        for h in range(asked.shape[1]):
+        for h in range(queries.shape[1]):
             k = h // repeats
-            seen, taken = (
-                torch.cat([of_prompt[b, k, : keys.lengths_B[b]], own[n, k, : written + 1]])
-                for of_prompt, own in (
+            visible_keys, visible_values = (
+                torch.cat([of_prompt[b, k, : keys.lengths_B[b]], of_row[n, k, : written + 1]])
+                for of_prompt, of_row in (
                     (keys.prompt_keys, keys.keys), (keys.prompt_values, keys.values)
                 )
             )  # fmt: skip
-            scores = seen[-window:].double() @ asked[n, h].double() * scale
-            out[n, h] = (scores.softmax(0) @ taken[-window:].double()).float()
+            scores = visible_keys[-window:].double() @ queries[n, h].double() * scale
+            out[n, h] = (scores.softmax(0) @ visible_values[-window:].double()).float()
     return out
 
 
@@ -103,25 +103,25 @@ def test_attention_is_a_softmax_over_prompt_and_own(
 ) -> None:
     generator = torch.Generator().manual_seed(written)
 
-    def random(*shape: int) -> Tensor:
+    def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     prompt_N = torch.tensor([row % len(lengths) for row in rows])
     (kv_heads, repeats), longest = heads, max(lengths)
     keys = KeyValueBuffers(
-        *(random(len(lengths), kv_heads, longest, width) for _ in range(2)),
-        *(random(len(rows), kv_heads, 36, width) for _ in range(2)),
+        *(draw(len(lengths), kv_heads, longest, width) for _ in range(2)),
+        *(draw(len(rows), kv_heads, 36, width) for _ in range(2)),
         prompt_N,
         torch.tensor(lengths),
     )
     before = [x.clone() for x in (keys.keys, keys.values)]
-    together = random(len(rows), kv_heads * (repeats + 2), width)  # as one product computes them
-    asked, key, value = together.split([kv_heads * repeats, kv_heads, kv_heads], dim=1)
-    found = keys.attend(asked, key, value, written, 0.3, window)
+    together = draw(len(rows), kv_heads * (repeats + 2), width)  # as one product computes them
+    queries, key, value = together.split([kv_heads * repeats, kv_heads, kv_heads], dim=1)
+    found = keys.attend(queries, key, value, written, 0.3, window)
     for now, old, new in zip((keys.keys, keys.values), before, (key, value), strict=True):
         old[:, :, written] = new
         assert torch.equal(now, old)  # only the new token is written
-    expected = plain_attention(keys, asked, written, 0.3, window or 10**6)
+    expected = compute_attention(keys, queries, written, 0.3, window or 10**6)
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

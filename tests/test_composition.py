@@ -30,24 +30,24 @@ def run_like_hydra(
     count = 0
     original = ConfigLoaderImpl._load_configuration_impl
 
-    def counted(*given: Any, **named: Any) -> Any:
+    def load_and_count(*positional: Any, **named: Any) -> Any:
         nonlocal count
         count += 1
-        return original(*given, **named)
+        return original(*positional, **named)
 
     schema.register_schema()
     GlobalHydra.instance().clear()
-    flags = [own for own in overrides if own.startswith("-")]
-    given = [own for own in overrides if own not in flags]
+    flags = [override for override in overrides if override.startswith("-")]
+    arguments = [override for override in overrides if override not in flags]
     with monkeypatch.context() as patched, composed_once(flags) if once else nullcontext():
-        patched.setattr(ConfigLoaderImpl, "_load_configuration_impl", counted)
+        patched.setattr(ConfigLoaderImpl, "_load_configuration_impl", load_and_count)
         hydra = Hydra.create_main_hydra2("grpo", create_config_search_path(str(CONF)))
-        mode = hydra.get_mode("config", given)
+        mode = hydra.get_mode("config", arguments)
         if mode is None:
             mode = RunMode.MULTIRUN if flags else RunMode.RUN
-            given.append(f"hydra.mode={mode.name}")
-        config = hydra.compose_config(config_name="config", overrides=given, run_mode=mode)
-    return config, given, count
+            arguments.append(f"hydra.mode={mode.name}")
+        config = hydra.compose_config(config_name="config", overrides=arguments, run_mode=mode)
+    return config, arguments, count
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def run_like_hydra(
     ],
 )
 def test_the_config_is_the_same(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    twice, given_twice, count_twice = run_like_hydra(overrides, monkeypatch, once=False)
-    once, given, count = run_like_hydra(overrides, monkeypatch, once=True)
+    twice, arguments_twice, count_twice = run_like_hydra(overrides, monkeypatch, once=False)
+    once, arguments, count = run_like_hydra(overrides, monkeypatch, once=True)
     assert OmegaConf.to_container(once) == OmegaConf.to_container(twice)
-    assert given == given_twice
+    assert arguments == arguments_twice
     assert count_twice == 2
     assert count == (2 if overrides == ["sweep=search"] else 1)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_end_to_end import lines
+from tests.conftest import read_lines
 
 ROOT = Path(__file__).parents[1]
 PARTS = {
@@ -45,12 +45,12 @@ def test_a_new_part_is_a_file_and_its_yaml(part: str, tmp_path: Path) -> None:
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (step,) = [line for line in lines(tmp_path / "run/metrics.jsonl") if "loss/total" in line]
+    (step,) = [line for line in read_lines(tmp_path / "run/metrics.jsonl") if "loss/total" in line]
     assert step["completion/length_mean"] > 0
     if part == "A reward":
         assert 0 < step["reward/digits"] < 1
     if part == "A data set":
-        (row, *_) = lines(tmp_path / "run/completions.jsonl")
+        (row, *_) = read_lines(tmp_path / "run/completions.jsonl")
         assert int(row["answer"]) % 2 == 0
 
 

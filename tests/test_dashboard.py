@@ -61,8 +61,8 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
     )  # fmt: skip
     assert process.stdout is not None
     try:
-        told = process.stdout.readline()
-        yield next(word for word in told.split() if word.startswith("http://")).rstrip("/")
+        line = process.stdout.readline()
+        yield next(word for word in line.split() if word.startswith("http://")).rstrip("/")
     finally:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=30)
@@ -73,8 +73,8 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address(outputs: Path) -> Iterator[str]:
-    with serving(outputs) as found:
-        yield found
+    with serving(outputs) as url:
+        yield url
 
 
 def ask(address: str, method: str = "GET", host: str = "", body: str = "") -> tuple[int, str]:
@@ -106,8 +106,8 @@ def test_an_evaluation_is_beside_the_runs(outputs: Path, address: str) -> None:
     assert "<td>outputs/day/run</td><td>16</td>" in row
     assert f"<td>{found['eval/sampled_accuracy']:.1%}</td>" in row
     body = json.dumps({"project": "grpo-bench"})
-    _, told = ask(f"{address}/trackio/api/get_runs_for_project", "POST", body=body)
-    assert "eval-smoke" in told, told
+    _, answer = ask(f"{address}/trackio/api/get_runs_for_project", "POST", body=body)
+    assert "eval-smoke" in answer, answer
 
 
 def test_reports_are_pages_and_made_anew_where_they_are_old(outputs: Path, address: str) -> None:
@@ -132,9 +132,9 @@ def test_reports_are_pages_and_made_anew_where_they_are_old(outputs: Path, addre
 
 def test_trackio_and_optuna_are_there(address: str) -> None:
     assert "Trackio" in ask(f"{address}/trackio/")[1]
-    code, told = ask(f"{address}/trackio/api/get_all_projects", "POST")
+    code, answer = ask(f"{address}/trackio/api/get_all_projects", "POST")
     assert code == 200
-    assert "grpo-bench" in told
+    assert "grpo-bench" in answer
     assert "Optuna" in ask(f"{address}/dashboard")[1]
     (study,) = json.loads(ask(f"{address}/api/studies")[1])["study_summaries"]
     assert study["study_name"] == "sweeps/day/search"
@@ -170,13 +170,13 @@ def test_it_answers_to_names_of_this_machine_alone(address: str) -> None:
 
 
 def test_a_new_run_is_seen_and_an_empty_folder_is_no_error(short_run: Path, tmp_path: Path) -> None:
-    with serving(tmp_path) as found:
-        assert "0 runs, 0 sweeps" in ask(found)[1]
+    with serving(tmp_path) as url:
+        assert "0 runs, 0 sweeps" in ask(url)[1]
         (tmp_path / "later").symlink_to(short_run)
-        assert ask(f"{found}/run/later")[0] == 404  # it is in another folder
+        assert ask(f"{url}/run/later")[0] == 404  # it is in another folder
         (tmp_path / "later").unlink()
         shutil.copytree(short_run, tmp_path / "later", symlinks=True)
-        assert "1 run, 0 sweeps" in ask(found)[1]
+        assert "1 run, 0 sweeps" in ask(url)[1]
 
 
 def test_an_evaluation_that_is_half_written_is_told_and_hides_no_other(tmp_path: Path) -> None:
@@ -185,8 +185,8 @@ def test_an_evaluation_that_is_half_written_is_told_and_hides_no_other(tmp_path:
         (tmp_path / name / ".hydra/config.yaml").write_text("{}")
         (tmp_path / name / "evaluation.json").write_text(text)
     found = find_outputs(tmp_path)
-    assert [own.folder.name for own in found.evaluations] == ["whole"]
-    assert [own for own in found.errors if "torn/evaluation.json: can't be read" in own]
+    assert [evaluation.folder.name for evaluation in found.evaluations] == ["whole"]
+    assert [error for error in found.errors if "torn/evaluation.json: can't be read" in error]
 
 
 def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> None:
@@ -194,8 +194,8 @@ def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> Non
     for name, file in (("odd", "study.json"), ("torn", "sweep.json"), ("gone", "study.journal")):
         shutil.copytree(outputs / "sweeps/day/search", tmp_path / "outputs/sweeps" / name)
         (tmp_path / "outputs/sweeps" / name / file).write_text('{"other": 1}')
-    with serving(tmp_path / "outputs") as found:
-        code, page = ask(found)
+    with serving(tmp_path / "outputs") as url:
+        code, page = ask(url)
         assert code == 200
         assert "href='/run/day/run'" in page
         assert "href='/sweep/sweeps/odd'" in page
@@ -203,7 +203,7 @@ def test_what_is_broken_hides_nothing_else(outputs: Path, tmp_path: Path) -> Non
         assert "sweeps/torn/sweep.json: can&#39;t be read" in page
         assert page.count("<td>can't be read: ") == 2  # the studies of odd and gone
         names = [
-            s["study_name"] for s in json.loads(ask(f"{found}/api/studies")[1])["study_summaries"]
+            s["study_name"] for s in json.loads(ask(f"{url}/api/studies")[1])["study_summaries"]
         ]
         assert "sweeps/day/search" in names
 
@@ -239,36 +239,36 @@ def test_a_port_that_is_taken_is_refused(grpo: Grpo) -> None:
 def test_a_studys_copy_follows_it() -> None:
     """Whatever happened to the trials since the last copy."""
     study, copy = optuna.create_study(direction="maximize"), InMemoryStorage()
-    own = copy.create_new_study(study.directions, "copy")
+    copy_id = copy.create_new_study(study.directions, "copy")
 
-    def same() -> None:
-        copy_trials(copy, own, study.trials)
+    def check_copy() -> None:
+        copy_trials(copy, copy_id, study.trials)
 
-        def shown(trials: list[optuna.trial.FrozenTrial]) -> list[Any]:
+        def list_trials(trials: list[optuna.trial.FrozenTrial]) -> list[Any]:
             return [
                 (t.number, t.state, t.params, t.values, t.intermediate_values, t.user_attrs)
                 for t in trials
             ]
 
-        assert shown(copy.get_all_trials(own)) == shown(study.trials)
+        assert list_trials(copy.get_all_trials(copy_id)) == list_trials(study.trials)
 
-    same()
+    check_copy()
     study.enqueue_trial({"x": 0.5})
-    same()
+    check_copy()
     first = study.ask()
-    same()
+    check_copy()
     first.suggest_float("x", 0, 1)
     first.report(0.1, 1)
-    same()
+    check_copy()
     second = study.ask({"x": FloatDistribution(0, 1)})
     first.report(0.2, 2)
     first.set_user_attr("folder", "a")
-    same()
+    check_copy()
     study.tell(first, 0.7)
     study.tell(second, state=TrialState.PRUNED)
-    same()
+    check_copy()
     study.tell(study.ask(), state=TrialState.FAIL)
-    same()
-    assert [t.state for t in copy.get_all_trials(own)] == [
+    check_copy()
+    assert [t.state for t in copy.get_all_trials(copy_id)] == [
         TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL,
     ]  # fmt: skip

@@ -48,8 +48,8 @@ def test_slices_are_those_of_the_datasets_library(rows: int, bounds: tuple[str, 
     start, stop = bounds
     table = datasets.Dataset.from_dict({"n": list(range(rows))})
     read = datasets.ReadInstruction.from_spec(f"train[{start}:{stop}]")
-    (theirs,) = read.to_absolute({"train": table.num_rows})
-    expected = list(range(rows))[theirs.from_ : theirs.to]
+    (absolute,) = read.to_absolute({"train": table.num_rows})
+    expected = list(range(rows))[absolute.from_ : absolute.to]
     if not expected:
         with pytest.raises(ConfigError, match="selects none"):
             parse_slice(f"{start}:{stop}", rows, "dataset.slice")
@@ -246,7 +246,7 @@ class Rows(Source):
         return answered(row, "1", "tag", {})
 
 
-def prompts_of(source: Source, tokenizer: object, **options: object) -> PromptSets:
+def make_prompts(source: Source, tokenizer: object, **options: object) -> PromptSets:
     """Makes the prompts of a source, with these options of conf/dataset/_base.yaml."""
     base = OmegaConf.load(schema.find_conf_folder() / "dataset/_base.yaml")
     keys = OmegaConf.merge(base, {"system_prompt": None, **options})
@@ -254,17 +254,19 @@ def prompts_of(source: Source, tokenizer: object, **options: object) -> PromptSe
         EVERYTHING.read_training_examples(source),
         EVERYTHING.read_evaluation_examples(source),
     )
-    found = RunInputs([ExampleSet("dataset", "", 1.0, train, evaluation, keys)], Path)  # type: ignore[arg-type]
+    inputs = RunInputs([ExampleSet("dataset", "", 1.0, train, evaluation, keys)], Path)  # type: ignore[arg-type]
     return build_prompts(
-        found, [build_prompt_format(own.options, own.key) for own in found.sets], tokenizer
+        inputs,
+        [build_prompt_format(example_set.options, example_set.key) for example_set in inputs.sets],
+        tokenizer,
     )  # type: ignore[arg-type]
 
 
-def asking(question: str) -> Example:
+def make_example(question: str) -> Example:
     return answered(question, "4", "tag", {})
 
 
-def questions(prompts: list[object]) -> list[str]:
+def list_questions(prompts: list[object]) -> list[str]:
     return [prompt.example.question for prompt in prompts]  # type: ignore[attr-defined]
 
 
@@ -272,12 +274,12 @@ def test_training_never_sees_an_evaluation_row_unless_asked(
     tiny: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = Rows(["a", "b", "c"], ["c", "d"])
-    assert questions(prompts_of(source, tiny.tokenizer).train) == ["a", "b"]
+    assert list_questions(make_prompts(source, tiny.tokenizer).train) == ["a", "b"]
     assert "1 training rows are evaluation rows too" in caplog.text
-    asked = prompts_of(source, tiny.tokenizer, allow_overlap=True)
-    assert questions(asked.train) == ["a", "b", "c"]
+    asked = make_prompts(source, tiny.tokenizer, allow_overlap=True)
+    assert list_questions(asked.train) == ["a", "b", "c"]
     with pytest.raises(ConfigError, match="every training row"):
-        prompts_of(Rows(["c"], ["c"]), tiny.tokenizer)
+        make_prompts(Rows(["c"], ["c"]), tiny.tokenizer)
 
 
 def test_overlong_prompts_are_dropped_and_counted(
@@ -285,16 +287,16 @@ def test_overlong_prompts_are_dropped_and_counted(
 ) -> None:
     caplog.set_level(logging.WARNING)
     source = Rows(["short", "long " * 50], ["even"])
-    prompts = prompts_of(source, tiny.tokenizer, max_prompt_tokens=40)
-    assert questions(prompts.train) == ["short"]
+    prompts = make_prompts(source, tiny.tokenizer, max_prompt_tokens=40)
+    assert list_questions(prompts.train) == ["short"]
     assert "1 of 2 training prompts are longer than dataset.max_prompt_tokens=40" in caplog.text
     with pytest.raises(ConfigError, match="so none is left"):
-        prompts_of(source, tiny.tokenizer, max_prompt_tokens=3)
+        make_prompts(source, tiny.tokenizer, max_prompt_tokens=3)
 
 
 def test_a_prompt_is_the_chat_with_its_worked_examples(tiny: LanguageModel) -> None:
     format = PromptFormat("Be brief.", (WorkedExample("1+1?", "2"),), True, {}, 100)
-    text, tokens = format.render(asking("2+2?"), tiny.tokenizer)
+    text, tokens = format.render(make_example("2+2?"), tiny.tokenizer)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
         "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
@@ -305,20 +307,22 @@ def test_a_prompt_is_the_chat_with_its_worked_examples(tiny: LanguageModel) -> N
 
 def test_without_a_chat_template_a_prompt_is_plain_text(tiny: LanguageModel) -> None:
     tiny.tokenizer.chat_template = None
-    text, _ = PromptFormat("Be brief.", (), True, {}, 100).render(asking("2+2?"), tiny.tokenizer)
+    text, _ = PromptFormat("Be brief.", (), True, {}, 100).render(
+        make_example("2+2?"), tiny.tokenizer
+    )
     assert text == "Be brief.\n\n2+2?\n\n"
 
 
 def test_plain_text_is_left_as_it_is(tiny: LanguageModel) -> None:
     """A base model continues the question's text."""
-    text, _ = PromptFormat(None, (), False, {}, 100).render(asking("2 + 2 ="), tiny.tokenizer)
+    text, _ = PromptFormat(None, (), False, {}, 100).render(make_example("2 + 2 ="), tiny.tokenizer)
     assert text == "2 + 2 ="
 
 
 def test_options_reach_the_chat_template(tiny: LanguageModel) -> None:
     tiny.tokenizer.chat_template = "{{ messages[-1].content }}{{ ' /think' if thinking }}"
     format = PromptFormat(None, (), True, {"thinking": True}, 100)
-    assert format.render(asking("2+2?"), tiny.tokenizer)[0] == "2+2? /think"
+    assert format.render(make_example("2+2?"), tiny.tokenizer)[0] == "2+2? /think"
 
 
 def test_a_column_may_hold_a_chat(tiny: LanguageModel, tmp_path: Path) -> None:
@@ -424,14 +428,14 @@ def test_a_step_has_no_row_twice_while_there_are_others(
         drawn = order.draw_replacements(3, attempt, first, had)
         assert drawn == order.draw_replacements(3, attempt, first, frozenset(had))
         assert Counter(row % 2 if apart else 0 for row in drawn) == places
-        for own in order.sets:
-            ours = [row for row in drawn if row in own]
-            left = len(own) - sum(row in own for row in had)
-            assert len(set(ours) - had) == min(left, len(ours))  # new ones, and different
+        for row_set in order.sets:
+            in_set = [row for row in drawn if row in row_set]
+            left = len(row_set) - sum(row in row_set for row in had)
+            assert len(set(in_set) - had) == min(left, len(in_set))  # new ones, and different
         had |= set(drawn)
 
 
-def lines_of(count: int) -> list[str]:
+def format_lines(count: int) -> list[str]:
     return [json.dumps({"question": f"What is {n} + 1? ☃", "answer": n + 1}) for n in range(count)]
 
 
@@ -449,7 +453,7 @@ def test_rows_on_demand_are_the_rows(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lazy rows equal eager ones, by any index or range, with blank lines in the file."""
-    lines = lines_of(40)
+    lines = format_lines(40)
     (tmp_path / "x.jsonl").write_text("\n".join([*lines[:9], "", "  ", *lines[9:]]) + "\n\n")
     rows = [json.loads(line) for line in lines]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
@@ -466,15 +470,21 @@ def test_rows_on_demand_are_the_rows(
     whole = slices.read_training_examples(source)
     assert isinstance(whole, list)
 
-    def told(example: Example) -> tuple[object, ...]:
+    def list_fields(example: Example) -> tuple[object, ...]:
         return example.question, example.answer, example.columns
 
     assert len(lean) == len(whole) == 30
-    assert [told(lean[n]) for n in (29, 0, 17, -1)] == [told(whole[n]) for n in (29, 0, 17, 29)]
-    assert list(map(told, lean)) == list(map(told, whole))
+    assert [list_fields(lean[n]) for n in (29, 0, 17, -1)] == [
+        list_fields(whole[n]) for n in (29, 0, 17, 29)
+    ]
+    assert list(map(list_fields, lean)) == list(map(list_fields, whole))
     gone = {whole[3].question, whole[20].question, "another"}
-    left = [told(one) for one in whole if kind in ("arithmetic", "gym") or one.question not in gone]
-    assert list(map(told, lean.drop_questions(gone))) == left
+    left = [
+        list_fields(example)
+        for example in whole
+        if kind in ("arithmetic", "gym") or example.question not in gone
+    ]
+    assert list(map(list_fields, lean.drop_questions(gone))) == left
 
 
 @pytest.mark.usefixtures("few_are_many")
@@ -490,7 +500,7 @@ def test_rows_on_demand_are_the_rows(
 def test_a_bad_row_among_many_is_refused_with_its_number(
     bad: str | bytes, says: str, tmp_path: Path
 ) -> None:
-    lines: list[str | bytes] = ["", *lines_of(40)]  # the first line is blank
+    lines: list[str | bytes] = ["", *format_lines(40)]  # the first line is blank
     lines[30] = bad
     encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(encoded))
@@ -506,7 +516,7 @@ def test_prompts_made_as_they_are_drawn_are_those_made_beforehand(
 ) -> None:
     long = "long " * 60
     train = [f"{long if n % 4 == 0 else ''}{n}?" for n in range(40)]
-    drawn = prompts_of(Rows(train, train[-3:]), tiny.tokenizer, max_prompt_tokens=60).train
+    drawn = make_prompts(Rows(train, train[-3:]), tiny.tokenizer, max_prompt_tokens=60).train
     assert isinstance(drawn, LazyPrompts)
     assert "3 training rows are evaluation rows too" in caplog.text
     assert len(drawn) == 37  # without the evaluation's; prompts that are too long are not known yet
@@ -525,8 +535,8 @@ def test_replacements_of_a_million_rows_are_drawn_in_no_time() -> None:
     begun = time.perf_counter()
     drawn = [order.draw_replacements(1, attempt, stale, stale) for attempt in range(100)]
     assert time.perf_counter() - begun < 0.5  # a pass over the rows takes a second each
-    assert len({row for own in drawn for row in own}) > 6000
-    assert sum(sys.getsizeof(own) for own in order.sets) < 1000
+    assert len({row for batch in drawn for row in batch}) > 6000
+    assert sum(sys.getsizeof(row_set) for row_set in order.sets) < 1000
 
 
 def test_an_answer_that_a_tasks_scorer_cannot_read_is_wrong() -> None:

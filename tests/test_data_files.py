@@ -179,7 +179,7 @@ def test_the_rows_of_a_list_are_those_that_json_reads(
     assert list(find_rows(text, Path("x.json"))) == rows
 
 
-def layout(folder: Path, *names: str) -> str:
+def write_tables(folder: Path, *names: str) -> str:
     """Writes files of one row each, whose answer is the file's name."""
     for name in names:
         write_table(folder / name, [{"question": "q", "answer": name}])
@@ -211,7 +211,7 @@ def layout(folder: Path, *names: str) -> str:
 def test_a_folder_holds_a_split_as_one_file_or_as_shards(
     names: list[str], split: str, found: list[str], tmp_path: Path
 ) -> None:
-    rows = read_path(layout(tmp_path, *names), split)
+    rows = read_path(write_tables(tmp_path, *names), split)
     assert [row["answer"] for row in rows] == found
 
 
@@ -228,7 +228,7 @@ def test_a_split_that_is_not_there_or_not_whole_is_refused(
     names: list[str], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        read_path(layout(tmp_path, *names), "test")
+        read_path(write_tables(tmp_path, *names), "test")
 
 
 def test_shards_may_differ_but_every_row_has_the_columns(tmp_path: Path) -> None:

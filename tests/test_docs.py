@@ -41,13 +41,13 @@ PUBLIC = ("data", "rewards", "objective", "types")
 README_LINES = 200
 
 
-def leaves(config: object, prefix: str) -> list[str]:
+def list_leaves(config: object, prefix: str) -> list[str]:
     """The keys below which there are no others, without those that bind code."""
-    found = flatten_keys(config, prefix)  # type: ignore[arg-type]
+    keys = flatten_keys(config, prefix)  # type: ignore[arg-type]
     return [
         key
-        for key in found
-        if not any(other.startswith(f"{key}.") for other in found) and not key.endswith("_target_")
+        for key in keys
+        if not any(other.startswith(f"{key}.") for other in keys) and not key.endswith("_target_")
     ]
 
 
@@ -68,7 +68,7 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
         path, _, anchor = link.partition("#")
         assert (ROOT / path).exists(), link
         headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M) if anchor else []
-        slugs = [re.sub(r"[^\w -]", "", own).lower().replace(" ", "-") for own in headings]
+        slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
         assert not anchor or anchor in slugs, link
 
 
@@ -101,7 +101,7 @@ def test_every_key_of_every_file_is_explained() -> None:
 
 
 def test_every_key_of_the_composed_default_is_explained() -> None:
-    for key in leaves(compose(), ""):
+    for key in list_leaves(compose(), ""):
         key = "model.wheel.*" if key == "model.wheel" else key
         if key not in ("adapter", "parallel"):  # none
             assert read_row(KEYS, key)[-1], f"{key} has no meaning"
@@ -112,7 +112,7 @@ def test_every_key_of_the_sweepers_is_explained(sweeper: str) -> None:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", [f"hydra/sweeper={sweeper}"], return_hydra_config=True)
-    for key in leaves(cfg.hydra.sweeper, "hydra.sweeper."):
+    for key in list_leaves(cfg.hydra.sweeper, "hydra.sweeper."):
         assert read_row(KEYS, key)[-1], f"{key} has no meaning"
 
 
@@ -148,8 +148,8 @@ def test_every_metric_is_explained(short_run: Path) -> None:
 
 def test_every_attribute_of_a_sample_is_explained() -> None:
     page = (DOCS / "guide/rewards.md").read_text()
-    own = [name for name in vars(Sample) if not name.startswith("_")]
-    for name in {*own, *(field.name for field in fields(Sample))}:
+    attributes = [name for name in vars(Sample) if not name.startswith("_")]
+    for name in {*attributes, *(field.name for field in fields(Sample))}:
         assert read_row(page, f"sample.{name}")[-1]
     for field in fields(Example):
         assert read_row(page, f"sample.example.{field.name}")[-1]
@@ -182,7 +182,7 @@ def test_code_that_is_quoted_is_code_that_runs(file: str, passage: str) -> None:
     assert passage in (ROOT / file).read_text()
 
 
-def said(*numbers: float | Tensor, places: int = 3) -> bool:
+def is_on_page(*numbers: float | Tensor, places: int = 3) -> bool:
     """Whether the page has these numbers, with a minus sign or a hyphen."""
     page = FROM_SCRATCH.replace("\N{MINUS SIGN}", "-")
     return all(f"{float(number):.{places}f}" in page for number in numbers)
@@ -192,34 +192,38 @@ def test_the_numbers_of_the_page_from_scratch() -> None:
     logits = tensor([2.0, 1.0, 0.0])
     policy = logits.softmax(dim=0)
     yes = F.one_hot(tensor(0), 3) - policy
-    assert said(*policy, *policy.log(), *yes, *(policy[0] * yes))
+    assert is_on_page(*policy, *policy.log(), *yes, *(policy[0] * yes))
     assert policy.new_tensor(0.1) ** 50 == 0
-    assert said(50 * tensor(0.1).log(), places=1)
+    assert is_on_page(50 * tensor(0.1).log(), places=1)
     assert tensor([0.0, 200.0]).softmax(dim=0).log()[0] == -torch.inf
     assert tensor([0.0, 200.0]).log_softmax(dim=0).tolist() == [-200, 0]
 
     advantage = Normalize(group_mean, group_std)
     for group in ([1.0, 0, 0, 1], [1.0, 1, 1, 0]):
-        assert said(*advantage(tensor([group]))[0])
+        assert is_on_page(*advantage(tensor([group]))[0])
     assert advantage(tensor([[0.0, 0, 0, 0]])).tolist() == [[0, 0, 0, 0]]
 
     ratio = tensor([[0.30 / 0.245]])
-    assert said(ratio, clipped_surrogate(ratio, ratio.log(), tensor([[0.866]])).loss)
+    assert is_on_page(ratio, clipped_surrogate(ratio, ratio.log(), tensor([[0.866]])).loss)
 
     old, reference = tensor([0.9, 0.1]).log(), tensor([0.5, 0.5]).log()
-    assert said(DIVERGENCES["reverse"](old, reference), DIVERGENCES["forward"](old, reference))
+    assert is_on_page(
+        DIVERGENCES["reverse"](old, reference), DIVERGENCES["forward"](old, reference)
+    )
     forward = F.kl_div(old, reference.exp(), reduction="sum")
     assert forward == pytest.approx(float(DIVERGENCES["forward"](old, reference)))
     for estimate in ESTIMATORS["reverse"].values():
         values = estimate(old, reference)
-        assert said(*values, (old.exp() * values).sum())
+        assert is_on_page(*values, (old.exp() * values).sum())
 
     mask = torch.arange(30) < tensor([[10], [30]])
     tokens = Tokens(mask, torch.zeros(2, dtype=torch.long), 30)
     two_11 = advantage(tensor([[1.0, 0.0]])).T
-    losses = {name: float((own(tokens) * -two_11).sum()) for name, own in AVERAGINGS.items()}
+    losses = {
+        name: float((averaging(tokens) * -two_11).sum()) for name, averaging in AVERAGINGS.items()
+    }
     assert losses["sequence_mean"] == pytest.approx(0)
-    assert said(losses["token_mean"], losses["constant"])
+    assert is_on_page(losses["token_mean"], losses["constant"])
 
 
 def test_the_step_by_hand_is_the_step() -> None:
@@ -232,7 +236,7 @@ def test_the_step_by_hand_is_the_step() -> None:
     assert loss.item() == pytest.approx(0)
     assert logits.grad is not None
     moved = logits.detach() - logits.grad
-    assert said(*moved[:2], *moved.softmax(dim=0))
+    assert is_on_page(*moved[:2], *moved.softmax(dim=0))
 
 
 @pytest.mark.slow
@@ -251,10 +255,12 @@ def test_the_site_is_built_without_a_warning_and_has_every_public_name(tmp_path:
     for name in PUBLIC:
         module = importlib.import_module(f"grpo.{name}")
         names = getattr(module, "__all__", None) or [
-            own for own, value in vars(module).items() if inspect.getmodule(value) is module
+            attribute
+            for attribute, value in vars(module).items()
+            if inspect.getmodule(value) is module
         ]
-        for own in names:
-            assert f'id="grpo.{name}.{own}"' in page, own
+        for attribute in names:
+            assert f'id="grpo.{name}.{attribute}"' in page, attribute
     assert "arithmatex" not in (tmp_path / "from-scratch.html").read_text()  # all are drawn
     for html in tmp_path.rglob("*.html"):  # nothing is fetched from elsewhere
         fetched = re.findall(

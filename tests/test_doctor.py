@@ -61,26 +61,26 @@ class Lying(NativeEngine):
 '''
 
 
-def own(name: str) -> tuple[str, str, str]:
+def use_own(name: str) -> tuple[str, str, str]:
     """Returns the overrides for a reward from own.py instead of the default one."""
     return "~reward.answer", f"+reward.own._target_=own.{name}", "+reward.own.weight=1.0"
 
 
 SICK: dict[str, tuple[str, ...]] = {
     "no_reward": ("max_new_tokens=2",),
-    "groups_agree": own("constant"),
+    "groups_agree": use_own("constant"),
     "kl_runs_away": ("learning_rate=0.01",),
-    "entropy_collapses": (*own("ones"), "learning_rate=0.003", "max_steps=40", "kl_weight=0"),
-    "lengths_explode": (*own("length"), "learning_rate=0.003", "max_steps=20", "kl_weight=0"),
-    "lengths_vanish": (*own("shortness"), "learning_rate=0.001", "max_steps=18", "kl_weight=0"),
-    "reward_is_hacked": (*own("length"), "learning_rate=0.002", "max_steps=16", "kl_weight=0"),
+    "entropy_collapses": (*use_own("ones"), "learning_rate=0.003", "max_steps=40", "kl_weight=0"),
+    "lengths_explode": (*use_own("length"), "learning_rate=0.003", "max_steps=20", "kl_weight=0"),
+    "lengths_vanish": (*use_own("shortness"), "learning_rate=0.001", "max_steps=18", "kl_weight=0"),
+    "reward_is_hacked": (*use_own("length"), "learning_rate=0.002", "max_steps=16", "kl_weight=0"),
     "engine_differs": ("rollout._target_=own.Lying",),
     "gradient_spikes": (
-        *own("now_and_then"), "algorithm=dr_grpo", "batch_size=1", "doctor.window=15",
+        *use_own("now_and_then"), "algorithm=dr_grpo", "batch_size=1", "doctor.window=15",
         "doctor.spikes=2", "max_steps=30", "learning_rate=1e-5",
     ),
     "rate_rounds_away": ("learning_rate=1e-13",),
-    "verifier_fails": own("failing"),
+    "verifier_fails": use_own("failing"),
     "evaluation_overlaps": (
         "dataset.slice=:32", "dataset.eval_slice=:24", "dataset.eval_split=train",
         "dataset.allow_overlap=true",
@@ -124,7 +124,7 @@ def test_a_sick_run_is_told_what_it_has(name: str, grpo: Grpo, tmp_path: Path) -
     title = DIAGNOSES[name][0]
     assert title in printed, printed  # during the run
     assert printed.count(f"{title}: ") == 1  # and only once
-    found = {one.name: one for one in read_run(tmp_path / "run").diagnoses}
+    found = {diagnosis.name: diagnosis for diagnosis in read_run(tmp_path / "run").diagnoses}
     assert name in found
     assert found[name].evidence
     assert found[name].remedy
@@ -136,11 +136,13 @@ def test_a_reward_that_rises_while_nothing_is_ever_right(grpo: Grpo, tmp_path: P
     """The accuracy can't fall: eight tokens are too few for an answer."""
     (tmp_path / "own.py").write_text(OWN)
     code, printed = grpo(
-        *QUICK, *own("ones"), "learning_rate=0.003", "kl_weight=0", "max_new_tokens=8",
+        *QUICK, *use_own("ones"), "learning_rate=0.003", "kl_weight=0", "max_new_tokens=8",
         "max_steps=20",
     )  # fmt: skip
     assert code == 0, printed
-    found = {one.name: one.evidence for one in read_run(tmp_path / "run").diagnoses}
+    found = {
+        diagnosis.name: diagnosis.evidence for diagnosis in read_run(tmp_path / "run").diagnoses
+    }
     assert "eval/sampled_accuracy from 0.0% to 0.0%" in found["reward_is_hacked"]
 
 
@@ -164,5 +166,5 @@ def test_limits_can_be_set(grpo: Grpo, tmp_path: Path) -> None:
     assert "the KL runs away" in printed
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     kl = [json.loads(line)["kl/k1"] for line in lines if "kl/k1" in line][-3:]
-    (one,) = [d for d in read_run(tmp_path / "run").diagnoses if d.name == "kl_runs_away"]
-    assert one.evidence.startswith(f"{sum(kl) / 3:.3g} nats a token")
+    (diagnosis,) = [d for d in read_run(tmp_path / "run").diagnoses if d.name == "kl_runs_away"]
+    assert diagnosis.evidence.startswith(f"{sum(kl) / 3:.3g} nats a token")

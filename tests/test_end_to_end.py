@@ -11,12 +11,11 @@ import sys
 import venv
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import make_once, run_grpo
+from tests.conftest import make_once, read_lines, run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 ROOT = Path(__file__).parents[1]
@@ -36,10 +35,6 @@ STEP_METRICS = {
 EVAL_METRICS = {
     "eval/reward", "eval/accuracy", "eval/sampled_accuracy", "eval/pass_at_k", "eval/length_mean"
 }  # fmt: skip
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +66,7 @@ def test_a_run_leaves_what_the_contract_says(smoke: tuple[Path, str]) -> None:
 
 def test_every_metric_of_the_contract_is_there_each_step(smoke: tuple[Path, str]) -> None:
     run, _ = smoke
-    metrics = lines(run / "metrics.jsonl")
+    metrics = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
     assert all(next(iter(line)) == "step" for line in metrics)
     evaluated = EVAL_METRICS | {"eval/overlap"}
@@ -83,7 +78,7 @@ def test_every_metric_of_the_contract_is_there_each_step(smoke: tuple[Path, str]
 
 def test_completions_are_kept_with_what_they_got(smoke: tuple[Path, str]) -> None:
     run, _ = smoke
-    rows = lines(run / "completions.jsonl")
+    rows = read_lines(run / "completions.jsonl")
     assert len(rows) == 3 * 2 * 4  # steps x log_prompts x num_generation
     assert set(rows[0]) == {
         "step", "prompt", "completion", "answer", "reward", "reward/answer", "advantage", "tokens",
@@ -99,7 +94,7 @@ def test_completions_are_kept_with_what_they_got(smoke: tuple[Path, str]) -> Non
 def test_the_summary_says_what_became_of_it(smoke: tuple[Path, str]) -> None:
     run, printed = smoke
     summary = json.loads((run / "summary.json").read_text())
-    metrics = lines(run / "metrics.jsonl")
+    metrics = read_lines(run / "metrics.jsonl")
     assert summary["status"] == "finished"
     assert summary["steps"] == 3
     assert summary["objective"] == {
@@ -131,11 +126,11 @@ def test_wandb_ran_offline_and_holds_the_same_numbers(smoke: tuple[Path, str]) -
         text=True,
     )
     assert inspect.returncode == 0, inspect.stderr
-    told = inspect.stdout
-    last = lines(run / "metrics.jsonl")[-1]
-    assert "kl/k3" in told
-    assert "eval/sampled_accuracy" in told
-    assert str(last["eval/sampled_accuracy"])[:6] in told
+    logged = inspect.stdout
+    last = read_lines(run / "metrics.jsonl")[-1]
+    assert "kl/k3" in logged
+    assert "eval/sampled_accuracy" in logged
+    assert str(last["eval/sampled_accuracy"])[:6] in logged
 
 
 def test_the_model_loads_in_transformers_by_path(smoke: tuple[Path, str]) -> None:
@@ -150,7 +145,7 @@ def test_a_trained_model_is_evaluated_by_its_runs_folder(
 ) -> None:
     """The same rows and seeds as in training, so the same figures."""
     run, _ = smoke
-    last = lines(run / "metrics.jsonl")[-1]
+    last = read_lines(run / "metrics.jsonl")[-1]
     for checkpoint in (run, run / "checkpoints/step_3", run / "checkpoints/latest/model"):
         code, printed = grpo("eval", f"checkpoint={checkpoint}", "hydra.run.dir=evaluated")
         assert code == 0, printed
@@ -167,7 +162,7 @@ def test_no_kl_weight_loads_no_reference_and_logs_no_kl(grpo: Grpo, tmp_path: Pa
             "experiment=smoke", override, "max_steps=1", "tracking=none", f"hydra.run.dir={folder}"
         )
         assert code == 0, printed
-        last = lines(tmp_path / folder / "metrics.jsonl")[-1]
+        last = read_lines(tmp_path / folder / "metrics.jsonl")[-1]
         assert not [name for name in last if name.startswith("kl/")]
         assert last["loss/kl"] == 0.0
 
@@ -190,11 +185,11 @@ def test_jobs_of_a_sweep_share_nothing(grpo: Grpo, tmp_path: Path) -> None:
     assert grpo(*job, "seed=1", "hydra.run.dir=alone")[0] == 0
     clocks = ("time/", "perf/", "memory/")
     second, alone = (
-        [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in lines(file)]
+        [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in read_lines(file)]
         for file in (tmp_path / "sweep/1/metrics.jsonl", tmp_path / "alone/metrics.jsonl")
     )
     assert second == alone
-    assert lines(tmp_path / "sweep/0/metrics.jsonl")[1]["loss/total"] != alone[1]["loss/total"]
+    assert read_lines(tmp_path / "sweep/0/metrics.jsonl")[1]["loss/total"] != alone[1]["loss/total"]
     for number in "01":
         assert len(list((tmp_path / "sweep" / number / "wandb").glob("offline-run-*"))) == 1
     assert not (tmp_path / "outputs").exists()
@@ -228,7 +223,7 @@ def test_a_users_own_config_folder_and_rewards(tmp_path: Path) -> None:
         "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    last = lines(tmp_path / "run/metrics.jsonl")[-1]
+    last = read_lines(tmp_path / "run/metrics.jsonl")[-1]
     assert last["reward/mean"] == pytest.approx(0.5 * last["reward/brief"] + last["reward/right"])
 
 
@@ -258,7 +253,7 @@ def test_the_default_run_teaches_the_tiny_model_to_add(
 ) -> None:
     code, printed = grpo(f"seed={seed}", "tracking=none", "hydra.run.dir=run")
     assert code == 0, printed
-    metrics = lines(tmp_path / "run/metrics.jsonl")
+    metrics = read_lines(tmp_path / "run/metrics.jsonl")
     assert metrics[0]["eval/sampled_accuracy"] <= 0.5
     assert metrics[-1]["eval/sampled_accuracy"] >= 0.9
 

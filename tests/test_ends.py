@@ -33,7 +33,7 @@ ENDED_BY_TEXT = (
 RAISES = "{{ raise_exception('no talking') }}"
 
 
-def edited(
+def write_edited_model(
     folder: Path,
     configs: dict[str, dict[str, Any]],
     template: str | None = None,
@@ -91,14 +91,14 @@ def test_every_end_that_is_named_ends_a_completion(
     tmp_path: Path,
     device: Device,
 ) -> None:
-    model = load_language_model(edited(tmp_path / "m", configs, template), device)
+    model = load_language_model(write_edited_model(tmp_path / "m", configs, template), device)
     assert set(model.end_ids) == ends
     assert len(model.end_ids) == len(ends)
 
 
 def test_a_model_that_names_no_end_is_refused(tmp_path: Path, device: Device) -> None:
     nothing = {name: {"eos_token_id": None} for name in (GENERATION, CONFIG)}
-    folder = edited(tmp_path / "m", nothing, UNENDED)
+    folder = write_edited_model(tmp_path / "m", nothing, UNENDED)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
     with pytest.raises(ConfigError, match="name an end-of-sequence token"):
@@ -110,21 +110,21 @@ def test_a_model_that_can_write_no_end_says_so(
 ) -> None:
     """The vocabulary has 319 tokens, 0 to 318, and the end token is 319."""
 
-    def folder(name: str, pad: str | None) -> Path:
+    def write_model(name: str, pad: str | None) -> Path:
         beyond = {name: {"eos_token_id": 319} for name in (GENERATION, CONFIG)}
-        model_folder = edited(tmp_path / name, beyond, UNENDED)
+        model_folder = write_edited_model(tmp_path / name, beyond, UNENDED)
         file = model_folder / "tokenizer_config.json"
         tokens = {"eos_token": None, "pad_token": pad}
         file.write_text(json.dumps({**json.loads(file.read_text()), **tokens}))
         return model_folder
 
-    assert load_language_model(folder("padded", "<|im_end|>"), device).end_ids == (319,)
+    assert load_language_model(write_model("padded", "<|im_end|>"), device).end_ids == (319,)
     assert "no token that ends a completion" in caplog.text
     with pytest.raises(ConfigError, match="name an end-of-sequence token"):
-        load_language_model(folder("bare", None), device)
+        load_language_model(write_model("bare", None), device)
 
 
-def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
     example = Example(text, "", lambda _: 0.0)
     return Prompt(*PromptFormat(None, (), True, {}, 512).render(example, tokenizer), example)
 
@@ -135,7 +135,7 @@ def test_special_tokens_stay_in_the_text_but_for_its_end(
 ) -> None:
     """Makes digits special tokens: the tiny model's completions keep the same text with digits."""
 
-    def digits_are_special(content: dict[str, Any]) -> None:
+    def make_digits_special(content: dict[str, Any]) -> None:
         for digit in "0123456789":
             flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
             id = content["model"]["vocab"][digit]
@@ -143,13 +143,15 @@ def test_special_tokens_stay_in_the_text_but_for_its_end(
         content["added_tokens"].sort(key=lambda token: token["id"])
 
     plain = load_language_model(TINY, device)
-    special = load_language_model(edited(tmp_path / "m", {}, None, digits_are_special), device)
+    special = load_language_model(
+        write_edited_model(tmp_path / "m", {}, None, make_digits_special), device
+    )
     assert set(special.tokenizer.encode("12")) <= set(special.tokenizer.all_special_ids) or (
         special.tokenizer.decode(special.tokenizer.encode("12"), skip_special_tokens=True) == ""
     )
     texts = []
     for model in (plain, special):
-        prompts = [question(model.tokenizer, "What is 3 + 4?")]
+        prompts = [render_prompt(model.tokenizer, "What is 3 + 4?")]
         rollout = engine(model, 40, Budget.from_tokens(4096)).generate(
             prompts, 4, Sampling(1.0), seed=1
         )
@@ -171,14 +173,14 @@ def test_special_tokens_stay_in_the_text_but_for_its_end(
 def test_what_a_text_shows(tmp_path: Path, device: Device) -> None:
     """The text shows a token that begins a turn, and an end token that is an ordinary word."""
     ends = {GENERATION: {**OWN, "eos_token_id": [TURN_END, WORD]}}
-    model = load_language_model(edited(tmp_path / "m", ends), device)
+    model = load_language_model(write_edited_model(tmp_path / "m", ends), device)
     word = model.tokenizer.decode([WORD])
     ids = [TURN_BEGIN, WORD, TURN_END, TEXT_END, TEXT_END]
     assert model.decoder.decode_tokens(ids) == f"<|im_start|>{word}"
     assert model.decoder.decode_batch([[], [TURN_END]]) == ["", ""]
 
 
-def puts(before: tuple[int, ...], behind: tuple[int, ...]) -> Callable[[dict[str, Any]], None]:
+def make_edit(before: tuple[int, ...], behind: tuple[int, ...]) -> Callable[[dict[str, Any]], None]:
     """Edits a tokenizer so that it puts special tokens before and after every text."""
     names = {0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>"}
 
@@ -206,7 +208,7 @@ def test_a_prompt_is_begun_once_and_not_ended(
 ) -> None:
     begin = {TOKENIZER: {"bos_token": "<|endoftext|>"}}
     template = "{{ bos_token }}{{ messages[0]['content'] }}"
-    folder = edited(tmp_path / "m", begin, template, puts(before, behind))
+    folder = write_edited_model(tmp_path / "m", begin, template, make_edit(before, behind))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text_ids = AutoTokenizer.from_pretrained(TINY).encode(text)
     for chat in (False, True):

@@ -23,12 +23,12 @@ from grpo.training.evaluation import (
     summarize_evaluation,
 )
 from grpo.types import Prompt, Rollout
-from tests.test_end_to_end import lines
+from tests.conftest import read_lines
 
 Grpo = Callable[..., tuple[int, str]]
 
 
-def answers(
+def score_answers(
     texts: list[list[str]], golds: list[str], sources: list[str] | None = None
 ) -> ScoredRollout:
     """Returns completions of some prompts, scored by a verifier that reads the `<answer>` tag."""
@@ -69,7 +69,7 @@ def test_k_doubles_up_to_the_number_of_samples() -> None:
 
 def test_figures_by_hand() -> None:
     """Of four samples, two are 7, written differently, one is 8, and one has a 7 without a tag."""
-    sampled = answers([[tag("7"), tag("7.0"), tag("8"), "so 7"]], ["7"])
+    sampled = score_answers([[tag("7"), tag("7.0"), tag("8"), "so 7"]], ["7"])
     found = compute_accuracies(None, sampled, [0])
     assert found == {
         "prompts": 1,
@@ -95,18 +95,18 @@ def test_figures_by_hand() -> None:
     ],
 )
 def test_the_majoritys_answer_counts(texts: list[str], majority: float) -> None:
-    sampled = answers([[tag(text) for text in texts]], ["7"])
+    sampled = score_answers([[tag(text) for text in texts]], ["7"])
     assert compute_accuracies(None, sampled, [0])["majority@4"] == majority
 
 
 def test_without_any_answer_there_is_no_majority() -> None:
-    assert compute_accuracies(None, answers([["?", "?"]], ["7"]), [0])["majority@2"] == 0.0
+    assert compute_accuracies(None, score_answers([["?", "?"]], ["7"]), [0])["majority@2"] == 0.0
 
 
 def test_each_set_of_a_mix_is_told_apart() -> None:
-    greedy = answers([[tag("1")], [tag("0")], [tag("3")]], ["1", "2", "3"], ["a", "b", "a"])
+    greedy = score_answers([[tag("1")], [tag("0")], [tag("3")]], ["1", "2", "3"], ["a", "b", "a"])
     found = summarize_evaluation(greedy, None)
-    assert {name: (own["prompts"], own["greedy"]) for name, own in found.items()} == {
+    assert {name: (figures["prompts"], figures["greedy"]) for name, figures in found.items()} == {
         "all": (3, pytest.approx(2 / 3)),
         "a": (2, 1.0),
         "b": (1, 0.0),
@@ -125,7 +125,7 @@ def test_the_command_writes_a_table_and_everything_behind_it(grpo: Grpo, tmp_pat
         "hydra.run.dir=run",
     )  # fmt: skip
     assert code == 0, printed
-    metrics = lines(tmp_path / "run/metrics.jsonl")[-1]
+    metrics = read_lines(tmp_path / "run/metrics.jsonl")[-1]
     assert {"eval/accuracy_from_sums", "eval/sampled_accuracy_from_differences"} <= set(metrics)
     assert any(name.startswith("reward/from_") for name in metrics)
 
@@ -136,10 +136,10 @@ def test_the_command_writes_a_table_and_everything_behind_it(grpo: Grpo, tmp_pat
     whole = evaluation["figures"]["all"]
     assert whole["sampled"] == whole["pass@1"] == pytest.approx(evaluation["eval/sampled_accuracy"])
     assert whole["pass@4"] == pytest.approx(evaluation["eval/pass_at_k"])
-    for name, own in evaluation["figures"].items():
+    for name, figures in evaluation["figures"].items():
         assert name in printed
-        assert f"{own['majority@4']:.1%}" in printed
-    rows = lines(tmp_path / "all/completions.jsonl")
+        assert f"{figures['majority@4']:.1%}" in printed
+    rows = read_lines(tmp_path / "all/completions.jsonl")
     assert len(rows) == 10 * (1 + 4)
     sampled = [row for row in rows if not row["greedy"]]
     assert sum(row["right"] for row in sampled) / 40 == pytest.approx(whole["sampled"])
@@ -169,18 +169,18 @@ def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path)
     ]  # fmt: skip
     code, printed = grpo(*common, "max_steps=1", "hydra.run.dir=run")
     assert code == 0, printed
-    measured = lines(tmp_path / "run/difficulty.jsonl")
+    measured = read_lines(tmp_path / "run/difficulty.jsonl")
     assert len(measured) == 40
     kept = [row for row in measured if 0.25 <= row["solved"] <= 0.75]
     kept.sort(key=lambda row: row["solved"], reverse=True)
     always = sum(row["solved"] == 1 for row in measured)
     assert f"of 40 training prompts, {always} are always solved" in printed
-    trained = [row["prompt"] for row in lines(tmp_path / "run/completions.jsonl")]
+    trained = [row["prompt"] for row in read_lines(tmp_path / "run/completions.jsonl")]
     assert trained[::4] == [row["prompt"] for row in kept[:4]]
     code, printed = grpo("resume=run", "max_steps=2")
     assert code == 0, printed
     assert "prompts measured" not in printed
-    assert lines(tmp_path / "run/difficulty.jsonl") == measured
+    assert read_lines(tmp_path / "run/difficulty.jsonl") == measured
     # A measurement continues after a crash, but not with another number of samples.
     (tmp_path / "half").mkdir()
     rest = (tmp_path / "run/difficulty.jsonl").read_text().splitlines(keepends=True)[:30]
@@ -188,11 +188,11 @@ def test_prompts_are_chosen_by_difficulty_once_a_run(grpo: Grpo, tmp_path: Path)
     code, printed = grpo(*common, "max_steps=1", "hydra.run.dir=half")
     assert code == 0, printed
     assert "difficulty: 40 of 40 prompts measured" in printed
-    assert lines(tmp_path / "half/difficulty.jsonl")[:30] == measured[:30]
+    assert read_lines(tmp_path / "half/difficulty.jsonl")[:30] == measured[:30]
     (tmp_path / "half/metrics.jsonl").unlink()
     code, printed = grpo(*common, "max_steps=1", "curriculum.samples=2", "hydra.run.dir=half")
     assert "measuring anew" in printed
-    trained = [row["prompt"] for row in lines(tmp_path / "run/completions.jsonl")]
+    trained = [row["prompt"] for row in read_lines(tmp_path / "run/completions.jsonl")]
     assert trained[16::4] == [row["prompt"] for row in kept[4:8]]
 
 

@@ -126,18 +126,18 @@ GROUPS = ("doctor.", "tracking.")  # test_doctor.py, test_tracking.py
 NOT_MEASURED = ("time/", "perf/", "memory/")
 
 
-def keys() -> list[str]:
-    found = flatten_keys(compose("experiment=smoke"), "")
-    leaves = [key for key in found if not any(other.startswith(f"{key}.") for other in found)]
+def list_keys() -> list[str]:
+    keys = flatten_keys(compose("experiment=smoke"), "")
+    leaves = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     return [key for key in leaves if not key.endswith("_target_") and not key.startswith(GROUPS)]
 
 
 def test_every_key_is_here() -> None:
-    assert set(keys()) == (set(CHANGED) | set(ELSEWHERE)) & set(keys())
-    assert set(CHANGED) <= set(keys())
+    assert set(list_keys()) == (set(CHANGED) | set(ELSEWHERE)) & set(list_keys())
+    assert set(CHANGED) <= set(list_keys())
 
 
-def left_by(run: Path) -> dict[str, Any]:
+def read_outcome(run: Path) -> dict[str, Any]:
     """What a run leaves, but for what depends on the clock and the machine."""
     if not (run / "metrics.jsonl").is_file():
         return {}
@@ -146,7 +146,7 @@ def left_by(run: Path) -> dict[str, Any]:
     weights = run / "checkpoints/latest/model/model.safetensors"
     return {
         "metrics": [
-            {key: own for key, own in line.items() if not key.startswith(NOT_MEASURED)}
+            {key: value for key, value in line.items() if not key.startswith(NOT_MEASURED)}
             for line in lines
         ],
         "completions": (run / "completions.jsonl").read_text(),
@@ -179,9 +179,9 @@ def test_a_key_that_is_changed_changes_something(
         code, printed = grpo(*USUAL, *beside, "hydra.run.dir=usual")
         if code:  # as where an overlap is refused that a key allows
             assert code == 2, printed
-        known[beside] = left_by(tmp_path / "usual")
+        known[beside] = read_outcome(tmp_path / "usual")
     code, printed = grpo(*USUAL, *beside, f"{key}={value}", "hydra.run.dir=changed")
     assert code in (0, 2), printed
     if code == 2:
         assert key.partition(".")[0] in printed.splitlines()[-1]
-    assert left_by(tmp_path / "changed") != known[beside]
+    assert read_outcome(tmp_path / "changed") != known[beside]

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from grpo.models.files import PACKAGE_FOLDER
-from tests.conftest import run_grpo
-from tests.test_end_to_end import lines
+from tests.conftest import read_lines, run_grpo
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = (
@@ -43,7 +42,7 @@ def test_a_reward_of_ones_own(tmp_path: Path) -> None:
     folder, (train,) = copy_example("own_reward", tmp_path)
     done = run_grpo(*train, *SHORT, "hydra.run.dir=run", cwd=folder)
     assert done.returncode == 0, done.stderr
-    (step,) = [line for line in lines(folder / "run/metrics.jsonl") if "loss/total" in line]
+    (step,) = [line for line in read_lines(folder / "run/metrics.jsonl") if "loss/total" in line]
     assert step["reward/mean"] == pytest.approx(step["reward/answer"] + 0.5 * step["reward/near"])
     assert step["reward/near"] >= step["reward/answer"]
 

@@ -45,12 +45,12 @@ def run(once: Path, tmp_path: Path) -> Path:
 def test_an_exported_model_is_the_trained_one(run: Path, grpo: Grpo, tmp_path: Path) -> None:
     code, printed = grpo("export", "run", "mine")
     assert code == 0, printed
-    mine = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32)
     trained = AutoModelForCausalLM.from_pretrained(
         run / "checkpoints/latest/model", dtype=torch.float32
     )
     for name, weight in trained.state_dict().items():
-        assert torch.equal(weight, mine.state_dict()[name]), name
+        assert torch.equal(weight, exported.state_dict()[name]), name
     assert AutoTokenizer.from_pretrained(tmp_path / "mine").chat_template
 
 
@@ -83,16 +83,16 @@ def test_a_card_names_the_hubs_data_and_nobodys_folders(run: Path) -> None:
     """A local file is no data set of the hub's, whatever its path looks like."""
     trained = read_run(run)
 
-    def card_with(*overrides: str, **dataset: object) -> str:
+    def format_card_with(*overrides: str, **dataset: object) -> str:
         config = {**trained.config, "dataset": {"_target_": "grpo.data.GSM8K", **dataset}}
         reward = {"_target_": "grpo.rewards.Endpoint", "url": "http://10.0.0.7/judge", "weight": 2}
         config["reward"] = {"judge": reward}
         return format_card(replace(trained, config=config, overrides=list(overrides)), "mine")
 
-    hub = card_with("dataset=gsm8k", "seed=3", id="openai/gsm8k", subset="main", path=None)
+    hub = format_card_with("dataset=gsm8k", "seed=3", id="openai/gsm8k", subset="main", path=None)
     assert yaml.safe_load(hub.split("---")[1])["datasets"] == ["openai/gsm8k"]
     assert "grpo dataset=gsm8k seed=3" in hub
-    local = card_with(
+    local = format_card_with(
         "dataset.path=data/mine", "model.path=/home/me/secret_model", "tracking.wandb.entity=team",
         "reward.judge.url=http://10.0.0.7/judge", "dataset.system_prompt=/no_think",
         id="openai/gsm8k", path="data/mine", system_prompt="/no_think",
@@ -103,7 +103,7 @@ def test_a_card_names_the_hubs_data_and_nobodys_folders(run: Path) -> None:
     for public in ("dataset.path=…", "dataset.system_prompt=/no_think", "grpo.rewards.Endpoint"):
         assert public in local, public
     mix = {"sets": {"a": {"id": "one/a", "path": None}, "b": {"path": "b.jsonl"}}}
-    assert yaml.safe_load(card_with(**mix).split("---")[1])["datasets"] == ["one/a"]
+    assert yaml.safe_load(format_card_with(**mix).split("---")[1])["datasets"] == ["one/a"]
 
 
 def test_a_card_has_nothing_of_the_error_that_ended_a_run(run: Path) -> None:
@@ -206,13 +206,15 @@ class HubPages(RequestHandler):
             self.server.created.append(json.loads(body).get("visibility") == "private")
             self.answer_json({"url": f"{self.server.address}/me/mine"})
         elif "/preupload/" in self.path:
-            files = [{"path": own["path"]} for own in json.loads(body)["files"]]
+            files = [{"path": file["path"]} for file in json.loads(body)["files"]]
             self.answer_json(
                 {"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
-            self.server.uploaded |= {own["value"]["path"] for own in lines if own["key"] == "file"}
+            self.server.uploaded |= {
+                line["value"]["path"] for line in lines if line["key"] == "file"
+            }
             address = f"{self.server.address}/me/mine/commit/{'0' * 40}"
             self.answer_json({"success": True, "commitUrl": address, "commitOid": "0" * 40})
         else:

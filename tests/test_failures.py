@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +14,13 @@ from safetensors.torch import load_file, save_file
 from grpo.errors import RunError
 from grpo.models.files import PACKAGE_FOLDER
 from grpo.training import update as update_module
-from tests.test_end_to_end import lines
+from tests.conftest import read_lines, read_summary
 
 Grpo = Callable[..., tuple[int, str]]
 SHORT = (
     "batch_size=2", "num_generation=4", "max_new_tokens=16", "eval.every=0", "eval.samples=1",
     "dataset.size=20", "dataset.eval_size=2", "tracking=none", "hydra.run.dir=run",
 )  # fmt: skip
-
-
-def summary(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -62,7 +56,7 @@ def test_weights_that_explode_end_the_run_with_what_was_done_saved(
     assert "step 2: the policy's logits are NaN or infinite after 0 tokens of a completion" in error
     assert error.endswith("or with device.precision=fp32.")
     assert (tmp_path / "run/checkpoints/step_1/model/model.safetensors").is_file()
-    content = summary(tmp_path / "run")
+    content = read_summary(tmp_path / "run")
     assert (content["status"], content["steps"]) == ("failed", 1)
 
 
@@ -75,13 +69,13 @@ def test_half_a_step_is_never_saved(
     assert code == 0, printed
     calls, gradients = [], update_module.add_gradients
 
-    def failing(*arguments: Any) -> Any:
+    def fail_at_sixth_call(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:
             raise RunError("out of memory with 80 tokens, and fewer can't be")
         return gradients(*arguments)
 
-    monkeypatch.setattr(update_module, "add_gradients", failing)
+    monkeypatch.setattr(update_module, "add_gradients", fail_at_sixth_call)
     code, printed = grpo(*several)
     assert code == 1
     assert "step 3 ended after 1 of 2 updates, so it is not saved" in printed
@@ -89,7 +83,7 @@ def test_half_a_step_is_never_saved(
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").glob("step_*"))] == ["step_2"]
     code, printed = grpo("resume=run")
     assert code == 0, printed
-    wanted, found = (lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    wanted, found = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
     timeless = [
         [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "memory/"))}
          for line in run]

@@ -27,7 +27,7 @@ def known() -> set[str]:
 
 
 def test_each_name_stands_for_a_key_that_is_there(known: set[str]) -> None:
-    assert {own.key for own in FOREIGN_NAMES.values()} - known <= FREE | ELSEWHERE
+    assert {foreign.key for foreign in FOREIGN_NAMES.values()} - known <= FREE | ELSEWHERE
 
 
 def test_no_name_of_this_project_is_taken_for_another_tools(known: set[str]) -> None:

@@ -25,7 +25,7 @@ from grpo.types import Sampling
 TEMPERATURE = 0.7
 
 
-def scored(
+def score_batch(
     forward: Forward,
     model: PreTrainedModel,
     batch: Completions,
@@ -34,7 +34,7 @@ def scored(
     return score_completions(forward(model, Head(model), batch), batch, readout)
 
 
-def random_batch() -> Completions:
+def draw_batch() -> Completions:
     """Makes three prompts of 9, 4 and 1 tokens, with four completions of 1 to 11 tokens each."""
     generator = torch.Generator().manual_seed(1)
     lengths_N = torch.tensor([11, 1, 5, 2, 7, 7, 3, 11, 1, 1, 4, 9])
@@ -46,7 +46,7 @@ def random_batch() -> Completions:
     )
 
 
-def unpadded_logprobs(model: PreTrainedModel, batch: Completions, n: int) -> Tensor:
+def score_unpadded(model: PreTrainedModel, batch: Completions, n: int) -> Tensor:
     """Scores row n alone from the model's own logits, without padding, cache and chunks."""
     b = n // batch.rows_per_prompt
     prompt = batch.prompts_BP[b, -int(batch.prompt_lengths_B[b]) :]
@@ -56,7 +56,7 @@ def unpadded_logprobs(model: PreTrainedModel, batch: Completions, n: int) -> Ten
     return torch.log_softmax(logits, dim=-1).gather(1, completion[:, None])[:, 0]
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
     a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
 
@@ -66,26 +66,26 @@ def test_scores_and_gradients_equal_the_plain_forwards(
     small_model: PreTrainedModel, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", chunk_logits)
-    batch = random_batch()
+    batch = draw_batch()
     weights_NC = torch.randn(12, 11, generator=torch.Generator().manual_seed(2)) * batch.mask_NC
     results = []
     for forward in (forward_shared_prompt, forward_plain):
         small_model.zero_grad()
-        scores = scored(forward, small_model, batch)
+        scores = score_batch(forward, small_model, batch)
         (weights_NC * scores.logprobs).sum().backward()
         gradients = [p.grad.clone() for p in small_model.parameters() if p.grad is not None]
         results.append((scores, gradients))
-    (ours, our_gradients), (theirs, their_gradients) = results
-    assert relative(ours.logprobs, theirs.logprobs) <= 1e-5
-    assert relative(ours.entropy, theirs.entropy) <= 1e-5
-    assert len(our_gradients) == len(their_gradients) > 10
-    for a, b in zip(our_gradients, their_gradients, strict=True):
-        assert relative(a, b) <= 1e-5
+    (shared, shared_gradients), (plain, plain_gradients) = results
+    assert relative_difference(shared.logprobs, plain.logprobs) <= 1e-5
+    assert relative_difference(shared.entropy, plain.entropy) <= 1e-5
+    assert len(shared_gradients) == len(plain_gradients) > 10
+    for a, b in zip(shared_gradients, plain_gradients, strict=True):
+        assert relative_difference(a, b) <= 1e-5
 
 
 def test_a_part_of_a_batch_is_a_batch(small_model: PreTrainedModel) -> None:
     """The rows of a part have copies of their prompts, which a repetition penalty needs."""
-    batch, head = random_batch(), Head(small_model)
+    batch, head = draw_batch(), Head(small_model)
     readout = Readout(Sampling(temperature=0.8, repetition_penalty=1.5))
     features = forward_shared_prompt(small_model, head, batch)
     whole = score_completions(features, batch, readout)
@@ -100,13 +100,13 @@ def test_a_part_of_a_batch_is_a_batch(small_model: PreTrainedModel) -> None:
 
 def test_a_second_backward_pass_is_the_first_again(small_model: PreTrainedModel) -> None:
     """The first backward pass overwrites its logits."""
-    batch = random_batch()
-    total = scored(forward_shared_prompt, small_model, batch).logprobs.sum()
+    batch = draw_batch()
+    total = score_batch(forward_shared_prompt, small_model, batch).logprobs.sum()
     wanted = [p for p in small_model.parameters() if p.requires_grad]
     first = torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
     again = torch.autograd.grad(total, wanted, allow_unused=True)
     for a, b in zip(first, again, strict=True):
-        assert a is b is None or relative(a, b) <= 1e-6
+        assert a is b is None or relative_difference(a, b) <= 1e-6
 
 
 def test_gradients_are_bit_for_bit_repeatable(small_model: PreTrainedModel) -> None:
@@ -124,25 +124,27 @@ def test_gradients_are_bit_for_bit_repeatable(small_model: PreTrainedModel) -> N
     )
     by_NC = torch.randn(completions, 2, generator=generator)
 
-    def gradients() -> list[Tensor]:
+    def compute_gradients() -> list[Tensor]:
         small_model.zero_grad()
-        (scored(forward_shared_prompt, small_model, batch).logprobs * by_NC).sum().backward()
+        (score_batch(forward_shared_prompt, small_model, batch).logprobs * by_NC).sum().backward()
         return [p.grad.clone() for p in small_model.parameters() if p.grad is not None]
 
-    first = gradients()
+    first = compute_gradients()
     assert all(
-        torch.equal(a, b) for _ in range(10) for a, b in zip(first, gradients(), strict=True)
+        torch.equal(a, b)
+        for _ in range(10)
+        for a, b in zip(first, compute_gradients(), strict=True)
     )
 
 
 def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
     """A row's scores in the batch equal those of the row alone, without padding."""
-    batch = random_batch()
-    scores = scored(forward_shared_prompt, small_model, batch)
+    batch = draw_batch()
+    scores = score_batch(forward_shared_prompt, small_model, batch)
     for n in range(12):
         assert_close(
             scores.logprobs[n][batch.mask_NC[n]],
-            unpadded_logprobs(small_model, batch, n),
+            score_unpadded(small_model, batch, n),
             atol=1e-5,
             rtol=1e-5,
         )
@@ -150,8 +152,8 @@ def test_padding_changes_nothing(small_model: PreTrainedModel) -> None:
 
 
 def test_entropy_is_that_of_the_distribution(small_model: PreTrainedModel) -> None:
-    batch = random_batch()
-    scores = scored(forward_shared_prompt, small_model, batch)
+    batch = draw_batch()
+    scores = score_batch(forward_shared_prompt, small_model, batch)
     prompt = batch.prompts_BP[:1]
     logits = small_model(input_ids=prompt).logits[0, -1] / TEMPERATURE
     assert_close(
@@ -163,12 +165,12 @@ def test_entropy_is_that_of_the_distribution(small_model: PreTrainedModel) -> No
 
 
 def test_completions_of_one_token_need_no_second_pass(small_model: PreTrainedModel) -> None:
-    batch = random_batch()
+    batch = draw_batch()
     first = Completions(
         batch.prompts_BP, batch.prompt_lengths_B, batch.tokens_NC[:, :1], batch.mask_NC[:, :1]
     )
-    whole = scored(forward_shared_prompt, small_model, batch).logprobs[:, :1]
-    assert_close(scored(forward_shared_prompt, small_model, first).logprobs, whole)
+    whole = score_batch(forward_shared_prompt, small_model, batch).logprobs[:, :1]
+    assert_close(score_batch(forward_shared_prompt, small_model, first).logprobs, whole)
 
 
 def test_a_model_whose_logits_are_changed_after_the_head_is_noticed(
@@ -178,12 +180,12 @@ def test_a_model_whose_logits_are_changed_after_the_head_is_noticed(
     assert find_sharing_problem(small_model, head) == ""
     original = type(small_model).forward
 
-    def doubled(self: PreTrainedModel, **inputs: object) -> object:
+    def double_logits(self: PreTrainedModel, **inputs: object) -> object:
         output = original(self, **inputs)
         output.logits = output.logits * 2
         return output
 
-    monkeypatch.setattr(type(small_model), "forward", doubled)
+    monkeypatch.setattr(type(small_model), "forward", double_logits)
     assert choose_forward(small_model, head) is forward_plain
 
 

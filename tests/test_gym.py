@@ -22,13 +22,13 @@ from grpo.types import Example, Failure, Sample
 NO_GOLD = ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"]
 
 
-def first(task: str, **options: Any) -> Example:
+def read_first(task: str, **options: Any) -> Example:
     return ReasoningGym(task, size=2, eval_size=2, options=options).rows("train")[0]
 
 
 @pytest.mark.parametrize("task", NO_GOLD)
 def test_a_task_without_a_gold_answer_shows_none_and_compares_with_none(task: str) -> None:
-    example = first(task)
+    example = read_first(task)
     assert example.answer == ""
     assert example.lenient is not None
     for text in ("<answer>None</answer>", "<answer></answer>"):
@@ -40,14 +40,14 @@ def test_a_task_without_a_gold_answer_shows_none_and_compares_with_none(task: st
 
 
 def test_what_such_a_task_accepts_is_right() -> None:
-    example = first("graph_color")
+    example = read_first("graph_color")
     colors = {str(k): v for k, v in example.columns["possible_answer"].items()}
     assert example.verify(f"<answer>{json.dumps(colors)}</answer>") == 1.0
 
 
 def test_a_task_that_takes_any_answer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"game_of_life_halting: .* accepts any answer"):
-        first("game_of_life_halting")
+        read_first("game_of_life_halting")
 
 
 @pytest.mark.parametrize(("task", "answer"), [("complex_arithmetic", "NaN"), ("coin_flip", "0.0")])
@@ -76,25 +76,27 @@ def test_what_a_scorer_takes_for_right_everywhere_is_wrong(
 )
 def test_a_composite_of_nothing_that_there_is_is_refused(datasets: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        first("composite", **({} if datasets is None else {"datasets": datasets}))
+        read_first("composite", **({} if datasets is None else {"datasets": datasets}))
 
 
 def test_a_composite_is_of_the_tasks_that_are_named() -> None:
-    example = first("composite", datasets=[{"name": "chain_sum"}, {"name": "gcd", "weight": 2}])
+    example = read_first(
+        "composite", datasets=[{"name": "chain_sum"}, {"name": "gcd", "weight": 2}]
+    )
     assert example.verify(f"<answer>{example.answer}</answer>") == 1.0
 
 
 @pytest.mark.slow
 def test_an_answer_that_never_ends_is_a_failure_and_holds_nothing_up() -> None:
     """The scorer evaluates answers: a huge power is a failure, a small one may be right."""
-    example = first("countdown")
+    example = read_first("countdown")
     gold = example.answer
     assert example.verify(f"<answer>({gold}) * 1^0</answer>") == 0.0  # other numbers
     start = time.monotonic()
     assert example.verify("<answer>9**9**9**9</answer>") == Failure("no verdict within 5 s")
     assert time.monotonic() - start < 60
     assert example.verify(f"<answer>{gold}</answer>") == 1.0
-    power = first("polynomial_multiplication")
+    power = read_first("polynomial_multiplication")
     assert "**" in power.answer
     assert power.verify(f"<answer>{power.answer}</answer>") == 1.0
 

@@ -46,10 +46,10 @@ def answer(
 def read_answer(printed: str, code: Any) -> dict[str, Any]:
     """The one line of standard output, whose exit code is the process's."""
     assert printed.count("\n") == 1, printed
-    found: dict[str, Any] = json.loads(printed)
-    assert found["schema"] == SCHEMA
-    assert found["exit_code"] == code
-    return found
+    content: dict[str, Any] = json.loads(printed)
+    assert content["schema"] == SCHEMA
+    assert content["exit_code"] == code
+    return content
 
 
 # The page names every field, and no other.
@@ -66,15 +66,15 @@ def list_fields(value: Any, known: set[str], prefix: str = "") -> Iterator[str]:
     if value in ([], {}):
         yield prefix
     elif isinstance(value, list) and any(name.startswith(f"{prefix}[]") for name in known):
-        for own in value:
-            yield from list_fields(own, known, f"{prefix}[]")
+        for element in value:
+            yield from list_fields(element, known, f"{prefix}[]")
     elif isinstance(value, Mapping) and (
         not prefix or any(name.startswith(f"{prefix}.") for name in known)
     ):
         free = any(name.startswith(f"{prefix}.NAME") for name in known)
-        for name, own in value.items():
+        for name, element in value.items():
             path = "NAME" if free else name
-            yield from list_fields(own, known, f"{prefix}.{path}" if prefix else path)
+            yield from list_fields(element, known, f"{prefix}.{path}" if prefix else path)
     else:
         yield prefix
 
@@ -82,7 +82,7 @@ def list_fields(value: Any, known: set[str], prefix: str = "") -> Iterator[str]:
 def check_page(heading: str, *objects: Mapping[str, Any], brief: bool = False) -> None:
     """brief: those that a note of the page leaves out are not there."""
     known = read_page(heading)
-    found = {path for own in objects for path in list_fields(own, known)}
+    found = {path for content in objects for path in list_fields(content, known)}
     reached = {path.removesuffix("[]") for path in found}
     assert {path for path in found - known if not is_above(path, known)} == set()
     if not brief:
@@ -275,8 +275,8 @@ def test_a_failure_is_an_object_too(
 ) -> None:
     (tmp_path / "failing_reward.py").write_text("def fail(samples):\n    raise ValueError('no')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    own = "+reward.own._target_=failing_reward.fail"
-    found = answer(*QUICK, own, "max_steps=1", "hydra.run.dir=run")
+    reward = "+reward.own._target_=failing_reward.fail"
+    found = answer(*QUICK, reward, "max_steps=1", "hydra.run.dir=run")
     assert (found["status"], found["exit_code"]) == ("failed", 1)
     assert "reward.own" in found["error"]["message"]
     assert found["run"]["status"] == "failed"
@@ -324,7 +324,7 @@ def test_a_study_is_driven_by_json_alone(tmp_path: Path) -> None:
     assert ask("check", "-m", *settings, *jobs)["check"]["jobs_left"] == 0
     listed = ask("runs")["outputs"]
     check_page("A sweep", *listed["sweeps"], brief=True)
-    assert [own["folder"] for own in listed["runs"]] == ["outputs/first"]
+    assert [run["folder"] for run in listed["runs"]] == ["outputs/first"]
     assert ask("report", "outputs/sweep")["sweeps"][0]["settings"] == sweep["settings"]
     exported = ask("export", sweep["best"]["folder"], "model")["export"]
     check_page("An exported model", exported)

@@ -42,7 +42,7 @@ class SnapshotOptimizer(Optimizer):
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, rollout: Rollout, row: int, temperature: float) -> Tensor:
+def compute_logits(model: nn.Module, rollout: Rollout, row: int, temperature: float) -> Tensor:
     """Returns the logits [C, V] before each token of a completion, by a separate plain forward."""
     prompt = rollout.prompts[row // rollout.num_generation].token_ids
     completion = rollout.tokens_NC[row, : rollout.lengths_N[row]].tolist()
@@ -50,7 +50,7 @@ def logits_of(model: nn.Module, rollout: Rollout, row: int, temperature: float) 
     return logits_SV[len(prompt) - 1 : -1] / temperature
 
 
-def kept_by(logits_V: Tensor, sampling: Sampling) -> set[int]:
+def select_kept(logits_V: Tensor, sampling: Sampling) -> set[int]:
     """Returns the tokens that top-k, top-p or min-p keeps, by their definitions."""
     probabilities = logits_V.softmax(dim=0).tolist()
     ranked = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
@@ -98,7 +98,7 @@ def test_a_ratio_is_over_what_the_sampler_kept(
     optimizer.model, optimizer.after = tiny.model, []
     ratios: dict[int, tuple[int, Tensor]] = {}  # row -> steps taken before, ratios of its tokens
 
-    def watched(
+    def record_ratios(
         objective: Objective,
         rollout: Rollout,
         learned: UpdateInputs,
@@ -112,7 +112,7 @@ def test_a_ratio_is_over_what_the_sampler_kept(
             ratios[row] = (len(optimizer.after), ratio_C[mask_C])
         return loss
 
-    monkeypatch.setattr(update_module, "compute_loss", watched)
+    monkeypatch.setattr(update_module, "compute_loss", record_ratios)
     generator = torch.Generator().manual_seed(5)
     advantages_N = torch.randn(len(rollout.texts), generator=generator)
     learned = UpdateInputs(advantages_N, old, None, 0.0)
@@ -122,11 +122,11 @@ def test_a_ratio_is_over_what_the_sampler_kept(
     assert len(second) == len(ratios) / 2 == len(QUESTIONS) * GROUP / 2
     elsewhere = outside = 0  # places where the new policy keeps other tokens, or drops this one
     for row in second:
-        old_CV = logits_of(before, rollout, row, sampling.temperature)
-        new_CV = logits_of(optimizer.after[0], rollout, row, sampling.temperature)
+        old_CV = compute_logits(before, rollout, row, sampling.temperature)
+        new_CV = compute_logits(optimizer.after[0], rollout, row, sampling.temperature)
         for place, ratio in enumerate(ratios[row][1].tolist()):
             token, old_V, new_V = int(rollout.tokens_NC[row, place]), old_CV[place], new_CV[place]
-            kept, new_kept = kept_by(old_V, sampling), kept_by(new_V, sampling)
+            kept, new_kept = select_kept(old_V, sampling), select_kept(new_V, sampling)
             assert token in kept
             expected = log_ratio(token, old_V, new_V, kept)
             assert torch.tensor(ratio).log().item() == pytest.approx(expected, abs=1e-4)

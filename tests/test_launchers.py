@@ -15,8 +15,8 @@ import pytest
 
 from grpo.errors import ConfigError
 from grpo.sweep import gpus
-from tests.conftest import read_metrics, run_grpo, wait_for_step
-from tests.test_sweep import QUICK, TWO_STEPS, is_saved_where_it_stopped, statuses, summary
+from tests.conftest import read_metrics, read_summary, run_grpo, wait_for_step
+from tests.test_sweep import QUICK, TWO_STEPS, is_saved_where_it_stopped, list_statuses
 
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 LONGER = (
@@ -38,14 +38,14 @@ def test_joblib_runs_two_at_once_and_stops_in_order(tmp_path: Path) -> None:
         wait_for_step(sweep / number, 2, process)  # type: ignore[arg-type]
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "log").read_text()
-    assert statuses(sweep) == ["interrupted", "interrupted", "none"]
+    assert list_statuses(sweep) == ["interrupted", "interrupted", "none"]
     assert all(is_saved_where_it_stopped(sweep / number) for number in "01")
     threads = max(1, joblib.cpu_count() // 2)
-    assert f" {threads} thread" in summary(sweep / "0")["device"]
+    assert f" {threads} thread" in read_summary(sweep / "0")["device"]
 
     done = run_grpo("-m", "sweep_dir=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert statuses(sweep) == ["finished"] * 3
+    assert list_statuses(sweep) == ["finished"] * 3
     assert [line["step"] for line in read_metrics(sweep / "0")] == list(range(31))
     assert not list(sweep.glob(".stop*"))
 
@@ -77,7 +77,7 @@ def test_a_worker_that_dies_costs_its_own_job_alone(
         "+reward.picky.weight=1", "+reward.picky.limit=0,1,2,3", "sweep_dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert statuses(tmp_path / "sweep")[1:] == ["killed", "failed", "finished"], done.stderr
+    assert list_statuses(tmp_path / "sweep")[1:] == ["killed", "failed", "finished"], done.stderr
     assert "job 1: ended from outside" in done.stderr
     assert "no more of this" in done.stderr
 
@@ -143,15 +143,15 @@ def test_submitit_queues_a_job_again_that_runs_out_of_time(tmp_path: Path) -> No
     )  # fmt: skip
     sweep = tmp_path / "sweep"
     wait_for_step(sweep / "0", 5, process)  # type: ignore[arg-type]
-    os.kill(worker_of(sweep / "0"), signal.SIGUSR2)
+    os.kill(find_worker(sweep / "0"), signal.SIGUSR2)
     assert process.wait(240) == 0, (tmp_path / "log").read_text()
-    assert statuses(sweep) == ["finished", "finished"]
+    assert list_statuses(sweep) == ["finished", "finished"]
     whole = run_grpo(*job, "seed=0", "hydra.run.dir=whole", cwd=tmp_path)
     assert whole.returncode == 0
     assert read_metrics(sweep / "0") == read_metrics(tmp_path / "whole")
 
 
-def worker_of(run: Path) -> int:
+def find_worker(run: Path) -> int:
     """Returns the id of the process that locks a run's folder."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

@@ -39,52 +39,52 @@ TREE = Tree((7, 4), (5, 3, 0, 2))
 TOKENS = torch.randint(0, VOCABULARY, (7 + 4 + 10,), generator=torch.Generator().manual_seed(1))
 
 
-def with_large_weights(made: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+def build_with_large_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = made().eval()
+    model = build().eval()
     for parameter in model.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     return model
 
 
-def hidden(model: PreTrainedModel) -> Tensor:
+def compute_hidden(model: PreTrainedModel) -> Tensor:
     return compute_hidden_states(model, TOKENS, TREE.positions(torch.device("cpu")), TreePlan(TREE))
 
 
 @pytest.mark.parametrize("name", USUAL)
 def test_states_and_gradients_are_those_of_the_models_own_layers(name: str) -> None:
-    model = with_large_weights(USUAL[name])
+    model = build_with_large_weights(USUAL[name])
     assert len(find_supported_layers(model)) == SHAPE["num_hidden_layers"]
     weight = torch.randn(len(TOKENS), SHAPE["hidden_size"])
 
-    def found(within: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
+    def compute(within: Callable[[], object]) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad()
         with within():  # type: ignore[attr-defined]
             for _ in range(2):  # the second time, it adds to existing gradients
-                states = hidden(model)
+                states = compute_hidden(model)
                 (states * weight).sum().backward()
         return states, [p.grad for p in model.base_model.parameters() if p.grad is not None]
 
-    own, own_grads = found(nullcontext)
-    ours, our_grads = found(lambda: fast_forward_pass(model))
-    assert_close(ours, own, atol=1e-5, rtol=1e-4)
-    assert len(our_grads) == len(own_grads) == len(list(model.base_model.parameters()))
-    for a, b in zip(our_grads, own_grads, strict=True):
+    expected, expected_grads = compute(nullcontext)
+    fast_states, fast_grads = compute(lambda: fast_forward_pass(model))
+    assert_close(fast_states, expected, atol=1e-5, rtol=1e-4)
+    assert len(fast_grads) == len(expected_grads) == len(list(model.base_model.parameters()))
+    for a, b in zip(fast_grads, expected_grads, strict=True):
         assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-3)
 
 
 @pytest.mark.parametrize("frozen", ["embed_tokens", "q_proj", "norm", "mlp"])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen: str) -> None:
-    model = with_large_weights(USUAL["qwen2"])
+    model = build_with_large_weights(USUAL["qwen2"])
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in parameter_name)
-    hidden(model).sum().backward()
-    own = {n: p.grad for n, p in model.base_model.named_parameters()}
+    compute_hidden(model).sum().backward()
+    expected_grads = {n: p.grad for n, p in model.base_model.named_parameters()}
     model.zero_grad()
     with fast_forward_pass(model):
-        hidden(model).sum().backward()
+        compute_hidden(model).sum().backward()
     for parameter_name, parameter in model.base_model.named_parameters():
-        expected = own[parameter_name]
+        expected = expected_grads[parameter_name]
         assert (parameter.grad is None) == (expected is None) == (frozen in parameter_name)
         if expected is not None:
             assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-3)
@@ -96,20 +96,20 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen: str) -> None:
 def test_weights_laid_out_together_give_the_same(
     name: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = with_large_weights(USUAL[name])
-    own = hidden(model)
+    model = build_with_large_weights(USUAL[name])
+    expected = compute_hidden(model)
     if not compiles:
         monkeypatch.setattr(kernel, "load_kernel", lambda: None)
     with fast_decoding(model, 16):
-        assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
+        assert_close(compute_hidden(model), expected, atol=1e-5, rtol=1e-4)
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 def test_a_plain_forward_pass_is_as_ever() -> None:
-    model = with_large_weights(USUAL["llama"])
-    own = model(input_ids=TOKENS[None]).logits
+    model = build_with_large_weights(USUAL["llama"])
+    expected = model(input_ids=TOKENS[None]).logits
     with fast_forward_pass(model):
-        assert_close(model(input_ids=TOKENS[None]).logits, own, atol=1e-4, rtol=1e-4)
+        assert_close(model(input_ids=TOKENS[None]).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_layers_of_another_kind_are_left_alone() -> None:
@@ -127,22 +127,22 @@ def test_layers_of_another_kind_are_left_alone() -> None:
 def test_each_layer_is_tried_for_itself() -> None:
     """All of SmolLM3's layers are of one class, but every fourth has no positions."""
     shape = {**SHAPE, "num_hidden_layers": 5}
-    model = with_large_weights(lambda: SmolLM3ForCausalLM(SmolLM3Config(**shape)))
+    model = build_with_large_weights(lambda: SmolLM3ForCausalLM(SmolLM3Config(**shape)))
     numbers = [layer.module.self_attn.layer_idx for layer in find_supported_layers(model)]
     assert numbers == [0, 1, 2, 4]
-    own = hidden(model)
+    expected = compute_hidden(model)
     with fast_forward_pass(model):
-        assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
+        assert_close(compute_hidden(model), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_layer_with_an_adapter_keeps_it() -> None:
-    model = with_large_weights(USUAL["llama"])
+    model = build_with_large_weights(USUAL["llama"])
     model.add_adapter(LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[0]))
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             parameter.data.normal_()
     numbers = [layer.module.self_attn.layer_idx for layer in find_supported_layers(model)]
     assert numbers == list(range(1, SHAPE["num_hidden_layers"]))
-    own = hidden(model)
+    expected = compute_hidden(model)
     with fast_forward_pass(model):
-        assert_close(hidden(model), own, atol=1e-5, rtol=1e-4)
+        assert_close(compute_hidden(model), expected, atol=1e-5, rtol=1e-4)

@@ -18,7 +18,7 @@ from grpo.models.cpu.select import fast_forward_pass
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
 
-def kept_bytes(model: PreTrainedModel, tokens: Tensor) -> int:
+def measure_kept_bytes(model: PreTrainedModel, tokens: Tensor) -> int:
     """Returns the memory that a forward pass keeps for its backward, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -45,31 +45,31 @@ def test_outputs_and_gradients_are_the_modules_own(name: str) -> None:
     for module, forward in modules.items():
         x = torch.randn(1, 5, 32, requires_grad=True)
         wanted = [x, *module.parameters()]
-        own, ours = module(x), forward(x)
-        assert_close(ours, own)
-        weight = torch.randn_like(own)
-        expected = torch.autograd.grad((own * weight).sum(), wanted)
-        found = torch.autograd.grad((ours * weight).sum(), wanted)
+        output, fast_output = module(x), forward(x)
+        assert_close(fast_output, output)
+        weight = torch.randn_like(output)
+        expected = torch.autograd.grad((output * weight).sum(), wanted)
+        found = torch.autograd.grad((fast_output * weight).sum(), wanted)
         for a, b in zip(found, expected, strict=True):
             assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padding", [None, 3])
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("has_gradient", [True, False])
 def test_a_lookups_gradient_is_added_to_what_the_weight_has(
-    padding: int | None, there: bool
+    padding: int | None, has_gradient: bool
 ) -> None:
     torch.manual_seed(0)
-    own, plain = (nn.Embedding(20, 8, padding_idx=padding) for _ in range(2))
-    plain.load_state_dict(own.state_dict())
-    (forward,) = make_embedding_forwards(nn.Sequential(own)).values()
+    replaced, plain = (nn.Embedding(20, 8, padding_idx=padding) for _ in range(2))
+    plain.load_state_dict(replaced.state_dict())
+    (forward,) = make_embedding_forwards(nn.Sequential(replaced)).values()
     tokens = torch.randint(0, 6, (1, 40))  # each occurs several times, padding too
-    for module, look in ((own, forward), (plain, plain)):
-        module.weight.grad = torch.ones_like(module.weight) if there else None
+    for module, look in ((replaced, forward), (plain, plain)):
+        module.weight.grad = torch.ones_like(module.weight) if has_gradient else None
         (look(tokens) * torch.arange(40.0)[:, None]).sum().backward()
-    assert own.weight.grad is not None
+    assert replaced.weight.grad is not None
     assert plain.weight.grad is not None
-    assert_close(own.weight.grad, plain.weight.grad)
+    assert_close(replaced.weight.grad, plain.weight.grad)
 
 
 def test_an_embedding_that_does_more_is_left_alone() -> None:
@@ -84,9 +84,9 @@ def test_an_embedding_that_does_more_is_left_alone() -> None:
 def test_a_forward_pass_keeps_a_third_less() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     tokens = torch.randint(0, 97, (1, 64))
-    usual = kept_bytes(model, tokens)
+    usual = measure_kept_bytes(model, tokens)
     with fast_forward_pass(model):
-        assert kept_bytes(model, tokens) < 0.7 * usual
+        assert measure_kept_bytes(model, tokens) < 0.7 * usual
 
 
 def test_what_computes_something_else_is_left_alone() -> None:
@@ -115,6 +115,6 @@ def test_an_adapted_block_keeps_its_adapter() -> None:
     assert len(blocks) == 3
     expected = [block(x) for block in blocks]
     with computed_as(blocks):
-        for block, own in zip(blocks, expected, strict=True):
+        for block, output in zip(blocks, expected, strict=True):
             assert isinstance(block, nn.Module)
-            assert_close(block(x), own)
+            assert_close(block(x), output)

@@ -162,7 +162,7 @@ def test_kl_estimators_by_hand() -> None:
     assert_close(forward_k3(policy, reference), tensor([-0.5 * math.log(2) + 0.5]))
 
 
-def two_distributions(seed: int, size: int = 50) -> tuple[Tensor, Tensor]:
+def draw_distributions(seed: int, size: int = 50) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, size, generator=generator, dtype=torch.float64)
     return logits.log_softmax(dim=-1).unbind()
@@ -174,10 +174,10 @@ def two_distributions(seed: int, size: int = 50) -> tuple[Tensor, Tensor]:
 )
 def test_unbiased_estimators_are_unbiased(estimator: Estimator, exact: Estimator) -> None:
     """The mean over the policy is the divergence, summed over all outcomes or sampled."""
-    policy, reference = two_distributions(0)
+    policy, reference = draw_distributions(0)
     expected = exact(policy, reference)
     assert_close((policy.exp() * estimator(policy, reference)).sum(), expected)
-    drawn = torch.multinomial(policy.exp(), 200_000, replacement=True, generator=seeded(1))
+    drawn = torch.multinomial(policy.exp(), 200_000, replacement=True, generator=make_generator(1))
     values = estimator(policy[drawn], reference[drawn])
     error = float(values.std()) / math.sqrt(len(values))
     assert abs(float(values.mean() - expected)) < 4 * error
@@ -186,8 +186,8 @@ def test_unbiased_estimators_are_unbiased(estimator: Estimator, exact: Estimator
 
 def test_k2_is_biased_in_the_third_order_alone() -> None:
     """Half the distance gives a quarter of the divergence and an eighth of the bias."""
-    policy, _ = two_distributions(0)
-    direction = two_distributions(1)[1]
+    policy, _ = draw_distributions(0)
+    direction = draw_distributions(1)[1]
     biases = []
     for step in (0.02, 0.01):
         reference = (policy + step * direction).log_softmax(dim=-1)
@@ -215,7 +215,7 @@ def test_whose_gradient_an_estimator_has(
     The probabilities that weight the samples have no gradient; the ratio, if it is used, has one.
     """
     estimator = ESTIMATORS[direction][name]
-    start, reference = two_distributions(2)
+    start, reference = draw_distributions(2)
     logits = start.clone().requires_grad_()
     policy = logits.log_softmax(dim=-1)
     values = estimator(policy, reference)
@@ -252,7 +252,7 @@ def test_ratios_by_hand() -> None:
     assert_close(RATIOS["sequence_product"](new, old, mask), tensor([[4.0]]))
 
 
-def seeded(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -316,7 +316,7 @@ def test_a_clipped_token_has_no_gradient_and_a_weighed_one_has() -> None:
         assert logprobs.grad.item() == expected
 
 
-def tokens(*lengths: int, minibatch: list[int] | None = None, longest: int = 4) -> Tokens:
+def make_tokens(*lengths: int, minibatch: list[int] | None = None, longest: int = 4) -> Tokens:
     mask_NC = torch.arange(max(lengths)) < tensor(lengths)[:, None]
     return Tokens(mask_NC, tensor(minibatch or [0] * len(lengths)), longest)
 
@@ -333,23 +333,23 @@ def tokens(*lengths: int, minibatch: list[int] | None = None, longest: int = 4) 
 )
 def test_weights_by_hand(averaging: str, expected: list[list[float]]) -> None:
     """Weights completions of 4 tokens and of 1, with max_tokens 10, each in its own minibatch."""
-    found = AVERAGINGS[averaging](tokens(4, 1, minibatch=[0, 1], longest=10))
+    found = AVERAGINGS[averaging](make_tokens(4, 1, minibatch=[0, 1], longest=10))
     assert_close(found, tensor(expected))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_sequence_weights_are_the_mean_of_the_means(lengths: list[int]) -> None:
-    own = tokens(*lengths)
-    values_NC = torch.rand(own.mask_NC.shape)
+    tokens = make_tokens(*lengths)
+    values_NC = torch.rand(tokens.mask_NC.shape)
     mean_of_means = torch.stack(
         [row[:length].mean() for row, length in zip(values_NC, lengths, strict=True)]
     ).mean()
-    assert_close((AVERAGINGS["sequence_mean"](own) * values_NC).sum(), mean_of_means)
+    assert_close((AVERAGINGS["sequence_mean"](tokens) * values_NC).sum(), mean_of_means)
 
 
 def test_the_least_certain_tokens_by_hand() -> None:
     """Of 0.1 0.2 0.3 0.4 0.5, the upper two fifths are those above the 0.6-quantile, 0.34."""
-    entropy, mask = tensor([[0.1, 0.5, 0.3], [0.2, 0.4, 9.0]]), tokens(3, 2).mask_NC
+    entropy, mask = tensor([[0.1, 0.5, 0.3], [0.2, 0.4, 9.0]]), make_tokens(3, 2).mask_NC
     chosen = top_entropy_mask(entropy, mask, 0.4)
     assert chosen.tolist() == [[False, True, False], [False, True, False]]
     assert torch.equal(top_entropy_mask(entropy, mask, 1.0), mask)

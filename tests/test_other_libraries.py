@@ -18,7 +18,7 @@ JOB = ("experiment=smoke", "max_steps=1", "dataset.size=24", "dataset.eval_size=
 LOCAL = ("tracking=none", "model=local", "model.path=model")
 
 
-def refused(grpo: Grpo, *overrides: str) -> str:
+def run_refused(grpo: Grpo, *overrides: str) -> str:
     """The one line that a refusal prints; nothing of the run is left."""
     code, printed = grpo(*JOB, "hydra.run.dir=run", *overrides)
     said = [line for line in printed.splitlines() if line.startswith("grpo: ")]
@@ -29,7 +29,7 @@ def refused(grpo: Grpo, *overrides: str) -> str:
     return said[0]
 
 
-def tiny_with(config: dict[str, Any], **files: str) -> None:
+def copy_tiny_with(config: dict[str, Any], **files: str) -> None:
     """The tiny model in ./model with other keys in its config, and other files."""
     shutil.copytree(PACKAGE_FOLDER / "tiny", "model")
     file = Path("model/config.json")
@@ -54,15 +54,15 @@ def tiny_with(config: dict[str, Any], **files: str) -> None:
 def test_a_model_that_cant_be_loaded(
     config: dict[str, Any], files: dict[str, str], reason: str, grpo: Grpo
 ) -> None:
-    tiny_with(config, **files)
-    line = refused(grpo, *LOCAL)
+    copy_tiny_with(config, **files)
+    line = run_refused(grpo, *LOCAL)
     assert line.startswith("grpo: model: transformers can't load this as a causal model: ")
     assert reason in line
 
 
 def test_weights_that_are_missing_are_not_made_up(grpo: Grpo) -> None:
-    tiny_with({"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5})
-    assert "has no weights for model.layers.4" in refused(grpo, *LOCAL)
+    copy_tiny_with({"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5})
+    assert "has no weights for model.layers.4" in run_refused(grpo, *LOCAL)
 
 
 def test_weights_that_are_quantized_already_are_not_trained(grpo: Grpo) -> None:
@@ -74,13 +74,13 @@ def test_weights_that_are_quantized_already_are_not_trained(grpo: Grpo) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(PACKAGE_FOLDER / "tiny" / name, "model")
     for adapter in ("none", "lora", "qlora"):
-        assert "already quantized" in refused(grpo, *LOCAL, f"adapter={adapter}")
+        assert "already quantized" in run_refused(grpo, *LOCAL, f"adapter={adapter}")
 
 
 def test_a_template_that_takes_no_system_message(grpo: Grpo) -> None:
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('only users') }}{% endif %}"
-    tiny_with({}, chat_template__jinja=refuses + "{{ messages[-1].content }}")
-    line = refused(grpo, *LOCAL)
+    copy_tiny_with({}, chat_template__jinja=refuses + "{{ messages[-1].content }}")
+    line = run_refused(grpo, *LOCAL)
     assert "set dataset.system_prompt=null" in line
     assert "only users" in line
 
@@ -93,7 +93,7 @@ def test_a_template_that_takes_no_system_message(grpo: Grpo) -> None:
     ],
 )
 def test_a_target_that_peft_refuses(override: str, reason: str, grpo: Grpo) -> None:
-    line = refused(grpo, "tracking=none", "adapter=lora", override)
+    line = run_refused(grpo, "tracking=none", "adapter=lora", override)
     assert reason in line
 
 
@@ -109,7 +109,7 @@ def test_a_target_that_peft_refuses(override: str, reason: str, grpo: Grpo) -> N
     ],
 )
 def test_what_wandb_refuses(override: str, reason: str, grpo: Grpo) -> None:
-    assert reason in refused(grpo, "tracking=wandb", override)
+    assert reason in run_refused(grpo, "tracking=wandb", override)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_wandb_refuses_of_the_environment(
     variable: str, value: str, reason: str, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert reason in refused(grpo, "tracking=wandb")
+    assert reason in run_refused(grpo, "tracking=wandb")
 
 
 @pytest.mark.parametrize(

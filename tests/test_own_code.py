@@ -212,10 +212,12 @@ def test_the_key_is_refused_or_told_where_it_does_nothing(grpo: Grpo) -> None:
     code, printed = grpo("experiment=smoke", "tracking=none", KEY)
     assert code == 2
     assert f"{KEY}: model=tiny is part of this package" in printed
-    given = ["model=local", "model.path=x", KEY]
-    (line,) = explain_unused_keys(compose(*given), given, Facts(True, 10, own_code=False))
+    overrides = ["model=local", "model.path=x", KEY]
+    (line,) = explain_unused_keys(compose(*overrides), overrides, Facts(True, 10, own_code=False))
     assert line.startswith("model.trust_remote_code=True does nothing here")
-    assert not list(explain_unused_keys(compose(*given), given, Facts(True, 10, own_code=True)))
+    assert not list(
+        explain_unused_keys(compose(*overrides), overrides, Facts(True, 10, own_code=True))
+    )
 
 
 def test_a_cache_without_the_code_is_not_whole_where_the_code_is_run(

@@ -33,27 +33,27 @@ LENGTHS = torch.tensor([9, 1, 4, 9, 2, 7, 3, 9, 5, 6, 8, 1])
 TRUNCATED = torch.tensor([1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]).bool()
 
 
-def composed(*overrides: str) -> Any:
+def compose_config(*overrides: str) -> Any:
     GlobalHydra.instance().clear()
     schema.register_schema()
     with initialize_config_dir(str(schema.find_conf_folder()), version_base="1.3"):
         return compose("config", [f"max_new_tokens={C}", *overrides])
 
 
-def random_step(seed: int, spread: float) -> dict[str, Tensor]:
+def draw_step(seed: int, spread: float) -> dict[str, Tensor]:
     """Log-probabilities of three policies, in float64; `spread` is how far the policy has moved."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal() -> Tensor:
+    def draw_normal() -> Tensor:
         return torch.randn(N, C, generator=generator, dtype=torch.float64)
 
-    old = -normal().abs() - 0.1
+    old = -draw_normal().abs() - 0.1
     mask = torch.arange(C) < LENGTHS[:, None]
     return {
         "old": old * mask,
-        "new": (old + spread * normal()) * mask,
-        "reference": (old + 0.3 * normal()) * mask,
-        "entropy": normal().abs() * mask,
+        "new": (old + spread * draw_normal()) * mask,
+        "reference": (old + 0.3 * draw_normal()) * mask,
+        "entropy": draw_normal().abs() * mask,
         "advantages": torch.randn(N, generator=generator, dtype=torch.float64),
         "mask": mask,
     }
@@ -183,22 +183,20 @@ LOSSES: dict[str, tuple[list[str], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradient_are_trls(name: str, spread: float, seed: int) -> None:
     overrides, settings = LOSSES[name]
-    step = random_step(seed, spread)
-    ours, our_gradient = our_loss(composed(*overrides, "kl_weight=0.1"), step)
-    theirs, their_gradient = their_loss(step, **dict(settings))
-    assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
-    assert float((our_gradient - their_gradient).abs().max()) <= 1e-5 * float(
-        their_gradient.abs().max()
-    )
+    step = draw_step(seed, spread)
+    loss, gradient = our_loss(compose_config(*overrides, "kl_weight=0.1"), step)
+    trl_loss, trl_gradient = their_loss(step, **dict(settings))
+    assert_close(loss, trl_loss, rtol=1e-5, atol=1e-9)
+    assert float((gradient - trl_gradient).abs().max()) <= 1e-5 * float(trl_gradient.abs().max())
 
 
 def test_rloos_loss_is_trls() -> None:
     """TRL's own RLOO trainer, whose KL is in the reward."""
     from trl.trainer.rloo_trainer import RLOOTrainer
 
-    step = random_step(0, 0.02)
-    cfg = composed("algorithm=rloo", "kl=none")
-    ours, our_gradient = our_loss(cfg, step)
+    step = draw_step(0, 0.02)
+    cfg = compose_config("algorithm=rloo", "kl=none")
+    loss, gradient = our_loss(cfg, step)
     new = step["new"].clone().requires_grad_()
     from accelerate import Accelerator
 
@@ -213,10 +211,10 @@ def test_rloos_loss_is_trls() -> None:
         "completion_ids": torch.zeros(N, C).long(), "completion_mask": step["mask"].long(),
         "advantages": step["advantages"], "old_logps": step["old"].sum(1),
     }  # fmt: skip
-    theirs = RLOOTrainer._compute_loss(trainer, None, inputs)
-    theirs.backward()
-    assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-9)
-    assert_close(our_gradient, new.grad, rtol=1e-5, atol=1e-9)
+    trl_loss = RLOOTrainer._compute_loss(trainer, None, inputs)
+    trl_loss.backward()
+    assert_close(loss, trl_loss.detach(), rtol=1e-5, atol=1e-9)
+    assert_close(gradient, new.grad, rtol=1e-5, atol=1e-9)
 
 
 REWARDS = [[1.0, 0.0, 0.5, 2.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 1.0, 0.0], [0.2, 0.1, 0.4, 0.3]]
@@ -237,28 +235,28 @@ ADVANTAGES = {
 def test_advantages_are_trls(name: str, tmp_path: Path) -> None:
     """Two rewards, one of which doesn't apply everywhere, out of a real trainer's step."""
     overrides, settings = ADVANTAGES[name]
-    theirs = trained_advantages("RLOO" if name == "RLOO" else "GRPO", settings, tmp_path)
+    trl_advantages = train_for_advantages("RLOO" if name == "RLOO" else "GRPO", settings, tmp_path)
     parts_RBG = torch.tensor(
         [[[float("nan") if v is None else v for v in row] for row in p] for p in (REWARDS, FORMATS)]
     )
-    ours = build_advantage(composed(*overrides))(parts_RBG, torch.tensor([1.0, 0.5]))
-    assert_close(ours.flatten(), theirs, rtol=1e-5, atol=1e-6)
+    advantages = build_advantage(compose_config(*overrides))(parts_RBG, torch.tensor([1.0, 0.5]))
+    assert_close(advantages.flatten(), trl_advantages, rtol=1e-5, atol=1e-6)
 
 
-def trained_advantages(kind: str, settings: dict[str, Any], folder: Path) -> Tensor:
+def train_for_advantages(kind: str, settings: dict[str, Any], folder: Path) -> Tensor:
     """The advantages of a real trainer's first step, in the order of REWARDS."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def values(table: list[list[float | None]]) -> Any:
+    def make_reward(table: list[list[float | None]]) -> Any:
         def reward(prompts: list[str], **columns: Any) -> list[float | None]:
             counts: dict[str, int] = defaultdict(int)
-            given = []
+            rewards = []
             for prompt in prompts:
                 number = int(prompt)
-                given.append(table[number][counts[prompt]])
+                rewards.append(table[number][counts[prompt]])
                 counts[prompt] += 1
-            return given
+            return rewards
 
         return reward
 
@@ -267,7 +265,7 @@ def trained_advantages(kind: str, settings: dict[str, Any], folder: Path) -> Ten
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(PACKAGE_FOLDER / "tiny", dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny"),
-        reward_funcs=[values(REWARDS), values(FORMATS)],
+        reward_funcs=[make_reward(REWARDS), make_reward(FORMATS)],
         train_dataset=Dataset.from_dict({"prompt": ["0", "1", "2", "3"]}),
         args=options(
             output_dir=str(folder), report_to="none", use_cpu=True, max_steps=1, beta=0.0,

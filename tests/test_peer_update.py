@@ -29,7 +29,7 @@ from grpo.training.loss import UpdateInputs
 from grpo.training.optimizer import SCHEDULES, Optimizer
 from grpo.training.update import score_old_policy, update_policy
 from grpo.types import Example, Prompt, Rollout
-from tests.test_peer import composed
+from tests.test_peer import compose_config
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install grpo-bench[bench]")
 
@@ -72,7 +72,7 @@ class RecordingSGD(torch.optim.SGD):
         self.gradients.append({id(p): p.grad.clone() for p in parameters})
         super().step(closure)
 
-    def named(self, model: nn.Module) -> list[dict[str, Tensor]]:
+    def name_gradients(self, model: nn.Module) -> list[dict[str, Tensor]]:
         names = {id(p): name for name, p in model.named_parameters()}
         return [{names[n]: g for n, g in step.items()} for step in self.gradients]
 
@@ -121,7 +121,12 @@ def shuffle_whole_groups(rows: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     groups = torch.randperm(PROMPTS, generator=generator).view(MINIBATCHES, -1)
     rows_MS = (groups[..., None] * GROUP + torch.arange(GROUP)).flatten(1)
-    order = torch.cat([own[torch.randperm(len(own), generator=generator)] for own in rows_MS])
+    order = torch.cat(
+        [
+            row_numbers[torch.randperm(len(row_numbers), generator=generator)]
+            for row_numbers in rows_MS
+        ]
+    )
     whole = {"num_items_in_batch"}
     return {name: value if name in whole else value[order] for name, value in rows.items()}
 
@@ -171,10 +176,10 @@ def train_peer(
     assert len(seen) == MICRO_BATCHES * ITERATIONS
     assert all(seen[n] is seen[n % MICRO_BATCHES] for n in range(len(seen)))  # generated once
     loss = sum(losses) / (MINIBATCHES * ITERATIONS)
-    return rows_of(seen[:MICRO_BATCHES]), Steps(optimizer.named(model), loss)
+    return group_rows(seen[:MICRO_BATCHES]), Steps(optimizer.name_gradients(model), loss)
 
 
-def rows_of(micro: list[dict[str, Any]]) -> Rows:
+def group_rows(micro: list[dict[str, Any]]) -> Rows:
     """A generation's micro-batches as groups, in the order of QUESTIONS."""
     tokenizer = AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny")
     prompt_ids = [
@@ -186,19 +191,22 @@ def rows_of(micro: list[dict[str, Any]]) -> Rows:
         for question in QUESTIONS
     ]
     names = ("completion_ids", "completion_mask", "advantages", "old_per_token_logps")
-    found: list[list[Any]] = []
+    rows: list[list[Any]] = []
     for number, batch in enumerate(micro):
         step = number // (MICRO_BATCHES // MINIBATCHES)
         for row in range(MICRO_ROWS):
             prompt = tuple(batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist())
-            found.append([prompt_ids.index(prompt), step, *(batch[name][row] for name in names)])
-    found.sort(key=lambda row: row[0])
-    which, steps = torch.tensor([row[0] for row in found]), torch.tensor([row[1] for row in found])
-    assert which.view(PROMPTS, GROUP).eq(torch.arange(PROMPTS)[:, None]).all()
+            rows.append([prompt_ids.index(prompt), step, *(batch[name][row] for name in names)])
+    rows.sort(key=lambda row: row[0])
+    prompt_numbers, steps = (
+        torch.tensor([row[0] for row in rows]),
+        torch.tensor([row[1] for row in rows]),
+    )
+    assert prompt_numbers.view(PROMPTS, GROUP).eq(torch.arange(PROMPTS)[:, None]).all()
     minibatch_BG = steps.view(PROMPTS, GROUP)
     assert minibatch_BG.eq(minibatch_BG[:, :1]).all()  # groups are whole
     tokens_NC, mask_NC, advantages_N, old_NC = (
-        torch.stack([row[n] for row in found]) for n in range(2, 6)
+        torch.stack([row[n] for row in rows]) for n in range(2, 6)
     )
     return Rows(prompt_ids, tokens_NC, mask_NC.bool(), advantages_N, old_NC, minibatch_BG[:, 0])
 
@@ -211,7 +219,7 @@ def train_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[dict[str, float], Steps]:
     """The whole update of these rows, in micro-batches of its own."""
-    cfg = composed(
+    cfg = compose_config(
         *overrides, "kl=k3", f"kl_weight={KL_WEIGHT}", f"max_new_tokens={TOKENS}",
         f"temperature={TEMPERATURE}", f"algorithm.minibatches={MINIBATCHES}",
         f"algorithm.num_iterations={ITERATIONS}",
@@ -246,11 +254,13 @@ def train_ours(
 
     recorder: list[RecordingSGD] = []
 
-    def sgd(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> RecordingSGD:
+    def build_sgd(
+        groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]
+    ) -> RecordingSGD:
         recorder.append(RecordingSGD(groups, lr))
         return recorder[0]
 
-    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", sgd)
+    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", build_sgd)
     monkeypatch.setattr(minibatches, "assign_minibatches", lambda *a: rows.minibatch_B)
     optimizer = Optimizer(
         policy.model, "sgd", rate, MINIBATCHES * ITERATIONS, SCHEDULES["constant"], 0, 0.0,
@@ -258,7 +268,9 @@ def train_ours(
     )  # fmt: skip
     learned = UpdateInputs(advantages_N, old, of_reference.plain_logprobs, KL_WEIGHT)
     updated = update_policy(policy, reference, optimizer, objective, rollout, learned, limit)
-    return updated.metrics, Steps(recorder[0].named(policy.model), updated.metrics["loss/total"])
+    return updated.metrics, Steps(
+        recorder[0].name_gradients(policy.model), updated.metrics["loss/total"]
+    )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05], ids=["at rest", "moving"])
@@ -268,15 +280,17 @@ def test_every_optimizer_steps_gradient_is_trls(
 ) -> None:
     """In fp32, to 1e-5 of the largest: where all ratios are 1, and where some are past the clip."""
     overrides, settings = ALGORITHMS[name]
-    rows, theirs = train_peer(settings, rate, tmp_path, monkeypatch)
-    metrics, ours = train_ours([f"algorithm={name}", *overrides], rate, rows, tiny, monkeypatch)
+    rows, peer_steps = train_peer(settings, rate, tmp_path, monkeypatch)
+    metrics, our_steps = train_ours(
+        [f"algorithm={name}", *overrides], rate, rows, tiny, monkeypatch
+    )
     assert (metrics["policy/clip_fraction"] > 0) == (rate > 0)
     assert (metrics["policy/ratio_max"] > 1.1) == (rate > 0)
     assert metrics["kl/mean"] > 1e-4
-    assert len(ours.gradients) == len(theirs.gradients) == MINIBATCHES * ITERATIONS
-    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5, abs=1e-6)
-    largest = max(float(g.abs().max()) for step in theirs.gradients for g in step.values())
-    for own, other in zip(ours.gradients, theirs.gradients, strict=True):
-        assert own.keys() == other.keys()
-        for key, gradient in other.items():
-            assert float((own[key] - gradient).abs().max()) <= 1e-5 * largest, key
+    assert len(our_steps.gradients) == len(peer_steps.gradients) == MINIBATCHES * ITERATIONS
+    assert our_steps.loss == pytest.approx(peer_steps.loss, rel=1e-5, abs=1e-6)
+    largest = max(float(g.abs().max()) for step in peer_steps.gradients for g in step.values())
+    for gradients, peer_gradients in zip(our_steps.gradients, peer_steps.gradients, strict=True):
+        assert gradients.keys() == peer_gradients.keys()
+        for key, gradient in peer_gradients.items():
+            assert float((gradients[key] - gradient).abs().max()) <= 1e-5 * largest, key

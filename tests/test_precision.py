@@ -22,10 +22,10 @@ BF16 = torch.bfloat16
 TOKENS = torch.arange(3, 33).view(2, 15)
 
 
-def logits(model: PreTrainedModel) -> Tensor:
+def compute_logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad(), torch.autocast("cpu", dtype=BF16):
-        found: Tensor = model(input_ids=TOKENS).logits
-    return found
+        logits: Tensor = model(input_ids=TOKENS).logits
+    return logits
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -35,10 +35,10 @@ def test_no_number_changes_under_autocast(small_model: PreTrainedModel, exact: b
         with torch.no_grad():
             for weight in small_model.parameters():
                 weight.copy_(weight.to(BF16))
-    expected = logits(small_model)
+    expected = compute_logits(small_model)
     stored = copy.deepcopy(small_model).requires_grad_(False)
     store_frozen_weights(stored, BF16)
-    assert torch.equal(logits(stored), expected)
+    assert torch.equal(compute_logits(stored), expected)
     head = stored.get_output_embeddings().weight
     table = stored.get_input_embeddings()
     assert head.dtype == BF16

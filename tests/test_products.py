@@ -18,14 +18,14 @@ from grpo.models.cpu.linear import (
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
 
-def layers() -> nn.Sequential:
+def build_layers() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16, bias=False))
 
 
 @needs_onednn
 def test_gradients_are_torchs() -> None:
-    model, x = layers(), torch.randn(2, 7, 24, requires_grad=True)
+    model, x = build_layers(), torch.randn(2, 7, 24, requires_grad=True)
     wanted = [x, *model.parameters()]
     expected = model(x)
     expected_grads = torch.autograd.grad(expected.square().sum(), wanted)
@@ -40,7 +40,7 @@ def test_gradients_are_torchs() -> None:
 @needs_onednn
 @pytest.mark.parametrize("rows", [1, 5, 32])
 def test_laid_out_weights_give_the_same(rows: int) -> None:
-    model, x = layers(), torch.randn(1, rows, 24)
+    model, x = build_layers(), torch.randn(1, rows, 24)
     with torch.no_grad():
         expected = model(x)
         with computed_as(make_packed_forwards(16, find_linear_layers(model))):
@@ -49,7 +49,7 @@ def test_laid_out_weights_give_the_same(rows: int) -> None:
 
 @needs_onednn
 def test_the_model_is_as_before_also_when_nested() -> None:
-    model = layers()
+    model = build_layers()
     with computed_as(make_linear_forwards(model)):
         outer = model[0].forward
         with computed_as(make_linear_forwards(model[0])), pytest.raises(RuntimeError):
@@ -63,6 +63,6 @@ def test_what_is_more_than_a_product_is_left_alone() -> None:
         pass
 
     assert find_linear_layers(nn.Sequential(Other(2, 2))) == []
-    assert find_linear_layers(layers().double()) == []
+    assert find_linear_layers(build_layers().double()) == []
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert find_linear_layers(layers()) == []
+        assert find_linear_layers(build_layers()) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_grpo, wait_for_step
-from tests.test_sweep import QUICK, TWO_STEPS, is_saved_where_it_stopped, statuses
+from tests.test_sweep import QUICK, TWO_STEPS, is_saved_where_it_stopped, list_statuses
 
 pytest.importorskip("ray")
 
@@ -31,7 +31,7 @@ def test_a_sweep_runs_on_a_cluster(tmp_path: Path) -> None:
         "+reward.picky.weight=1", "+reward.picky.limit=0,1,2", "sweep_dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert statuses(tmp_path / "sweep") == ["finished", "failed", "finished"]
+    assert list_statuses(tmp_path / "sweep") == ["finished", "failed", "finished"]
     assert "no more of this" in done.stderr
 
 
@@ -47,5 +47,5 @@ def test_a_sweep_on_a_cluster_stops_in_order(tmp_path: Path) -> None:
         wait_for_step(sweep / number, 2, process)  # type: ignore[arg-type]
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(120) == 130, (tmp_path / "log").read_text()
-    assert statuses(sweep) == ["interrupted", "interrupted", "none"]
+    assert list_statuses(sweep) == ["interrupted", "interrupted", "none"]
     assert all(is_saved_where_it_stopped(sweep / number) for number in "01")

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from tests.conftest import run_grpo
+from tests.conftest import read_lines, run_grpo
 from tests.test_config import compose
-from tests.test_end_to_end import lines
 
 Grpo = Callable[..., tuple[int, str]]
 ROOT = Path(__file__).parents[1]
@@ -76,14 +75,14 @@ def test_a_part_of_ones_own_takes_under_15_lines_and_works(part: str, tmp_path: 
         cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    last = lines(tmp_path / "run/metrics.jsonl")[-1]
+    last = read_lines(tmp_path / "run/metrics.jsonl")[-1]
     if part == "a reward":
         assert 0 < last["reward/brief"] <= 1
         assert last["reward/mean"] == pytest.approx(
             last["reward/answer"] + 0.2 * last["reward/brief"]
         )
     if part == "a data set":
-        completions = lines(tmp_path / "run/completions.jsonl")
+        completions = read_lines(tmp_path / "run/completions.jsonl")
         assert {row["answer"] for row in completions} == {"Paris", "Lima"}
     if part == "an algorithm":
         assert last["optim/grad_norm"] > 0
@@ -122,7 +121,10 @@ def test_every_choice_is_in_the_readme() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(own, marks=[] if first else [pytest.mark.slow]) for own, first in TYPED.items()],
+    [
+        pytest.param(typed, marks=[] if first else [pytest.mark.slow])
+        for typed, first in TYPED.items()
+    ],
 )
 def test_what_the_pages_type_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each line that trains or evaluates composes and passes the checks.
@@ -138,13 +140,13 @@ def test_what_the_pages_type_is_accepted(command: str, monkeypatch: pytest.Monke
     if words[0] in OTHER_JOBS:
         assert words[0] in JOBS_WITHOUT_CONFIG
         return
-    given = [word for word in words if re.match(r"[+\w./@]+=", word)]
-    given = [word for word in given if not word.startswith(("resume=", "sweep_dir="))]
+    overrides = [word for word in words if re.match(r"[+\w./@]+=", word)]
+    overrides = [word for word in overrides if not word.startswith(("resume=", "sweep_dir="))]
     if words[0] == "eval":
-        check_config(compose(*given, config="eval"))
+        check_config(compose(*overrides, config="eval"))
         return
-    parsed = OverridesParser.create().parse_overrides(given)
-    fixed = [own.input_line for own in parsed if not own.is_sweep_override()]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
     corners = list_corners(build_space(parsed))
     for values in corners[:1] + corners[1:][-1:]:
         cfg = compose(*fixed, *(format_override(key, value) for key, value in values.items()))

@@ -54,13 +54,13 @@ def copy(sweep: Path, tmp_path: Path) -> Path:
     return tmp_path / "sweep"
 
 
-def rows(sweep: Path, table: str = "results") -> list[dict[str, str]]:
+def read_rows(sweep: Path, table: str = "results") -> list[dict[str, str]]:
     with (sweep / f"{table}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 def test_the_table_has_a_row_a_job(sweep: Path) -> None:
-    found = rows(sweep)
+    found = read_rows(sweep)
     assert len(found) == 8
     for n, row in enumerate(found):
         last = read_metrics(sweep / str(n))[-1]
@@ -80,7 +80,7 @@ def test_seeds_are_folded_and_settings_ranked(sweep: Path) -> None:
     assert found.keys == ["kl_weight", "learning_rate"]
     assert len(found.settings) == 4
     by_hand: dict[tuple[float, float], list[float]] = {}
-    for row in rows(sweep):
+    for row in read_rows(sweep):
         setting = (float(row["kl_weight"]), float(row["learning_rate"]))
         by_hand.setdefault(setting, []).append(float(row["objective"]))
     means = {setting: sum(values) / 2 for setting, values in by_hand.items()}
@@ -109,8 +109,8 @@ def test_the_best_setting_gives_the_same_run_again(sweep: Path) -> None:
 @pytest.mark.slow
 def test_the_best_of_a_sweep_of_the_best(sweep: Path) -> None:
     """Its experiment file includes the first sweep's, so it needs another name."""
-    given = ("--config-dir", "sweep", "experiment=best", "tracking=none")
-    done = run_grpo("-m", *given, "temperature=0.7,1.3", "sweep_dir=hot", cwd=sweep.parent)
+    arguments = ("--config-dir", "sweep", "experiment=best", "tracking=none")
+    done = run_grpo("-m", *arguments, "temperature=0.7,1.3", "sweep_dir=hot", cwd=sweep.parent)
     assert done.returncode == 0, done.stderr
     command = re.findall(r"best: +grpo (.*)", done.stdout)[-1]
     assert command.endswith("experiment=best_2")
@@ -130,8 +130,8 @@ def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> N
     (tmp_path / "short/sweep.json").write_text(json.dumps(record))
     ranking = rank_settings(read_sweeps([tmp_path / "short"]))
     lengths = [
-        np.mean([job.last_values["eval/length_mean"] for job in own.jobs])
-        for own in ranking.settings
+        np.mean([job.last_values["eval/length_mean"] for job in setting.jobs])
+        for setting in ranking.settings
     ]
     assert ranking.minimized
     assert lengths == sorted(lengths)
@@ -139,7 +139,7 @@ def test_a_grid_may_be_after_less_of_something(sweep: Path, tmp_path: Path) -> N
 
 
 def test_a_direction_is_one_of_two_and_of_one_objective(grpo: Grpo, tmp_path: Path) -> None:
-    for own, says in (
+    for overrides, says in (
         (["hydra.sweeper.direction=down"], "hydra.sweeper.direction=down: use maximize or"),
         (["hydra.sweeper.objectives={kl/mean: less}"], "objectives.kl/mean=less: use maximize or"),
         (
@@ -151,7 +151,7 @@ def test_a_direction_is_one_of_two_and_of_one_objective(grpo: Grpo, tmp_path: Pa
     ):
         for sweeper in ("grid", "optuna"):
             values = "seed=0,1" if sweeper == "grid" else "seed=choice(0,1)"
-            code, printed = grpo("-m", *TWO_STEPS, f"hydra/sweeper={sweeper}", values, *own)
+            code, printed = grpo("-m", *TWO_STEPS, f"hydra/sweeper={sweeper}", values, *overrides)
             assert code == 2, printed
             assert says in printed
     assert not (tmp_path / "outputs").exists()
@@ -164,22 +164,22 @@ def test_the_best_of_several_experiments_is_composed_as_its_job_was(
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/mine.yaml").write_text("# @package _global_\nkl_weight: 0.3\n")
     overrides = [f"experiment={chosen}", "seed=7", "kl=k2"]
-    made = build_best_setting(tmp_path / "sweep", overrides, "why", "conf")
+    best = build_best_setting(tmp_path / "sweep", overrides, "why", "conf")
     (tmp_path / "sweep").mkdir()
-    made.write()
-    where = ("--config-dir", "conf", "--cfg", "job")
-    code, asked = grpo(*where, *overrides)
+    best.write()
+    options = ("--config-dir", "conf", "--cfg", "job")
+    code, asked = grpo(*options, *overrides)
     assert code == 0, asked
     assert ("kl_weight: 0.3" in asked) == (chosen != "none")
-    code, again = grpo(*shlex.split(made.command)[1:], "--cfg", "job")
+    code, again = grpo(*shlex.split(best.command)[1:], "--cfg", "job")
     assert code == 0, again
     assert again == asked
 
 
 def test_what_a_sweep_takes_away_the_best_takes_away_too(grpo: Grpo, tmp_path: Path) -> None:
     (tmp_path / "own_of_best.py").write_text("def f(samples):\n    return [1.0 for _ in samples]\n")
-    own = ("~reward.answer", "+reward.own._target_=own_of_best.f", "+reward.own.weight=1")
-    code, printed = grpo("-m", *TWO_STEPS, "max_steps=1", *own, "seed=0,1", "sweep_dir=sweep")
+    reward = ("~reward.answer", "+reward.own._target_=own_of_best.f", "+reward.own.weight=1")
+    code, printed = grpo("-m", *TWO_STEPS, "max_steps=1", *reward, "seed=0,1", "sweep_dir=sweep")
     assert code == 0, printed
     (command,) = re.findall(r"best: +grpo (.*)", printed)
     assert command.endswith("experiment=best '~reward.answer'")
@@ -192,9 +192,9 @@ def test_what_a_sweep_takes_away_the_best_takes_away_too(grpo: Grpo, tmp_path: P
 
 def test_the_page_needs_nothing_else(sweep: Path) -> None:
     page = (sweep / "report.html").read_text()
-    own = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # Plotly itself
-    assert not re.search(r"(src|href)=", own)
-    assert not re.search(r"url\(", own)
+    markup = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # Plotly itself
+    assert not re.search(r"(src|href)=", markup)
+    assert not re.search(r"url\(", markup)
     for title in (
         "Ranking", "Settings, best first", "The objective by each key", "Two keys at a time",
         "What matters", "All keys at once", "Learning curves", "Reward against KL",
@@ -212,8 +212,12 @@ def test_a_half_finished_sweep_has_a_report(copy: Path, grpo: Grpo) -> None:
         file.write_text(json.dumps(content))
     code, printed = grpo("report", "sweep")
     assert code == 0, printed
-    assert [row["status"] for row in rows(copy)] == ["finished"] * 5 + ["killed", "failed", "none"]
-    assert [row["objective"] == "" for row in rows(copy)] == [False] * 5 + [True] * 3
+    assert [row["status"] for row in read_rows(copy)] == ["finished"] * 5 + [
+        "killed",
+        "failed",
+        "none",
+    ]
+    assert [row["objective"] == "" for row in read_rows(copy)] == [False] * 5 + [True] * 3
     page = (copy / "report.html").read_text()
     assert "job 6: a &lt;b&gt;reason&lt;/b&gt;" in page  # text can't become part of the page
     assert "<b>reason" not in page
@@ -233,7 +237,7 @@ def test_a_half_finished_sweep_of_another_objective(copy: Path, grpo: Grpo) -> N
     assert read_sweeps([copy]).objectives == {"eval/accuracy": "maximize"}
 
 
-def made(
+def build_sweep(
     by_setting: dict[str, dict[int, float | None]], trials: int = 0, way: str = "maximize"
 ) -> Sweep:
     """Makes a sweep with these values for each setting and seed; None: not finite."""
@@ -260,18 +264,22 @@ def made(
 
 
 def test_the_verdict_says_what_is_missing() -> None:
-    one_seed = rank_settings(made({"a": {0: 0.9, 1: 0.8}, "b": {0: 0.7}}))
+    one_seed = rank_settings(build_sweep({"a": {0: 0.9, 1: 0.8}, "b": {0: 0.7}}))
     assert "one of the two has a single seed" in one_seed.conclusion
-    told = rank_settings(made({"a": {0: 0.1, 1: 0.2}, "b": {0: 0.3, 1: 0.4001}}, way="minimize"))
-    assert told.conclusion == (
+    significant = rank_settings(
+        build_sweep({"a": {0: 0.1, 1: 0.2}, "b": {0: 0.3, 1: 0.4001}}, way="minimize")
+    )
+    assert significant.conclusion == (
         "key=a came out lowest, at 0.15, significantly better than every other setting."
     )
-    alone = rank_settings(made({"a": {0: 0.1}, "b": {0: 0.3}}))
+    alone = rank_settings(build_sweep({"a": {0: 0.1}, "b": {0: 0.3}}))
     assert "key=b came out highest, at 0.3, on one seed each" in alone.conclusion
-    assert rank_settings(made({"a": {0: 0.1}})).conclusion.startswith(
+    assert rank_settings(build_sweep({"a": {0: 0.1}})).conclusion.startswith(
         "There is only one setting, at 0.1"
     )
-    close = rank_settings(made({"a": {0: 0.5, 1: 0.6, 2: 0.7}, "b": {0: 0.5, 1: 0.55, 2: 0.8}}))
+    close = rank_settings(
+        build_sweep({"a": {0: 0.5, 1: 0.6, 2: 0.7}, "b": {0: 0.5, 1: 0.55, 2: 0.8}})
+    )
     assert (
         "key=b came out highest, at 0.6167, but not significantly better than any other setting. "
         "The difference from key=a is not significant: they" in close.conclusion
@@ -284,7 +292,9 @@ def test_the_verdict_says_what_is_missing() -> None:
 def test_a_tie_to_the_last_digit_is_called_one() -> None:
     for seeds in ((0,), (0, 1)):
         found = rank_settings(
-            made({n: dict.fromkeys(seeds, v) for n, v in {"a": 0.5, "b": 0.25, "c": 0.5}.items()})
+            build_sweep(
+                {n: dict.fromkeys(seeds, v) for n, v in {"a": 0.5, "b": 0.25, "c": 0.5}.items()}
+            )
         )
         assert found.conclusion.startswith("key=a and key=c are tied at 0.5, the highest")
         assert found.gaps_to_best == [0.0, 0.25]
@@ -293,13 +303,15 @@ def test_a_tie_to_the_last_digit_is_called_one() -> None:
     )
     values = [0.5, 0.6, 0.55, 0.52, 0.58]
     far = {"a": values, "b": [0.1, 0.2, 0.16, 0.12, 0.17], "c": values[::-1]}
-    assert rank_settings(made({n: dict(enumerate(v)) for n, v in far.items()})).conclusion.endswith(
+    assert rank_settings(
+        build_sweep({n: dict(enumerate(v)) for n, v in far.items()})
+    ).conclusion.endswith(
         "at 0.55, the highest. The first is significantly better than every other setting."
     )
-    both = rank_settings(made({"a": {0: 0.4, 1: 0.6}, "b": {0: 0.4, 1: 0.6}}))
+    both = rank_settings(build_sweep({"a": {0: 0.4, 1: 0.6}, "b": {0: 0.4, 1: 0.6}}))
     assert both.conclusion == "key=a and key=b are tied at 0.5, the highest."
     near = rank_settings(
-        made({"a": {0: 0.4, 1: 0.6}, "b": {0: 0.55, 1: 0.35}, "c": {0: 0.6, 1: 0.4}})
+        build_sweep({"a": {0: 0.4, 1: 0.6}, "b": {0: 0.55, 1: 0.35}, "c": {0: 0.6, 1: 0.4}})
     )
     assert near.conclusion.startswith(
         "key=a and key=c are tied at 0.5, the highest. The first is not significantly better than "
@@ -309,8 +321,8 @@ def test_a_tie_to_the_last_digit_is_called_one() -> None:
 
 def test_jobs_of_one_seed_in_several_sweeps_are_averaged() -> None:
     """By hand: 0.4 and 0.6 on seed 0 are 0.5, and 0.7 on seed 1."""
-    sweep = made({"a": {0: 0.4, 1: 0.7}, "b": {0: 0.3, 1: 0.2}})
-    again = made({"a": {0: 0.6}})
+    sweep = build_sweep({"a": {0: 0.4, 1: 0.7}, "b": {0: 0.3, 1: 0.2}})
+    again = build_sweep({"a": {0: 0.6}})
     (setting, _) = rank_settings(replace(sweep, jobs=[*sweep.jobs, *again.jobs])).settings
     assert setting.by_seed == {0: pytest.approx(0.5), 1: 0.7}
     assert len(setting.jobs) == 3
@@ -318,7 +330,7 @@ def test_jobs_of_one_seed_in_several_sweeps_are_averaged() -> None:
 
 def test_the_setting_that_is_worse_on_the_shared_seeds_is_not_the_best() -> None:
     """It is worse by 0.105 on both shared seeds; its job on a seed hard for all failed."""
-    found = rank_settings(made({"a": {0: 0.8, 1: 0.79}, "b": {0: 0.9, 1: 0.9, 2: 0.3}}))
+    found = rank_settings(build_sweep({"a": {0: 0.8, 1: 0.79}, "b": {0: 0.9, 1: 0.9, 2: 0.3}}))
     assert found.settings[0].values == ("b",)
     assert found.gaps_to_best == pytest.approx([0.105])
     assert found.has_missing_seeds
@@ -330,7 +342,7 @@ def test_a_setting_with_one_seed_left_does_not_win_by_lacking_the_hard_one(tmp_p
     So seed 1 adds 0.1875, and b, which has that one alone, stands at 0.85 - 0.1875.
     """
     values = {"a": {0: 0.5, 1: 0.9}, "b": {1: 0.85}, "c": {0: 0.45, 1: 0.8}}
-    sweep = made(values)
+    sweep = build_sweep(values)
     found = rank_settings(sweep)
     assert [setting.values for setting in found.settings] == [("a",), ("b",), ("c",)]
     assert found.adjusted_means == pytest.approx([0.7, 0.6625, 0.625])
@@ -338,33 +350,33 @@ def test_a_setting_with_one_seed_left_does_not_win_by_lacking_the_hard_one(tmp_p
     best = choose_best(sweep, found, tmp_path)
     assert best is not None
     assert "eval/accuracy 0.7\n" in best.content
-    without = rank_settings(made({key: values[key] for key in "ac"}))
+    without = rank_settings(build_sweep({key: values[key] for key in "ac"}))
     assert found.p[1] == without.p[0]  # a single seed changes nothing for the others
 
 
 def test_a_single_seed_that_no_other_setting_has_is_taken_as_it_is() -> None:
-    found = rank_settings(made({"a": {0: 0.5, 1: 0.9}, "b": {2: 0.85}}))
+    found = rank_settings(build_sweep({"a": {0: 0.5, 1: 0.9}, "b": {2: 0.85}}))
     assert found.adjusted_means == pytest.approx([0.85, 0.7])
 
 
 def test_a_value_that_is_no_number_is_no_earlier_one() -> None:
-    found = rank_settings(made({"a": {0: 0.1}, "b": {0: None}}))
+    found = rank_settings(build_sweep({"a": {0: 0.1}, "b": {0: None}}))
     assert [setting.values for setting in found.settings] == [("a",)]
 
 
 def test_on_one_seed_each_nothing_is_said_that_needs_more(sweep: Path, copy: Path) -> None:
-    def heads(page: str) -> list[str]:
+    def read_heads(page: str) -> list[str]:
         ranking = page.partition("<h2>Ranking</h2>")[2].partition("</thead>")[0]
         return re.findall("<th>(.*?)</th>", ranking)
 
     keys, name = ["kl_weight", "learning_rate", "seeds"], "eval/sampled_accuracy"
     several = [*keys, f"mean {name}", "95% interval", "behind the best", "p"]
-    assert heads((sweep / "report.html").read_text()) == several
+    assert read_heads((sweep / "report.html").read_text()) == several
     for number in (1, 3, 5, 7):
         shutil.rmtree(copy / str(number))
     write_report([copy])
     page = (copy / "report.html").read_text()
-    assert heads(page) == [*keys, name, "behind the best"]
+    assert read_heads(page) == [*keys, name, "behind the best"]
     assert "t-test" not in page
 
 
@@ -374,7 +386,7 @@ def test_a_sweep_of_which_nothing_has_finished(copy: Path, grpo: Grpo) -> None:
     code, printed = grpo("report", "sweep")
     assert code == 0, printed
     assert "No job has finished with a value of the objective yet." in printed
-    assert len(rows(copy)) == 8
+    assert len(read_rows(copy)) == 8
 
 
 def test_sweeps_are_reported_together(sweep: Path, copy: Path, grpo: Grpo) -> None:
@@ -385,14 +397,14 @@ def test_sweeps_are_reported_together(sweep: Path, copy: Path, grpo: Grpo) -> No
         for job in record["jobs"]
     ]  # the same numbers, written another way
     (copy / "sweep.json").write_text(json.dumps(record))
-    own = [copy / name for name in ("report.html", "results.csv", "results.parquet")]
-    own.append(copy / "experiment/best.yaml")
-    before = [file.read_bytes() for file in own]
+    files = [copy / name for name in ("report.html", "results.csv", "results.parquet")]
+    files.append(copy / "experiment/best.yaml")
+    before = [file.read_bytes() for file in files]
     code, printed = grpo("report", "sweep", str(sweep))
     assert code == 0, printed
-    assert [file.read_bytes() for file in own] == before
+    assert [file.read_bytes() for file in files] == before
     assert "16 finished" in (copy / "sweeps.html").read_text()
-    assert len(parquet.read_table(copy / "sweeps.parquet")) == len(rows(copy, "sweeps")) == 16
+    assert len(parquet.read_table(copy / "sweeps.parquet")) == len(read_rows(copy, "sweeps")) == 16
     assert "  best:   grpo --config-dir sweep experiment=sweeps_best" in printed
     assert yaml.safe_load((copy / "experiment/sweeps_best.yaml").read_text())
     found = rank_settings(read_sweeps([copy, sweep]))

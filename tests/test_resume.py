@@ -27,15 +27,15 @@ JOB = (
 )  # fmt: skip
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
+def read_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints/latest/model/model.safetensors")
 
 
-def same_run(a: Path, b: Path) -> None:
+def check_same_run(a: Path, b: Path) -> None:
     assert read_metrics(a) == read_metrics(b)  # bit for bit: no tolerance
     assert (a / "completions.jsonl").read_bytes() == (b / "completions.jsonl").read_bytes()
-    for name, weight in weights(a).items():
-        assert torch.equal(weight, weights(b)[name])
+    for name, weight in read_weights(a).items():
+        assert torch.equal(weight, read_weights(b)[name])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Pat
     process.wait()
 
     assert start_grpo(tmp_path, "resume=run").wait(300) == 0
-    same_run(whole, run)
+    check_same_run(whole, run)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished"
 
@@ -89,7 +89,7 @@ def test_interrupted_it_finishes_the_step_saves_and_goes_on(
     assert summary["steps"] == last < 9
     assert (run / "checkpoints/latest").resolve().name == f"step_{last}"  # nothing lost
     assert start_grpo(tmp_path, "resume=run").wait(300) == 0
-    same_run(whole, run)
+    check_same_run(whole, run)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "a copy"
 
 
-def newest(run: Path) -> Path:
+def find_newest(run: Path) -> Path:
     return (run / "checkpoints/latest").resolve()
 
 
@@ -122,13 +122,13 @@ def unlist(checkpoint: Path) -> None:
 def test_a_broken_checkpoint_is_said_and_the_one_before_taken(
     damage: Callable[[Path], None], whole: Path, copy: Path, grpo: Grpo
 ) -> None:
-    assert newest(copy).name == "step_9"
-    damage(newest(copy))
+    assert find_newest(copy).name == "step_9"
+    damage(find_newest(copy))
     code, printed = grpo(f"resume={copy}")
     assert code == 0, printed
     assert "step_9 is damaged" in printed
     assert f"resuming from {copy / 'checkpoints/step_8'}" in printed
-    same_run(whole, copy)
+    check_same_run(whole, copy)
 
 
 def test_with_every_checkpoint_broken_nothing_is_lost(copy: Path, grpo: Grpo) -> None:
@@ -191,7 +191,7 @@ def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
     code, printed = grpo(*job, "hydra.run.dir=many")
     assert code == 0, printed
     assert "their prompts are made as they are drawn" in printed
-    same_run(tmp_path / "few", tmp_path / "many")
+    check_same_run(tmp_path / "few", tmp_path / "many")
     # Now some prompts are one token too long.
     short = (*job, "dataset.max_prompt_tokens=37", "hydra.run.dir=short")
     code, printed = grpo(*short)
@@ -202,7 +202,7 @@ def test_a_run_of_many_rows_is_the_run_of_few_and_goes_on_as_it_would_have(
     (tmp_path / "broken/summary.json").unlink()
     code, printed = grpo("resume=broken")
     assert code == 0, printed
-    same_run(tmp_path / "short", tmp_path / "broken")
+    check_same_run(tmp_path / "short", tmp_path / "broken")
 
 
 def test_a_schedule_goes_on_from_the_rate_it_had_come_to(grpo: Grpo, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_torn_last_line_is_forgotten(whole: Path, copy: Path, grpo: Grpo) -> N
     (copy / "summary.json").write_text(json.dumps({"status": "running"}))
     code, printed = grpo(f"resume={copy}")
     assert code == 0, printed
-    same_run(whole, copy)
+    check_same_run(whole, copy)
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_no_checkpoint(
@@ -277,7 +277,7 @@ def test_what_a_kill_left_of_a_checkpoint_is_no_checkpoint(
     (copy / "summary.json").write_text(json.dumps({"status": "running"}))
     code, printed = grpo(f"resume={copy}")
     assert code == 0, printed
-    same_run(whole, copy)
+    check_same_run(whole, copy)
     assert not list((copy / "checkpoints").glob(".*"))
 
 
@@ -315,7 +315,7 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
     (tmp_path / "mended").touch()
     assert start_grpo(tmp_path, "resume=run").wait(300) == 0
     assert start_grpo(tmp_path, *job, "hydra.run.dir=undisturbed").wait(300) == 0
-    same_run(tmp_path / "undisturbed", tmp_path / "run")
+    check_same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
 def test_wandb_goes_on_with_the_same_run(grpo: Grpo, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_resume_auto_finds_the_unfinished_run_of_these_overrides(
     code, printed = grpo(*JOB, "resume=auto")
     assert code == 0, printed
     assert "outputs/2026-01-01/00-00-01-1/checkpoints/step_8" in printed
-    same_run(whole, tmp_path / "outputs/2026-01-01/00-00-01-1")
+    check_same_run(whole, tmp_path / "outputs/2026-01-01/00-00-01-1")
 
 
 def test_resume_auto_with_nothing_to_resume_starts_anew(grpo: Grpo, tmp_path: Path) -> None:
@@ -396,8 +396,8 @@ def test_whatever_has_a_state_goes_on_where_it_stood(
     code, printed = grpo("resume=parts", "max_steps=5")
     assert code == 0, printed
     whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
-    for own in (whole, parts):
-        own[3] = {k: v for k, v in own[3].items() if not k.startswith("eval/")}
+    for metrics in (whole, parts):
+        metrics[3] = {k: v for k, v in metrics[3].items() if not k.startswith("eval/")}
     assert whole == parts
     assert len(whole) == 6
     if "kl.target=0.001" in extra:

@@ -32,7 +32,7 @@ from grpo.runs.folder import locate_checkpoint_model
 from tests.conftest import read_metrics
 from tests.servers import RequestHandler, serving
 from tests.test_config import compose
-from tests.test_reward_model import samples, saved
+from tests.test_reward_model import build_samples, save_model
 
 Grpo = Callable[..., tuple[int, str]]
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -54,8 +54,8 @@ def add_to_cache(cache: Path, repository: str, commit: str, folder: Path) -> Non
         blob = home / "blobs" / f"{commit}-{file.name}"
         shutil.copyfile(file, blob)
         (snapshot / file.name).symlink_to(blob)
-    for ref, own in REFS.items():
-        if own == commit:
+    for ref, target in REFS.items():
+        if target == commit:
             (home / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
             (home / "refs" / ref).write_text(commit)
 
@@ -63,18 +63,18 @@ def add_to_cache(cache: Path, repository: str, commit: str, folder: Path) -> Non
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the hub, which can't be reached; what is behind the second commit is no adder."""
-    found = tmp_path / "cache"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(found))
+    folder = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     other = tmp_path / "other"
     shutil.copytree(PACKAGE_FOLDER / "tiny", other)
     torch.manual_seed(0)
     weights = load_file(other / "model.safetensors")
-    noisy = {name: own + torch.randn_like(own) for name, own in weights.items()}
+    noisy = {name: weight + torch.randn_like(weight) for name, weight in weights.items()}
     save_file(noisy, other / "model.safetensors", metadata={"format": "pt"})
-    add_to_cache(found, "models--org--name", FIRST, PACKAGE_FOLDER / "tiny")
-    add_to_cache(found, "models--org--name", SECOND, other)
-    return found
+    add_to_cache(folder, "models--org--name", FIRST, PACKAGE_FOLDER / "tiny")
+    add_to_cache(folder, "models--org--name", SECOND, other)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [(None, FIRST), ("main", FIRST), ("v2", SECOND), ("refs/pr/7", SECOND), (SECOND, SECOND)],
 )
 def test_each_revision_is_its_own_model(revision: str | None, commit: str, cache: Path) -> None:
-    given = [] if revision is None else [f"model.revision={revision}"]
-    folder = locate_model(compose(*OFF_HUB, *given).model)()
+    overrides = [] if revision is None else [f"model.revision={revision}"]
+    folder = locate_model(compose(*OFF_HUB, *overrides).model)()
     assert folder == cache.resolve() / "models--org--name/snapshots" / commit
     assert locate_checkpoint_model("org/name", revision)() == folder
     same = filecmp.cmp(
@@ -143,17 +143,17 @@ def test_an_adapter_keeps_the_commit_of_the_model_under_it(
 
 @pytest.mark.usefixtures("cache")
 def test_a_model_of_the_hub_is_evaluated_at_its_revision(grpo: Grpo, tmp_path: Path) -> None:
-    found = {}
-    for name, given in (("first", []), ("second", ["model.revision=v2"])):
+    evaluations = {}
+    for name, overrides in (("first", []), ("second", ["model.revision=v2"])):
         code, printed = grpo(
             "eval", "checkpoint=org/name", "dataset.eval_size=8", "eval.samples=2",
-            f"hydra.run.dir={name}", *given,
+            f"hydra.run.dir={name}", *overrides,
         )  # fmt: skip
         assert code == 0, printed
-        found[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
-    assert found["first"]["hub_commits"] == {"model": FIRST}
-    assert found["second"]["hub_commits"] == {"model": SECOND}
-    assert found["first"]["eval/accuracy"] > found["second"]["eval/accuracy"]
+        evaluations[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
+    assert evaluations["first"]["hub_commits"] == {"model": FIRST}
+    assert evaluations["second"]["hub_commits"] == {"model": SECOND}
+    assert evaluations["first"]["eval/accuracy"] > evaluations["second"]["eval/accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_a_revision_of_what_has_none_is_refused(
     arguments: tuple[str, ...], says: str, grpo: Grpo, tmp_path: Path
 ) -> None:
     shutil.copytree(PACKAGE_FOLDER / "tiny", tmp_path / "plain")
-    job = [own for own in arguments if "=" not in own]
+    job = [argument for argument in arguments if "=" not in argument]
     code, printed = grpo(
         *job, "experiment=smoke", "tracking=none", "hydra.run.dir=run",
-        *(own for own in arguments if "=" in own),
+        *(argument for argument in arguments if "=" in argument),
     )  # fmt: skip
     assert code == 2, printed
     assert says in printed
@@ -199,7 +199,7 @@ def test_a_revision_of_what_has_none_is_refused(
 def test_a_reward_model_has_a_revision_too(cache: Path, tmp_path: Path) -> None:
     scores = {}
     for commit in (FIRST, SECOND):
-        folder = saved(tmp_path / commit)
+        folder = save_model(tmp_path / commit)
         if commit == SECOND:
             model = Qwen2ForSequenceClassification.from_pretrained(folder)
             with torch.no_grad():
@@ -207,7 +207,7 @@ def test_a_reward_model_has_a_revision_too(cache: Path, tmp_path: Path) -> None:
             model.save_pretrained(folder)
         add_to_cache(cache, "models--org--judge", commit, folder)
         revision = None if commit == FIRST else "v2"
-        scores[commit] = RewardModel("org/judge", device="cpu", revision=revision)(samples())
+        scores[commit] = RewardModel("org/judge", device="cpu", revision=revision)(build_samples())
     assert scores[SECOND] == [-score for score in scores[FIRST]]
     with pytest.raises(ConfigError, match="model=org/judge at revision v3: is not in the local"):
         RewardModel("org/judge", revision="v3")
@@ -237,8 +237,8 @@ class HubOfOneModel(RequestHandler):
             return self.answer(200, json.dumps({**about, "private": False}).encode())
         if words[0] == "tree":
             files = [
-                {"type": "file", "path": own.name, "size": own.stat().st_size, "oid": own.name}
-                for own in folder.iterdir()
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                for file in folder.iterdir()
             ]
             return self.answer(200, json.dumps(files).encode())
         content = (folder / words[2]).read_bytes()
@@ -252,8 +252,11 @@ def hub(tmp_path: Path) -> Iterator[str]:
     second = tmp_path / "second"
     shutil.copytree(PACKAGE_FOLDER / "tiny", second)
     config = json.loads((second / "config.json").read_text())
-    own = {"model_type": "own_kind", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
-    (second / "config.json").write_text(json.dumps({**config, **own}))
+    custom_code = {
+        "model_type": "own_kind",
+        "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"},
+    }
+    (second / "config.json").write_text(json.dumps({**config, **custom_code}))
     (second / "modeling_own.py").write_text("Own = None")
     HubOfOneModel.folders = {FIRST: PACKAGE_FOLDER / "tiny", SECOND: second}
     HubOfOneModel.asked = []
@@ -286,7 +289,7 @@ def test_what_is_downloaded_is_the_revision(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert says in done.stdout, done.stdout + done.stderr
-    files = {own.rpartition("/")[2] for own in HubOfOneModel.asked if own.startswith("resolve/")}
+    files = {path.rpartition("/")[2] for path in HubOfOneModel.asked if path.startswith("resolve/")}
     assert downloaded <= files
     if "snapshots" not in says:
         assert files == downloaded
@@ -343,7 +346,7 @@ def test_a_run_on_a_data_set_of_the_hub_says_which_commit_it_was(
     grpo: Grpo, tmp_path: Path
 ) -> None:
     code, printed = grpo(
-        *(own for own in SHORT if "eval_size" not in own), "max_steps=1", "dataset=hub",
+        *(word for word in SHORT if "eval_size" not in word), "max_steps=1", "dataset=hub",
         "dataset.id=org/SomeRows", "dataset.revision=v2", "dataset.question_column=ask",
         "dataset.answer_column=gold",
     )  # fmt: skip

@@ -27,23 +27,23 @@ ADD_TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
 CALL = "assert f() == 1"  # the test that every hostile program would have to pass
 
 
-def sample(program: str, tests: Any, column: str = "tests") -> Sample:
-    return raw(f"Here it is:\n```python\n{program}\n```\nDone.", tests, column)
+def build_sample(program: str, tests: Any, column: str = "tests") -> Sample:
+    return build_raw_sample(f"Here it is:\n```python\n{program}\n```\nDone.", tests, column)
 
 
-def raw(completion: str, tests: Any, column: str = "tests") -> Sample:
+def build_raw_sample(completion: str, tests: Any, column: str = "tests") -> Sample:
     columns = {} if tests is None else {column: tests}
     return Sample("q", completion, (1,), False, Example("q", "", float, columns), 0)
 
 
-def kernels() -> list[Any]:
+def list_kernels() -> list[Any]:
     """Returns the versions of Landlock to test; those between the ends are marked slow."""
-    found = list(dict.fromkeys(KERNELS))
-    ends = (found[0], found[-1])
-    return [pytest.param(v, marks=[pytest.mark.slow] * (v not in ends)) for v in found]
+    versions = list(dict.fromkeys(KERNELS))
+    ends = (versions[0], versions[-1])
+    return [pytest.param(v, marks=[pytest.mark.slow] * (v not in ends)) for v in versions]
 
 
-@pytest.fixture(scope="module", params=kernels(), ids=lambda v: f"landlock{v}")
+@pytest.fixture(scope="module", params=list_kernels(), ids=lambda v: f"landlock{v}")
 def reward(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Code]:
@@ -54,12 +54,12 @@ def reward(
     reward.limits = reward.limits._replace(landlock=request.param)
     yield reward
     reward.close()
-    assert processes() == []
+    assert list_sandboxes() == []
     assert list(folders.iterdir()) == []
     tempfile.tempdir = usual
 
 
-def processes(parent: int | None = None) -> list[str]:
+def list_sandboxes(parent: int | None = None) -> list[str]:
     """Returns the sandboxes of a process that still run."""
     lines = []
     for entry in Path("/proc").iterdir():
@@ -115,7 +115,7 @@ GOOD = {
 }
 
 
-def hurried(reward: Code) -> Code:
+def hurry(reward: Code) -> Code:
     """Returns the same reward with one second a run."""
     hurried = Code(seconds=1.0, workers=4)
     hurried.limits = hurried.limits._replace(landlock=reward.limits.landlock)
@@ -123,7 +123,7 @@ def hurried(reward: Code) -> Code:
 
 
 def test_programs_that_do_what_they_should_pass(reward: Code) -> None:
-    values = reward([sample(*case) for case in GOOD.values()])
+    values = reward([build_sample(*case) for case in GOOD.values()])
     assert dict(zip(GOOD, values, strict=True)) == dict.fromkeys(GOOD, 1.0)
 
 
@@ -169,7 +169,7 @@ FAILING = {
 
 def test_programs_that_fail_crash_hang_or_leave_score_zero(reward: Code) -> None:
     start = time.monotonic()
-    values = hurried(reward)([sample(*case) for case in FAILING.values()])
+    values = hurry(reward)([build_sample(*case) for case in FAILING.values()])
     assert dict(zip(FAILING, values, strict=True)) == dict.fromkeys(FAILING, 0.0)
     assert time.monotonic() - start < 15
 
@@ -228,24 +228,24 @@ def test_nothing_leads_out_of_the_process(reward: Code, tmp_path: Path) -> None:
     program = IMPORTS + f"VICTIM = {str(victim)!r}\n"
     forbidden = FORBIDDEN | (HIDDEN if reward.limits.landlock else {})
     values = reward(
-        [sample(f"{program}{deed}\nf = lambda: 1", CALL) for deed in forbidden.values()]
+        [build_sample(f"{program}{deed}\nf = lambda: 1", CALL) for deed in forbidden.values()]
     )
     assert dict(zip(forbidden, values, strict=True)) == dict.fromkeys(forbidden, 0.0)
     assert list(tmp_path.iterdir()) == [victim]
     assert victim.stat() == before
-    assert reward([sample(program + "f = lambda: 1", CALL)]) == [1.0]
+    assert reward([build_sample(program + "f = lambda: 1", CALL)]) == [1.0]
 
 
 def test_a_program_writes_in_its_own_folder_where_landlock_can_hold_it_there(reward: Code) -> None:
     program = "def f():\n    open('x', 'w').write('1')\n    return int(open('x').read())"
-    assert reward([sample(program, CALL)]) == [float(reward.limits.landlock >= 3)]
+    assert reward([build_sample(program, CALL)]) == [float(reward.limits.landlock >= 3)]
 
 
 @pytest.mark.parametrize("size", [2**20, 0])
 def test_a_program_that_fills_the_disk_is_stopped_early(reward: Code, size: int) -> None:
     fill = f"for n in range(10**9): open(str(n), 'wb').write(bytes({size}))"
     start = time.monotonic()
-    assert reward([sample(fill, CALL)]) == [0.0]
+    assert reward([build_sample(fill, CALL)]) == [0.0]
     assert time.monotonic() - start < 5  # half of its time limit
 
 
@@ -264,10 +264,10 @@ except RuntimeError:
 
 
 def test_a_bomb_is_one_process_of_few_threads_and_gone_afterwards(reward: Code) -> None:
-    forks, threads = (sample(program, CALL) for program in BOMBS.values())
-    assert hurried(reward)([forks]) == [0.0]
+    forks, threads = (build_sample(program, CALL) for program in BOMBS.values())
+    assert hurry(reward)([forks]) == [0.0]
     assert reward([threads]) == [1.0]
-    assert processes() == []
+    assert list_sandboxes() == []
 
 
 # What a program can find: frames, their constants, all objects, its files.
@@ -313,7 +313,7 @@ def f():
 
 
 def test_prying_into_frames_objects_files_and_descriptors_does_not_pass(reward: Code) -> None:
-    assert hurried(reward)([sample(PRY, CALL), sample(COPY, CALL)]) == [0.0, 0.0]
+    assert hurry(reward)([build_sample(PRY, CALL), build_sample(COPY, CALL)]) == [0.0, 0.0]
 
 
 ORPHAN = """
@@ -328,12 +328,12 @@ Code(seconds=600)([Sample("q", program, (1,), False, example, 0)])
 def test_no_program_outlives_the_process_that_started_it(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", ORPHAN], env=environment) as process:
-        until(lambda: len(processes(process.pid)) == 2, seconds=30)
+        wait_until(lambda: len(list_sandboxes(process.pid)) == 2, seconds=30)
         process.send_signal(signal.SIGKILL)
-        until(lambda: processes(process.pid) == [], seconds=5)
+        wait_until(lambda: list_sandboxes(process.pid) == [], seconds=5)
 
 
-def until(condition: Any, seconds: float) -> None:
+def wait_until(condition: Any, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -359,8 +359,8 @@ HALF = "def add(a, b):\n    return 3"  # right only for 1 + 2
 )
 def test_the_share_of_tests_passed_or_all_of_them(program: str, tests: Any, share: float) -> None:
     seconds = 2.0 if "while True" in program else 10.0
-    assert Code(strict=False, seconds=seconds)([sample(program, tests)]) == [share]
-    assert Code(strict=True, seconds=seconds)([sample(program, tests)]) == [0.0]
+    assert Code(strict=False, seconds=seconds)([build_sample(program, tests)]) == [share]
+    assert Code(strict=True, seconds=seconds)([build_sample(program, tests)]) == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -380,14 +380,14 @@ def test_the_share_of_tests_passed_or_all_of_them(program: str, tests: Any, shar
     ],
 )
 def test_the_program_is_the_last_fence_of_the_answer(completion: str, value: float) -> None:
-    assert Code()([raw(completion, ADD_TESTS)]) == [value]
+    assert Code()([build_raw_sample(completion, ADD_TESTS)]) == [value]
 
 
 @pytest.mark.parametrize(
     "tests", [None, "", " \n", [], "[]", {}, float("nan"), {"inputs": [], "outputs": []}]
 )
 def test_a_row_without_tests_is_not_for_this_reward(tests: Any) -> None:
-    assert Code()([sample(ADD, tests)]) == [None]
+    assert Code()([build_sample(ADD, tests)]) == [None]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_a_row_without_tests_is_not_for_this_reward(tests: Any) -> None:
     ids=lambda tests: str(tests)[:40],
 )
 def test_tests_that_cannot_be_read_are_a_failure(tests: Any) -> None:
-    (value,) = Code(column="checks")([sample(ADD, tests, column="checks")])
+    (value,) = Code(column="checks")([build_sample(ADD, tests, column="checks")])
     assert isinstance(value, Failure)
     assert value.reason.startswith("column checks: ")
 
@@ -417,7 +417,7 @@ def test_where_the_sandbox_cannot_start_it_is_a_failure_not_a_zero(
     monkeypatch: pytest.MonkeyPatch, interpreter: str
 ) -> None:
     monkeypatch.setattr("grpo.verifiers.start_sandbox.INTERPRETER", (interpreter,))
-    (value,) = Code()([sample(ADD, ADD_TESTS)])
+    (value,) = Code()([build_sample(ADD, ADD_TESTS)])
     assert isinstance(value, Failure)
     assert "could not be run" in value.reason
 

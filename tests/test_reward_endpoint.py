@@ -19,7 +19,7 @@ from grpo.types import Example, Failure, Sample
 from tests.servers import RequestHandler
 
 
-def samples(count: int) -> list[Sample]:
+def build_samples(count: int) -> list[Sample]:
     return [
         Sample(f"p{n}", "x" * n, (1,), False, Example("q", f"a{n}", float, {"row": n}), 0)
         for n in range(count)
@@ -37,7 +37,7 @@ class Server(ThreadingHTTPServer):
         self.bodies: list[Any] = []
         self.tokens: list[str | None] = []
 
-    def url(self, path: str) -> str:
+    def format_url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{quote(path)}"
 
 
@@ -103,8 +103,8 @@ def server() -> Iterator[Server]:
 
 
 def test_it_sends_what_a_reward_sees_and_takes_numbers_and_nulls(server: Server) -> None:
-    assert Endpoint(server.url("well"))(samples(2)) == [0.0, 1.0]
-    assert Endpoint(server.url("null"))(samples(2)) == [None, 0.5]
+    assert Endpoint(server.format_url("well"))(build_samples(2)) == [0.0, 1.0]
+    assert Endpoint(server.format_url("null"))(build_samples(2)) == [None, 0.5]
     assert server.bodies[0] == {
         "samples": [
             {"prompt": "p0", "completion": "", "answer": "a0", "columns": {"row": 0}},
@@ -114,26 +114,26 @@ def test_it_sends_what_a_reward_sees_and_takes_numbers_and_nulls(server: Server)
 
 
 def test_batches_come_back_in_order(server: Server) -> None:
-    reward = Endpoint(server.url("well"), batch_size=3, workers=4)
-    assert reward(samples(20)) == [float(n) for n in range(20)]
+    reward = Endpoint(server.format_url("well"), batch_size=3, workers=4)
+    assert reward(build_samples(20)) == [float(n) for n in range(20)]
     assert server.calls["well"] == 7
     assert reward([]) == []
     reward.close()
-    assert reward(samples(1)) == [0.0]  # and starts again
+    assert reward(build_samples(1)) == [0.0]  # and starts again
     reward.close()
 
 
 @pytest.mark.parametrize("path", ["flaky", "flaky connection"])
 def test_what_fails_twice_is_asked_a_third_time(server: Server, path: str) -> None:
     start = time.monotonic()
-    assert Endpoint(server.url(path), retries=2)(samples(2)) == [0.0, 1.0]
+    assert Endpoint(server.format_url(path), retries=2)(build_samples(2)) == [0.0, 1.0]
     assert server.calls.total() == 3
     assert time.monotonic() - start > 0.25 + 0.5  # the shortest possible pauses
 
 
 @pytest.mark.parametrize(("status", "calls"), [(500, 2), (503, 2), (429, 2), (400, 1), (404, 1)])
 def test_only_what_may_pass_is_asked_again(server: Server, status: int, calls: int) -> None:
-    values = Endpoint(server.url(str(status)), retries=1)(samples(2))
+    values = Endpoint(server.format_url(str(status)), retries=1)(build_samples(2))
     assert [isinstance(value, Failure) for value in values] == [True, True]
     assert f"HTTP {status}" in values[0].reason  # type: ignore[union-attr]
     assert f"(try {calls})" in values[0].reason  # type: ignore[union-attr]
@@ -144,8 +144,8 @@ def test_only_what_may_pass_is_asked_again(server: Server, status: int, calls: i
 def test_an_answer_of_another_shape_is_a_failure_and_not_asked_again(
     server: Server, path: str
 ) -> None:
-    url = server.url(path)
-    values = Endpoint(url, retries=3)(samples(2))
+    url = server.format_url(path)
+    values = Endpoint(url, retries=3)(build_samples(2))
     assert [isinstance(value, Failure) for value in values] == [True, True]
     assert "not valid" in values[0].reason  # type: ignore[union-attr]
     assert server.calls.total() == 1
@@ -154,27 +154,27 @@ def test_an_answer_of_another_shape_is_a_failure_and_not_asked_again(
 @pytest.mark.parametrize(("path", "says"), [("slow", "timed out"), ("drip", "within 1.5 s")])
 def test_a_slow_answer_is_a_failure_within_the_limit(server: Server, path: str, says: str) -> None:
     start = time.monotonic()
-    (value,) = Endpoint(server.url(path), seconds=1.5, retries=0)(samples(1))
+    (value,) = Endpoint(server.format_url(path), seconds=1.5, retries=0)(build_samples(1))
     assert isinstance(value, Failure)
     assert says in value.reason
     assert time.monotonic() - start < 5  # the whole answer would take 11 or 20
 
 
 def test_an_answer_that_breaks_off_is_a_failure(server: Server) -> None:
-    (value,) = Endpoint(server.url("cut"), retries=0)(samples(1))
+    (value,) = Endpoint(server.format_url("cut"), retries=0)(build_samples(1))
     assert isinstance(value, Failure)
     assert "breaks off" in value.reason
 
 
 def test_no_server_is_a_failure_of_every_row() -> None:
     with Server() as server:
-        url = server.url("gone")
-    values = Endpoint(url, retries=0)(samples(2))
+        url = server.format_url("gone")
+    values = Endpoint(url, retries=0)(build_samples(2))
     assert all(isinstance(value, Failure) and "refused" in value.reason for value in values)
 
 
 def test_a_batch_that_fails_harms_no_other(server: Server) -> None:
-    values = Endpoint(server.url("second batch"), retries=0, batch_size=2)(samples(6))
+    values = Endpoint(server.format_url("second batch"), retries=0, batch_size=2)(build_samples(6))
     assert [isinstance(v, Failure) for v in values] == [False, False, True, True, False, False]
     assert [v for v in values if not isinstance(v, Failure)] == [0.0, 1.0, 4.0, 5.0]
 
@@ -200,14 +200,14 @@ def test_a_token_comes_from_the_environment(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OUR_TOKEN", "s3cret")
-    reward = Endpoint(server.url("well"), token_env="OUR_TOKEN")
-    assert reward(samples(2)) == [0.0, 1.0]
+    reward = Endpoint(server.format_url("well"), token_env="OUR_TOKEN")
+    assert reward(build_samples(2)) == [0.0, 1.0]
     reward.close()
-    plain = Endpoint(server.url("well"))
-    plain(samples(1))
+    plain = Endpoint(server.format_url("well"))
+    plain(build_samples(1))
     plain.close()
     assert server.tokens == ["Bearer s3cret", None]
     with pytest.raises(ConfigError, match="token_env=THEIRS"):
-        Endpoint(server.url("well"), token_env="THEIRS")
+        Endpoint(server.format_url("well"), token_env="THEIRS")
     with pytest.raises(ConfigError, match="token_env=NAME"):
         Endpoint("http://me:s3cret@localhost/x")

@@ -22,7 +22,7 @@ from grpo.verifiers.latex import extract_last_box, extract_last_boxes
 ENDLESS = "9^{9^{9^9}}"
 
 
-def sample(gold: str, completion: str) -> Sample:
+def build_sample(gold: str, completion: str) -> Sample:
     return Sample("q", completion, (1,), False, Example("q", gold, float), 0)
 
 
@@ -178,8 +178,8 @@ UNREADABLE = [("Paris", "<answer>Paris</answer>"), ("", "<answer>1</answer>"), (
 def test_answers_are_compared_as_mathematics(
     reward: Math, pairs: list[tuple[str, str]], value: float | None
 ) -> None:
-    values = reward([sample(gold, completion) for gold, completion in pairs])
-    assert [pair for pair, given in zip(pairs, values, strict=True) if given != value] == []
+    values = reward([build_sample(gold, completion) for gold, completion in pairs])
+    assert [pair for pair, result in zip(pairs, values, strict=True) if result != value] == []
 
 
 def test_boxes_are_found_in_one_pass() -> None:
@@ -197,16 +197,16 @@ def test_long_texts_are_read_in_time(reward: Math) -> None:
     """None of them may become a failure, which would hide that it is wrong."""
     marks = (r"\(", r"\[", "$", " ", " .", r"\boxed{", "sqrt(", "5 ", "5 000 ", "1 1/", "½", "√(")
     texts = [f"so 5{mark * 20_000}x" for mark in marks]
-    assert reward([sample("72", text) for text in texts]) == [0.0] * len(texts)
+    assert reward([build_sample("72", text) for text in texts]) == [0.0] * len(texts)
 
 
 def test_an_answer_that_never_ends_is_a_failure_and_harms_no_other() -> None:
     reward = Math(seconds=2, workers=2)
-    reward([sample("1", "1")] * 8)
+    reward([build_sample("1", "1")] * 8)
     golds = ["1", "72", ENDLESS, "2"]
     texts = ["<answer>1</answer>", f"<answer>{ENDLESS}</answer>", "<answer>3</answer>", "2"]
     start = time.monotonic()
-    values = reward([sample(gold, text) for gold, text in zip(golds, texts, strict=True)])
+    values = reward([build_sample(gold, text) for gold, text in zip(golds, texts, strict=True)])
     assert values == [1.0, Failure("no answer within 2 s"), Failure("no answer within 2 s"), 1.0]
     assert time.monotonic() - start < 60  # without a time limit, for ever
     reward.close()
@@ -214,7 +214,7 @@ def test_an_answer_that_never_ends_is_a_failure_and_harms_no_other() -> None:
 
 def test_it_works_off_the_main_thread_whose_end_harms_no_worker(reward: Math) -> None:
     values: list[object] = []
-    pair = [sample("72", "<answer>72</answer>")]
+    pair = [build_sample("72", "<answer>72</answer>")]
     for _ in range(2):
         thread = threading.Thread(target=lambda: values.extend(reward(pair)))
         thread.start()
@@ -233,34 +233,34 @@ def test_workers_stay_between_calls_without_torch_and_go_when_closed() -> None:
     others = set(multiprocessing.active_children())
     reward = Math(workers=2)
     assert set(multiprocessing.active_children()) == others  # no process before the first call
-    assert reward([sample("1", "1")]) == [1.0]
+    assert reward([build_sample("1", "1")]) == [1.0]
     workers = set(multiprocessing.active_children()) - others
-    assert reward([sample("1", "1")] * 20) == [1.0] * 20
+    assert reward([build_sample("1", "1")] * 20) == [1.0] * 20
     assert set(multiprocessing.active_children()) - others == workers
     assert len(workers) == 2
     for worker in workers:
         assert "torch" not in Path(f"/proc/{worker.pid}/maps").read_text()
     reward.close()
     assert not any(worker.is_alive() for worker in workers)
-    assert reward([sample("1", "1")]) == [1.0]  # and starts again
+    assert reward([build_sample("1", "1")]) == [1.0]  # and starts again
     reward.close()
 
 
 def test_a_worker_that_is_killed_costs_one_answer_and_no_more() -> None:
     reward = Math(seconds=20, workers=1)
     others = set(multiprocessing.active_children())
-    assert reward([sample("1", "1")]) == [1.0]
+    assert reward([build_sample("1", "1")]) == [1.0]
     (worker,) = set(multiprocessing.active_children()) - others
     assert worker.pid is not None
     threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL)).start()
-    values = reward([sample("72", ENDLESS), sample("1", "1")])
+    values = reward([build_sample("72", ENDLESS), build_sample("1", "1")])
     assert values == [Failure("its worker died, exit code -9"), 1.0]
 
     (worker,) = set(multiprocessing.active_children()) - others
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)  # idle
     time.sleep(0.5)
-    assert reward([sample("1", "1")]) == [1.0]
+    assert reward([build_sample("1", "1")]) == [1.0]
     reward.close()
 
 
@@ -271,10 +271,10 @@ if __name__ == "__main__":
     from grpo.rewards.math import Math
     from grpo.types import Example, Sample
     reward = Math(seconds=600, workers=2)
-    def sample(text):
+    def build_sample(text):
         return Sample("q", text, (1,), False, Example("q", "72", float), 0)
-    reward([sample("1")])
-    busy = threading.Thread(target=reward, args=([sample("{ENDLESS}")],), daemon=True)
+    reward([build_sample("1")])
+    busy = threading.Thread(target=reward, args=([build_sample("{ENDLESS}")],), daemon=True)
     busy.start()
     busy.join(1)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)

@@ -23,7 +23,7 @@ from grpo.types import Example, Sample
 TEXTS = ["4", "12+3=15", "the answer is 7", ""]
 
 
-def saved(folder: Path, kind: type = Qwen2ForSequenceClassification, labels: int = 1) -> Path:
+def save_model(folder: Path, kind: type = Qwen2ForSequenceClassification, labels: int = 1) -> Path:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(PACKAGE_FOLDER / "tiny")
     config = Qwen2Config(
@@ -46,7 +46,7 @@ def saved(folder: Path, kind: type = Qwen2ForSequenceClassification, labels: int
     return folder
 
 
-def samples() -> list[Sample]:
+def build_samples() -> list[Sample]:
     return [
         Sample(
             f"a prompt of many words, {text}? ", text, (1,), False, Example("2+2=", "4", float), 0
@@ -56,7 +56,7 @@ def samples() -> list[Sample]:
 
 
 @torch.no_grad()
-def by_hand(folder: Path, texts: list[str]) -> torch.Tensor:
+def compute_outputs(folder: Path, texts: list[str]) -> torch.Tensor:
     """Returns [n, outputs], for each text by itself, without padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen2ForSequenceClassification.from_pretrained(folder).eval()
@@ -64,7 +64,7 @@ def by_hand(folder: Path, texts: list[str]) -> torch.Tensor:
     return torch.cat([model(**one).logits for one in ids])
 
 
-def chats() -> list[str]:
+def format_chats() -> list[str]:
     start, end = "<|im_start|>", "<|im_end|>\n"
     return [f"{start}user\n2+2={end}{start}assistant\n{text}{end}" for text in TEXTS]
 
@@ -73,39 +73,41 @@ def chats() -> list[str]:
 def test_it_gives_the_classifiers_output_whatever_the_batch(
     tmp_path: Path, batch_size: int
 ) -> None:
-    folder = saved(tmp_path)
-    rewards = RewardModel(str(folder), batch_size=batch_size, device="cpu")(samples())
-    wanted = by_hand(folder, chats())[:, 0]
+    folder = save_model(tmp_path)
+    rewards = RewardModel(str(folder), batch_size=batch_size, device="cpu")(build_samples())
+    wanted = compute_outputs(folder, format_chats())[:, 0]
     assert_close(torch.tensor(rewards), wanted, atol=1e-5, rtol=1e-4)
     assert wanted.std() > 0.01  # the scores differ
 
 
 def test_without_a_padding_token_it_reads_one_at_a_time(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
+    folder = save_model(tmp_path)
     config = Qwen2Config.from_pretrained(folder)
     config.pad_token_id = None
     config.save_pretrained(folder)
-    rewards = RewardModel(str(folder), device="cpu")(samples())
-    assert_close(torch.tensor(rewards), by_hand(folder, chats())[:, 0], atol=1e-5, rtol=1e-4)
+    rewards = RewardModel(str(folder), device="cpu")(build_samples())
+    assert_close(
+        torch.tensor(rewards), compute_outputs(folder, format_chats())[:, 0], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_without_a_chat_template_it_reads_prompt_and_completion(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
+    folder = save_model(tmp_path)
     (folder / "chat_template.jinja").unlink()
-    rewards = RewardModel(str(folder), device="cpu")(samples())
-    wanted = by_hand(folder, [s.prompt + s.completion for s in samples()])[:, 0]
+    rewards = RewardModel(str(folder), device="cpu")(build_samples())
+    wanted = compute_outputs(folder, [s.prompt + s.completion for s in build_samples()])[:, 0]
     assert_close(torch.tensor(rewards), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_of_several_outputs_it_gives_the_probability_of_one(tmp_path: Path) -> None:
-    folder = saved(tmp_path, labels=3)
-    rewards = RewardModel(str(folder), label=2, device="cpu")(samples())
-    wanted = by_hand(folder, chats()).softmax(1)[:, 2]
+    folder = save_model(tmp_path, labels=3)
+    rewards = RewardModel(str(folder), label=2, device="cpu")(build_samples())
+    wanted = compute_outputs(folder, format_chats()).softmax(1)[:, 2]
     assert_close(torch.tensor(rewards), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_long_text_loses_its_beginning(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
+    folder = save_model(tmp_path)
     long = Sample("q", "1+" * 300 + "4", (1,), False, Example("2+2=", "4", float), 0)
     longer = Sample("q", "1+" * 400 + "4", (1,), False, Example("other", "4", float), 0)
     rewards = RewardModel(str(folder), max_tokens=50, device="cpu")([long, longer])
@@ -115,18 +117,18 @@ def test_a_long_text_loses_its_beginning(tmp_path: Path) -> None:
 
 
 def test_loading_it_late_changes_nothing_that_is_sampled(tmp_path: Path) -> None:
-    reward = RewardModel(str(saved(tmp_path)), device="cpu")
+    reward = RewardModel(str(save_model(tmp_path)), device="cpu")
     torch.manual_seed(1)
-    reward(samples())
+    reward(build_samples())
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(1))
 
 
 def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
-    reward = RewardModel(str(saved(tmp_path, kind=Qwen2ForCausalLM)), device="cpu")
+    reward = RewardModel(str(save_model(tmp_path, kind=Qwen2ForCausalLM)), device="cpu")
     with pytest.raises(ConfigError, match=r"no weights for score.weight"):
-        reward(samples())
+        reward(build_samples())
 
 
 @pytest.mark.parametrize(("labels", "label"), [(1, 0), (3, None), (3, 3), (3, -1)])
@@ -134,7 +136,7 @@ def test_a_label_that_the_model_does_not_have_is_refused(
     tmp_path: Path, labels: int, label: int | None
 ) -> None:
     """The error comes from the constructor, before anything is sampled."""
-    folder = str(saved(tmp_path, labels=labels))
+    folder = str(save_model(tmp_path, labels=labels))
     with pytest.raises(ConfigError, match=f"label={label}"):
         RewardModel(folder, label=label, device="cpu")
 

@@ -15,7 +15,7 @@ from grpo.rewards import Cosine, Length, ReasoningSteps, Repetition, SoftOverlon
 from grpo.types import Example, Sample
 
 
-def sample(text: str = "", tokens: int = 1, right: bool = False, group: int = 0) -> Sample:
+def build_sample(text: str = "", tokens: int = 1, right: bool = False, group: int = 0) -> Sample:
     return Sample(
         prompt="q",
         completion=text,
@@ -38,11 +38,11 @@ def sample(text: str = "", tokens: int = 1, right: bool = False, group: int = 0)
     ],
 )
 def test_each_tag_that_is_there_once_counts_its_share(text: str, reward: float) -> None:
-    assert TagCount()([sample(text)]) == [reward]
+    assert TagCount()([build_sample(text)]) == [reward]
 
 
 def test_tags_can_be_others() -> None:
-    assert TagCount(["[a]", "[/a]", "[b]"])([sample("[a]x[/a]")]) == [pytest.approx(2 / 3)]
+    assert TagCount(["[a]", "[/a]", "[b]"])([build_sample("[a]x[/a]")]) == [pytest.approx(2 / 3)]
 
 
 @pytest.mark.parametrize(
@@ -59,17 +59,17 @@ def test_tags_can_be_others() -> None:
     ],
 )
 def test_steps_are_a_share_of_the_target(text: str, markers: int) -> None:
-    assert ReasoningSteps(target=3)([sample(text)]) == [pytest.approx(markers / 3)]
+    assert ReasoningSteps(target=3)([build_sample(text)]) == [pytest.approx(markers / 3)]
 
 
 def test_length_is_relative_to_its_own_group() -> None:
-    group = [sample(tokens=n, right=right) for n in (10, 20, 30) for right in (True, False)]
-    other = [sample(tokens=n, right=True, group=1) for n in (100, 300)]
+    group = [build_sample(tokens=n, right=right) for n in (10, 20, 30) for right in (True, False)]
+    other = [build_sample(tokens=n, right=True, group=1) for n in (100, 300)]
     assert Length()([*group, *other]) == [0.5, 0.0, 0.0, 0.0, -0.5, -0.5, 0.5, -0.5]
 
 
 def test_completions_of_one_length_get_no_length_reward() -> None:
-    assert Length()([sample(tokens=5, right=True), sample(tokens=5)]) == [0.0, 0.0]
+    assert Length()([build_sample(tokens=5, right=True), build_sample(tokens=5)]) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,9 @@ def test_completions_of_one_length_get_no_length_reward() -> None:
 def test_cosine_falls_for_right_and_rises_for_wrong(
     tokens: int, right: float, wrong: float
 ) -> None:
-    rewards = Cosine(max_tokens=100)([sample(tokens=tokens, right=True), sample(tokens=tokens)])
+    rewards = Cosine(max_tokens=100)(
+        [build_sample(tokens=tokens, right=True), build_sample(tokens=tokens)]
+    )
     assert rewards == [pytest.approx(right), pytest.approx(wrong, abs=1e-6)]
 
 
@@ -101,13 +103,13 @@ def test_cosine_falls_for_right_and_rises_for_wrong(
     ],
 )
 def test_repetition_is_the_share_of_trigrams_seen_before(text: str, reward: float) -> None:
-    assert Repetition()([sample(text)]) == [reward]
+    assert Repetition()([build_sample(text)]) == [reward]
 
 
 def test_repetition_over_tokens_sees_no_words() -> None:
     repeated = Sample("q", "abc", (7, 7, 7, 7), False, Example("q", "a", float), 0)
     penalty = Repetition(ngram=2, max_penalty=-0.3, over="tokens")
-    assert penalty([repeated, sample("no no no", tokens=9)]) == [pytest.approx(-0.2), 0.0]
+    assert penalty([repeated, build_sample("no no no", tokens=9)]) == [pytest.approx(-0.2), 0.0]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_repetition_over_tokens_sees_no_words() -> None:
 )
 def test_overlong_falls_over_the_buffer(tokens: int, reward: float) -> None:
     punished = SoftOverlong(max_tokens=100, buffer=20)
-    assert punished([sample(tokens=tokens)]) == [pytest.approx(reward)]
+    assert punished([build_sample(tokens=tokens)]) == [pytest.approx(reward)]
 
 
 @pytest.mark.parametrize(

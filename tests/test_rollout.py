@@ -65,7 +65,7 @@ def wrap(model: PreTrainedModel, device: Device, end_ids: tuple[int, ...] = (2,)
     )  # fmt: skip
 
 
-def prompts_of(*lengths: int) -> list[Prompt]:
+def draw_prompts(*lengths: int) -> list[Prompt]:
     generator = torch.Generator().manual_seed(3)
     example = Example("q", "a", float)
     return [
@@ -74,7 +74,7 @@ def prompts_of(*lengths: int) -> list[Prompt]:
     ]
 
 
-def policy_logprobs(policy: LanguageModel, rollout: Rollout, sampling: Sampling) -> Tensor:
+def score_plainly(policy: LanguageModel, rollout: Rollout, sampling: Sampling) -> Tensor:
     """Returns the plain forward's log-probabilities of the sampled tokens, all rows at once."""
     everything = MicroBatch(list(range(len(rollout.prompts))), torch.arange(len(rollout.texts)), 0)
     inputs = select_completions(rollout, everything, policy)
@@ -89,10 +89,10 @@ def test_logprobs_are_the_policys_at_the_temperature(
 ) -> None:
     policy = wrap(small_model, device, end_ids=(2, 5, 50, 80))
     rollout = ENGINES[engine](policy, 9, ROOM).generate(
-        prompts_of(7, 3, 5), 6, Sampling(0.7), seed=1
+        draw_prompts(7, 3, 5), 6, Sampling(0.7), seed=1
     )
     assert_close(
-        rollout.logprobs_NC, policy_logprobs(policy, rollout, Sampling(0.7)), atol=2e-5, rtol=1e-4
+        rollout.logprobs_NC, score_plainly(policy, rollout, Sampling(0.7)), atol=2e-5, rtol=1e-4
     )
     assert (rollout.logprobs_NC[~rollout.mask_NC] == 0).all()
 
@@ -102,7 +102,7 @@ def test_greedy_tokens_equal_transformers_generate(
     small_model: PreTrainedModel, device: Device, engine: str
 ) -> None:
     policy = wrap(small_model, device)
-    prompts = prompts_of(7, 3, 5)
+    prompts = draw_prompts(7, 3, 5)
     rollout = ENGINES[engine](policy, 12, ROOM).generate(prompts, 2, Sampling(0.0), seed=0)
     for n, prompt in enumerate(p for p in prompts for _ in range(2)):
         alone = torch.tensor([prompt.token_ids])
@@ -121,7 +121,7 @@ def test_samples_follow_the_models_own_softmax(
     The model's generation config asks for top-k 1 and a repetition penalty: neither may act.
     """
     small_model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=2.0)
-    policy, prompt = wrap(small_model, device), prompts_of(6)
+    policy, prompt = wrap(small_model, device), draw_prompts(6)
     rollout = ENGINES[engine](policy, 1, ROOM).generate(prompt, 4000, Sampling(1.3), seed=5)
     logits = small_model(torch.tensor([prompt[0].token_ids])).logits[0, -1]
     expected = torch.softmax(logits / 1.3, dim=-1).detach() * 4000
@@ -140,14 +140,16 @@ def test_every_end_token_ends_and_is_kept(
     """Most completions end here, and one of the end tokens is the padding token too."""
     ends = (0, *range(60, 76))
     policy = wrap(small_model, device, end_ids=ends)
-    rollout = ENGINES[engine](policy, 8, ROOM).generate(prompts_of(4, 6), 40, Sampling(1.0), seed=2)
+    rollout = ENGINES[engine](policy, 8, ROOM).generate(
+        draw_prompts(4, 6), 40, Sampling(1.0), seed=2
+    )
     ended = ~rollout.truncated_N
     assert 5 < ended.sum() < 80
     for n in range(80):
-        own = rollout.tokens_NC[n][rollout.mask_NC[n]]
-        assert not torch.isin(own[:-1], torch.tensor(ends)).any()
-        assert bool(torch.isin(own[-1], torch.tensor(ends))) == bool(ended[n])
-        assert len(own) == 8 or ended[n]
+        completion = rollout.tokens_NC[n][rollout.mask_NC[n]]
+        assert not torch.isin(completion[:-1], torch.tensor(ends)).any()
+        assert bool(torch.isin(completion[-1], torch.tensor(ends))) == bool(ended[n])
+        assert len(completion) == 8 or ended[n]
 
 
 def test_pad_that_is_also_the_end_is_trained_once(
@@ -155,7 +157,7 @@ def test_pad_that_is_also_the_end_is_trained_once(
 ) -> None:
     """pad = eos: the first one is an action and in the mask, the padding after it is not."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 2)))
-    rollout = NativeEngine(policy, 6, ROOM).generate(prompts_of(5), 50, Sampling(1.0), seed=0)
+    rollout = NativeEngine(policy, 6, ROOM).generate(draw_prompts(5), 50, Sampling(1.0), seed=0)
     short = (rollout.lengths_N < rollout.tokens_NC.shape[1]).nonzero()[:, 0]
     assert len(short) > 10
     for n in short.tolist():
@@ -170,7 +172,7 @@ def test_budget_and_finished_rows_change_no_greedy_token(
 ) -> None:
     """One prompt at a time, all at once, or with ended rows dropped, completions are the same."""
     policy = wrap(small_model, device, end_ids=tuple(range(0, 97, 3)))
-    prompts = prompts_of(7, 3, 5, 9, 2)
+    prompts = draw_prompts(7, 3, 5, 9, 2)
     at_once = engine(policy, 10, ROOM).generate(prompts, 2, Sampling(0.0), seed=0)
     one_by_one = engine(policy, 10, Budget.from_tokens(1)).generate(
         prompts, 2, Sampling(0.0), seed=0
@@ -202,7 +204,7 @@ def test_left_padding_marks_the_prompts_own_tokens() -> None:
 
 
 def test_completions_are_cut_from_a_rollout_by_whole_groups(tiny: LanguageModel) -> None:
-    prompts = prompts_of(3, 5)
+    prompts = draw_prompts(3, 5)
     rollout = NativeEngine(tiny, 6, ROOM).generate(prompts, 2, Sampling(1.0), seed=0)
     part = select_completions(rollout, MicroBatch([1], torch.tensor([2, 3]), 17), tiny)
     assert isinstance(part, Completions)
@@ -219,7 +221,7 @@ CUTS = {
 }
 
 
-def theirs(sampling: Sampling, tokens: Tensor, logits: Tensor) -> Tensor:
+def compute_processed_logprobs(sampling: Sampling, tokens: Tensor, logits: Tensor) -> Tensor:
     """Returns log-probabilities [V] after transformers' processors, in generate's order."""
     processors = [
         RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
@@ -245,17 +247,17 @@ def test_logprobs_are_those_of_the_distribution_that_was_cut(
     """Compares each token with transformers' processors on a separate forward pass, and with the
     update's scores, so that the ratio is 1."""
     policy, sampling = wrap(small_model, device, end_ids=(2, 5, 50, 80)), CUTS[cut]
-    prompts = prompts_of(7, 3)
+    prompts = draw_prompts(7, 3)
     rollout = ENGINES[engine](policy, 6, ROOM).generate(prompts, 3, sampling, seed=1)
     for n, prompt in enumerate(p for p in prompts for _ in range(3)):
         for c in range(int(rollout.lengths_N[n])):
             seen = torch.cat([torch.tensor(prompt.token_ids), rollout.tokens_NC[n, :c]])
             logits = small_model(seen[None]).logits[0, -1].detach()
-            expected = theirs(sampling, seen, logits)[rollout.tokens_NC[n, c]]
+            expected = compute_processed_logprobs(sampling, seen, logits)[rollout.tokens_NC[n, c]]
             assert_close(rollout.logprobs_NC[n, c], expected, atol=5e-5, rtol=1e-4)
     scored = score_rollout(policy, rollout, Readout(sampling), ROOM.forward_limit)
     assert_close(scored.logprobs, rollout.logprobs_NC, atol=5e-5, rtol=1e-4)
-    uncut = policy_logprobs(policy, rollout, Sampling(sampling.temperature))
+    uncut = score_plainly(policy, rollout, Sampling(sampling.temperature))
     assert_close(scored.plain_logprobs, uncut, atol=5e-5, rtol=1e-4)
 
 
@@ -264,11 +266,11 @@ def test_logprobs_are_those_of_the_distribution_that_was_cut(
 def test_cut_samples_follow_the_cut_distribution(
     small_model: PreTrainedModel, device: Device, engine: str, cut: str
 ) -> None:
-    policy, prompt, sampling = wrap(small_model, device), prompts_of(6), CUTS[cut]
+    policy, prompt, sampling = wrap(small_model, device), draw_prompts(6), CUTS[cut]
     rollout = ENGINES[engine](policy, 1, ROOM).generate(prompt, 4000, sampling, seed=5)
     tokens = torch.tensor(prompt[0].token_ids)
     logits = small_model(tokens[None]).logits[0, -1].detach()
-    expected = theirs(sampling, tokens, logits).exp() * 4000
+    expected = compute_processed_logprobs(sampling, tokens, logits).exp() * 4000
     counts = torch.bincount(rollout.tokens_NC[:, 0], minlength=97)
     assert (counts[expected == 0] == 0).all()
     common = expected >= 5
@@ -282,7 +284,7 @@ def test_a_token_that_the_moved_policy_would_cut_still_has_a_logprob(
 ) -> None:
     """Scoring adds a sampled token outside of top-k 1 to the kept ones, so that none is -inf."""
     policy = wrap(small_model, device)
-    rollout = NativeEngine(policy, 8, ROOM).generate(prompts_of(5), 20, Sampling(2.0), seed=0)
+    rollout = NativeEngine(policy, 8, ROOM).generate(draw_prompts(5), 20, Sampling(2.0), seed=0)
     scored = score_rollout(policy, rollout, Readout(Sampling(2.0, top_k=1)), ROOM.forward_limit)
     assert scored.logprobs.isfinite().all()
     assert (scored.logprobs[rollout.mask_NC] < -1).any()
@@ -313,8 +315,8 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(tiny: LanguageModel, en
         for n, text in enumerate(stopped.texts):
             assert stop in text
             assert whole.texts[0].startswith(text)
-            own = stopped.tokens_NC[n, : stopped.lengths_N[n]]
-            shorter = tiny.tokenizer.decode(own[:-1].tolist(), skip_special_tokens=True)
+            completion = stopped.tokens_NC[n, : stopped.lengths_N[n]]
+            shorter = tiny.tokenizer.decode(completion[:-1].tolist(), skip_special_tokens=True)
             assert stop not in shorter
         assert not stopped.truncated_N.any()
 
@@ -324,7 +326,7 @@ def test_a_row_draws_the_same_whatever_is_drawn_beside_it(
 ) -> None:
     """A row's tokens depend neither on the batches that fit into memory nor on ended rows."""
     policy = wrap(small_model, device, end_ids=(2, 5, 50, 80))
-    prompts = prompts_of(7, 3, 5, 4)
+    prompts = draw_prompts(7, 3, 5, 4)
     together = NativeEngine(policy, 10, ROOM).generate(prompts, 5, Sampling(0.9), seed=4)
     for positions in (1, 37, 80):  # one row at a time, parts of a group, a group or two
         budget = Budget.from_tokens(positions)
@@ -367,15 +369,15 @@ def test_a_group_is_halved_where_memory_runs_out(
     policy = wrap(small_model, device, end_ids=(2,))
     budget, sizes, whole = Budget.from_tokens(1000), [], NativeEngine._sample
 
-    def narrow(engine: NativeEngine, prompts: Any, uniform_NC: Tensor, *rest: Any) -> Any:
+    def sample_few(engine: NativeEngine, prompts: Any, uniform_NC: Tensor, *rest: Any) -> Any:
         sizes.append(len(uniform_NC))
         if len(uniform_NC) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return whole(engine, prompts, uniform_NC, *rest)
 
-    expected = NativeEngine(policy, 10, ROOM).generate(prompts_of(6), 8, Sampling(1.0), seed=1)
-    monkeypatch.setattr(NativeEngine, "_sample", narrow)
-    found = NativeEngine(policy, 10, budget).generate(prompts_of(6), 8, Sampling(1.0), seed=1)
+    expected = NativeEngine(policy, 10, ROOM).generate(draw_prompts(6), 8, Sampling(1.0), seed=1)
+    monkeypatch.setattr(NativeEngine, "_sample", sample_few)
+    found = NativeEngine(policy, 10, budget).generate(draw_prompts(6), 8, Sampling(1.0), seed=1)
     assert sizes[0] == 8
     assert max(sizes[-3:]) <= 3
     assert torch.equal(found.tokens_NC, expected.tokens_NC)

@@ -43,23 +43,23 @@ Grpo = Callable[..., tuple[int, str]]
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>&lt;`${1}`"
 
 
-def content(page: str) -> dict[str, Any]:
+def read_content(page: str) -> dict[str, Any]:
     """Returns the data that a page's script reads."""
-    (found,) = unpacked(page, "id=content")
-    return found
+    (content,) = unpack(page, "id=content")
+    return content
 
 
-def rows_and_prompts(page: str) -> Iterator[tuple[list[Any], str]]:
+def read_rows_and_prompts(page: str) -> Iterator[tuple[list[Any], str]]:
     """Yields a page's completions with their prompts."""
-    for block in unpacked(page, "class=block"):
+    for block in unpack(page, "class=block"):
         for n, facts in enumerate(block["facts"]):
-            own = (block[column][n] for column in ("texts", "widths", "kl"))
-            yield [*facts, *own], block["prompts"][facts[1]]
+            rest = (block[column][n] for column in ("texts", "widths", "kl"))
+            yield [*facts, *rest], block["prompts"][facts[1]]
 
 
-def unpacked(page: str, which: str) -> list[dict[str, Any]]:
+def unpack(page: str, which: str) -> list[dict[str, Any]]:
     packed = re.findall(rf"<script type=text/plain {which}>([^<]*)</script>", page)
-    return [json.loads(gzip.decompress(base64.b64decode(own))) for own in packed]
+    return [json.loads(gzip.decompress(base64.b64decode(text))) for text in packed]
 
 
 def test_a_run_ends_with_its_page(short_run: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_run_ends_with_its_page(short_run: Path) -> None:
 
 def test_its_data_is_that_of_the_files(short_run: Path) -> None:
     page = (short_run / "report.html").read_text()
-    data, shown = content(page), list(rows_and_prompts(page))
+    data, shown = read_content(page), list(read_rows_and_prompts(page))
     rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
     for (packed, prompt), row in zip(shown, rows, strict=True):
         assert prompt == row["prompt"]
@@ -93,13 +93,13 @@ def test_the_kl_of_its_tokens_is_k1(short_run: Path) -> None:
     rows = [json.loads(line) for line in (short_run / "completions.jsonl").read_text().splitlines()]
     metrics = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     step = metrics[-1]["step"]
-    own = [x for row in rows if row["step"] == step for x in row["token_kl"]]
+    token_kls = [x for row in rows if row["step"] == step for x in row["token_kl"]]
     (k1,) = [line["kl/k1"] for line in metrics if line["step"] == step]
-    assert sum(own) / len(own) == pytest.approx(k1, abs=1e-3)
+    assert sum(token_kls) / len(token_kls) == pytest.approx(k1, abs=1e-3)
 
 
 def test_before_and_after_are_the_first_and_the_last_evaluation(short_run: Path) -> None:
-    answers = content((short_run / "report.html").read_text())["answers"]
+    answers = read_content((short_run / "report.html").read_text())["answers"]
     summary = json.loads((short_run / "summary.json").read_text())
     assert (answers["first"], answers["last"]) == (0, summary["steps"])
     assert len(answers["rows"]) == 128
@@ -115,7 +115,7 @@ def test_hostile_text_stays_text(short_run: Path, tmp_path: Path) -> None:
     page = write_run_page(tmp_path / "run").read_text()
     assert HOSTILE not in page
     assert "<img" not in page
-    row, _ = next(rows_and_prompts(page))
+    row, _ = next(read_rows_and_prompts(page))
     *_, text, _, _ = row
     assert text == HOSTILE
 
@@ -135,17 +135,17 @@ def test_several_runs_lie_over_each_other(short_run: Path, tmp_path: Path, grpo:
     assert code == 0, printed
     page = (tmp_path / "other/runs.html").read_text()
     assert "<td>kl_weight</td><td>0.0</td><td>0.02</td>" in page
-    reward = content(page)["figures"][0]
+    reward = read_content(page)["figures"][0]
     names = [f"run ({folder})" for folder in ("other", short_run)]
     assert [trace["name"] for trace in reward["data"]] == names
     by_title = {
         figure["layout"]["yaxis"].get("title", {}).get("text"): figure["data"]
-        for figure in content(page)["figures"]
+        for figure in read_content(page)["figures"]
     }
     seconds = by_title["time/step"]  # not stacked
     assert [trace["name"] for trace in seconds] == names
     assert not any("stackgroup" in trace for trace in seconds)
-    accuracy = content(page)["figures"][1]["data"]
+    accuracy = read_content(page)["figures"][1]["data"]
     kinds = ("sampled_accuracy", "accuracy")
     assert [trace["name"] for trace in accuracy] == [
         f"{n}: {kind}" for n in names for kind in kinds
@@ -235,7 +235,7 @@ def test_a_page_has_whole_steps_from_the_first_to_the_last(lengths: list[int], r
     shown = [step for block in blocks for step in block.steps]
     assert shown == sorted(set(shown))
     assert {shown[0], shown[-1]} == {1, len(lengths)}
-    packed = [row for block in blocks for row in samples_of(block)["facts"]]
+    packed = [row for block in blocks for row in unpack_samples(block)["facts"]]
     assert [row[0] for row in packed] == [step for step in shown for _ in range(2)]
     size = sum(len(block.packed) for block in blocks)
     assert size <= room or len(shown) <= 2
@@ -250,9 +250,9 @@ def test_a_letter_a_token_says_its_width_and_its_kl() -> None:
     assert encode_kl([0.0, 0.02, 0.03, -0.5, 7.0, -7.0]) == "PPQFx("
 
 
-def samples_of(block: Block) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(block.packed)))
-    return found
+def unpack_samples(block: Block) -> dict[str, Any]:
+    samples: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(block.packed)))
+    return samples
 
 
 def test_every_metric_that_a_run_logs_may_be_searched_by(short_run: Path) -> None:

@@ -37,25 +37,32 @@ from grpo.sweep.folder import StudyFile
 from grpo.sweep.objectives import read_final_values
 from grpo.sweep.space import Space, build_space, format_override, list_combinations, list_corners
 from grpo.sweep.study import SearchOptions
-from tests.conftest import make_once, read_metrics, run_grpo, start_grpo, wait_for_step
-from tests.test_sweep import TWO_STEPS, Grpo, summary
+from tests.conftest import (
+    make_once,
+    read_metrics,
+    read_summary,
+    run_grpo,
+    start_grpo,
+    wait_for_step,
+)
+from tests.test_sweep import TWO_STEPS, Grpo
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *TWO_STEPS, "kl_weight=interval(0,0.1)")
 
 
-def study_in(sweep: Path) -> optuna.Study:
+def load_study(sweep: Path) -> optuna.Study:
     storage = JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
     (name,) = optuna.get_all_study_names(storage)
     return optuna.load_study(study_name=name, storage=storage)
 
 
-def options(**given: Any) -> SearchOptions:
+def build_options(**changes: Any) -> SearchOptions:
     defaults: dict[str, Any] = {
         "n_trials": 20, "n_jobs": 1, "sampler": "tpe", "sampler_options": {}, "pruner": "none",
         "pruner_options": {}, "direction": "maximize", "objectives": None, "storage": None,
         "study_name": None, "seed": 0,
     }  # fmt: skip
-    return SearchOptions.from_config({**defaults, **given})
+    return SearchOptions.from_config({**defaults, **changes})
 
 
 # Spaces
@@ -87,14 +94,16 @@ def test_hydras_syntax_is_a_distribution(override: str, expected: BaseDistributi
 def test_a_choice_is_written_as_it_was_read(override: str) -> None:
     parser = OverridesParser.create()
     (parsed,) = parser.parse_overrides([override])
-    wanted = [parsed.value() for parsed in parser.parse_overrides(values_in(override))]
-    (own,) = build_space([parsed]).values()
-    assert isinstance(own, CategoricalDistribution)
-    again = parser.parse_overrides([format_override("x", choice) for choice in own.choices])
-    assert [one.value() for one in again] == wanted
+    wanted = [parsed.value() for parsed in parser.parse_overrides(format_values(override))]
+    (distribution,) = build_space([parsed]).values()
+    assert isinstance(distribution, CategoricalDistribution)
+    again = parser.parse_overrides(
+        [format_override("x", choice) for choice in distribution.choices]
+    )
+    assert [override.value() for override in again] == wanted
 
 
-def values_in(override: str) -> list[str]:
+def format_values(override: str) -> list[str]:
     """Returns an override's values as a grid writes them."""
     (parsed,) = OverridesParser.create().parse_overrides([override])
     return [f"x={value}" for value in parsed.sweep_string_iterator()]
@@ -117,30 +126,30 @@ SPACE: dict[str, BaseDistribution] = {
 def test_a_sampler_goes_on_where_it_was(sampler: str) -> None:
     """After a restart it proposes the same values, which follow from the earlier trials."""
 
-    def asked(study: optuna.Study, trials: int) -> None:
+    def run_trials(study: optuna.Study, trials: int) -> None:
         for _ in range(trials):
-            study.sampler = options(sampler=sampler).make_sampler(len(study.trials))
+            study.sampler = build_options(sampler=sampler).make_sampler(len(study.trials))
             trial = study.ask(SPACE)
             study.tell(trial, trial.params["a"] * 100 + trial.params["b"])
 
     at_once, in_two = optuna.create_study(), optuna.create_study()
-    asked(at_once, 14)
-    asked(in_two, 9)
-    asked(in_two, 5)
+    run_trials(at_once, 14)
+    run_trials(in_two, 9)
+    run_trials(in_two, 5)
     values = [trial.params for trial in at_once.trials]
     assert values == [trial.params for trial in in_two.trials]
     assert len({str(value) for value in values}) > 10  # and values don't repeat
 
 
 def test_another_seed_asks_something_else() -> None:
-    first = [options(seed=seed).make_sampler(0) for seed in (0, 1)]
+    first = [build_options(seed=seed).make_sampler(0) for seed in (0, 1)]
     studies = [optuna.create_study(sampler=sampler) for sampler in first]
     assert studies[0].ask(SPACE).params != studies[1].ask(SPACE).params
 
 
 def test_an_unknown_option_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"hydra.sweeper.n_trails.*did you mean n_trials"):
-        options(n_trails=4)
+        build_options(n_trails=4)
 
 
 # Whole searches
@@ -165,13 +174,13 @@ KILLED = (
 )  # fmt: skip
 
 
-def told(study: optuna.Study) -> list[Any]:
+def list_trials(study: optuna.Study) -> list[Any]:
     return [(t.state, t.params, t.values, t.intermediate_values) for t in study.trials]
 
 
 @pytest.mark.slow
 def test_a_search_says_what_its_jobs_came_to(whole: Path) -> None:
-    study = study_in(whole)
+    study = load_study(whole)
     assert len(study.trials) == 5
     for trial in study.trials:
         job = whole / str(trial.number)
@@ -181,13 +190,13 @@ def test_a_search_says_what_its_jobs_came_to(whole: Path) -> None:
             if line["step"] and "eval/sampled_accuracy" in line
         }
         if trial.state == TrialState.COMPLETE:
-            assert summary(job)["status"] == "finished"
-            assert trial.value == summary(job)["objective"]["value"]
+            assert read_summary(job)["status"] == "finished"
+            assert trial.value == read_summary(job)["objective"]["value"]
             assert trial.value == evaluations[6]
         else:
             assert trial.state == TrialState.PRUNED
-            assert summary(job)["status"] == "pruned"
-            assert summary(job)["steps"] == trial.last_step < 6
+            assert read_summary(job)["status"] == "pruned"
+            assert read_summary(job)["steps"] == trial.last_step < 6
             assert (job / "checkpoints/latest/model").is_dir()
         assert trial.intermediate_values == evaluations
     assert {t.state for t in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
@@ -203,11 +212,11 @@ def test_hyperband_gives_up_trials_too(grpo: Grpo, tmp_path: Path) -> None:
         "learning_rate=tag(log,interval(1e-5,3e-2))",
     )  # fmt: skip
     assert code == 0, printed
-    trials = study_in(tmp_path / "sweep").trials
+    trials = load_study(tmp_path / "sweep").trials
     states = [trial.state for trial in trials]
     assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
     for trial in trials:
-        steps = summary(tmp_path / "sweep" / str(trial.number))["steps"]
+        steps = read_summary(tmp_path / "sweep" / str(trial.number))["steps"]
         assert steps == (trial.last_step if trial.state == TrialState.PRUNED else 8)
 
 
@@ -219,11 +228,11 @@ def test_a_killed_search_comes_to_the_same(whole: Path, tmp_path: Path) -> None:
     wait_for_step(sweep / "1", 1, process)
     process.kill()
     process.wait()
-    states = [trial.state for trial in study_in(sweep).trials]
+    states = [trial.state for trial in load_study(sweep).trials]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
     done = run_grpo("-m", "sweep_dir=x/sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert told(study_in(sweep)) == told(study_in(whole))
+    assert list_trials(load_study(sweep)) == list_trials(load_study(whole))
     for number in range(5):
         assert read_metrics(sweep / str(number)) == read_metrics(whole / str(number))
 
@@ -241,10 +250,10 @@ def test_a_search_killed_before_a_trials_job_comes_to_the_same(whole: Path, tmp_
     (sweep / "study.journal").write_text("".join(journal[: trials[2] + 1]))
     for number in "234":
         shutil.rmtree(sweep / number)
-    assert [len(trial.params) for trial in study_in(sweep).trials] == [3, 3, 3]
+    assert [len(trial.params) for trial in load_study(sweep).trials] == [3, 3, 3]
     done = run_grpo("-m", "sweep_dir=x/sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert told(study_in(sweep)) == told(study_in(whole))
+    assert list_trials(load_study(sweep)) == list_trials(load_study(whole))
 
 
 FAILS_ONCE = """
@@ -261,22 +270,22 @@ def test_a_trial_that_failed_is_tried_again_by_the_next_start(grpo: Grpo, tmp_pa
     """Each start tries it once, from its checkpoint; a trial with a deleted folder runs again."""
     (tmp_path / "fails_once.py").write_text(FAILS_ONCE)
     search = (*SEARCH, "hydra.sweeper.n_trials=2", "sweep_dir=sweep", "max_steps=1")
-    own = ("+reward.own._target_=fails_once.reward", "+reward.own.weight=0.1")
-    code, printed = grpo(*search, *own)
+    reward = ("+reward.own._target_=fails_once.reward", "+reward.own.weight=0.1")
+    code, printed = grpo(*search, *reward)
     assert code == 1
     assert "2 of 2 jobs did not end well" in printed
     assert printed.count("\njob 0: ") == printed.count("\njob 1: ") == 1
     (tmp_path / "mended").touch()
     code, printed = grpo("-m", "sweep_dir=sweep")
     assert code == 0, printed
-    trials = study_in(tmp_path / "sweep").trials
+    trials = load_study(tmp_path / "sweep").trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
     before = read_metrics(tmp_path / "sweep/1")
     shutil.rmtree(tmp_path / "sweep/1")
     code, printed = grpo("-m", "sweep_dir=sweep")
     assert code == 0, printed
     assert read_metrics(tmp_path / "sweep/1") == before
-    again = study_in(tmp_path / "sweep").trials
+    again = load_study(tmp_path / "sweep").trials
     assert [(trial.params, trial.values) for trial in again] == [
         (trial.params, trial.values) for trial in trials
     ]
@@ -288,7 +297,7 @@ def test_a_trial_whose_job_runs_elsewhere_is_left_to_it(
 ) -> None:
     sweep = tmp_path / "x/sweep"
     shutil.copytree(whole, sweep, symlinks=True)
-    study = study_in(sweep)
+    study = load_study(sweep)
     first, file = study.trials[0], StudyFile.read(sweep)
     assert file is not None
     study.add_trial(
@@ -303,7 +312,7 @@ def test_a_trial_whose_job_runs_elsewhere_is_left_to_it(
         code, printed = grpo("-m", "sweep_dir=x/sweep", "hydra.sweeper.n_trials=7")
     assert code == 0, printed
     assert "1 running" in printed.rpartition("sweep in")[2]
-    states = [trial.state for trial in study_in(sweep).trials]
+    states = [trial.state for trial in load_study(sweep).trials]
     assert states[5] == TrialState.RUNNING
     assert states[6].is_finished()
 
@@ -312,11 +321,11 @@ def test_n_trials_is_the_total(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
     sweep = tmp_path / "x/sweep"
     shutil.copytree(whole, sweep, symlinks=True)
     assert grpo("-m", "sweep_dir=x/sweep")[0] == 0
-    assert told(study_in(sweep)) == told(study_in(whole))  # nothing left to do
+    assert list_trials(load_study(sweep)) == list_trials(load_study(whole))  # nothing left to do
     code, printed = grpo("-m", "sweep_dir=x/sweep", "hydra.sweeper.n_trials=6")
     assert code == 0, printed
-    assert told(study_in(sweep))[:5] == told(study_in(whole))
-    assert len(study_in(sweep).trials) == 6
+    assert list_trials(load_study(sweep))[:5] == list_trials(load_study(whole))
+    assert len(load_study(sweep).trials) == 6
 
 
 def test_a_search_may_be_moved(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
@@ -324,23 +333,23 @@ def test_a_search_may_be_moved(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
     shutil.copytree(whole, tmp_path / "elsewhere", symlinks=True)
     code, printed = grpo("-m", "sweep_dir=elsewhere")
     assert code == 0, printed
-    assert told(study_in(tmp_path / "elsewhere")) == told(study_in(whole))
+    assert list_trials(load_study(tmp_path / "elsewhere")) == list_trials(load_study(whole))
     assert len((tmp_path / "elsewhere/results.csv").read_text().splitlines()) == 1 + 5
 
 
 def test_a_study_of_something_else_is_refused(whole: Path, tmp_path: Path, grpo: Grpo) -> None:
     sweep = tmp_path / "x/sweep"
     shutil.copytree(whole, sweep, symlinks=True)
-    for other, what in (
+    for overrides, part in (
         (("kl_weight=interval(0,0.2)",), "space"),
         (("batch_size=8",), "fixed"),
         (("hydra.sweeper.objectives={eval/accuracy: maximize}",), "objectives"),
     ):
-        code, printed = grpo("-m", "sweep_dir=x/sweep", *other)
+        code, printed = grpo("-m", "sweep_dir=x/sweep", *overrides)
         assert code == 2, printed
-        assert f"this study's {what} was" in printed
+        assert f"this study's {part} was" in printed
     assert grpo("-m", *TWO_STEPS, "seed=0,1", "sweep_dir=x/sweep")[0] == 2  # a grid
-    assert told(study_in(sweep)) == told(study_in(whole))
+    assert list_trials(load_study(sweep)) == list_trials(load_study(whole))
 
 
 @pytest.mark.slow
@@ -349,12 +358,15 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     command = (*SEARCH, "max_steps=1", "hydra.sweeper.n_trials=4", "sweep_dir=sweep")
     processes = [start_grpo(tmp_path, *command) for _ in range(2)]
     assert [process.wait(300) for process in processes] == [0, 0]
-    study = study_in(tmp_path / "sweep")
+    study = load_study(tmp_path / "sweep")
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
     for trial in study.trials:
         log = (tmp_path / "sweep" / str(trial.number) / "train.log").read_text()
         assert log.count("1 steps of") == 1
-        assert trial.value == summary(tmp_path / "sweep" / str(trial.number))["objective"]["value"]
+        assert (
+            trial.value
+            == read_summary(tmp_path / "sweep" / str(trial.number))["objective"]["value"]
+        )
     printed = [log.read_text() for log in tmp_path.glob("process*.log")]
     ran = [text.count("\njob ") for text in printed]
     assert sum(ran) == 4
@@ -368,11 +380,11 @@ def test_several_objectives(grpo: Grpo, tmp_path: Path) -> None:
         "hydra.sweeper.objectives={eval/sampled_accuracy: maximize, kl/mean: minimize}",
     )  # fmt: skip
     assert code == 0, printed
-    for trial in study_in(tmp_path / "sweep").trials:
+    for trial in load_study(tmp_path / "sweep").trials:
         last = read_metrics(tmp_path / "sweep" / str(trial.number))[-1]
         assert trial.values == [last["eval/sampled_accuracy"], last["kl/mean"]]
     _, _, best = printed.rpartition("best:\n")
-    unbeaten = {trial.number for trial in study_in(tmp_path / "sweep").best_trials}
+    unbeaten = {trial.number for trial in load_study(tmp_path / "sweep").best_trials}
     assert set(map(int, re.findall(r"^  job (\d+):", best, re.MULTILINE))) == unbeaten
     page = (tmp_path / "sweep/report.html").read_text()
     assert "<code>eval/sampled_accuracy</code>; <code>kl/mean</code>, minimized" in page
@@ -414,7 +426,7 @@ def test_every_value_of_a_grid_is_tried(grpo: Grpo, tmp_path: Path) -> None:
         "hydra.sweeper.sampler=grid", "sweep_dir=sweep",
     )  # fmt: skip
     assert code == 0, printed
-    tried = [trial.params for trial in study_in(tmp_path / "sweep").trials]
+    tried = [trial.params for trial in load_study(tmp_path / "sweep").trials]
     assert tried == [{"seed": seed, "kl": kl} for seed in (0, 1) for kl in ("k1", "k3")]
 
 
@@ -450,7 +462,7 @@ def test_corners_hold_every_choice_and_both_ends() -> None:
         "b": IntDistribution(1, 8),
         "c": CategoricalDistribution([1, 2]),
     }
-    found = [tuple(own[key] for key in "abc") for own in list_corners(space)]
+    found = [tuple(corner[key] for key in "abc") for corner in list_corners(space)]
     assert found == [("x", 1, 1), ("y", 1, 1), ("z", 1, 1), ("x", 1, 2), ("z", 8, 2)]
 
 
@@ -516,9 +528,9 @@ def test_a_study_in_sqlite_shared_by_two_folders(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert ran[0] | ran[1] == {0, 1, 2, 3}
     assert not ran[0] & ran[1]
-    for folder, own in zip(("a", "b"), ran, strict=True):
+    for folder, numbers in zip(("a", "b"), ran, strict=True):
         table = (tmp_path / folder / "results.csv").read_text().splitlines()
-        assert len(table) == 1 + len(own)
+        assert len(table) == 1 + len(numbers)
 
 
 @pytest.fixture
@@ -554,10 +566,10 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_study_in_postgresql(postgresql: str, tmp_path: Path) -> None:
-    two_processes_on(postgresql, tmp_path)
+    run_two_processes(postgresql, tmp_path)
 
 
-def two_processes_on(url: str, cwd: Path) -> None:
+def run_two_processes(url: str, cwd: Path) -> None:
     """Runs two processes on a study: no trial is lost or doubled, and jobs report to it."""
     where = (f"hydra.sweeper.storage='{url}'", "hydra.sweeper.n_trials=3", "sweep_dir=sweep")
     processes = [start_grpo(cwd, *SEARCH, "max_steps=1", *where) for _ in range(2)]
@@ -567,7 +579,7 @@ def two_processes_on(url: str, cwd: Path) -> None:
     study = optuna.load_study(study_name=name, storage=url)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
     for trial in study.trials:
-        assert trial.value == summary(cwd / "sweep" / str(trial.number))["objective"]["value"]
+        assert trial.value == read_summary(cwd / "sweep" / str(trial.number))["objective"]["value"]
         assert list(trial.intermediate_values) == [1]
 
 

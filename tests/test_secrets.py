@@ -67,13 +67,13 @@ def test_none_of_twelve_planted_secrets_is_in_any_file(
     endpoint: tuple[int, list[tuple[str, str]]], tmp_path: Path
 ) -> None:
     port, asked = endpoint
-    here, home = tmp_path / "here", tmp_path / "home"
-    here.mkdir(), home.mkdir()
-    (here / "judge.py").write_text(REWARD)
+    work, home = tmp_path / "here", tmp_path / "home"
+    work.mkdir(), home.mkdir()
+    (work / "judge.py").write_text(REWARD)
     (home / ".netrc").write_text(f"machine api.wandb.ai login user password {IN_NETRC}\n")
     remote = f"https://me:{IN_GIT}@127.0.0.1/me/mine.git"
-    subprocess.run(["git", "init", "-q"], cwd=here, check=True)
-    subprocess.run(["git", "remote", "add", "origin", remote], cwd=here, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=work, check=True)
+    subprocess.run(["git", "remote", "add", "origin", remote], cwd=work, check=True)
     env = PLANTED | {
         "HOME": str(home),
         "NO_PROXY": "127.0.0.1",
@@ -86,17 +86,17 @@ def test_none_of_twelve_planted_secrets_is_in_any_file(
         "+reward.judge._target_=judge.judged", "+reward.judge.weight=0.5",
         "+reward.judge.api_key='${oc.env:JUDGE_KEY}'",
         "+hydra.job.env_set.HANDED_ON='${oc.env:SERVICE_PASSWORD}'", "hydra.run.dir=run",
-        cwd=here, env=env,
+        cwd=work, env=env,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert set(asked) == {
         (f"/?key={PLANTED['ENDPOINT_QUERY']}", f"Bearer {PLANTED['ENDPOINT_TOKEN']}")
     }
     for command in (("report", "run"), ("export", "run", "model")):
-        assert run_grpo(*command, cwd=here, env=env).returncode == 0
-    assert "judge.judged" in (here / "model/README.md").read_text()
-    assert "no valid token" in (here / "run/completions.jsonl").read_text()
-    left = [file for file in here.rglob("*") if file.is_file() and ".git" not in file.parts]
+        assert run_grpo(*command, cwd=work, env=env).returncode == 0
+    assert "judge.judged" in (work / "model/README.md").read_text()
+    assert "no valid token" in (work / "run/completions.jsonl").read_text()
+    left = [file for file in work.rglob("*") if file.is_file() and ".git" not in file.parts]
     assert any(file.suffix == ".wandb" for file in left)
     assert any(file.suffix == ".db" for file in left)
     for name, secret in {**PLANTED, "git": IN_GIT, "netrc": IN_NETRC}.items():
@@ -136,8 +136,8 @@ def test_a_secret_that_is_written_out_is_refused(override: str, grpo: Grpo, tmp_
 def test_the_same_of_a_sweep_and_of_a_config_file(grpo: Grpo, tmp_path: Path) -> None:
     storage = "hydra.sweeper.storage='postgresql://me:planted@127.0.0.1:1/x'"
     search = ("hydra/sweeper=optuna", "kl_weight=interval(0,1)", storage)
-    for own in (("+reward.answer.password=planted1,planted2",), search):
-        code, printed = grpo("-m", *SHORT, *own, "sweep_dir=sweep")
+    for overrides in (("+reward.answer.password=planted1,planted2",), search):
+        code, printed = grpo("-m", *SHORT, *overrides, "sweep_dir=sweep")
         assert code == 2
         assert "holds a secret" in printed
         assert "planted" not in printed
@@ -256,7 +256,7 @@ def test_what_comes_from_the_environment_stays_as_it_is_written(
 
 
 def test_what_is_crossed_out_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [own for own in os.environ if own.endswith(("KEY", "TOKEN"))]:
+    for name in [variable for variable in os.environ if variable.endswith(("KEY", "TOKEN"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SOME_TOKEN", "a-long-secret")
     monkeypatch.setenv(

@@ -42,7 +42,7 @@ def test_every_order_and_split_takes_a_large_seed(seed: int) -> None:
     assert sorted(assign_minibatches(6, 3, seed + 5).tolist()) == [0, 0, 1, 1, 2, 2]
 
 
-def search(**options: object) -> SearchOptions:
+def build_options(**options: object) -> SearchOptions:
     usual = {
         "sampler": "tpe", "sampler_options": {}, "pruner": "none", "pruner_options": {},
         "direction": "maximize", "objectives": None, "storage": None, "study_name": None,
@@ -56,17 +56,19 @@ def search(**options: object) -> SearchOptions:
 def test_a_search_takes_a_large_seed(sampler: str, seed: int) -> None:
     import optuna
 
-    def first() -> float:
-        study = optuna.create_study(sampler=search(sampler=sampler, seed=seed).make_sampler(1))
+    def ask_first() -> float:
+        study = optuna.create_study(
+            sampler=build_options(sampler=sampler, seed=seed).make_sampler(1)
+        )
         return float(study.ask().suggest_float("x", 0, 1))
 
-    assert first() == first()
+    assert ask_first() == ask_first()
 
 
 @pytest.mark.parametrize("key", ["seed", "n_trials", "n_jobs"])
 def test_a_search_refuses_what_no_library_takes(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"hydra\.sweeper\.{key}={10**20}: must be a whole"):
-        search(**{key: 10**20})
+        build_options(**{key: 10**20})
 
 
 def test_a_run_takes_a_date_and_time_for_a_seed(grpo: Grpo) -> None:

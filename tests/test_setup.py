@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
 
 
-def bare_copy(target: Path) -> Path:
+def copy_tracked(target: Path) -> Path:
     """What git tracks, and nothing that was built or installed here."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -28,7 +28,7 @@ def bare_copy(target: Path) -> Path:
 
 @pytest.mark.slow
 def test_an_interrupted_set_up_is_completed_from_any_directory(tmp_path: Path) -> None:
-    project, elsewhere = bare_copy(tmp_path / "a project"), tmp_path / "elsewhere"
+    project, elsewhere = copy_tracked(tmp_path / "a project"), tmp_path / "elsewhere"
     elsewhere.mkdir()
     command = [project / "scripts/train", "--cfg", "job"]
     first = subprocess.Popen(

@@ -139,16 +139,16 @@ def draw(
 ) -> list[dict[int, float]]:
     """Draws a sweep: training noise, seeds that are harder for all, binomial evaluation."""
     shared = rng.normal(0, spread, seeds)
-    found = []
+    settings = []
     for mean in means:
         chances: NDArray[np.float64] = np.clip(mean + shared + rng.normal(0, spread, seeds), 0, 1)
         values = rng.binomial(trials, chances) / trials
-        found.append(dict(enumerate(values.tolist())))
+        settings.append(dict(enumerate(values.tolist())))
     if unequal:  # a job in five failed, but none of a setting's first two
-        for own in found:
-            for seed in [seed for seed in own if seed > 1 and rng.random() < 0.2]:
-                del own[seed]
-    return found
+        for by_seed in settings:
+            for seed in [seed for seed in by_seed if seed > 1 and rng.random() < 0.2]:
+                del by_seed[seed]
+    return settings
 
 
 # So many samples make up an evaluation; a simulation for each.
@@ -156,7 +156,7 @@ SAMPLES = (16, 128, 1024, 4096)
 SEEDS = (2, 3, 5, 10)
 
 
-def coverage(seeds: int, samples: int, spread: float, times: int = 4000) -> float:
+def measure_coverage(seeds: int, samples: int, spread: float, times: int = 4000) -> float:
     """Returns the coverage of a mean's interval, with true means between 0.1 and 0.9."""
     rng, hits = np.random.default_rng(seeds + samples), 0
     for _ in range(times):
@@ -175,10 +175,10 @@ def coverage(seeds: int, samples: int, spread: float, times: int = 4000) -> floa
 def test_an_interval_holds_the_mean_as_often_as_it_says(
     seeds: int, samples: int, spread: float
 ) -> None:
-    assert 0.93 <= coverage(seeds, samples, spread) <= 0.97
+    assert 0.93 <= measure_coverage(seeds, samples, spread) <= 0.97
 
 
-def errors(
+def measure_errors(
     settings: int,
     seeds: int,
     samples: int,
@@ -202,10 +202,10 @@ def errors(
             draw(rng, means.tolist(), seeds, samples, spread, unequal), samples
         )
         best = int(np.argmax(found.adjusted_means))
-        told = [n for n in range(settings) if n != best and found.is_significant(best, n)]
-        equal += any(means[n] == means[best] for n in told)
-        wrong += any(means[n] > means[best] for n in told)
-        hits += len(told) if best == 0 else 0
+        distinct = [n for n in range(settings) if n != best and found.is_significant(best, n)]
+        equal += any(means[n] == means[best] for n in distinct)
+        wrong += any(means[n] > means[best] for n in distinct)
+        hits += len(distinct) if best == 0 else 0
     return equal / times, wrong / times, hits / times / (settings - 1)
 
 
@@ -226,10 +226,10 @@ def test_settings_are_told_apart_no_more_often_than_they_may(
 ) -> None:
     """The standard error with 600 sweeps is 0.9%; docs/statistics.md has the full tables."""
     for spread in (0.0, 0.02):
-        equal, wrong, _ = errors(settings, seeds, samples, spread, unequal, 0.0, 600)
+        equal, wrong, _ = measure_errors(settings, seeds, samples, spread, unequal, 0.0, 600)
         assert equal <= 0.07
         assert wrong == 0
-        equal, wrong, _ = errors(settings, seeds, samples, spread, unequal, 2.0, 200)
+        equal, wrong, _ = measure_errors(settings, seeds, samples, spread, unequal, 2.0, 200)
         assert equal <= 0.07
         assert wrong <= 0.025
 
@@ -237,25 +237,25 @@ def test_settings_are_told_apart_no_more_often_than_they_may(
 def test_so_much_of_a_difference_is_told_four_times_in_five() -> None:
     for settings, seeds in ((2, 5), (6, 3), (6, 5)):
         least = detectable_difference(0.02, settings, seeds)
-        rng, told = np.random.default_rng(0), 0
+        rng, detected = np.random.default_rng(0), 0
         for _ in range(1000):
             values = rng.normal(0.5, 0.02, (settings, seeds))
             values[0] += least
-            told += compare_settings(
-                [dict(enumerate(own.tolist())) for own in values]
+            detected += compare_settings(
+                [dict(enumerate(row.tolist())) for row in values]
             ).is_significant(0, 1)
-        assert 0.72 <= told / 1000 <= 0.85, (settings, seeds, told)
+        assert 0.72 <= detected / 1000 <= 0.85, (settings, seeds, detected)
 
 
 def test_one_that_varies_more_is_not_told_apart_by_the_others_spread() -> None:
     """Six equal settings, one of them five times as noisy: a common variance would give 12%."""
-    rng, told = np.random.default_rng(0), 0
+    rng, detected = np.random.default_rng(0), 0
     for _ in range(1500):
         values = rng.normal(0.5, [[0.05]] + [[0.01]] * 5, (6, 5))
-        found = compare_settings([dict(enumerate(own.tolist())) for own in values])
+        found = compare_settings([dict(enumerate(row.tolist())) for row in values])
         best = int(np.argmax(found.adjusted_means))
-        told += any(found.is_significant(best, n) for n in range(6) if n != best)
-    assert told / 1500 <= 0.06
+        detected += any(found.is_significant(best, n) for n in range(6) if n != best)
+    assert detected / 1500 <= 0.06
     assert MAX_STRICTNESS == 2.5  # as docs/statistics.md says
 
 
@@ -263,11 +263,11 @@ def main() -> None:
     """Prints the tables of docs/statistics.md; takes half an hour."""
     for spread in (0.0, 0.03):
         for seeds in SEEDS:
-            found = [coverage(seeds, samples, spread, 20_000) for samples in SAMPLES]
-            print(f"coverage, spread {spread}, {seeds} seeds:", *(f"{x:.1%}" for x in found))
+            shares = [measure_coverage(seeds, samples, spread, 20_000) for samples in SAMPLES]
+            print(f"coverage, spread {spread}, {seeds} seeds:", *(f"{x:.1%}" for x in shares))
     for settings, seeds, unequal in product((2, 6, 24), SEEDS, (False, True)):
         runs = [
-            errors(settings, seeds, samples, spread, unequal, better, 2000)
+            measure_errors(settings, seeds, samples, spread, unequal, better, 2000)
             for samples, spread in product((16, 512, 4096), (0.0, 0.02))
             for better in (0.0, 2.0)
         ]

@@ -9,13 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from grpo.runs.lock import locked
 from grpo.sweep.folder import number_jobs, read_job_states
-from tests.conftest import make_once, read_metrics, run_grpo, start_grpo, wait_for_step
+from tests.conftest import (
+    make_once,
+    read_metrics,
+    read_summary,
+    run_grpo,
+    start_grpo,
+    wait_for_step,
+)
 
 Grpo = Callable[..., tuple[int, str]]
 
@@ -23,18 +29,13 @@ QUICK = ("experiment=smoke", "tracking=none", "eval.samples=1", "dataset.eval_sl
 TWO_STEPS = (*QUICK, "max_steps=2")
 
 
-def summary(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
-
-
-def statuses(sweep: Path) -> list[str]:
+def list_statuses(sweep: Path) -> list[str]:
     return [job.status for job in read_job_states(sweep)]
 
 
 def is_saved_where_it_stopped(run: Path) -> bool:
     """Returns whether a run's newest checkpoint is of its last step."""
-    return (run / "checkpoints/latest").resolve().name == f"step_{summary(run)['steps']}"
+    return (run / "checkpoints/latest").resolve().name == f"step_{read_summary(run)['steps']}"
 
 
 # A sweep that is interrupted gives the same results as one that is not.
@@ -61,7 +62,7 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path)
     wait_for_step(sweep / "1", 5, process)
     process.kill()
     process.wait()
-    assert statuses(sweep) == ["finished", "killed", "none"]
+    assert list_statuses(sweep) == ["finished", "killed", "none"]
     before = (sweep / "0/metrics.jsonl").stat().st_mtime_ns
     done = run_grpo("sweep_dir=sweep", cwd=tmp_path)  # -m is not needed
     assert done.returncode == 0, done.stderr
@@ -81,7 +82,7 @@ def test_ctrl_c_ends_a_sweep_in_order(tmp_path: Path) -> None:
     wait_for_step(sweep / "1", 3, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert statuses(sweep) == ["finished", "interrupted", "none"]
+    assert list_statuses(sweep) == ["finished", "interrupted", "none"]
     assert is_saved_where_it_stopped(sweep / "1")
 
 
@@ -103,7 +104,7 @@ def test_more_seeds_are_added_to_a_sweep(grpo: Grpo, tmp_path: Path) -> None:
         ["kl_weight=0", "seed=1"], ["kl_weight=0.1", "seed=1"],
         ["kl_weight=0", "seed=0"], ["kl_weight=0.1", "seed=0"],
     ]  # fmt: skip
-    assert summary(tmp_path / "sweep/0")["status"] == "finished"
+    assert read_summary(tmp_path / "sweep/0")["status"] == "finished"
 
 
 # A job that fails doesn't stop the others.
@@ -128,8 +129,8 @@ def test_a_job_that_fails_is_reported_at_the_end(grpo: Grpo, tmp_path: Path) -> 
     assert "job 1" in end
     assert "no more of this" in end
     assert "grpo -m sweep_dir=sweep" in end
-    assert statuses(tmp_path / "sweep") == ["finished", "failed", "finished"]
-    assert "no more of this" in summary(tmp_path / "sweep/1")["error"]
+    assert list_statuses(tmp_path / "sweep") == ["finished", "failed", "finished"]
+    assert "no more of this" in read_summary(tmp_path / "sweep/1")["error"]
 
 
 @pytest.mark.slow
@@ -146,7 +147,7 @@ def test_a_full_disk_in_one_job_costs_no_other(tmp_path: Path) -> None:
         assert done.returncode == 1
         (end,) = [line for line in done.stderr.splitlines() if line.startswith("  job 0: ")]
         assert "No space left on device" in end
-        assert statuses(tmp_path / "sweep") == ["failed", "finished"]
+        assert list_statuses(tmp_path / "sweep") == ["failed", "finished"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     done = run_grpo("-m", "sweep_dir=sweep", cwd=tmp_path)  # with room again
@@ -292,7 +293,7 @@ def test_a_job_that_another_process_goes_on_with_is_left_to_it(grpo: Grpo, tmp_p
     assert code == 1, printed
     assert "another process is running in this folder" in printed
     assert (tmp_path / "sweep/0/summary.json").read_bytes() == before
-    assert statuses(tmp_path / "sweep") == ["interrupted", "finished"]
+    assert list_statuses(tmp_path / "sweep") == ["interrupted", "finished"]
 
 
 def test_jobs_are_told_apart_however_they_are_written() -> None:
@@ -310,14 +311,14 @@ def test_a_whole_study_is_a_file(grpo: Grpo, tmp_path: Path) -> None:
         "sweep=kl_grid", *TWO_STEPS, "max_steps=1", "seed=0", "num_generation=4", "sweep_dir=sweep"
     )
     assert code == 0, printed
-    assert statuses(tmp_path / "sweep") == ["finished"] * 3
+    assert list_statuses(tmp_path / "sweep") == ["finished"] * 3
 
 
 def test_what_a_study_fixes_is_fixed(grpo: Grpo) -> None:
     """It wins over the config and an experiment; only the command line wins over it."""
-    for given, expected in (((), 1.0), (("eval.temperature=0.5",), 0.5)):
+    for overrides, expected in (((), 1.0), (("eval.temperature=0.5",), 0.5)):
         code, printed = grpo(
-            "sweep=search", "experiment=smoke", "temperature=1.3", *given, "--cfg", "job"
+            "sweep=search", "experiment=smoke", "temperature=1.3", *overrides, "--cfg", "job"
         )
         assert code == 0
         assert f"  temperature: {expected}\n" in printed

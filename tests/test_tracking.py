@@ -16,14 +16,10 @@ from typing import Any
 import pytest
 
 from grpo.tracking.wandb_sink import BEST_IS_HIGHEST, METRIC_SECTIONS
-from tests.conftest import make_once, run_grpo
+from tests.conftest import make_once, read_lines, run_grpo
 
 Grpo = Callable[..., tuple[int, str]]
 JOB = ("experiment=smoke", "max_steps=4", "num_generation=4", "dataset.eval_slice=:16")
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +42,29 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(both: Path) -> list[dict[str, Any]]:
-    return inspected(both / "run")
+    return inspect_records(both / "run")
 
 
-def inspected(run: Path) -> list[dict[str, Any]]:
+def inspect_records(run: Path) -> list[dict[str, Any]]:
     """Returns the records that W&B wrote, read by W&B's own reader."""
     (offline,) = (run / "wandb").glob("offline-run-*")
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return [json.loads(line) for line in told.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def select_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
-def history(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def merge_history(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Returns the values that W&B has for each step."""
-    found: dict[int, dict[str, Any]] = {}
-    for record in of_type(records, "history"):
-        found.setdefault(record["step"].get("num", 0), {}).update(record["item"])
-    return found
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in select_type(records, "history"):
+        by_step.setdefault(record["step"].get("num", 0), {}).update(record["item"])
+    return by_step
 
 
 def test_wandbs_own_log_is_in_the_runs_folder(both: Path) -> None:
@@ -76,17 +72,17 @@ def test_wandbs_own_log_is_in_the_runs_folder(both: Path) -> None:
 
 
 def test_wandb_has_every_number(both: Path, records: list[dict[str, Any]]) -> None:
-    there = history(records)
-    for line in lines(both / "run/metrics.jsonl"):
-        assert {key: there[line["step"]][key] for key in line} == line
+    logged = merge_history(records)
+    for line in read_lines(both / "run/metrics.jsonl"):
+        assert {key: logged[line["step"]][key] for key in line} == line
 
 
 def test_wandb_draws_every_metric_over_the_training_step(
     both: Path, records: list[dict[str, Any]]
 ) -> None:
-    logged = {key for line in lines(both / "run/metrics.jsonl") for key in line} - {"step"}
+    logged = {key for line in read_lines(both / "run/metrics.jsonl") for key in line} - {"step"}
     assert {key.partition("/")[0] for key in logged} <= set(METRIC_SECTIONS)
-    metrics = of_type(records, "metric")
+    metrics = select_type(records, "metric")
     over = {m.get("glob_name") or m["name"]: m.get("step_metric") for m in metrics}
     assert all(over[f"{section}/*"] == "step" for section in METRIC_SECTIONS)
     best = {m["name"]: m["summary"] for m in metrics if m.get("name") in BEST_IS_HIGHEST}
@@ -96,24 +92,24 @@ def test_wandb_draws_every_metric_over_the_training_step(
 def test_wandb_has_the_distributions_behind_the_means(
     both: Path, records: list[dict[str, Any]]
 ) -> None:
-    there, means = history(records), lines(both / "run/metrics.jsonl")[1:]
+    logged, means = merge_history(records), read_lines(both / "run/metrics.jsonl")[1:]
     completions = 4 * 4  # a step of experiment=smoke
     for line in means:
-        own = there[line["step"]]
+        values = logged[line["step"]]
         for name in ("reward", "advantage", "length"):
-            assert sum(own[f"histogram/{name}.values"]) == completions
+            assert sum(values[f"histogram/{name}.values"]) == completions
         tokens = round(line["completion/length_mean"] * completions)
-        assert sum(own["histogram/ratio.values"]) == tokens
-        bins = own["histogram/length.bins"]
+        assert sum(values["histogram/ratio.values"]) == tokens
+        bins = values["histogram/length.bins"]
         assert bins[0] <= line["completion/length_mean"] <= bins[-1]
         assert bins[-1] >= line["completion/length_max"]
 
 
 def test_wandbs_table_keeps_what_it_had(both: Path, records: list[dict[str, Any]]) -> None:
     """Each log adds its rows; earlier rows are referenced and not sent again."""
-    there = history(records)
-    rows = Counter(line["step"] for line in lines(both / "run/completions.jsonl"))
-    tables = {n: own for n, own in there.items() if own.get("completions._type")}
+    logged = merge_history(records)
+    rows = Counter(line["step"] for line in read_lines(both / "run/completions.jsonl"))
+    tables = {n: values for n, values in logged.items() if values.get("completions._type")}
     assert list(tables) == [2, 4]
     assert tables[2]["completions.nrows"] == rows[2]
     assert tables[4]["completions.increment_num"] == 1
@@ -123,7 +119,7 @@ def test_wandbs_table_keeps_what_it_had(both: Path, records: list[dict[str, Any]
 
 
 def test_wandb_knows_why_and_with_what_it_ran(both: Path, records: list[dict[str, Any]]) -> None:
-    (run,) = of_type(records, "run")
+    (run,) = select_type(records, "run")
     assert (
         run["display_name"] == "smoke-run"
     )  # by its folder, the only difference between single runs
@@ -137,7 +133,9 @@ def test_wandb_knows_why_and_with_what_it_ran(both: Path, records: list[dict[str
 def test_the_trained_model_is_an_artifact_where_it_is_wanted(
     both: Path, records: list[dict[str, Any]], grpo: Grpo, tmp_path: Path
 ) -> None:
-    (artifact,) = (own for own in of_type(records, "artifact") if own["type"] == "model")
+    (artifact,) = (
+        record for record in select_type(records, "artifact") if record["type"] == "model"
+    )
     assert "model.safetensors" in json.dumps(artifact)
     places = re.findall(r'"local_?path": "([^"]+)"', json.dumps(artifact), re.IGNORECASE)
     assert places
@@ -153,38 +151,38 @@ def test_the_trained_model_is_an_artifact_where_it_is_wanted(
 def test_an_evaluation_is_a_run_of_its_own(both: Path) -> None:
     run(both, "eval", "checkpoint=run", "eval.samples=2", "hydra.run.dir=evaluated")
     found = json.loads((both / "evaluated/evaluation.json").read_text())
-    records = inspected(both / "evaluated")
-    (recorded,) = of_type(records, "run")
+    records = inspect_records(both / "evaluated")
+    (recorded,) = select_type(records, "run")
     assert recorded["job_type"] == "eval"
     assert recorded["display_name"] == "eval-smoke-evaluated"
-    (line,) = history(records).values()
+    (line,) = merge_history(records).values()
     assert line["eval/accuracy"] == found["eval/accuracy"]
     assert line["completions.nrows"] == 3 * found["prompts"]
 
 
-def trackio_logs(cwd: Path) -> dict[str, list[dict[str, Any]]]:
+def read_trackio_logs(cwd: Path) -> dict[str, list[dict[str, Any]]]:
     """Returns each run's lines in Trackio's database, read in a separate process."""
     code = (
         "import json; from trackio.sqlite_storage import SQLiteStorage as s\n"
         "runs = s.get_runs('grpo-bench')\n"
         "print(json.dumps({r: s.get_logs('grpo-bench', r) for r in runs}, default=str))"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={**os.environ, "TRACKIO_DIR": str(cwd / "outputs/trackio")},
     )  # fmt: skip
-    content: dict[str, list[dict[str, Any]]] = json.loads(told.stdout.splitlines()[-1])
+    content: dict[str, list[dict[str, Any]]] = json.loads(done.stdout.splitlines()[-1])
     return content
 
 
 def test_trackio_has_every_number(both: Path) -> None:
-    (name,) = (own for own in trackio_logs(both) if not own.startswith("eval-"))
-    logged = trackio_logs(both)[name]
+    (name,) = (run_name for run_name in read_trackio_logs(both) if not run_name.startswith("eval-"))
+    logged = read_trackio_logs(both)[name]
     assert name.startswith("smoke-run-")
-    written = lines(both / "run/metrics.jsonl")
+    written = read_lines(both / "run/metrics.jsonl")
     assert [line["step"] for line in logged] == [line["step"] for line in written]
-    for there, line in zip(logged, written, strict=True):
-        assert {key: there[key] for key in line} == line
+    for logged_line, line in zip(logged, written, strict=True):
+        assert {key: logged_line[key] for key in line} == line
     assert sum(logged[1]["histogram/reward"]["values"]) == 16
     assert [line["step"] for line in logged if "completions" in line] == [2, 4]
 
@@ -199,12 +197,12 @@ def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
     """Repeated steps are recorded once, and earlier steps are kept."""
     job = (*JOB, "tracking=trackio", "hydra.run.dir=run")
     run(tmp_path, *job, "max_steps=3", "checkpoint.every=2", "checkpoint.keep=9")
-    before = next(iter(trackio_logs(tmp_path).values()))
+    before = next(iter(read_trackio_logs(tmp_path).values()))
     shutil.rmtree(tmp_path / "run/checkpoints/step_3")  # as if it had been killed before this step
     (tmp_path / "run/checkpoints/latest").unlink()
     (tmp_path / "run/checkpoints/latest").symlink_to("step_2")
     run(tmp_path, "resume=run", "max_steps=5")
-    ((_, logged),) = trackio_logs(tmp_path).items()
+    ((_, logged),) = read_trackio_logs(tmp_path).items()
     assert [line["step"] for line in logged] == list(range(6))
     kept = [{k: v for k, v in line.items() if k != "timestamp"} for line in before]
     assert [{k: v for k, v in line.items() if k != "timestamp"} for line in logged[:3]] == kept[:3]
@@ -218,10 +216,10 @@ def test_wandbs_own_environment_counts(tmp_path: Path) -> None:
         "WANDB_TAGS": "one,two", "WANDB_NOTES": "by the environment",
     }  # fmt: skip
     usual = (*JOB, "max_steps=1", "tracking=wandb", "tracking.wandb.mode=offline")
-    for name, own in (("theirs", ()), ("ours", ("tracking.wandb.project=ours",))):
-        done = run_grpo(*usual, *own, f"hydra.run.dir={name}", cwd=tmp_path, env=env)
+    for name, overrides in (("theirs", ()), ("ours", ("tracking.wandb.project=ours",))):
+        done = run_grpo(*usual, *overrides, f"hydra.run.dir={name}", cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
-        (run,) = of_type(inspected(tmp_path / name), "run")
+        (run,) = select_type(inspect_records(tmp_path / name), "run")
         assert run["project"] == name
         assert run["entity"] == "team"
         assert run["run_group"] == "group of theirs"
@@ -232,12 +230,12 @@ def test_wandbs_own_environment_counts(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_jobs_of_a_sweep_are_runs_of_their_own_in_trackio(tmp_path: Path) -> None:
     run(tmp_path, "-m", *JOB, "max_steps=1", "tracking=trackio", "seed=0,1", "sweep_dir=my_sweep")
-    logged = trackio_logs(tmp_path)
+    logged = read_trackio_logs(tmp_path)
     assert sorted(name.rpartition("-")[0] for name in logged) == [
         "smoke-0",
         "smoke-1",
     ]
-    assert [line["step"] for own in logged.values() for line in own] == [0, 1, 0, 1]
+    assert [line["step"] for run_lines in logged.values() for line in run_lines] == [0, 1, 0, 1]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ REWARD = ("+reward.evil._target_={}", "+reward.evil.weight=1.0", "+reward.evil.a
 def stranger(short_run: Path, tmp_path: Path) -> Callable[..., Path]:
     """A run's folder in the working directory, with these overrides beside its own."""
 
-    def made(*overrides: str) -> Path:
+    def make(*overrides: str) -> Path:
         run = tmp_path / "stranger"
         shutil.copytree(short_run, run, symlinks=True)
         file = run / ".hydra/overrides.yaml"
@@ -30,7 +30,7 @@ def stranger(short_run: Path, tmp_path: Path) -> Callable[..., Path]:
         (run / "evil.py").write_text(EVIL)
         return run
 
-    return made
+    return make
 
 
 EVIL = """
@@ -84,14 +84,14 @@ def test_what_is_given_answers_for_itself_alone(
         "+reward.evil.weight=1.0",
         "model.trust_remote_code=true",
     )
-    for given, names in (
+    for overrides, names in (
         (("reward=answer", KEY), "reward.evil._target_=stranger.evil.score"),
         (("~reward.evil", "model=tiny"), KEY),
         (("+reward.evil={weight: 2.0}", KEY), "reward.evil._target_=stranger.evil.score"),
     ):
-        code, printed = grpo("eval", "checkpoint=stranger", *given, "hydra.run.dir=out")
+        code, printed = grpo("eval", "checkpoint=stranger", *overrides, "hydra.run.dir=out")
         assert code == 2, printed
-        assert names in printed, given
+        assert names in printed, overrides
         assert not (tmp_path / "was_run").exists()
 
 

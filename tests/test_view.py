@@ -44,35 +44,35 @@ def test_curves(values: list[float], width: int, height: int, rows: list[str]) -
 def test_each_column_is_the_mean_of_its_share(values: list[float], count: int) -> None:
     columns = average_bins(values, count)
     assert len(columns) == min(count, len(values))
-    known = [own for own in columns if own is not None]
+    known = [mean for mean in columns if mean is not None]
     assert min(values) - 1e-6 <= min(known) <= max(known) <= max(values) + 1e-6
     if len(values) % len(columns) == 0:
         assert sum(known) / len(known) == pytest.approx(sum(values) / len(values), abs=1e-3)
 
 
-def in_terminal(*arguments: str, cwd: Path, columns: int = 120, rows: int = 40) -> str:
+def run_in_terminal(*arguments: str, cwd: Path, columns: int = 120, rows: int = 40) -> str:
     """Returns all that `grpo …` sends to a terminal of this size."""
-    mine, its = pty.openpty()
+    controller, terminal = pty.openpty()
     env = {**os.environ, "COLUMNS": str(columns), "LINES": str(rows), "TERM": "xterm-256color"}
     process = subprocess.Popen(
         [sys.executable, "-m", "grpo", *arguments],
-        cwd=cwd, stdin=its, stdout=its, stderr=its, env=env, start_new_session=True,
+        cwd=cwd, stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True,
     )  # fmt: skip
-    os.close(its)
-    told, until = b"", time.monotonic() + 300
-    while time.monotonic() < until:
-        ready, _, _ = select.select([mine], [], [], 0.2)
+    os.close(terminal)
+    output, deadline = b"", time.monotonic() + 300
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([controller], [], [], 0.2)
         if ready:
             try:
-                piece = os.read(mine, 65536)
+                piece = os.read(controller, 65536)
             except OSError:  # the other end is closed
                 break
-            told += piece
+            output += piece
             if not piece:
                 break
-    assert process.wait(30) == 0, told.decode()
-    os.close(mine)
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode())
+    assert process.wait(30) == 0, output.decode()
+    os.close(controller)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode())
 
 
 JOB = ("experiment=smoke", "tracking=none", "max_steps=4", "dataset.eval_slice=:16")
@@ -80,7 +80,7 @@ JOB = ("experiment=smoke", "tracking=none", "max_steps=4", "dataset.eval_slice=:
 
 @pytest.mark.slow
 def test_a_wide_terminal_has_charts(tmp_path: Path) -> None:
-    wide = in_terminal(*JOB, "hydra.run.dir=run", cwd=tmp_path)
+    wide = run_in_terminal(*JOB, "hydra.run.dir=run", cwd=tmp_path)
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()][1:]
     rewards = [step["reward/mean"] for step in steps]
     assert f"reward {rewards[0]:.3g} \u2192 {rewards[-1]:.3g}" in wide
@@ -91,7 +91,7 @@ def test_a_wide_terminal_has_charts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_narrow_terminal_has_a_line(tmp_path: Path) -> None:
-    narrow = in_terminal(*JOB, "hydra.run.dir=narrow", cwd=tmp_path, columns=80)
+    narrow = run_in_terminal(*JOB, "hydra.run.dir=narrow", cwd=tmp_path, columns=80)
     assert "step 4/4" in narrow
     assert "\u2192 " not in narrow.partition("finished:")[0]
 
@@ -101,18 +101,18 @@ def test_a_narrow_terminal_has_a_line(tmp_path: Path) -> None:
 def test_a_sweep_shows_its_jobs_and_they_leave_it_the_terminal(
     launcher: str, tmp_path: Path
 ) -> None:
-    told = in_terminal(
+    output = run_in_terminal(
         "-m", *JOB, "max_steps=12", "eval.every=0", "seed=0,1", f"hydra/launcher={launcher}",
         "sweep_dir=sweep", cwd=tmp_path,
     )  # fmt: skip
-    assert "2 to run" in told
-    assert re.search(r"job [01]  step \d+/12  reward 0\.\d+  [▁▂▃▄▅▆▇█ ]+  .*seed=[01]", told)
-    assert "2 finished" in told
-    assert not re.search(r"step \d+/12  reward \S+  kl", told)  # a job's own live line
+    assert "2 to run" in output
+    assert re.search(r"job [01]  step \d+/12  reward 0\.\d+  [▁▂▃▄▅▆▇█ ]+  .*seed=[01]", output)
+    assert "2 finished" in output
+    assert not re.search(r"step \d+/12  reward \S+  kl", output)  # a job's own live line
     assert len(list((tmp_path / "sweep").glob("*/report.html"))) == 2
 
 
-def value_of(job: JobState) -> float | None:
+def read_value(job: JobState) -> float | None:
     return (job.summary.get("objective") or {}).get("value")
 
 
@@ -130,7 +130,7 @@ def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
     """Two and a half jobs took ten seconds: each takes four, so six seconds are left."""
     jobs = [["kl_weight=0"], ["kl_weight=0.1"], ["kl_weight=0.2"], ["kl_weight=0.3"]]
     Record([], None, jobs).write(tmp_path)
-    view = View(tmp_path, 4, value_of, False)
+    view = View(tmp_path, 4, read_value, False)
     assert str(view.render_view(100).renderables[0]) == "4 to run"
     for number, value in ((0, 0.25), (1, 0.75)):
         objective = {"name": "eval/accuracy", "value": value}
@@ -141,7 +141,7 @@ def test_what_the_view_says_of_a_sweep(tmp_path: Path) -> None:
         head, job = map(str, view.render_view(100).renderables)
     assert head == ("2 finished, 1 running, 1 to run  best 0.75: job 1, kl_weight=0.1  0m06s left")
     assert job == "  job 2  step 4/8  reward 0.500  ▁▁▁▁  kl_weight=0.2"
-    least = View(tmp_path, 4, value_of, True)
+    least = View(tmp_path, 4, read_value, True)
     assert "best 0.25: job 0" in str(least.render_view(100).renderables[0])
 
 
@@ -151,7 +151,7 @@ def test_what_the_view_says_of_broken_jobs(tmp_path: Path) -> None:
     before = put_job(tmp_path, 0, 2, status="failed", error="no room on the disk")
     os.utime(before / "summary.json", (0, 0))  # a kernel's clock may be coarse
     put_job(tmp_path, 1, 4, status="running")
-    view = View(tmp_path, 3, value_of, False)
+    view = View(tmp_path, 3, read_value, False)
     assert [str(line) for line in view.render_view(100).renderables] == ["2 to run again, 1 to run"]
     assert view.jobs_done_before == pytest.approx(0.25 + 0.5)
 

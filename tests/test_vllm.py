@@ -25,7 +25,7 @@ from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.load import LanguageModel
 from grpo.types import Sampling
 from tests import test_rollout
-from tests.test_rollout import policy_logprobs, prompts_of, wrap
+from tests.test_rollout import draw_prompts, score_plainly, wrap
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test_vllm")
 from grpo.rollout.vllm import VLLMEngine
@@ -36,10 +36,10 @@ MakeEngine = Callable[[LanguageModel, int, Budget], VLLMEngine]
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    return made()
+    return build_model()
 
 
-def made() -> PreTrainedModel:
+def build_model() -> PreTrainedModel:
     """Makes a small model; vLLM's attention on a CPU needs heads of width 64."""
     return build_with_distinct_logits(lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=64)))
 
@@ -47,7 +47,7 @@ def made() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def started() -> VLLMEngine:
     device = open_device("cpu", "auto")
-    policy = replace(wrap(made(), device), tokenizer=TOKENIZER)
+    policy = replace(wrap(build_model(), device), tokenizer=TOKENIZER)
     return VLLMEngine(policy, 16, Budget.from_tokens(20_000))
 
 
@@ -83,10 +83,10 @@ def test_its_own_logprobs_are_nearly_the_policys(
 ) -> None:
     policy, sampling = wrap(model, device), Sampling(0.7, top_k=20, top_p=0.9)
     rollout = make(policy, 9, Budget.from_tokens(20_000)).generate(
-        prompts_of(7, 3), 4, sampling, seed=1
+        draw_prompts(7, 3), 4, sampling, seed=1
     )
     assert not rollout.exact_logprobs
-    policys_NC = policy_logprobs(policy, rollout, sampling)
+    policys_NC = score_plainly(policy, rollout, sampling)
     assert not torch.equal(rollout.logprobs_NC, policys_NC)
     assert_close(rollout.logprobs_NC, policys_NC, atol=1e-3, rtol=1e-3)
     assert (rollout.logprobs_NC[~rollout.mask_NC] == 0).all()
@@ -103,7 +103,7 @@ def test_it_samples_with_the_weights_of_the_moment(
     for current in (model, moved, model):
         test_rollout.test_greedy_tokens_equal_transformers_generate(current, device, "vllm")
         engine = make(wrap(current, device), 12, Budget.from_tokens(20_000))
-        texts.append(engine.generate(prompts_of(7, 3), 2, Sampling(0.0), seed=0).texts)
+        texts.append(engine.generate(draw_prompts(7, 3), 2, Sampling(0.0), seed=0).texts)
     assert texts[0] == texts[2] != texts[1]
 
 
@@ -123,7 +123,7 @@ def test_a_seed_gives_the_same_completions_and_another_seed_others(
 ) -> None:
     engine = make(wrap(model, device), 12, Budget.from_tokens(20_000))
     first, again, other = (
-        engine.generate(prompts_of(7, 3), 4, Sampling(1.0), seed).texts for seed in (1, 1, 2)
+        engine.generate(draw_prompts(7, 3), 4, Sampling(1.0), seed).texts for seed in (1, 1, 2)
     )
     assert first == again != other
     assert len(set(first)) > 4  # and the completions of a group differ
@@ -136,7 +136,7 @@ def test_the_process_is_left_as_it_was(
     expected, threads = torch.rand(3), torch.get_num_threads()
     torch.manual_seed(5)
     make(wrap(model, device), 4, Budget.from_tokens(20_000)).generate(
-        prompts_of(3), 2, Sampling(1.0), 1
+        draw_prompts(3), 2, Sampling(1.0), 1
     )
     assert torch.equal(torch.rand(3), expected)
     torch.set_num_threads(1)
@@ -151,14 +151,14 @@ def test_a_stop_string_ends_a_completion_and_stays_in_it(
     stop = TOKENIZER.decode([40])
     sampling = Sampling(1.5, stop=(stop,))
     rollout = make(policy, 40, Budget.from_tokens(20_000)).generate(
-        prompts_of(5), 30, sampling, seed=3
+        draw_prompts(5), 30, sampling, seed=3
     )
     ended = ~rollout.truncated_N
     assert 5 < ended.sum() < 30
     for n in ended.nonzero()[:, 0].tolist():
-        own = rollout.tokens_NC[n, : rollout.lengths_N[n]].tolist()
-        assert own[-1] in policy.end_ids or stop in TOKENIZER.decode(own)
-        assert stop not in TOKENIZER.decode(own[:-1])
+        completion = rollout.tokens_NC[n, : rollout.lengths_N[n]].tolist()
+        assert completion[-1] in policy.end_ids or stop in TOKENIZER.decode(completion)
+        assert stop not in TOKENIZER.decode(completion[:-1])
 
 
 def test_a_run_trains_with_it(tmp_path: Path) -> None:

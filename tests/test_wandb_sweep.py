@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 
-def written(*overrides: str) -> dict[str, Any]:
+def read_sweep(*overrides: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/wandb_sweep.py"), *overrides],
         capture_output=True, text=True, check=True,
@@ -25,7 +25,7 @@ def written(*overrides: str) -> dict[str, Any]:
 
 
 def test_a_search_becomes_a_bayesian_sweep() -> None:
-    found = written("sweep=search")
+    found = read_sweep("sweep=search")
     assert found["method"] == "bayes"
     assert found["metric"] == {"name": "eval/sampled_accuracy", "goal": "maximize"}
     assert found["run_cap"] == 30
@@ -37,7 +37,7 @@ def test_a_search_becomes_a_bayesian_sweep() -> None:
 
 
 def test_whole_numbers_over_magnitudes_stay_whole() -> None:
-    found = written("sweep=search", "batch_size=tag(log,int(interval(4,64)))")
+    found = read_sweep("sweep=search", "batch_size=tag(log,int(interval(4,64)))")
     values = found["parameters"]["batch_size"]["values"]
     assert values[0] == 4
     assert values[-1] == 64
@@ -46,7 +46,7 @@ def test_whole_numbers_over_magnitudes_stay_whole() -> None:
 
 
 def test_a_grid_stays_one() -> None:
-    found = written("sweep=kl_grid", "seed=0,1")
+    found = read_sweep("sweep=kl_grid", "seed=0,1")
     assert found["method"] == "grid"
     assert found["parameters"]["seed"] == {"values": [0, 1]}  # the command line wins
     assert found["parameters"]["kl_weight"] == {"values": [0, 0.01, 0.1]}
@@ -58,7 +58,7 @@ def test_a_study_of_ones_own_and_less_of_it_is_better(tmp_path: Path) -> None:
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    direction: minimize\n"
         "    params:\n      kl_weight: 0,0.5\n"
     )
-    found = written("--config-dir", str(tmp_path), "sweep=mine")
+    found = read_sweep("--config-dir", str(tmp_path), "sweep=mine")
     assert found["parameters"] == {"kl_weight": {"values": [0, 0.5]}}
     assert found["metric"] == {"name": "eval/sampled_accuracy", "goal": "minimize"}
     assert found["command"][:3] == ["grpo", "--config-dir", str(tmp_path)]
@@ -67,7 +67,7 @@ def test_a_study_of_ones_own_and_less_of_it_is_better(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_agents_command_trains(tmp_path: Path) -> None:
     """It trains one run, with the agent's values and the agent's run id."""
-    found = written(
+    found = read_sweep(
         "sweep=search", "experiment=smoke", "max_steps=1", "eval.samples=1",
         "dataset.eval_slice=:16",
     )  # fmt: skip

@@ -36,11 +36,11 @@ class Answers(RequestHandler):
     def do_POST(self) -> None:
         body = self.read_body()
         if self.path == "/graphql":
-            asked = json.loads(body)
-            found = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
+            request = json.loads(body)
+            found = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
             name = found[1] if found else ""
-            made = getattr(self, name, lambda variables: {})(asked.get("variables") or {})
-            self.answer_json({"data": made})
+            content = getattr(self, name, lambda variables: {})(request.get("variables") or {})
+            self.answer_json({"data": content})
         elif streamed := re.search(r"/([^/]+)/file_stream", self.path):
             files = json.loads(body).get("files") or {}
             if part := files.get("wandb-history.jsonl"):
@@ -54,22 +54,22 @@ class Answers(RequestHandler):
         self.read_body()
         self.answer_json({})
 
-    def RunResumeStatus(self, asked: dict[str, Any]) -> dict[str, Any]:
-        history = self.server.histories.get(asked["name"])
-        bucket = None if history is None else self.bucket(asked["name"])
+    def RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
+        history = self.server.histories.get(variables["name"])
+        bucket = None if history is None else self.describe_run(variables["name"])
         return {"model": {**PROJECT, "bucket": bucket}}
 
-    def UpsertBucket(self, asked: dict[str, Any]) -> dict[str, Any]:
-        fresh = asked["name"] not in self.server.histories
-        self.server.histories.setdefault(asked["name"], [])
-        bucket = {**self.bucket(asked["name"]), "project": PROJECT, "sweepName": None}
+    def UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
+        fresh = variables["name"] not in self.server.histories
+        self.server.histories.setdefault(variables["name"], [])
+        bucket = {**self.describe_run(variables["name"]), "project": PROJECT, "sweepName": None}
         return {"upsertBucket": {"bucket": bucket, "inserted": fresh}}
 
-    def CreateRunFiles(self, asked: dict[str, Any]) -> dict[str, Any]:
-        files = [{"name": f, "uploadUrl": f"{self.server.address}/{f}"} for f in asked["files"]]
+    def CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+        files = [{"name": f, "uploadUrl": f"{self.server.address}/{f}"} for f in variables["files"]]
         return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
 
-    def bucket(self, name: str) -> dict[str, Any]:
+    def describe_run(self, name: str) -> dict[str, Any]:
         """Returns a run as the server has it so far."""
         history = self.server.histories[name]
         return {

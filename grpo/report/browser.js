@@ -90,8 +90,8 @@ function card(row, parts, by) {
   if (row[FAILED]) head.append(element("span", "warn", row[FAILED]));
   made.append(head);
   if (parts.length > 1) {
-    const own = parts.map((part, n) => `${part.slice(7)} ${number(row[PARTS][n])}`);
-    made.append(element("div", "parts", own.join(" · ")));
+    const rewards = parts.map((part, n) => `${part.slice(7)} ${number(row[PARTS][n])}`);
+    made.append(element("div", "parts", rewards.join(" · ")));
   }
   made.append(written(row, by));
   return made;
@@ -116,7 +116,7 @@ function grouped(samples) {
 
 function browseCompletions(section, samples) {
   const steps = samples.blocks.flat();
-  const blockOf = samples.blocks.flatMap((own, n) => own.map(() => n)); // of each step
+  const blockOf = samples.blocks.flatMap((members, n) => members.map(() => n)); // of each step
   const packed = document.querySelectorAll(".block"), unpackedBlocks = new Map();
   function block(n) {
     // The groups of a block's steps, unpacked when they are first needed.
@@ -146,24 +146,24 @@ function browseCompletions(section, samples) {
   const search = searcher(show);
   const [whereLabel, where] = picker("In", [["step", "this step"], ["all", "all steps"]], show);
   bar.append(step, whereLabel, filterLabel, colorLabel, search);
-  const found = element("p", "found");
+  const count = element("p", "found");
   const list = element("div", "list");
-  section.append(bar, found, list);
+  section.append(bar, count, list);
   slider.addEventListener("input", show);
 
   let asked = 0;
   async function show() {
-    const mine = ++asked, at = steps[slider.value], wanted = search.value.toLowerCase();
-    which.textContent = at;
+    const request = ++asked, selected = steps[slider.value], wanted = search.value.toLowerCase();
+    which.textContent = selected;
     slider.disabled = where.value === "all";
     const needed = where.value === "all" ? [...packed.keys()] : [blockOf[slider.value]];
-    if (needed.some((n) => !unpackedBlocks.has(n))) found.textContent = "Unpacking…";
+    if (needed.some((n) => !unpackedBlocks.has(n))) count.textContent = "Unpacking…";
     const groups = (await Promise.all(needed.map(block))).flat();
-    if (mine !== asked) return; // a later request replaces this one
+    if (request !== asked) return; // a later request replaces this one
     const chosen = groups.filter((g) =>
-      (where.value === "all" || g.step === at) && tests[filter.value](g) &&
+      (where.value === "all" || g.step === selected) && tests[filter.value](g) &&
       (!wanted || g.prompt.toLowerCase().includes(wanted) || g.rows.some((row) => row[TEXT].toLowerCase().includes(wanted))));
-    found.textContent = `${chosen.length} of ${samples.groups} groups`;
+    count.textContent = `${chosen.length} of ${samples.groups} groups`;
     pages(list, chosen, (g) => {
       const made = element("div", "group");
       const prompt = element("details");

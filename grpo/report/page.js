@@ -22,13 +22,13 @@ function element(tag, className, text) {
 function colored(layout) {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--ink"), line = style.getPropertyValue("--line");
-  const own = { ...layout, font: { ...layout.font, color: ink } };
+  const themed = { ...layout, font: { ...layout.font, color: ink } };
   for (const name of Object.keys(layout)) {
     if (/^[xy]axis\d*$/.test(name)) {
-      own[name] = { ...layout[name], gridcolor: line, linecolor: line, zerolinecolor: line };
+      themed[name] = { ...layout[name], gridcolor: line, linecolor: line, zerolinecolor: line };
     }
   }
-  return own;
+  return themed;
 }
 
 const ready = (async () => {

@@ -39,10 +39,10 @@ from statistics import median
 from typing import Any
 
 import pages
-from processes import child, quietly
+from processes import run_quietly, run_script
 from settings import ON_CPU, ON_GPU, QWEN, SETTINGS, SHAPES
 from step import PRECISIONS, format_step, measure_step
-from work import ROOT, gsm8k, prepare
+from work import ROOT, load_gsm8k, prepare
 
 # Those that need no prompts of GSM8K.
 WITHOUT_WORK = ("memory", "capacity", "startup", "sweep", "page")
@@ -52,20 +52,20 @@ PARTS = ("step", "rollout", "update", "lengths", "roofline", *WITHOUT_WORK)
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     started = time.strftime("%Y-%m-%dT%H-%M-%S")
-    found: dict[str, Any] = {"started": started, **machine(), "results": []}
+    report: dict[str, Any] = {"started": started, **describe_machine(), "results": []}
     out = options.out or ROOT / "outputs" / "bench"
     out = out if out.suffix == ".json" else out / f"{started}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [] if options.part in WITHOUT_WORK else gsm8k(options.data)
+    rows = [] if options.part in WITHOUT_WORK else load_gsm8k(options.data)
     for name in options.settings:
         with tempfile.TemporaryDirectory() as temporary:
             work = Path(temporary)
             if options.part not in WITHOUT_WORK:
                 prepare(SETTINGS[name], rows, work)
             result = measure(options.part, name, work, options.precision or "best")
-            found["results"].append({"part": options.part, "setting": name, **result})
-            out.write_text(json.dumps(found, indent=2) + "\n")
-            print(told(options.part, name, result), flush=True)
+            report["results"].append({"part": options.part, "setting": name, **result})
+            out.write_text(json.dumps(report, indent=2) + "\n")
+            print(format_result(options.part, name, result), flush=True)
     print(f"written to {out}")
 
 
@@ -99,7 +99,7 @@ def has_gpu() -> bool:
     return Path("/proc/driver/nvidia").exists()
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     names = ("torch", "transformers", "grpo-bench")
     named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     model = named[1] if named else platform.processor()
@@ -119,19 +119,19 @@ def measure(part: str, name: str, work: Path, precision: str) -> dict[str, Any]:
     if part == "step":
         return measure_step(name, work, precision)
     if part == "memory":
-        return {f"{x} {y}": child("memory.py", x, y) for x in SHAPES for y in ("fp32", "bf16")}
+        return {f"{x} {y}": run_script("memory.py", x, y) for x in SHAPES for y in ("fp32", "bf16")}
     if part == "capacity":
-        return {f"{x} {y}": child("capacity.py", x, y) for y in ("full", "lora") for x in QWEN}
+        return {f"{x} {y}": run_script("capacity.py", x, y) for y in ("full", "lora") for x in QWEN}
     if part == "startup":
-        return startup()
+        return measure_startup()
     if part == "sweep":
-        return sweep(work)
+        return measure_sweep(work)
     if part == "page":
-        return pages.page(work)
-    return child("parts.py", part, work, name)
+        return pages.measure_pages(work)
+    return run_script("parts.py", part, work, name)
 
 
-def startup() -> dict[str, Any]:
+def measure_startup() -> dict[str, Any]:
     """Seconds until a command answers, next to the peer's."""
     binaries = Path(sys.executable).parent
     commands = {
@@ -149,7 +149,7 @@ def startup() -> dict[str, Any]:
     return {"seconds": {name: values[1:] for name, values in seconds.items()}}
 
 
-def sweep(work: Path) -> dict[str, Any]:
+def measure_sweep(work: Path) -> dict[str, Any]:
     """Seconds that each job of a sweep takes beside its training, with two models.
 
     Its training is the loop and the checkpoint at its end; the rest is composing, reading rows and
@@ -157,55 +157,55 @@ def sweep(work: Path) -> dict[str, Any]:
     """
     job = ["batch_size=2", "num_generation=2", "max_new_tokens=8", "max_steps=2", "eval.samples=1"]
     job += ["dataset.eval_slice=:4", "checkpoint.every=0", "tracking.wandb.mode=offline"]
-    found: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {}
     for model in ("tiny", "smollm2_135m"):
         folder = work / model
         seeds = ["-m", f"model={model}", "seed=0,1,2,3,4", f"sweep_dir={folder}"]
         began = time.time()
-        quietly([sys.executable, "-m", "grpo", *seeds, *job])
-        found[model] = []
+        run_quietly([sys.executable, "-m", "grpo", *seeds, *job])
+        seconds[model] = []
         for number in range(5):
             run = folder / str(number)
             ended = (run / "report.html").stat().st_mtime
             trained = json.loads((run / "summary.json").read_text())["wall_seconds"]
             saved = (run / "checkpoints/latest").lstat().st_mtime
             saving = saved - (run / "metrics.jsonl").stat().st_mtime
-            found[model].append(ended - began - trained - saving)
+            seconds[model].append(ended - began - trained - saving)
             began = ended
-    return {"seconds": found, "two_jobs": two_jobs(work)}
+    return {"seconds": seconds, "two_jobs": measure_two_jobs(work)}
 
 
-def two_jobs(work: Path) -> dict[str, float]:
+def measure_two_jobs(work: Path) -> dict[str, float]:
     """Seconds that two runs of the default experiment take, one after the other and at once."""
-    found = {}
+    seconds = {}
     for launcher in ("basic", "joblib"):
         command = [sys.executable, "-m", "grpo", "-m", "seed=0,1", f"hydra/launcher={launcher}"]
         command += ["tracking=none", f"sweep_dir={work / launcher}"]
         began = time.perf_counter()
-        quietly(command)
-        found[launcher] = time.perf_counter() - began
-    return found
+        run_quietly(command)
+        seconds[launcher] = time.perf_counter() - began
+    return seconds
 
 
-def told(part: str, name: str, result: dict[str, Any]) -> str:
+def format_result(part: str, name: str, result: dict[str, Any]) -> str:
     """A result in a few lines."""
     if part == "step":
         return "\n".join([f"{name}: {SETTINGS[name]}", *format_step(result)])
     if part == "memory":
         return "\n".join(
-            f"  {name:<12} predicted {own['predicted_gb']:5.2f} GB, measured "
-            f"{own['measured_gb']:5.2f}, {own['predicted_gb'] / own['measured_gb']:.2f}"
-            for name, own in result.items()
+            f"  {name:<12} predicted {figures['predicted_gb']:5.2f} GB, measured "
+            f"{figures['measured_gb']:5.2f}, {figures['predicted_gb'] / figures['measured_gb']:.2f}"
+            for name, figures in result.items()
         )
     if part == "capacity":
         return "\n".join(
-            f"  {name:<10} by hand {own['by_hand_gb']:6.1f} GB, predicted "
-            f"{own['weights_gb']:6.1f}, "
-            f"a completion with it {own['needed_gb']['kept']:6.1f}, recomputed "
-            f"{own['needed_gb']['recomputed']:6.1f}; smallest GPU "
-            f"{min(own['fits']['kept'], default='none')} GB, recomputed "
-            f"{min(own['fits']['recomputed'], default='none')} GB"
-            for name, own in result.items()
+            f"  {name:<10} by hand {figures['by_hand_gb']:6.1f} GB, predicted "
+            f"{figures['weights_gb']:6.1f}, "
+            f"a completion with it {figures['needed_gb']['kept']:6.1f}, recomputed "
+            f"{figures['needed_gb']['recomputed']:6.1f}; smallest GPU "
+            f"{min(figures['fits']['kept'], default='none')} GB, recomputed "
+            f"{min(figures['fits']['recomputed'], default='none')} GB"
+            for name, figures in result.items()
         )
     if part == "startup":
         return "\n".join(f"  {k:<20} {median(v):6.2f} s" for k, v in result["seconds"].items())
@@ -222,11 +222,11 @@ def told(part: str, name: str, result: dict[str, Any]) -> str:
         return "\n".join(lines)
     if part == "page":
         lines = [f"  {result['steps']} steps, {result['completions']} completions"]
-        for tokens, own in result["by_tokens"].items():
-            seconds = own["opening"]
+        for tokens, figures in result["by_tokens"].items():
+            seconds = figures["opening"]
             lines.append(
-                f"  of {tokens} tokens: {own['megabytes']:.1f} MB, written in "
-                f"{own['writing']:.1f} s, opened in {median(seconds):.2f} s "
+                f"  of {tokens} tokens: {figures['megabytes']:.1f} MB, written in "
+                f"{figures['writing']:.1f} s, opened in {median(seconds):.2f} s "
                 f"({min(seconds):.2f} to {max(seconds):.2f})"
             )
         return "\n".join(lines)

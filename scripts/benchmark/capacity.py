@@ -37,7 +37,7 @@ VOCABULARY = 151936
 LORA = Adapter(16, 32.0, "all-linear", rslora=False, dora=False, quantized=False)
 
 
-def as_on_a_gpu() -> None:
+def take_gpu_branches() -> None:
     """This process predicts for a GPU."""
     attention.has_fused_kernel = lambda x: False  # type: ignore[assignment]
     linear.HAS_ONEDNN = False
@@ -45,7 +45,9 @@ def as_on_a_gpu() -> None:
     estimate.HEAP_OVERHEAD_IN_BF16 = 1.0
 
 
-def model_of(name: str, layers: int, vocabulary: int, lora: bool, recompute: bool) -> LanguageModel:
+def build_zero_model(
+    name: str, layers: int, vocabulary: int, lora: bool, recompute: bool
+) -> LanguageModel:
     """Weights of no value, as many as a model of so many layers and tokens has."""
     _, hidden, width, heads, kv_heads, tied = QWEN[name]
     config = Qwen2Config(
@@ -71,27 +73,27 @@ def model_of(name: str, layers: int, vocabulary: int, lora: bool, recompute: boo
     )
 
 
-def predicted(name: str, lora: bool, recompute: bool) -> MemoryNeeds:
+def predict_memory(name: str, lora: bool, recompute: bool) -> MemoryNeeds:
     """Of the whole model, from what a layer more and a token more add to a small one."""
     work = Workload(PROMPT, COMPLETION, GROUP, "adamw", reference=not lora, reference_moves=False)
-    found = []
+    estimates = []
     for layers, tokens in ((1, 1024), (2, 1024), (1, 2048)):
-        found.append(
-            astuple(estimate_memory(model_of(name, layers, tokens, lora, recompute), work))
+        estimates.append(
+            astuple(estimate_memory(build_zero_model(name, layers, tokens, lora, recompute), work))
         )
         gc.collect()  # a model is a circle of references, and these are large
-    small, deeper, wider = found
+    small, deeper, wider = estimates
     layers, tokens = QWEN[name][0] - 1, (VOCABULARY - 1024) / 1024
     each = zip(small, deeper, wider, strict=True)
     return MemoryNeeds(*(a + layers * (b - a) + tokens * (c - a) for a, b, c in each))
 
 
-def by_hand(name: str, lora: bool) -> float:
+def compute_by_hand(name: str, lora: bool) -> float:
     """GB of weights, their rounded copies, gradients, Adam's two moments and the reference."""
     layers, hidden, width, heads, kv_heads, tied = QWEN[name]
     head_width = hidden // heads
-    asked = (heads + 2 * kv_heads) * head_width
-    layer = hidden * asked + asked + heads * head_width * hidden + 3 * hidden * width
+    qkv_width = (heads + 2 * kv_heads) * head_width
+    layer = hidden * qkv_width + qkv_width + heads * head_width * hidden + 3 * hidden * width
     blocks, table = layers * layer, VOCABULARY * hidden
     if lora:
         sides = (hidden + heads * head_width) * 2 + (hidden + kv_heads * head_width) * 2
@@ -104,22 +106,22 @@ def by_hand(name: str, lora: bool) -> float:
 
 
 def main(name: str, lora: bool, out: Path) -> None:
-    as_on_a_gpu()
-    kept, again = predicted(name, lora, False), predicted(name, lora, True)
+    take_gpu_branches()
+    kept, recomputed = predict_memory(name, lora, False), predict_memory(name, lora, True)
     needed = {
         key: held.training_gb + held.token_bytes * (PROMPT + COMPLETION) / 1e9
-        for key, held in (("kept", kept), ("recomputed", again))
+        for key, held in (("kept", kept), ("recomputed", recomputed))
     }
-    found: dict[str, Any] = {
-        "by_hand_gb": by_hand(name, lora),
+    figures: dict[str, Any] = {
+        "by_hand_gb": compute_by_hand(name, lora),
         "weights_gb": kept.training_gb,
         "needed_gb": needed,
         "fits": {
-            key: [gpu for gpu in GPUS if own <= USABLE_SHARE["cuda"] * gpu]
-            for key, own in needed.items()
+            key: [gpu for gpu in GPUS if gigabytes <= USABLE_SHARE["cuda"] * gpu]
+            for key, gigabytes in needed.items()
         },
     }
-    out.write_text(json.dumps(found, indent=1))
+    out.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from grpo.types import Example, Prompt, Rollout, Sampling
 PROMPT, COMPLETION, GROUP = 128, 128, 8  # tokens of a group: 1152
 
 
-def random_model(shape: str, precision: str) -> LanguageModel:
+def build_random_model(shape: str, precision: str) -> LanguageModel:
     qwen = shape == "494M"
     config = (Qwen2Config if qwen else LlamaConfig)(**SHAPES[shape], eos_token_id=2, pad_token_id=0)
     model = (Qwen2ForCausalLM if qwen else LlamaForCausalLM)(config).eval()
@@ -51,7 +51,7 @@ def random_model(shape: str, precision: str) -> LanguageModel:
     )
 
 
-def written(groups: int) -> Rollout:
+def build_rollout(groups: int) -> Rollout:
     """Completions that nobody wrote."""
     count, example = groups * GROUP, Example("", "", float)
     return Rollout(
@@ -68,9 +68,9 @@ def main(shape: str, precision: str, out: Path) -> None:
     torch.manual_seed(0)
     # As a run does.
     keep_freed_memory(LARGEST_KEPT_BLOCK_IN_BF16 if precision == "bf16" else LARGEST_KEPT_BLOCK)
-    policy = random_model(shape, precision)
+    policy = build_random_model(shape, precision)
     work = Workload(PROMPT, COMPLETION, GROUP, "adamw", reference=True, reference_moves=False)
-    held, rollout = estimate_memory(policy, work), written(2)
+    held, rollout = estimate_memory(policy, work), build_rollout(2)
     tokens = GROUP * COMPLETION + PROMPT  # a group at once
     limit, sampling = Budget.from_tokens(tokens).forward_limit, Sampling(1.0)
     term = KLTerm(k3, None, in_reward=False, unbiased_gradient=False)
@@ -85,13 +85,13 @@ def main(shape: str, precision: str, out: Path) -> None:
     for _ in range(2):
         update_policy(policy, reference, optimizer, objective, rollout, learned, limit)
     predicted = LIBRARIES_GB["cpu"] + held.training_gb + held.token_bytes * tokens / 1e9
-    found = {
+    figures = {
         "tokens": tokens,
         "predicted_gb": predicted,
         "measured_gb": policy.device.measure_peak_gb(),
         "megabytes_a_token": held.token_bytes / 1e6,
     }
-    out.write_text(json.dumps(found))
+    out.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from settings import SYSTEM_PROMPT, Setting
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # as a run's summary says and its config
 
 
-def overrides(setting: Setting, precision: str, work: Path) -> list[str]:
+def list_overrides(setting: Setting, precision: str, work: Path) -> list[str]:
     return [
         "model=local", f"model.path={work}/model", f"device={setting.device}",
         f"device.precision={precision}", "dataset=jsonl",
         f"dataset.path={work}/rows.jsonl", "dataset.slice=:-1", "dataset.eval_slice=-1:",
         f"dataset.system_prompt='{SYSTEM_PROMPT}'", "dataset.max_prompt_tokens=2048",
-        f"dataset.worked_examples={quoted(json.loads((work / 'worked.json').read_text()))}",
+        f"dataset.worked_examples={quote_examples(json.loads((work / 'worked.json').read_text()))}",
         "curriculum.order=given", f"batch_size={setting.prompts}",
         f"num_generation={setting.group}", f"max_new_tokens={setting.tokens}",
         f"temperature={setting.temperature}", f"kl_weight={setting.kl_weight}",
@@ -31,13 +31,16 @@ def overrides(setting: Setting, precision: str, work: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def quoted(examples: list[dict[str, str]]) -> str:
+def quote_examples(examples: list[dict[str, str]]) -> str:
     """As Hydra reads it on a command line."""
 
-    def text(value: str) -> str:
+    def quote_text(value: str) -> str:
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
-    rows = [f"{{question: {text(e['question'])}, answer: {text(e['answer'])}}}" for e in examples]
+    rows = [
+        f"{{question: {quote_text(e['question'])}, answer: {quote_text(e['answer'])}}}"
+        for e in examples
+    ]
     return f"[{', '.join(rows)}]"
 
 
@@ -47,7 +50,7 @@ def run(setting: Setting, precision: str, work: Path) -> dict[str, Any]:
     precision: as `device.precision`, auto included.
     """
     folder = work / "ours"
-    command = [sys.executable, "-m", "grpo", *overrides(setting, precision, work)]
+    command = [sys.executable, "-m", "grpo", *list_overrides(setting, precision, work)]
     command.append(f"hydra.run.dir={folder}")
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
@@ -56,9 +59,9 @@ def run(setting: Setting, precision: str, work: Path) -> dict[str, Any]:
         raise SystemExit(f"{done.stdout}{done.stderr}\ngrpo failed")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "time/step" in line]
-    shown = [json.loads(x) for x in (folder / "completions.jsonl").read_text().splitlines()]
+    completions = [json.loads(x) for x in (folder / "completions.jsonl").read_text().splitlines()]
     device = json.loads((folder / "summary.json").read_text())["device"]
-    first = [row["prompt"] for row in shown if row["step"] == 1]
+    first = [row["prompt"] for row in completions if row["step"] == 1]
     return {
         "precision": PRECISIONS[device.split(", ")[-1]],
         "seconds": [step["time/step"] for step in steps],

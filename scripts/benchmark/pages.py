@@ -18,7 +18,7 @@ LETTERS = (2, 3, 4, 5, 6)  # of a token
 README = Path(__file__).parents[2] / "README.md"
 
 
-def page(work: Path) -> dict[str, Any]:
+def measure_pages(work: Path) -> dict[str, Any]:
     """By tokens a completion: seconds until the first charts and the last step's texts are there.
 
     Raises:
@@ -35,12 +35,12 @@ def page(work: Path) -> dict[str, Any]:
     subprocess.run([sys.executable, "-m", "grpo", *job], cwd=work, check=True, capture_output=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        measured = {tokens: measure(browser, work, tokens) for tokens in TOKENS}
+        measured = {tokens: measure_page(browser, work, tokens) for tokens in TOKENS}
         browser.close()
     return {"steps": STEPS, "completions": COMPLETIONS, "by_tokens": measured}
 
 
-def measure(browser: Any, work: Path, tokens: int) -> dict[str, Any]:
+def measure_page(browser: Any, work: Path, tokens: int) -> dict[str, Any]:
     from grpo.report.run.page import write_run_page
 
     stretch(work / "run", work / f"of_{tokens}", tokens)
@@ -76,13 +76,13 @@ def stretch(run: Path, to: Path, tokens: int) -> None:
             file.write(json.dumps(line) + "\n")
     with (to / "completions.jsonl").open("w") as file:
         for n in range(COMPLETIONS):
-            ends = list(accumulate(noise.choices(LETTERS, k=tokens)))
+            token_ends = list(accumulate(noise.choices(LETTERS, k=tokens)))
             text = " ".join(noise.choices(words, k=tokens))
-            own = {
+            changes = {
                 "step": 1 + n * STEPS // COMPLETIONS,
-                "completion": text[: ends[-1]],
+                "completion": text[: token_ends[-1]],
                 "tokens": tokens,
-                "token_ends": ends,
-                "token_kl": [round(noise.gauss(0.0, 0.6) ** 3, 3) for _ in ends],
+                "token_ends": token_ends,
+                "token_kl": [round(noise.gauss(0.0, 0.6) ** 3, 3) for _ in token_ends],
             }
-            file.write(json.dumps({**rows[n % len(rows)], **own}) + "\n")
+            file.write(json.dumps({**rows[n % len(rows)], **changes}) + "\n")

@@ -40,7 +40,7 @@ from grpo.types import Example, Prompt, Rollout, Sampling
 ROWS = 32  # at which decoding is measured
 
 
-def once(function: Callable[[], Any], device: Device) -> float:
+def time_once(function: Callable[[], Any], device: Device) -> float:
     """Seconds."""
     began = time.perf_counter()
     function()
@@ -48,25 +48,25 @@ def once(function: Callable[[], Any], device: Device) -> float:
     return time.perf_counter() - began
 
 
-def timed(function: Callable[[], Any], repeats: int, device: Device) -> list[float]:
+def time_repeats(function: Callable[[], Any], repeats: int, device: Device) -> list[float]:
     """Seconds of each run, after one to warm up."""
-    return [once(function, device) for _ in range(repeats + 1)][1:]
+    return [time_once(function, device) for _ in range(repeats + 1)][1:]
 
 
-def in_turn(
+def time_in_turn(
     one: Callable[[], Any], other: Callable[[], Any], repeats: int, device: Device
 ) -> tuple[list[float], list[float]]:
     """Seconds of each run of two, one after the other, so that both see the same machine."""
-    pairs = [(once(one, device), once(other, device)) for _ in range(repeats + 1)][1:]
+    pairs = [(time_once(one, device), time_once(other, device)) for _ in range(repeats + 1)][1:]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def loaded(setting: Setting, work: Path) -> LanguageModel:
+def load_policy(setting: Setting, work: Path) -> LanguageModel:
     device = open_device(setting.device, setting.precision)
     return load_language_model(work / "model", device)
 
 
-def prompts_of(policy: LanguageModel, setting: Setting, work: Path, count: int) -> list[Prompt]:
+def read_prompts(policy: LanguageModel, setting: Setting, work: Path, count: int) -> list[Prompt]:
     example = Example("", "", float)
     chats = json.loads((work / "prompts.json").read_text())[:count]
     texts = [
@@ -76,11 +76,11 @@ def prompts_of(policy: LanguageModel, setting: Setting, work: Path, count: int) 
     return [Prompt(text, tuple(policy.tokenizer.encode(text)), example) for text in texts]
 
 
-def rollout(setting: Setting, work: Path) -> dict[str, Any]:
+def measure_rollout(setting: Setting, work: Path) -> dict[str, Any]:
     """Tokens a second of the native engine and of transformers' generate, on the same prompts."""
-    policy = loaded(setting, work)
+    policy = load_policy(setting, work)
     group = ROWS // setting.prompts
-    prompts = prompts_of(policy, setting, work, setting.prompts)
+    prompts = read_prompts(policy, setting, work, setting.prompts)
     engine = NativeEngine(policy, setting.tokens, Budget.from_tokens(10**7))
     sampling = Sampling(setting.temperature)
     prompts_BP, lengths_B = pad_left(
@@ -101,21 +101,21 @@ def rollout(setting: Setting, work: Path) -> dict[str, Any]:
                 input_ids=prompts_BP, attention_mask=mask_BP, generation_config=config
             )
 
-    ours, theirs = in_turn(
+    engine_seconds, generate_seconds = time_in_turn(
         lambda: engine.generate(prompts, group, sampling, 0), generate, 3, policy.device
     )
     tokens = ROWS * setting.tokens
     return {
         "rows": ROWS,
         "tokens": setting.tokens,
-        "ours_tokens_per_second": tokens / median(ours),
-        "generate_tokens_per_second": tokens / median(theirs),
-        "speedup": median(theirs) / median(ours),
-        "seconds": {"ours": ours, "generate": theirs},
+        "ours_tokens_per_second": tokens / median(engine_seconds),
+        "generate_tokens_per_second": tokens / median(generate_seconds),
+        "speedup": median(generate_seconds) / median(engine_seconds),
+        "seconds": {"ours": engine_seconds, "generate": generate_seconds},
     }
 
 
-def operations(policy: LanguageModel, lengths: list[int], group: int, tokens: int) -> float:
+def count_operations(policy: LanguageModel, lengths: list[int], group: int, tokens: int) -> float:
     """Multiplications and additions of one forward pass that computes each token once.
 
     A completion's last token is predicted and not read; its first is predicted by the prompt.
@@ -139,18 +139,18 @@ def operations(policy: LanguageModel, lengths: list[int], group: int, tokens: in
     return 2.0 * (layers * read + head * predicted + 2 * width * config.num_hidden_layers * pairs)
 
 
-def matrix_rate(device: Device) -> float:
+def measure_matrix_rate(device: Device) -> float:
     """Operations a second of the best large square matrix product."""
     best = 0.0
     for size in (1024, 2048, 4096):
         a = torch.randn(size, size, device=device.torch_device)
         b = torch.randn(size, size, device=device.torch_device)
 
-        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+        def multiply(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
             with device.autocast():
                 torch.mm(a, b)
 
-        best = max(best, 2.0 * size**3 / min(timed(product, 5, device)))
+        best = max(best, 2.0 * size**3 / min(time_repeats(multiply, 5, device)))
     return best
 
 
@@ -185,9 +185,11 @@ class Update:
             policy.model, "adamw", 1e-6, 1, SCHEDULES["constant"], 0, 0.0, (0.9, 0.99), 1.0
         )
         longest = max(len(p.token_ids) for p in self.prompts)
-        own = Workload(longest, width, setting.group, "adamw", self.reference is not None, False)
-        held = estimate_memory(policy, own)
-        self.limit = choose_budget(device, None, None, None, held, own.longest).forward_limit
+        workload = Workload(
+            longest, width, setting.group, "adamw", self.reference is not None, False
+        )
+        held = estimate_memory(policy, workload)
+        self.limit = choose_budget(device, None, None, None, held, workload.longest).forward_limit
         self.reference_NC = self.refer()
 
     def refer(self) -> torch.Tensor | None:
@@ -204,20 +206,20 @@ class Update:
         )  # fmt: skip
 
 
-def step_update(setting: Setting, work: Path) -> dict[str, Any]:
+def measure_update(setting: Setting, work: Path) -> dict[str, Any]:
     """Seconds of an optimizer step, and the share of the matrix rate on useful operations.
 
     Useful: each prompt once a group, each completion token once, forward, and twice that backward;
     what is computed again to save memory doesn't count.
     """
-    policy = loaded(setting, work)
-    prompts = prompts_of(policy, setting, work, setting.prompts)
-    own = Update(policy, setting, prompts)
-    reference_seconds = timed(own.refer, 3, policy.device) if own.reference else []
-    seconds = timed(own.step, 4, policy.device)
+    policy = load_policy(setting, work)
+    prompts = read_prompts(policy, setting, work, setting.prompts)
+    update = Update(policy, setting, prompts)
+    reference_seconds = time_repeats(update.refer, 3, policy.device) if update.reference else []
+    seconds = time_repeats(update.step, 4, policy.device)
     lengths = [len(prompt.token_ids) for prompt in prompts]
-    forward = operations(policy, lengths, setting.group, setting.tokens)
-    rate = matrix_rate(policy.device)
+    forward = count_operations(policy, lengths, setting.group, setting.tokens)
+    rate = measure_matrix_rate(policy.device)
     return {
         "seconds": seconds,
         "reference_seconds": reference_seconds,
@@ -231,13 +233,13 @@ def step_update(setting: Setting, work: Path) -> dict[str, Any]:
     }
 
 
-def lengths(setting: Setting, work: Path) -> dict[str, Any]:
+def measure_lengths(setting: Setting, work: Path) -> dict[str, Any]:
     """Seconds of rollout and update at half, once and twice the completion tokens."""
-    policy = loaded(setting, work)
-    prompts = prompts_of(policy, setting, work, setting.prompts)
-    found = []
+    policy = load_policy(setting, work)
+    prompts = read_prompts(policy, setting, work, setting.prompts)
+    by_length = []
     for tokens in (setting.tokens // 2, setting.tokens, setting.tokens * 2):
-        own = Update(policy, replace(setting, tokens=tokens), prompts)
+        update = Update(policy, replace(setting, tokens=tokens), prompts)
         engine = NativeEngine(policy, tokens, Budget.from_tokens(10**7))
         sampling = Sampling(setting.temperature)
 
@@ -245,9 +247,9 @@ def lengths(setting: Setting, work: Path) -> dict[str, Any]:
             engine.generate(prompts, setting.group, sampling, 0)
 
         total = tokens * setting.group * setting.prompts
-        rollout_seconds = median(timed(sample, 3, policy.device))
-        update_seconds = median(timed(own.step, 3, policy.device))
-        found.append(
+        rollout_seconds = median(time_repeats(sample, 3, policy.device))
+        update_seconds = median(time_repeats(update.step, 3, policy.device))
+        by_length.append(
             {
                 "completion_tokens": total,
                 "rollout_seconds": rollout_seconds,
@@ -256,36 +258,41 @@ def lengths(setting: Setting, work: Path) -> dict[str, Any]:
                 "peak_gb": policy.device.measure_peak_gb(),
             }
         )
-    return {"by_length": found}
+    return {"by_length": by_length}
 
 
-def roofline(setting: Setting, work: Path) -> dict[str, Any]:
+def measure_roofline(setting: Setting, work: Path) -> dict[str, Any]:
     """What the machine can do: matrix products by rows, as plain and as laid out, and copying."""
     from grpo.models.cpu.linear import computed_as, make_packed_forwards
 
-    policy = loaded(setting, work)
+    policy = load_policy(setting, work)
     device, linear = policy.device, policy.head.linear
     body = next(m for m in policy.model.base_model.modules() if isinstance(m, torch.nn.Linear))
-    found: dict[str, Any] = {"matrix_gflops": matrix_rate(device) / 1e9, "products": []}
+    figures: dict[str, Any] = {"matrix_gflops": measure_matrix_rate(device) / 1e9, "products": []}
     for layer in (body, linear):
         for rows in (1, 8, 16, 32, 64, 256):
             x = torch.randn(1, rows, layer.weight.shape[1], device=device.torch_device)
             work_done = 2.0 * rows * layer.weight.numel() / 1e9
             with torch.no_grad(), device.autocast():
-                plain = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
+                plain = min(time_repeats(lambda x=x, layer=layer: layer(x), 20, device))
                 with computed_as(make_packed_forwards(rows, [layer])):
-                    packed = min(timed(lambda x=x, layer=layer: layer(x), 20, device))
+                    packed = min(time_repeats(lambda x=x, layer=layer: layer(x), 20, device))
             shape = "x".join(map(str, layer.weight.shape))
             rates = {"plain": work_done / plain, "laid_out": work_done / packed}
-            found["products"].append({"weight": shape, "rows": rows, **rates})
+            figures["products"].append({"weight": shape, "rows": rows, **rates})
     source = torch.randn(2**26, device=device.torch_device)
     target = torch.empty_like(source)
-    seconds = min(timed(lambda: target.copy_(source), 5, device))
-    found["copy_gb_per_second"] = 2 * source.numel() * 4 / seconds / 1e9
-    return found
+    seconds = min(time_repeats(lambda: target.copy_(source), 5, device))
+    figures["copy_gb_per_second"] = 2 * source.numel() * 4 / seconds / 1e9
+    return figures
 
 
-PARTS = {"rollout": rollout, "update": step_update, "lengths": lengths, "roofline": roofline}
+PARTS = {
+    "rollout": measure_rollout,
+    "update": measure_update,
+    "lengths": measure_lengths,
+    "roofline": measure_roofline,
+}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from datasets import Dataset
 from settings import SETTINGS
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from work import vowels
+from work import vowel_share
 
 
 class Clock(TrainerCallback):
@@ -60,8 +60,8 @@ def watch_products(trainer: Peer) -> None:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
     def note(module: nn.Module, inputs: Any, product: torch.Tensor) -> None:
-        found = trainer.updating if torch.is_grad_enabled() else trainer.generating
-        found.add(names[product.dtype])
+        precisions = trainer.updating if torch.is_grad_enabled() else trainer.generating
+        precisions.add(names[product.dtype])
 
     layer = next(m for m in trainer.model.modules() if isinstance(m, nn.Linear))
     layer.register_forward_hook(note)
@@ -76,7 +76,7 @@ def main(work: Path, name: str, precision: str, out: Path) -> None:
     clock = Clock()
 
     def reward(completions: list[list[dict[str, str]]], **columns: Any) -> list[float]:
-        return [vowels(completion[0]["content"]) for completion in completions]
+        return [vowel_share(completion[0]["content"]) for completion in completions]
 
     trainer = Peer(
         model=AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32),

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 import ours
-from processes import child
+from processes import run_script
 from settings import SETTINGS
 
 PRECISIONS = ("best", "fp32", "bf16")
@@ -19,7 +19,7 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
 GRADIENT_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}  # of the norm
 
 
-def peer_precisions(choice: str, device: str, cpuinfo: str) -> list[str]:
+def choose_peer_precisions(choice: str, device: str, cpuinfo: str) -> list[str]:
     """The precisions that the peer is run in: the one asked for, or each that may be its fastest.
 
     Args:
@@ -44,24 +44,24 @@ def measure_step(name: str, work: Path, choice: str) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo").read_text()
     peers = {
         precision: measure_peer(name, work, precision)
-        for precision in peer_precisions(choice, setting.device, cpuinfo)
+        for precision in choose_peer_precisions(choice, setting.device, cpuinfo)
     }
-    own = ours.run(setting, "auto" if choice == "best" else choice, work)
+    project = ours.run(setting, "auto" if choice == "best" else choice, work)
     for precision, peer in peers.items():
-        check_same(name, precision, work, peer, own, peer["same_batch"])
+        check_same(name, precision, work, peer, project, peer["same_batch"])
     fastest = min(peers, key=lambda precision: median(peers[precision]["seconds"][1:]))
     peer = peers[fastest]
-    peer_seconds, own_seconds = peer["seconds"][1:], own["seconds"][1:]
+    peer_seconds, project_seconds = peer["seconds"][1:], project["seconds"][1:]
     return {
         "work": asdict(setting),
         "precision": choice,
-        "peers": {precision: without_prompts(peer) for precision, peer in peers.items()},
+        "peers": {precision: drop_prompts(peer) for precision, peer in peers.items()},
         "peer_precision": fastest,
-        "ours": without_prompts(own),
-        "speedup": median(peer_seconds) / median(own_seconds),
-        "speedup_least": min(peer_seconds) / max(own_seconds),
-        "speedup_most": max(peer_seconds) / min(own_seconds),
-        "memory": own["peak_gb"] / peer["peak_gb"],
+        "ours": drop_prompts(project),
+        "speedup": median(peer_seconds) / median(project_seconds),
+        "speedup_least": min(peer_seconds) / max(project_seconds),
+        "speedup_most": max(peer_seconds) / min(project_seconds),
+        "memory": project["peak_gb"] / peer["peak_gb"],
     }
 
 
@@ -70,11 +70,11 @@ def measure_peer(name: str, work: Path, precision: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         # It leaves the batch beside its figures.
         out = Path(folder) / "peer.json"
-        peer = child("peer.py", work, name, precision, out=out)
-        return {**peer, "same_batch": child("same.py", work, name, precision, out)}
+        peer = run_script("peer.py", work, name, precision, out=out)
+        return {**peer, "same_batch": run_script("same.py", work, name, precision, out)}
 
 
-def without_prompts(figures: dict[str, Any]) -> dict[str, Any]:
+def drop_prompts(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if name != "first_prompts"}
 
 
@@ -83,7 +83,7 @@ def check_same(
     precision: str,
     work: Path,
     peer: dict[str, Any],
-    own: dict[str, Any],
+    project: dict[str, Any],
     same: dict[str, Any],
 ) -> None:
     """Raises SystemExit where the two sides did not do the same work.
@@ -95,11 +95,11 @@ def check_same(
 
     setting = SETTINGS[name]
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
-    prompts = {tuple(tokenizer.encode(text)) for text in own["first_prompts"]}
+    prompts = {tuple(tokenizer.encode(text)) for text in project["first_prompts"]}
     differences = []
     if prompts != set(map(tuple, peer["first_prompts"])):
         differences.append("the first step's prompts differ")
-    for side, figures in (("peer", peer), ("ours", own)):
+    for side, figures in (("peer", peer), ("ours", project)):
         if any(length != setting.tokens for length in figures["length"]):
             differences.append(f"{side}: completions of {figures['length']} tokens")
         if len(figures["seconds"]) != setting.steps + 1:

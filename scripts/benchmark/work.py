@@ -14,7 +14,7 @@ END = "<|never|>"  # a token past the model's vocabulary: no completion can hold
 ROWS = 400
 
 
-def gsm8k(path: Path | None) -> list[dict[str, str]]:
+def load_gsm8k(path: Path | None) -> list[dict[str, str]]:
     """GSM8K's training rows: from a .jsonl, or from the hub."""
     if path is not None:
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -25,23 +25,23 @@ def gsm8k(path: Path | None) -> list[dict[str, str]]:
 
 def prepare(setting: Setting, rows: list[dict[str, str]], folder: Path) -> None:
     """Writes model/, rows.jsonl, prompts.json and worked.json, from which both sides read."""
-    shown = rows[-setting.worked_examples :] if setting.worked_examples else []
+    worked = rows[-setting.worked_examples :] if setting.worked_examples else []
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:ROWS]))
-    chats = [chat(row, shown) for row in rows[:ROWS]]
+    chats = [build_chat(row, worked) for row in rows[:ROWS]]
     (folder / "prompts.json").write_text(json.dumps(chats))
-    (folder / "worked.json").write_text(json.dumps(shown))
-    endless(base_model(setting.model, folder), folder / "model")
+    (folder / "worked.json").write_text(json.dumps(worked))
+    copy_without_end(find_base_model(setting.model, folder), folder / "model")
 
 
-def chat(row: dict[str, str], shown: list[dict[str, str]]) -> list[dict[str, str]]:
+def build_chat(row: dict[str, str], worked: list[dict[str, str]]) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": SYSTEM_PROMPT}]
-    for example in shown:
+    for example in worked:
         messages.append({"role": "user", "content": example["question"]})
         messages.append({"role": "assistant", "content": example["answer"]})
     return [*messages, {"role": "user", "content": row["question"]}]
 
 
-def base_model(name: str, folder: Path) -> Path:
+def find_base_model(name: str, folder: Path) -> Path:
     """A folder with the model: packaged, from PyPI or the hub, or with random weights."""
     from omegaconf import OmegaConf
 
@@ -50,12 +50,14 @@ def base_model(name: str, folder: Path) -> Path:
     if name == "tiny":
         return PACKAGE_FOLDER / "tiny"
     if name == "qwen2":
-        return random_qwen2(PACKAGE_FOLDER / "tiny", folder / "base")
-    own = OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml")
-    return find_model_folder(own.name, own.id, None, None, OmegaConf.to_container(own.wheel))
+        return build_random_qwen2(PACKAGE_FOLDER / "tiny", folder / "base")
+    config = OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml")
+    return find_model_folder(
+        config.name, config.id, None, None, OmegaConf.to_container(config.wheel)
+    )
 
 
-def random_qwen2(tokenizer: Path, folder: Path) -> Path:
+def build_random_qwen2(tokenizer: Path, folder: Path) -> Path:
     """Qwen2-0.5B's architecture with random weights, and the packaged model's tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -72,7 +74,7 @@ def random_qwen2(tokenizer: Path, folder: Path) -> Path:
     return folder
 
 
-def endless(source: Path, folder: Path) -> None:
+def copy_without_end(source: Path, folder: Path) -> None:
     """A copy of a model whose end-of-sequence token it can't write."""
     from transformers import AutoTokenizer
 
@@ -96,11 +98,11 @@ def endless(source: Path, folder: Path) -> None:
         path.write_text(json.dumps({**content, "eos_token_id": size}))
 
 
-def vowels(text: str) -> float:
+def vowel_share(text: str) -> float:
     """A reward that differs from one completion to the next: the share of vowels."""
     return sum(letter in "aeiou" for letter in text) / max(1, len(text))
 
 
 def reward(samples: Any) -> list[float]:
     """The same, as the project calls it."""
-    return [vowels(sample.completion) for sample in samples]
+    return [vowel_share(sample.completion) for sample in samples]

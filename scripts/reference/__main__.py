@@ -102,8 +102,8 @@ def build_keys() -> str:
         if group != "hydra":
             parts.append(f"| `{group}` | `{choice}` | {TEXTS['groups'].get(group, '')} |")
     parts += ["", "Only `grpo eval` has this key:", ""]
-    own = [key for key in read_keys(CONF / "eval.yaml", "") if not key.name.startswith("hydra")]
-    parts += format_table(own, CONF / "eval.yaml", {})
+    keys = [key for key in read_keys(CONF / "eval.yaml", "") if not key.name.startswith("hydra")]
+    parts += format_table(keys, CONF / "eval.yaml", {})
     for group in sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"):
         parts += [
             "",
@@ -193,14 +193,14 @@ def build_launchers() -> Iterator[str]:
         ("`hydra/launcher=joblib`", JobLibLauncherConf, "joblib.Parallel's", []),
     ):
         yield from [f"### {title}", "", "| key | default | meaning |", "|---|---|---|"]
-        for own in fields(plugin):
-            name = f"hydra.launcher.{own.name}"
-            if own.name == "_target_" or name in {key.name for key in left_out}:
+        for field in fields(plugin):
+            name = f"hydra.launcher.{field.name}"
+            if field.name == "_target_" or name in {key.name for key in left_out}:
                 continue
-            default = own.default if isinstance(own.default, str | int | float | None) else "{}"
-            shown = json.dumps(default).strip('"')  # null, true and false as in YAML
-            meaning = TEXTS["launchers"].get(own.name, f"{of} option of this name")
-            yield f"| `{name}` | `{shown}` | {meaning} |"
+            default = field.default if isinstance(field.default, str | int | float | None) else "{}"
+            default_text = json.dumps(default).strip('"')  # null, true and false as in YAML
+            meaning = TEXTS["launchers"].get(field.name, f"{of} option of this name")
+            yield f"| `{name}` | `{default_text}` | {meaning} |"
         yield ""
     yield from [
         "### `hydra/launcher=ray`", "",
@@ -236,18 +236,18 @@ def build_algorithms() -> str:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         composed = [hydra.compose("config", [f"algorithm={file.stem}"]) for file in files]
     for file, cfg in zip(files, composed, strict=True):
-        own = cfg.algorithm
+        algorithm = cfg.algorithm
         kl = (
             f"`{cfg.kl.estimator}` in the {cfg.kl.within}, weight {cfg.kl_weight:g}"
             if cfg.kl_weight
             else "none"
         )
         cells = [
-            own.baseline,
-            own.scale,
-            own.ratio,
-            losses[own.policy_loss._target_],
-            own.averaging,
+            algorithm.baseline,
+            algorithm.scale,
+            algorithm.ratio,
+            losses[algorithm.policy_loss._target_],
+            algorithm.averaging,
         ]
         parts.append(f"| `{file.stem}` | {' | '.join(f'`{cell}`' for cell in cells)} | {kl} |")
     return "\n".join([*meanings, "", "Their parts:", "", *parts])

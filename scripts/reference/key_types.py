@@ -23,15 +23,15 @@ def find_type(name: str, file: Path, key: str) -> str:
         if not is_dataclass(node):
             break
         node = get_type_hints(node).get(part)
-        optional = [own for own in get_args(node) if own is not type(None)]
+        optional = [member for member in get_args(node) if member is not type(None)]
         if type(None) in get_args(node) and len(optional) == 1 and is_dataclass(optional[0]):
             node = optional[0]
     else:
         return spell_type(getattr(node, "__name__", None) if isinstance(node, type) else str(node))
     target = re.search(r"_target_: ([\w.]+)", file.read_text())
     if target and target[1].startswith(("grpo.", "hydra_plugins.")):
-        module, _, own = target[1].rpartition(".")
-        function = getattr(import_module(module), own)
+        module, _, attribute = target[1].rpartition(".")
+        function = getattr(import_module(module), attribute)
         parameter = inspect.signature(function).parameters.get(key)
         if parameter is not None:
             return spell_type(str(parameter.annotation))

@@ -26,7 +26,7 @@ class Key:
 
 def read_keys(file: Path, prefix: str) -> list[Key]:
     """Reads the keys of a YAML file, with the comments beside, below or before each."""
-    found: list[Key] = []
+    keys: list[Key] = []
     path: list[tuple[int, str]] = []  # the keys around a line, with their indents
     before: list[str] = []  # comment lines that come before a key
     column = -1  # of the comment beside the last key: one right below goes on with it
@@ -34,9 +34,9 @@ def read_keys(file: Path, prefix: str) -> list[Key]:
     for line in file.read_text().splitlines():
         comment = COMMENT.search(line)
         if comment and not line[: comment.start("text") - 2].strip():
-            if found and comment.start("text") == column:
-                found[-1] = Key(
-                    found[-1].name, found[-1].default, f"{found[-1].meaning} {comment['text']}"
+            if keys and comment.start("text") == column:
+                keys[-1] = Key(
+                    keys[-1].name, keys[-1].default, f"{keys[-1].meaning} {comment['text']}"
                 )
             elif line.startswith(" "):
                 before.append(comment["text"])
@@ -65,14 +65,14 @@ def read_keys(file: Path, prefix: str) -> list[Key]:
         if key == "_target_":
             continue
         is_section = isinstance(value, dict) and bool(value) and not match["value"].strip()
-        found.append(
+        keys.append(
             Key(
                 f"{prefix}{'.'.join(names)}{'.*' if is_section else ''}",
                 format_value(match, value),
                 text,
             )
         )
-    return found
+    return keys
 
 
 def format_value(match: re.Match[str], value: Any) -> str:

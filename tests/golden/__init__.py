@@ -44,12 +44,12 @@ def describe_machine() -> dict[str, str]:
 
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-        told = {
+        fields = {
             key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
         }
-        known = ("model name", "cpu family", "model", "stepping")
-        processor = ", ".join(told.get(key, "") for key in known)
-        flags = sha256(told.get("flags", "").encode()).hexdigest()[:16]
+        names = ("model name", "cpu family", "model", "stepping")
+        processor = ", ".join(fields.get(key, "") for key in names)
+        flags = sha256(fields.get("flags", "").encode()).hexdigest()[:16]
     except OSError:
         processor, flags = platform.processor(), ""
     return {
@@ -64,9 +64,9 @@ def describe_machine() -> dict[str, str]:
 def record(name: str, cwd: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that a run leaves in an empty folder, without what is measured."""
     for command in RUNS[name]:
-        where = () if command[0].startswith("resume=") else ("hydra.run.dir=run",)
+        run_folder = () if command[0].startswith("resume=") else ("hydra.run.dir=run",)
         done = subprocess.run(
-            [sys.executable, "-m", "grpo", *command, *where], cwd=cwd, capture_output=True,
+            [sys.executable, "-m", "grpo", *command, *run_folder], cwd=cwd, capture_output=True,
             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
