@@ -66,10 +66,10 @@ def test_each_combination_trains(
 def test_each_algorithm_teaches_the_tiny_model_to_add(
     algorithm: str, grpo: Grpo, tmp_path: Path
 ) -> None:
-    """In half of the default run; docs/results.md has the whole one."""
+    """In a quarter of the default run; docs/results.md has the whole one."""
     code, printed = grpo(
-        f"algorithm={algorithm}", "max_steps=50", "tracking=none", "eval.every=0",
-        "checkpoint.every=0", "hydra.run.dir=run",
+        f"algorithm={algorithm}", "max_steps=25", "tracking=none", "eval.every=0",
+        "dataset.eval_slice=:64", "eval.samples=8", "checkpoint.every=0", "hydra.run.dir=run",
     )  # fmt: skip
     assert code == 0, printed
     metrics = read_lines(tmp_path / "run/metrics.jsonl")

@@ -247,11 +247,8 @@ def test_a_run_with_config_folder_and_checkpoint_keys_is_evaluated(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_default_run_teaches_the_tiny_model_to_add(
-    grpo: Grpo, tmp_path: Path, seed: int
-) -> None:
-    code, printed = grpo(f"seed={seed}", "tracking=none", "hydra.run.dir=run")
+def test_the_default_run_teaches_the_tiny_model_to_add(grpo: Grpo, tmp_path: Path) -> None:
+    code, printed = grpo("tracking=none", "hydra.run.dir=run")
     assert code == 0, printed
     metrics = read_lines(tmp_path / "run/metrics.jsonl")
     assert metrics[0]["eval/sampled_accuracy"] <= 0.5
