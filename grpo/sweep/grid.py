@@ -25,7 +25,6 @@ from grpo.sweep.folder import (
 )
 from grpo.sweep.launch import Launch, SweepPlan, combine_overrides
 from grpo.sweep.objectives import check_directions, read_final_values, resolve_objectives
-from grpo.sweep.view import viewed
 
 
 def run_grid(
@@ -63,6 +62,8 @@ def run_grid(
         counts = count_by_status(job.status for job in before)
         print(f"sweep of {len(jobs)} jobs in {folder}: {counts}", flush=True)
         try:
+            from grpo.sweep.view import viewed  # late: a refusal needs no terminal
+
             with viewed(folder, len(before), value_of, way == "minimize"):
                 launch.run([(job.number, jobs[job.number]) for job in before if not job.ended])
         except (KeyboardInterrupt, SystemExit):

@@ -46,7 +46,6 @@ from grpo.sweep.study import (
     format_reason,
     hide_password,
 )
-from grpo.sweep.view import viewed
 
 NO_FOLDER = ""  # the folder of a trial that is not run: it exceeds the total or repeats another
 
@@ -107,6 +106,8 @@ class Search:
         print(f"search of {self.total} trials in {self.folder}: {self.describe_jobs()}", flush=True)
         minimized = self.study.directions[0] == Direction.MINIMIZE
         try:
+            from grpo.sweep.view import viewed  # late: a refusal needs no terminal
+
             with viewed(self.folder, self.total, self.read_objective, minimized):
                 while self.run_batch():
                     pass
