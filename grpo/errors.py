@@ -1,4 +1,4 @@
-"""Errors that a user can do something about: each names the key, the value and what is right."""
+"""Errors that a user can act on: each names the key, its value and what would be right."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ MAX_MESSAGE_CHARS = 400  # characters of what another library says
 
 
 class ConfigError(Exception):
-    """The experiment as asked for can't be run; known before anything expensive starts. Exit 2.
+    """The experiment can't be run as given; raised before anything expensive starts. Exit code 2.
 
     Attributes:
-        key: of the config, or a group; None where no single one is wrong, or it is not known.
-        value: that it was given.
-        choices: all that would be right, where they can be counted.
+        key: of the config, or a group; None if no single one is wrong, or it is not known.
+        value: the value that the key was given.
+        choices: all valid values, if they can be listed.
         nearest: names that were probably meant, the likeliest first.
     """
 
@@ -33,10 +33,10 @@ class ConfigError(Exception):
 
 
 class RunError(Exception):
-    """The run had to stop, with what was done so far saved. Exit 1."""
+    """The run had to stop; what was done so far is saved. Exit code 1."""
 
 
 def format_error(error: BaseException) -> str:
-    """What an error of another library says, as part of a message of one line."""
+    """Formats another library's error as a part of a message of one line."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= MAX_MESSAGE_CHARS else f"{said[:MAX_MESSAGE_CHARS]}…"

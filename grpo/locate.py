@@ -1,7 +1,7 @@
-"""What a run needs and can be found without torch: its rows and its model's files.
+"""Finds the rows and model files of a run without torch.
 
-So a file that is missing, a row without an answer or a hub that can't be reached is told within
-seconds, before anything heavy is even imported.
+A missing file, a row without an answer or an unreachable hub is therefore reported within seconds,
+before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ class RunInputs:
     model: Callable[[], Path]  # its folder; the call downloads it where need be
 
     def find_hub_commits(self) -> dict[str, str]:
-        """What the names of the hub stood for, by the key of the config; empty without the hub."""
+        """Returns the commits of what came from the hub, by config key; {} without the hub."""
         commits = {"model": read_commit(self.model()), **{own.key: own.commit for own in self.sets}}
         return {key: commit for key, commit in commits.items() if commit is not None}
 
 
 def find_for_training(cfg: DictConfig) -> RunInputs:
-    """Raises ConfigError where rows or model can't be had."""
+    """Finds what a training run needs; raises ConfigError if rows or model can't be had."""
     sets = find_sets(cfg, training=True)
     return RunInputs(sets, locate_model(cfg.model))
 
 
 def locate_model(model: DictConfig) -> Callable[[], Path]:
-    """Where the model's folder is, told by a call that downloads it where need be.
+    """Returns a function that returns the model's folder, and downloads it if necessary.
 
     Raises:
-        ConfigError: it can't be had.
+        ConfigError: the model can't be had.
     """
     options = resolve_node(model)
     keys = ("id", "path", "packaged", "wheel", "revision", "trust_remote_code")
@@ -81,7 +81,7 @@ def locate_model(model: DictConfig) -> Callable[[], Path]:
 
 
 def find_for_evaluation(cfg: DictConfig) -> RunInputs:
-    """Raises ConfigError where rows or checkpoint can't be had."""
+    """Finds what an evaluation needs; raises ConfigError if rows or checkpoint can't be had."""
     if cfg.checkpoint is None:
         raise ConfigError(
             "checkpoint is not set: grpo eval checkpoint=DIR, a run's or a model's.",
@@ -94,7 +94,7 @@ def find_for_evaluation(cfg: DictConfig) -> RunInputs:
 
 
 def find_sets(cfg: DictConfig, *, training: bool) -> list[ExampleSet]:
-    """The rows of the data set, or of all sets of a mix."""
+    """Returns the rows of the data set, or of each set of a mix."""
     if "sets" not in cfg.dataset:
         return [find_set(cfg.dataset, "dataset", "", 1.0, training=training)]
     sets = cfg.dataset.sets
@@ -132,7 +132,7 @@ def find_set(
 
 
 class NamedSource(Source):
-    """A set of a mix, whose examples say which one they are from."""
+    """A set of a mix, whose examples name the set."""
 
     def __init__(self, source: Source, name: str) -> None:
         self.source, self.name = source, name

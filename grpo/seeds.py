@@ -1,4 +1,4 @@
-"""Seeds of many streams of random numbers from the one in the config."""
+"""Derives the seeds of many streams of random numbers from the seed in the config."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ MIN_HASHED_SEED = 2**31
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """The seed of a run's stream of this number, from any seed that is not negative.
+    """Returns the seed of the stream with this number, for any seed that is not negative.
 
-    A large one is hashed: a product would not fit, and on a CPU torch reads 32 bits of it alone.
+    A large seed is hashed: a product would not fit, and on a CPU torch uses only 32 bits of a seed.
     """
     if seed < MIN_HASHED_SEED:
         return (seed * 1_000_003 + number) % SEED_LIMIT

@@ -1,4 +1,4 @@
-"""Hydra composes a config twice, to read hydra.mode and to use it: here it does so once, faster.
+"""Makes Hydra compose a config once, and faster; Hydra does it twice, first to read hydra.mode.
 
 A composition takes about as long as importing Hydra, and every refusal waits for it.
 """
@@ -24,7 +24,7 @@ compose_anew, map_choices = Hydra.compose_config, defaults_list._create_interpol
 
 
 class Composition:
-    """The config that was composed to read hydra.mode from it, kept for its use."""
+    """Keeps the config that was composed to read hydra.mode, so that it can be used."""
 
     def __init__(self, run_mode: RunMode) -> None:
         self.run_mode = run_mode
@@ -32,13 +32,14 @@ class Composition:
         self.config: DictConfig | None = None
 
     def read_mode(self, hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-        """As `Hydra.get_mode`; what is wrong is raised here already."""
+        """Replaces `Hydra.get_mode`; raises the errors that composing raises."""
         try:
             self.config = compose_anew(hydra, config_name, overrides, self.run_mode)
         except ConfigCompositionException as error:
             if "Ambiguous value" not in str(error):
                 raise
-            return read_mode_by_composing(hydra, config_name, overrides)  # it may be a sweep's
+            # A sweep may use several choices for a group.
+            return read_mode_by_composing(hydra, config_name, overrides)
         self.overrides = list(overrides)
         return self.config.hydra.mode
 
@@ -51,17 +52,17 @@ class Composition:
         with_log_configuration: bool = False,
         **options: Any,
     ) -> DictConfig:
-        """As `Hydra.compose_config`; what is kept is used once."""
+        """Replaces `Hydra.compose_config`; returns the kept config once, if it fits."""
         config, added = self.config, overrides[len(self.overrides) :]
         self.config = None
         same = run_mode == self.run_mode and overrides[: len(self.overrides)] == self.overrides
-        if config is None or not same or any(not own.startswith("hydra.mode=") for own in added):
+        if config is None or not same or any(not o.startswith("hydra.mode=") for o in added):
             return compose_anew(
                 hydra, config_name, overrides, run_mode, with_log_configuration, **options
             )
-        for own in added:  # the mode that Hydra itself adds to the command line
-            config.hydra.mode = RunMode[own.partition("=")[2]]
-            config.hydra.overrides.hydra.append(own)
+        for override in added:  # Hydra itself adds the mode to the command line
+            config.hydra.mode = RunMode[override.partition("=")[2]]
+            config.hydra.overrides.hydra.append(override)
         if with_log_configuration:
             configure_log(config.hydra.hydra_logging, config.hydra.verbose)
         return config
@@ -75,8 +76,8 @@ def composed_once(overrides: Sequence[str]) -> Iterator[None]:
     def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
         return composition.read_mode(hydra, config_name, overrides)
 
-    def compose_config(hydra: Hydra, *given: Any, **named: Any) -> DictConfig:
-        return composition.compose(hydra, *given, **named)
+    def compose_config(hydra: Hydra, *arguments: Any, **options: Any) -> DictConfig:
+        return composition.compose(hydra, *arguments, **options)
 
     with (
         replaced(Hydra, "get_mode", get_mode),
@@ -89,7 +90,7 @@ def composed_once(overrides: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within it, an attribute is another one."""
+    """Within it, an attribute of `owner` has this value."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -99,7 +100,10 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def map_choices_if_needed(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
-    """What a `${…}` in a list of defaults is resolved from; Hydra makes it for every file."""
+    """Maps groups to choices, to resolve a `${…}` in a list of defaults; None if there is none.
+
+    Hydra makes this map for every file.
+    """
     if any(default.is_interpolation() for default in defaults):
         return map_choices(overrides, defaults, self_added)
     return None
@@ -107,13 +111,13 @@ def map_choices_if_needed(overrides: Any, defaults: list[Any], self_added: bool)
 
 @cache
 def find_yaml_loader() -> Any:
-    """OmegaConf's loader, over PyYAML's parser in C where that is installed."""
+    """Returns OmegaConf's loader, with PyYAML's parser in C if that is installed."""
     with replaced(yaml, "SafeLoader", getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return make_python_loader()
 
 
 def find_composed(error: BaseException) -> DictConfig | None:
-    """The config to which an override of a key that it doesn't have was applied."""
+    """Returns the config to which an unknown key was applied; None if the error is another one."""
     if not isinstance(error, ConfigCompositionException):
         return None
     node = getattr(error.__cause__, "parent_node", None)

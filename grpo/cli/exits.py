@@ -1,11 +1,11 @@
-"""How the command ends: a line on standard error and an exit code.
+"""Ends the command with a line on standard error and an exit code.
 
-  0    done: the work was done; of a sweep, all of its jobs ended well
-  1    failed: it began and could not be ended well; what was done so far is saved
-  2    refused: it can't be done as asked, which was known before it began; nothing is left behind
-  130  interrupted: by Ctrl-C or SIGTERM, or asked to stop; saved, and can go on
+  0    done: the work is done; for a sweep, all of its jobs finished
+  1    failed: an error after the work began; what was done so far is saved
+  2    refused: the command can't be carried out as given; nothing was started
+  130  interrupted: stopped by Ctrl-C or SIGTERM; saved, and can be continued
 
-With `--json` (grpo.cli.outcome) the object says the same, as `status` and `exit_code`.
+With `--json` (grpo.cli.outcome) the object has the same as `status` and `exit_code`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grpo.errors import ConfigError, RunError
 
 @contextmanager
 def command_errors() -> Iterator[None]:
-    """What the user can do something about ends the process with a line and its exit code."""
+    """Within it, an error that a user can act on ends the process with a line and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
@@ -32,7 +32,7 @@ def command_errors() -> Iterator[None]:
         refuse(error)
     except RunError as error:
         fail(str(error))
-    except BrokenPipeError:  # who read this has heard enough, as in `grpo --help | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `grpo --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 

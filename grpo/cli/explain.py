@@ -1,4 +1,4 @@
-"""Hydra's errors in one line, with the nearest right names."""
+"""Explains Hydra's errors in one line, with the nearest valid names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PREFERRED_OWNERS = {"dataset.path": "jsonl"}  # of a key that several choices of
 def explain_hydra_error(
     error: Exception, config_name: str, overrides: Sequence[str]
 ) -> ConfigError:
-    """Hydra's error as a refusal of one line: what was given, and the nearest of what there is."""
+    """Turns an error of Hydra's into a refusal of one line: what was given, and what is near."""
     text = str(error).strip()
     for own in overrides:
         if (key := parse_key(own)) in OPTUNA_SWEEPER_KEYS:
@@ -78,7 +78,7 @@ def explain_hydra_error(
 
 
 def split_choice(wanted: str, overrides: Sequence[str]) -> tuple[str, str, str]:
-    """A group and the choice in it that is not there; a choice may have a slash in it too."""
+    """Splits Hydra's message into a group and an unknown choice, which may contain a slash."""
     for own in overrides:
         group, equals, choice = own.lstrip("+").partition("=")
         if equals and f"{group}/{choice}" == wanted:
@@ -89,7 +89,7 @@ def split_choice(wanted: str, overrides: Sequence[str]) -> tuple[str, str, str]:
 def explain_unknown_choice(
     group: str, choice: str, options: Sequence[str], meant: str = ""
 ) -> ConfigError:
-    """Names the choices of a group, and what was probably meant by this one."""
+    """Names the choices of a group, and the one that was probably meant."""
     known = [option for option in options if not option.rpartition("/")[2].startswith("_")]
     near = find_nearest(choice, known)
     there = f"There are {', '.join(known)}." if len(known) > 1 else f"The only one is {known[0]}."
@@ -101,7 +101,7 @@ def explain_unknown_choice(
 
 
 def guess_source(group: str, choice: str) -> str:
-    """What to write for a hub id, folder or file given as a choice; empty for others."""
+    """Says what to write for a hub id, folder or file that was given as a choice; "" for others."""
     suffix = Path(choice).suffix.lower()
     if group == "dataset" and suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         return f"; a file is dataset=jsonl dataset.path={choice}."
@@ -126,7 +126,7 @@ def explain_several_values(override: str) -> ConfigError:
 def explain_unknown_key(
     key: str, config_name: str, overrides: Sequence[str], composed: DictConfig | None
 ) -> ConfigError:
-    """Names what another tool's key is here, the choice that would have it, or the nearest keys."""
+    """Names this project's key for a foreign one, a choice that has it, or the nearest keys."""
     value = find_value(key, overrides) or ""
     if foreign := explain_foreign_name(key, value):
         return foreign
@@ -148,7 +148,7 @@ def explain_unknown_key(
 
 
 def has_key(group: str, choice: str, key: str) -> bool:
-    """Whether a choice's own file has this key."""
+    """Returns whether the file of a choice has this key."""
     content = yaml.safe_load((schema.find_conf_folder() / group / f"{choice}.yaml").read_text())
     for part in key.split("."):
         if not isinstance(content, dict) or part not in content:
@@ -158,7 +158,7 @@ def has_key(group: str, choice: str, key: str) -> bool:
 
 
 def explain_bad_override(override: str, message: str) -> str:
-    """Why Hydra can't read an override: its own reason where a function in it fails."""
+    """Says why Hydra can't read an override; if a function in it fails, for what reason."""
     failed = re.search(r"\w+ while evaluating '(.*?)': (.+)", message, re.DOTALL)
     if failed is None:
         return f"{override}: not an override; write key=value (quote spaces and brackets)."
@@ -172,7 +172,7 @@ def explain_bad_override(override: str, message: str) -> str:
 
 
 def explain_wrong_value(error: BaseException) -> ConfigError | None:
-    """`key: why` where a value has the wrong type."""
+    """Formats `key: why` for a value of the wrong type."""
     cause: BaseException | None = error
     while cause is not None:
         if type(cause).__name__ == "ValidationError":
@@ -187,7 +187,7 @@ def explain_wrong_value(error: BaseException) -> ConfigError | None:
 
 
 def explain_section(section: str, value: str) -> ConfigError:
-    """Says that a key holds keys, one of which may have been meant."""
+    """Says which keys a section has, one of which was probably meant."""
     known = getattr(schema.Config(), section, None)
     own = [field.name for field in fields(known)] if is_dataclass(known) else []
     meant = f"; did you mean {section}.{own[0]}={value}?" if own[:1] == ["name"] else "."
@@ -200,10 +200,7 @@ def explain_section(section: str, value: str) -> ConfigError:
 def find_nearest_keys(
     key: str, config_name: str, overrides: Sequence[str], composed: DictConfig | None
 ) -> list[str]:
-    """The nearest keys to one that isn't there; of Hydra's own, those of the choices made.
-
-    composed: the config that the key is not in, where Hydra came to compose one.
-    """
+    """Returns the keys nearest to an unknown one. composed: the config that lacks it, if any."""
     if composed is None:
         composed = compose_choices(config_name, overrides)
     if key.partition(".")[0] != "hydra":
@@ -226,7 +223,7 @@ def list_known_choices(group: str) -> list[str]:
 
 
 def explain_key_of_none(config_name: str, overrides: Sequence[str]) -> ConfigError:
-    """Says which key belongs to a part that is none."""
+    """Says that a key belongs to a section whose choice is none."""
     composed = compose_choices(config_name, overrides)
     for own in overrides:
         part = parse_key(own).partition(".")[0]
@@ -241,7 +238,7 @@ def explain_key_of_none(config_name: str, overrides: Sequence[str]) -> ConfigErr
 
 
 def explain_wrong_choice(overrides: Sequence[str]) -> ConfigError:
-    """Says which override gives a group a number, or nothing, for a choice."""
+    """Says that an override gives a group a number, or nothing, instead of a choice."""
     for own in overrides:
         group, _, value = own.partition("=")
         if group in list_groups() and not isinstance(yaml.safe_load(value), str | list):
@@ -260,13 +257,13 @@ def explain_wrong_choice(overrides: Sequence[str]) -> ConfigError:
 
 
 def list_known_keys(composed: DictConfig) -> list[str]:
-    """Every key that can be set in this config, and the groups themselves."""
+    """Returns every key that can be set in this config, and the groups."""
     keys = [key for key in flatten_keys(composed, "") if key.partition(".")[0] != "hydra"]
     return [*list_groups(), *keys]
 
 
 def compose_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The config with the groups chosen and the keys added, and nothing else that was asked for."""
+    """Composes the config with the given choices and added keys, and no other overrides."""
     groups = list_groups()
     chosen = [
         own
@@ -277,7 +274,7 @@ def compose_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def compose(config_name: str, chosen: list[str], *, with_hydra: bool = False) -> DictConfig:
-    """The config with these overrides; without them where they are wrong themselves."""
+    """Composes the config with these overrides, or without them if they are wrong."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(schema.find_conf_folder()), version_base="1.3"):
         try:

@@ -1,4 +1,4 @@
-"""`grpo --help`: the jobs, the choices, and the page of config that they change."""
+"""Writes `grpo --help`: the jobs, the choices, and the page of config."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ grpo export RUN DIR: a folder that transformers loads, with a card that says whe
 
 
 def format_version() -> str:
-    """What --version prints: this package's, and those that its numbers depend on."""
+    """Formats the versions of this package and of those that its numbers depend on."""
     from importlib.metadata import version  # slow to import, for one flag
 
     beside = ("torch", "transformers", "hydra-core")
@@ -100,7 +100,7 @@ def format_version() -> str:
 
 
 def format_help(arguments: Sequence[str]) -> str:
-    """What --help prints, with the choices in a --config-dir that is given beside it."""
+    """Formats the help, with the choices in a --config-dir that is given beside it."""
     if len(arguments) > 1 and arguments[1] in JOB_HELP:
         return JOB_HELP[arguments[1]].rstrip()
     folders = [find_conf_folder(), *map(Path, find_config_dirs(arguments))]
@@ -120,12 +120,12 @@ def format_help(arguments: Sequence[str]) -> str:
 
 
 def list_choices(folders: Sequence[Path], group: str) -> list[str]:
-    """What a group can be; a file whose name begins with _ is a part of others."""
+    """Returns a group's choices; a file whose name begins with _ is a part of others."""
     return sorted({file.stem for own in folders for file in own.glob(f"{group}/[!_]*.yaml")})
 
 
 def find_config_dirs(arguments: Sequence[str]) -> list[str]:
-    """The values of --config-dir, however it is written."""
+    """Returns the values of --config-dir, in each of its spellings."""
     folders = []
     for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if flag in ("--config-dir", "-cd"):

@@ -1,4 +1,4 @@
-"""Hydra's callback: a config is checked before Hydra makes a folder for it."""
+"""Hydra's callback, which checks a config before Hydra makes a folder for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from grpo.runs.folder import check_run_folder
 
 
 def check_hydra(config: DictConfig) -> None:
-    """Refuses settings of Hydra's under which runs are not found or their paths not meant."""
+    """Refuses settings of Hydra's that hide runs from later commands or change paths."""
     own = config.hydra
     if own.output_subdir != ".hydra":
         given = "null" if own.output_subdir is None else own.output_subdir
@@ -44,7 +44,7 @@ def check_hydra(config: DictConfig) -> None:
 
 
 class CheckBeforeRun(Callback):
-    """Hydra's door: a refused config leaves no folder behind."""
+    """Checks a config before a run or sweep, so that a refused one leaves no folder."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with callback_errors():
@@ -70,7 +70,7 @@ class CheckBeforeRun(Callback):
 
 @contextmanager
 def callback_errors() -> Iterator[None]:
-    """Ends the process at any error: one in a callback Hydra only warns of, and then runs."""
+    """Ends the process at any error: after one in a callback, Hydra only warns and goes on."""
     try:
         yield
     except ConfigError as error:
@@ -84,7 +84,7 @@ def callback_errors() -> Iterator[None]:
 
 
 def check_sweep(config: DictConfig) -> None:
-    """Raises ConfigError where Hydra should not sweep as it is asked to."""
+    """Raises ConfigError if Hydra should not sweep as given."""
     refuse_secrets(config)
     check_hydra(config)
     if any(own.startswith("hydra.sweep.subdir=") for own in config.hydra.overrides.hydra):
@@ -103,9 +103,10 @@ def check_sweep(config: DictConfig) -> None:
 
 
 def check_run(config: DictConfig, check_folder: Callable[[Path, str], None]) -> None:
-    """Raises ConfigError where a config, or the folder that it names, is not fit for a run.
+    """Raises ConfigError if a config, or the folder that it names, is not fit for a run.
 
-    check_folder: refuses a folder, given with its key, that can't be written.
+    Args:
+        check_folder: refuses a folder that can't be written; gets the folder and its key.
     """
     refuse_secrets(config)
     check_hydra(config)

@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 def prepare_process() -> None:
-    """Once a process: a sweep's jobs may run in processes of their own."""
+    """Prepares a process, once; the jobs of a sweep may have processes of their own."""
     schema.register_schema()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own rewards and data sets lie where they work
 
 
 def train_job(cfg: DictConfig) -> float | None:
-    """Trains, and returns the objective that a search maximises."""
+    """Trains, and returns the objective that a search compares."""
     if is_stop_requested():
         return None
     with job_errors() as folder, locked(folder):
@@ -67,7 +67,7 @@ def eval_job(cfg: DictConfig) -> float | None:
 
 @contextmanager
 def job_errors() -> Iterator[Path]:
-    """A job's folder; alone, its error ends the process, in a sweep it is the sweep's to report."""
+    """Yields a job's folder; an error ends a single job's process, and is raised in a sweep."""
     from grpo.memory.allocator import keep_freed_memory  # not where a config is refused
     from grpo.sweep.gpus import take_gpu
     from grpo.sweep.launch import SWEEP_ONLY_KEYS
@@ -113,5 +113,5 @@ def job_errors() -> Iterator[Path]:
 
 
 def print_line(line: str) -> None:
-    """Its end goes with it: jobs beside this one write into the same output."""
+    """Prints a line in one write, since other jobs may write to the same output."""
     print(f"{line}\n", end="", flush=True)

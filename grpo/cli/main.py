@@ -1,6 +1,6 @@
-"""The command `grpo`: picks the job, lets Hydra compose its config, and speaks plainly of errors.
+"""The command `grpo`: picks the job, lets Hydra compose its config, and reports errors in a line.
 
-Nothing heavy is imported until a job really starts, so help and refusals answer at once.
+Nothing heavy is imported before a job starts, so that help and refusals are fast.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ JSON_FLAG = "--json"
 
 
 def main() -> None:
-    """Console entry. Exits 0 where the work was done, 2 where it was refused, 1 where it failed."""
+    """Runs the command. Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted."""
     prepare_process()
     begin_outcome()
     asked = {"--help", "-h", "--version"} & set(sys.argv)
@@ -108,7 +108,7 @@ def run_command(*, as_json: bool = False) -> None:
 
 
 def split_job(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The job that a first bare word names, and the rest. A word is never a valid override."""
+    """Splits off the job that a first bare word names; a bare word is never a valid override."""
     if not arguments or arguments[0].startswith(("-", "~")) or "=" in arguments[0]:
         return "train", list(arguments)
     job = arguments[0]

@@ -1,6 +1,6 @@
-"""`--json`: one JSON object on standard output, which says what the command came to.
+"""Prints the result of a command with `--json` as one JSON object on standard output.
 
-docs/reference/json.md describes it. Whatever else the command prints goes to standard error.
+docs/reference/json.md describes the object. Everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from grpo.config.secrets import redact
 from grpo.errors import ConfigError
 
-SCHEMA = 1  # raised where a field is renamed or removed, or means something else
+SCHEMA = 1  # increased if a field is renamed or removed, or changes its meaning
 STATUSES = {0: "done", 1: "failed", 2: "refused", 130: "interrupted"}
 
 
 @dataclass
 class Outcome:
-    """What is known of the command under way."""
+    """What is known about the current command."""
 
     command: str | None = None
     folder: Path | None = None  # of the run, evaluation or sweep
@@ -36,12 +36,12 @@ CURRENT = Outcome()  # one command a process
 
 
 def begin_outcome() -> None:
-    """Forgets the command before; a test runs several in one process."""
+    """Forgets the previous command; tests run several in one process."""
     vars(CURRENT).update(vars(Outcome()))
 
 
 def note_error(error: BaseException | str) -> None:
-    """Keeps an error for the JSON object; of a refusal also key, value and what would be right."""
+    """Keeps an error for the JSON object; for a refusal also its key, value and valid choices."""
     CURRENT.error = {"message": redact(str(error))}
     if isinstance(error, ConfigError):
         CURRENT.error |= {
@@ -52,14 +52,14 @@ def note_error(error: BaseException | str) -> None:
 
 @contextmanager
 def json_output() -> Iterator[None]:
-    """Within it nothing reaches standard output; at its end the JSON object does.
+    """Within it, standard output goes to standard error; at its end, the JSON object is printed.
 
     Raises:
-        SystemExit: with the exit code of what was done within.
+        SystemExit: always, with the exit code of the command.
     """
     sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)  # of this process, and of those that it starts
+    standard_output = os.dup(1)
+    os.dup2(2, 1)  # for this process and those that it starts
     code = 0
     try:
         with redirect_stdout(sys.stderr):
@@ -67,33 +67,33 @@ def json_output() -> Iterator[None]:
                 yield
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except Exception as error:  # noqa: BLE001 - a fault of the program's, told here too
+            except Exception as error:  # noqa: BLE001 - reported in the object, too
                 traceback.print_exc()
                 note_error(f"{type(error).__name__}: {error}")
                 code = 1
             text = json.dumps(build_object(code), ensure_ascii=False, allow_nan=False)
-        os.write(own, f"{text}\n".encode())
+        os.write(standard_output, f"{text}\n".encode())
     finally:
         sys.stderr.flush()
-        os.dup2(own, 1)
-        os.close(own)
+        os.dup2(standard_output, 1)
+        os.close(standard_output)
     raise SystemExit(code)
 
 
 def build_object(code: int) -> dict[str, Any]:
-    """What --json prints."""
+    """Builds the object that --json prints."""
     return {
         "schema": SCHEMA,
         "command": CURRENT.command,
         "status": STATUSES.get(code, "failed"),
         "exit_code": code,
-        "error": CURRENT.error and plain(CURRENT.error),
-        **(plain(describe_outcome()) if code != 2 else {}),
+        "error": CURRENT.error and convert_to_json(CURRENT.error),
+        **(convert_to_json(describe_outcome()) if code != 2 else {}),
     }
 
 
 def describe_outcome() -> Mapping[str, Any]:
-    """What the command left in its folder, or what it returned."""
+    """Describes the folder that the command wrote, or returns what the command returned."""
     folder = CURRENT.folder
     if folder is None:
         return CURRENT.content
@@ -105,12 +105,12 @@ def describe_outcome() -> Mapping[str, Any]:
     return {name: found} if found else {}
 
 
-def plain(value: Any) -> Any:
-    """The same in what JSON has: no inf or nan, and texts for what it has no type for."""
+def convert_to_json(value: Any) -> Any:
+    """Converts a value to types that JSON has: null for inf and nan, text for other types."""
     if isinstance(value, Mapping):
-        return {str(key): plain(own) for key, own in value.items()}
+        return {str(key): convert_to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(own) for own in value]
+        return [convert_to_json(item) for item in value]
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     return value if value is None or isinstance(value, bool | int) else redact(str(value))

@@ -1,4 +1,4 @@
-"""The command line of a run or sweep that is gone on with: its own overrides put before today's."""
+"""Puts the overrides of a run or sweep that is continued before those of the command line."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ FLAGS_WITHOUT_RUN = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc",
 
 
 def add_past_overrides(job: str, arguments: Sequence[str], trusted: bool = False) -> list[str]:
-    """The arguments with those of the run that is resumed or evaluated put before them.
+    """Puts the overrides of the run that is resumed or evaluated before the arguments.
 
-    So `grpo resume=DIR` needs no repetition of how DIR was started, and what is given now wins.
+    `grpo resume=DIR` therefore repeats how DIR was started, and what is given now wins.
 
     Args:
-        trusted: what that run names may be run, whatever it is.
+        trusted: whether code that the run names may be run, whatever it is.
 
     Raises:
-        ConfigError: that run can't be resumed or evaluated, or names code that isn't trusted.
+        ConfigError: the run can't be resumed or evaluated, or names code that isn't trusted.
     """
     trust.OVERRIDE_SOURCE.folder = None  # of this command
     given, flags = split_arguments(arguments)
@@ -78,7 +78,7 @@ def add_past_overrides(job: str, arguments: Sequence[str], trusted: bool = False
 def add_overrides_of(
     run: Path, past: Sequence[str], given: Sequence[str], flags: Sequence[str], trusted: bool
 ) -> list[str]:
-    """The flags and overrides given, with a run's own put before them.
+    """Puts a run's overrides before the given flags and overrides.
 
     Raises:
         ConfigError: the run names code that isn't trusted.
@@ -90,7 +90,7 @@ def add_overrides_of(
 
 
 def is_study(job: str, given: Sequence[str]) -> bool:
-    """Whether a file in conf/sweep/ is to be run; hydra.mode says otherwise."""
+    """Returns whether the arguments run a file of conf/sweep/; hydra.mode may say otherwise."""
     chosen = find_value("sweep", given) not in (None, "none")
     return job == "train" and chosen and find_value("hydra.mode", given) is None
 
@@ -98,7 +98,7 @@ def is_study(job: str, given: Sequence[str]) -> bool:
 def add_sweep_overrides(
     sweep: Path, given: Sequence[str], flags: Sequence[str], multirun: bool, trusted: bool
 ) -> list[str]:
-    """The arguments with those of the sweep in that folder put before them, if one is there.
+    """Puts the arguments of the sweep in that folder, if there is one, before these.
 
     Raises:
         ConfigError: there is none, and none is to be started.
@@ -120,7 +120,7 @@ def add_sweep_overrides(
 
 @contextmanager
 def unchanged_if_refused(overrides: Sequence[str]) -> Iterator[None]:
-    """Puts a resumed run's `.hydra` back where what was asked of it is refused."""
+    """Within it, a refusal leaves the `.hydra` folder of a resumed run as it was."""
     run = find_value("hydra.run.dir", overrides)
     files = list(Path(run, ".hydra").glob("*.yaml")) if run else []
     before = {file: file.read_bytes() for file in files}

@@ -1,4 +1,4 @@
-"""Options of the commands that take no overrides."""
+"""Reads the options of the commands that take no overrides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CommandParser(ArgumentParser):
         super().__init__("grpo", usage=usage, add_help=False, allow_abbrev=False)
 
     def add_value(self, name: str, default: str | None = None, needs: str = "a value") -> None:
-        """An option that takes a value, which may not be empty. needs: for the message."""
+        """Adds an option with a value that may not be empty. needs: what the refusal asks for."""
 
         def read(value: str) -> str:
             return value or self.error(f"argument {name}: expected {needs}")

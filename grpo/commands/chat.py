@@ -29,7 +29,7 @@ NARROW_WIDTH = 90  # columns: below, answers stand under each other
 
 @dataclass
 class ChatModel:
-    """One of the models that answer, and what it has heard and said."""
+    """One of the models that answer, and its conversation so far."""
 
     name: str
     model: LanguageModel
@@ -83,7 +83,7 @@ def chat(arguments: Sequence[str]) -> None:
 
 
 def parse_options(given: Sequence[str]) -> ChatOptions:
-    """Raises ConfigError for what is no option of a chat."""
+    """Reads the options; raises ConfigError for an unknown one."""
     options = ChatOptions()
     for one in given:
         key, _, value = one.partition("=")
@@ -100,7 +100,7 @@ def parse_options(given: Sequence[str]) -> ChatOptions:
 
 
 def run_command(command: str, options: ChatOptions) -> str:
-    """Does what a command says, and says what was done."""
+    """Carries out a command of the chat, and returns what to print."""
     name, _, value = command.partition(" ")
     if name != "/temperature":
         return COMMANDS
@@ -112,9 +112,10 @@ def run_command(command: str, options: ChatOptions) -> str:
 
 
 def load_chat_models(place: str, trusted: bool) -> tuple[PromptFormat, list[ChatModel]]:
-    """How a question is put to the models, and the models: a run's base first.
+    """Loads the models, a run's base model first; returns the prompt format and the models.
 
-    trusted: Python code that comes with them may be run, whatever the run's folder says.
+    Args:
+        trusted: whether Python code that comes with them may be run, whatever the run says.
     """
     folder = locate_checkpoint_model(place, trust_remote_code=trusted)()  # refused before torch
     from grpo.data.prompts import PromptFormat
@@ -150,7 +151,7 @@ def load_chat_models(place: str, trusted: bool) -> tuple[PromptFormat, list[Chat
 def generate_answer(
     chat_model: ChatModel, question: str, prompt_format: PromptFormat, options: ChatOptions
 ) -> str:
-    """What a model says to it; where it has a chat template, knowing what was said before."""
+    """Generates a model's answer; with a chat template, the conversation so far is the prompt."""
     import torch
 
     from grpo.types import Example

@@ -1,4 +1,4 @@
-"""`grpo dashboard [FOLDER]`: serves what a folder of outputs holds, until Ctrl-C."""
+"""`grpo dashboard [FOLDER]`: serves the pages of a folder of outputs until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DEFAULT_FOLDER, DEFAULT_HOST, DEFAULT_PORT = "outputs", "127.0.0.1", "8265"
 
 
 def dashboard(arguments: Sequence[str]) -> None:
-    """Serves runs, sweeps and studies on one address.
+    """Serves runs, sweeps and studies at one address.
 
     Raises:
-        ConfigError: there is no such folder, or nothing can listen there.
+        ConfigError: there is no such folder, or the address can't be used.
     """
     parser = CommandParser(USAGE)
     parser.add_argument("folder", nargs="?", default=DEFAULT_FOLDER)
@@ -47,7 +47,7 @@ def dashboard(arguments: Sequence[str]) -> None:
 
 
 def open_listener(host: str, port: str) -> socket.socket:
-    """A socket that listens there; port 0 is any that is free."""
+    """Opens a socket that listens at an address; port 0 is any free port."""
     if not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--port {port}: a number up to 65535, or 0 for any that is free.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,6 +1,6 @@
-"""Runs, evaluations and sweeps as JSON objects, from what lies in their folders.
+"""Describes runs, evaluations and sweeps as JSON objects, from the files in their folders.
 
-docs/reference/json.md describes each field. Sizes are small: curves and texts stay in the files.
+docs/reference/json.md describes each field. Curves and texts stay in the files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SUMMARY_KEYS = (
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
-    """A run with its diagnoses; empty where none has begun."""
+    """Describes a run with its diagnoses; returns {} if the folder holds none."""
     summary = read_summary(folder)
     if summary is None:
         return {}
@@ -46,9 +46,9 @@ def describe_run(folder: Path) -> dict[str, Any]:
     except ConfigError:  # it has logged nothing yet
         diagnoses = []
     found["diagnoses"] = [
-        {"name": own.name, "title": own.title, "evidence": own.evidence, "cause": own.cause,
-         "remedy": own.remedy}
-        for own in diagnoses
+        {"name": d.name, "title": d.title, "evidence": d.evidence, "cause": d.cause,
+         "remedy": d.remedy}
+        for d in diagnoses
     ]  # fmt: skip
     return found
 
@@ -71,7 +71,7 @@ def summarize_run(run: RunFolder) -> dict[str, Any]:
 def suggest_after_run(
     folder: Path, status: str, overrides: Sequence[str], saved: bool
 ) -> list[str]:
-    """Commands that go on from here, the likeliest first."""
+    """Returns commands that continue from here, the likeliest first."""
     if status == RUNNING:
         return []
     if status in ENDED:
@@ -86,7 +86,7 @@ def format_command(*arguments: str) -> str:
 
 
 def describe_evaluation(folder: Path) -> dict[str, Any]:
-    """What `grpo eval` found; empty where it found nothing."""
+    """Describes the result of `grpo eval`; returns {} if there is none."""
     result = read_json_file(folder / EVALUATION, dict, "what it found isn't known")
     if result is None:
         return {}
@@ -106,15 +106,15 @@ def summarize_evaluation(evaluation: EvaluationFolder) -> dict[str, Any]:
 
 
 def summarize_sweep(sweep: SweepFolder) -> dict[str, Any]:
-    """A sweep by its counts and its best job."""
+    """Describes a sweep by its counts and its best job."""
     objectives = read_objectives(sweep.folder)
     record = require_record(sweep.folder)
     values = {job.number: read_values(job, objectives) for job in sweep.jobs}
     metric = next(iter(objectives), None)
     reached = {
         number: value
-        for number, own in values.items()
-        if metric and (value := own[metric]) is not None
+        for number, of_job in values.items()
+        if metric and (value := of_job[metric]) is not None
     }
     best = None
     if reached:
@@ -149,13 +149,13 @@ def suggest_after_sweep(folder: Path, unfinished: bool) -> list[str]:
 
 
 def read_objectives(sweep: Path) -> dict[str, str]:
-    """Each metric that a sweep's jobs are compared by, and its direction."""
+    """Reads the metrics by which a sweep's jobs are compared, each with its direction."""
     study = StudyFile.read(sweep)
     return dict(study.objectives if study else require_record(sweep).objectives)
 
 
 def read_values(job: JobState, objectives: Mapping[str, str]) -> dict[str, float | None]:
-    """What a job came to; null where it hasn't ended well."""
+    """Reads a job's final value of each metric; None if the job isn't finished."""
     if job.status != FINISHED:
         return dict.fromkeys(objectives)
     return {
@@ -165,7 +165,7 @@ def read_values(job: JobState, objectives: Mapping[str, str]) -> dict[str, float
 
 
 def describe_sweep(folder: Path) -> dict[str, Any]:
-    """A sweep with its jobs, its ranking and what the data says; empty where none has begun."""
+    """Describes a sweep with its jobs, ranking and conclusion; returns {} if there is none."""
     if not (folder / RECORD).is_file():
         return {}
     sweep = SweepFolder(folder, list(read_job_states(folder)))
@@ -183,7 +183,7 @@ def describe_sweep(folder: Path) -> dict[str, Any]:
 
 
 def describe_ranking(folder: Path) -> dict[str, Any]:
-    """Settings, best first: jobs that differ in the seed alone are one."""
+    """Ranks the settings, best first; jobs that differ only in the seed are one setting."""
     from grpo.report.sweep.importance import compute_importances  # these bring SciPy with them
     from grpo.report.sweep.ranking import rank_settings
     from grpo.report.sweep.read import read_sweeps
@@ -192,16 +192,16 @@ def describe_ranking(folder: Path) -> dict[str, Any]:
     ranking = rank_settings(sweep)
     settings = [
         {
-            "values": dict(zip(ranking.keys, own.values, strict=True)),
-            "mean": own.mean,
-            "low": own.interval.low if own.interval else None,
-            "high": own.interval.high if own.interval else None,
-            "seeds": sorted(own.by_seed),
-            "jobs": [job.number for job in own.jobs],
-            "tied_for_best": own in ranking.ties,
+            "values": dict(zip(ranking.keys, setting.values, strict=True)),
+            "mean": setting.mean,
+            "low": setting.interval.low if setting.interval else None,
+            "high": setting.interval.high if setting.interval else None,
+            "seeds": sorted(setting.by_seed),
+            "jobs": [job.number for job in setting.jobs],
+            "tied_for_best": setting in ranking.ties,
             "differs_from_best": bool(n and ranking.significant[n - 1]),
         }
-        for n, own in enumerate(ranking.settings)
+        for n, setting in enumerate(ranking.settings)
     ]
     return {
         "settings": settings,

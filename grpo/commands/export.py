@@ -1,4 +1,4 @@
-"""`grpo export RUN DIR`: a plain model's folder with a card that says where it comes from."""
+"""`grpo export RUN DIR`: writes a plain model folder with a card that says where it comes from."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export(arguments: Sequence[str]) -> dict[str, Any]:
     """Writes the model of a run, or of one of its checkpoints, merged with its adapter.
 
     Raises:
-        ConfigError: there is no run, the folder is not empty, or the hub doesn't let one write.
+        ConfigError: there is no run, the folder is not empty, or the hub refuses the upload.
         RunError: the upload failed; the folder is written.
     """
     needs = "the model's id on the hub, ORG/NAME"
@@ -83,7 +83,7 @@ def export(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def cut_to_checkpoint(run: Run, model: Path) -> Run:
-    """The run as it was when it saved this model: of a later step its card must not speak."""
+    """Returns the run as it was when it saved this model; its card must not tell of later steps."""
     step = re.fullmatch(r"step_(\d+)", model.resolve().parent.name)
     if step is None or int(step[1]) >= run.lines[-1]["step"]:
         return run
@@ -95,7 +95,7 @@ def cut_to_checkpoint(run: Run, model: Path) -> Run:
 
 
 def check_hub(hub_id: str) -> None:
-    """Whether one may write there, before anything is written here."""
+    """Checks that the user may upload there, before anything is written here."""
     from huggingface_hub import HfApi
 
     try:
@@ -109,7 +109,7 @@ def push_model(folder: Path, hub_id: str, private: bool) -> None:
     """Uploads a model.
 
     Raises:
-        RunError: it can't be, or should be private and everyone can see what is there.
+        RunError: the upload failed, or the repository should be private, but is public.
     """
     from huggingface_hub import HfApi
 
@@ -130,7 +130,7 @@ def push_model(folder: Path, hub_id: str, private: bool) -> None:
 
 
 def format_card(run: Run, name: str) -> str:
-    """README.md: what the model is, of what data, how it was trained and how good it is."""
+    """Writes README.md: the model, its data, how it was trained and how good it is."""
     first = run.summary.get("first_evaluation") or {}
     last = run.summary.get("last_evaluation") or {}
     rows = [
@@ -178,7 +178,7 @@ def format_card(run: Run, name: str) -> str:
 
 
 def format_front_matter(run: Run) -> str:
-    """What the hub reads: base model, data, licence of the base where that is known."""
+    """Writes the metadata for the hub: base model, data, and the base model's licence if known."""
     model, data = run.config["model"], run.config["dataset"]
     content: dict[str, Any] = {
         "library_name": "transformers",
@@ -194,12 +194,12 @@ def format_front_matter(run: Run) -> str:
 
 
 def list_sets(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The data set, or each of a mix."""
+    """Returns the data set, or each set of a mix."""
     return list((data.get("sets") or {"": data}).values())
 
 
 def find_cached_folder(model: Mapping[str, Any]) -> str | None:
-    """The folder of a hub model at its revision, if it is in the cache."""
+    """Returns the folder of a hub model at its revision, if it is in the cache."""
     if not model.get("id"):
         return None
     found = find_cached_model(model["id"], model.get("revision"))
@@ -207,7 +207,7 @@ def find_cached_folder(model: Mapping[str, Any]) -> str | None:
 
 
 def read_licence(folder: str | None) -> str | None:
-    """What the card in a base model's folder says."""
+    """Reads the licence from the card in a base model's folder."""
     readme = Path(folder or "") / "README.md"
     if not folder or not readme.is_file():
         return None
@@ -221,7 +221,7 @@ def get_base_name(run: Run) -> str:
 
 
 def select_public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What is set, each key by its dotted name, without what is nobody else's business."""
+    """Returns the keys that are set, by dotted name, without private values such as paths."""
     return {
         key: value
         for key, value in flatten_config(config).items()
@@ -230,7 +230,7 @@ def select_public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def select_public_overrides(overrides: Sequence[str]) -> list[str]:
-    """The same of a command; a key whose value is left out is shown as `key=…`."""
+    """Returns a command's overrides; shows a key with a private value as `key=…`."""
     shown = []
     for own in overrides:
         key, equals, value = own.partition("=")
@@ -241,7 +241,7 @@ def select_public_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def is_private(key: str, value: object) -> bool:
-    """Whether it says where something is on somebody's machines, or how it is reached there."""
+    """Returns whether a value says where something is on a machine, or how it is reached."""
     if key.lstrip("+~").startswith(PRIVATE_SECTIONS) or PRIVATE_KEY_NAME.search(key):
         return True
     patterns = [PATH_OR_ADDRESS]

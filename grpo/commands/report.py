@@ -1,4 +1,4 @@
-"""`grpo report DIR…`: the page of a run, of several over each other, or of a sweep."""
+"""`grpo report DIR…`: writes the page of a run, of several runs together, or of sweeps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from grpo.sweep.folder import SweepResult, count_by_status
 
 
 def report(arguments: Sequence[str]) -> dict[str, Any]:
-    """Writes report.html, of sweeps also results and the best setting, and says where.
+    """Writes report.html, for a sweep also its results and best setting, and prints where.
 
-    Into the first of the folders that are given; of several runs into runs.html there, of several
-    sweeps into sweeps.html.
+    The page of several runs is runs.html, that of several sweeps sweeps.html, in the first folder.
 
     Raises:
-        ConfigError: there is no run and no sweep where one was named.
+        ConfigError: a folder holds no run and no sweep.
     """
     folders = [Path(argument).expanduser() for argument in arguments]
     if not folders:
@@ -49,10 +48,10 @@ def report(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def report_sweep_end(end: SweepResult) -> None:
-    """Says what became of a sweep's jobs, and writes its report.
+    """Prints how a sweep's jobs ended, and writes its report.
 
     Raises:
-        RunError: some are broken.
+        RunError: some jobs failed.
     """
     if not end.jobs:
         print(f"\nnothing was left to do for {end.folder}.", flush=True)

@@ -1,4 +1,4 @@
-"""`grpo runs [FOLDER]`: what lies in a folder of outputs, and what to do next with each."""
+"""`grpo runs [FOLDER]`: lists runs, evaluations and sweeps, each with a command to continue."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def runs(arguments: Sequence[str]) -> dict[str, Any]:
         ConfigError: there is no such folder.
     """
     if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
-        raise ConfigError(f"{USAGE}: {' '.join(arguments)} is not that.")
+        raise ConfigError(f"{USAGE}: {' '.join(arguments)} is not a folder.")
     root = Path(arguments[0] if arguments else DEFAULT_FOLDER).expanduser()
     if arguments and not root.is_dir():
         raise ConfigError(f"{root}: there is no such folder.", key="FOLDER", value=str(root))
     found = find_outputs(root)
     content = {
         "folder": str(root),
-        "runs": [summarize_run(own) for own in found.runs],
-        "evaluations": [summarize_evaluation(own) for own in found.evaluations],
-        "sweeps": [summarize_sweep(own) for own in found.sweeps],
+        "runs": [summarize_run(run) for run in found.runs],
+        "evaluations": [summarize_evaluation(evaluation) for evaluation in found.evaluations],
+        "sweeps": [summarize_sweep(sweep) for sweep in found.sweeps],
         "unreadable": found.errors,
     }
     print(format_listing(content), flush=True)
@@ -38,7 +38,7 @@ def runs(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def format_listing(content: Mapping[str, Any]) -> str:
-    """A block of lines for each run, evaluation and sweep."""
+    """Formats a block of lines for each sweep, run and evaluation."""
     blocks = [
         *map(format_sweep, content["sweeps"]),
         *map(format_run, content["runs"]),

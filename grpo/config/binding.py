@@ -1,4 +1,4 @@
-"""From a `_target_` in a config to the callable with its options bound."""
+"""Imports the callable that a `_target_` names, and binds its options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo.errors import ConfigError
 
 
 def resolve_node(cfg: DictConfig) -> dict[str, Any]:
-    """A node as plain Python, interpolations resolved."""
+    """Returns a node as plain Python, with its interpolations resolved."""
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
@@ -26,10 +26,10 @@ def resolve_node(cfg: DictConfig) -> dict[str, Any]:
 def bind(
     node: Mapping[str, Any], key: str, other_keys: Collection[str] = ()
 ) -> functools.partial[Any]:
-    """The callable that a node's `_target_` names, with the node's other keys bound.
+    """Returns the callable that a node's `_target_` names, with the node's other keys bound.
 
     Args:
-        other_keys: those that such a node may have besides, which are not the callable's.
+        other_keys: keys of the node that are not options of the callable.
 
     Raises:
         ConfigError: it can't be imported, or doesn't take one of the keys.
@@ -41,7 +41,7 @@ def bind(
 
 
 def import_callable(path: str, key: str) -> Callable[..., Any]:
-    """The callable of this path.
+    """Imports the callable with this path.
 
     Raises:
         ConfigError: it can't be imported.
@@ -57,10 +57,10 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
 
 
 def resolve_name(name: str, table: Mapping[str, Any], key: str) -> Any:
-    """What a bare name stands for in a table, or the function that a whole path names.
+    """Returns the entry of a table with this name, or the function with this dotted path.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: there is neither.
     """
     if name in table:
         return table[name]
@@ -74,7 +74,7 @@ def check_options(
     key: str,
     other_keys: Collection[str] = (),
 ) -> None:
-    """Refuses an option that a callable doesn't take, or whose value is of another type."""
+    """Refuses an option that the callable doesn't take, or that has a wrong type."""
     try:
         known = inspect.signature(target).parameters
     except (TypeError, ValueError) as error:
@@ -98,7 +98,7 @@ def check_options(
 
 
 def read_type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """A callable's annotations, where they can be resolved; a user's own may name anything."""
+    """Reads a callable's annotations; returns {} if they can't be resolved, as in a user's code."""
     try:
         return get_type_hints(vars(target)["__init__"] if isinstance(target, type) else target)
     except (NameError, TypeError, AttributeError, KeyError):
@@ -106,7 +106,7 @@ def read_type_hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is what a plain annotation asks for; other ones take anything."""
+    """Returns whether a value fits a simple annotation; any value fits another annotation."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if not set(kinds) <= {int, float, str, bool, type(None)}:
         return True

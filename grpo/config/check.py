@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a config before anything starts."""
+"""Checks a config before anything starts."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ INT32_MAX = 2**31 - 1  # of whole numbers, and of tokens that are sampled togeth
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Refuses what can be seen to be wrong from the config alone.
+    """Refuses a config that is wrong by itself, whatever the data and the model.
 
     Raises:
-        ConfigError: naming the key, its value, and what would be right.
+        ConfigError: names the key, its value, and what would be right.
     """
     check_known_keys(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
@@ -79,10 +79,10 @@ def check_config(cfg: DictConfig) -> None:
 
 
 def check_known_keys(node: DictConfig, prefix: str = "") -> None:
-    """Refuses a key that was added with a + to a part whose keys are fixed: nothing would read it.
+    """Refuses a key that was added with + to a section with fixed keys: nothing would read it.
 
     Raises:
-        ConfigError: naming the key here of another tool's, or the nearest ones.
+        ConfigError: names this project's key if it is one of another tool, else the nearest keys.
     """
     kind = OmegaConf.get_type(node)
     known = [own.name for own in fields(kind)] if is_dataclass(kind) else None
@@ -102,7 +102,7 @@ def check_known_keys(node: DictConfig, prefix: str = "") -> None:
 
 
 def check_sizes(cfg: DictConfig) -> None:
-    """Refuses numbers beyond what torch or a machine takes."""
+    """Refuses numbers that are too large for torch or the machine."""
     if cfg.seed >= SEED_LIMIT:
         raise ConfigError(
             f"seed={cfg.seed}: must be less than 2**64 = {SEED_LIMIT}.", key="seed", value=cfg.seed
@@ -141,7 +141,7 @@ def check_metric(cfg: DictConfig, metric: str, key: str) -> None:
 
 
 def check_training(cfg: DictConfig) -> None:
-    """What is particular to training: in evaluation, `checkpoint` is a folder."""
+    """Checks what concerns training only: in evaluation, `checkpoint` is a folder."""
     if not isinstance(cfg.checkpoint, DictConfig):
         raise ConfigError(
             f"checkpoint={cfg.checkpoint}: that is for grpo eval checkpoint=DIR.",
@@ -178,7 +178,7 @@ def check_model(model: DictConfig) -> None:
 
 
 def check_trained_model(model: DictConfig) -> None:
-    """Refuses what says nothing of the model that is trained; of `grpo eval` it is another one."""
+    """Refuses keys that don't apply to the chosen model; `grpo eval` has another model."""
     if model.revision is not None and model.id is None:
         raise ConfigError(
             f"model.revision={model.revision}: only a model on the hub has revisions, and "
@@ -194,7 +194,7 @@ def check_trained_model(model: DictConfig) -> None:
 
 
 def check_wandb(cfg: DictConfig) -> None:
-    """W&B's own rules, which it would tell once the model is loaded."""
+    """Checks W&B's own rules, which W&B itself would report only after the model is loaded."""
     check_choice(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
     key, project = "tracking.wandb.project", cfg.tracking.wandb.project
     if project is None and os.environ.get("WANDB_PROJECT"):
@@ -247,7 +247,7 @@ def check_adapter(cfg: DictConfig) -> None:
 
 
 def check_installed(cfg: DictConfig) -> None:
-    """Refuses choices whose packages an extra brings that is not installed."""
+    """Refuses choices that need an extra that is not installed."""
     for key, value in flatten_config(OmegaConf.to_container(cfg)).items():  # type: ignore[arg-type]
         if key.endswith("_target_") and value in EXTRA_OF_TARGET:
             require_extra(*EXTRA_OF_TARGET[value])

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with an algorithm, its KL and its sampling."""
+"""Checks the keys of an algorithm, its KL and its sampling before anything starts."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_algorithm(cfg: DictConfig) -> None:
 
 
 def check_policy_loss(cfg: DictConfig) -> None:
-    """Ranges of the package's own losses; types are checked when they are bound."""
+    """Checks the ranges of this package's losses; their types are checked by `bind`."""
     loss = cfg.algorithm.policy_loss
     for name in ("clip_low", "clip_high"):
         check_at_least(cfg, f"algorithm.policy_loss.{name}", 0.0, optional=True)

@@ -1,4 +1,4 @@
-"""Packages that only some choices need: each is brought by an extra of this package."""
+"""The packages that only some choices need; an extra of this package installs each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def require_extra(choice: str, package: str, extra: str) -> None:
     """Refuses a choice whose package is not installed.
 
     Args:
-        choice: as the user gave it: adapter=qlora
-        package: as it is imported.
+        choice: as on the command line: adapter=qlora
+        package: its name in an import.
 
     Raises:
-        ConfigError: naming the extra that brings it.
+        ConfigError: names the extra that installs it.
     """
     if find_spec(package) is None:
         raise ConfigError(

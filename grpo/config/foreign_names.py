@@ -1,8 +1,8 @@
-"""The names that TRL, verl and OpenRLHF give to what has another name here.
+"""The keys of TRL, verl and OpenRLHF that have another name in this project.
 
-Sources: TRL's GRPOConfig and ModelConfig, verl's ppo_trainer.yaml, OpenRLHF's train_ppo_ray.py: of
-OpenRLHF both the names with sections, which it has since 0.10.2, and the flat ones before. Some
-names of older versions are kept. A name that is the same here, as temperature, is not in the table.
+Sources: TRL's GRPOConfig and ModelConfig, verl's ppo_trainer.yaml, OpenRLHF's train_ppo_ray.py.
+OpenRLHF's keys are listed with the sections that they have since 0.10.2, and without. Some keys of
+older versions are listed, too. A key with the same name here, such as temperature, is not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from grpo.errors import ConfigError
 
 
 class Equivalent(NamedTuple):
-    """What a foreign name is called here."""
+    """What a foreign key is called in this project."""
 
     key: str  # or a group
     note: str = ""  # where the value can't simply be taken over: what differs
@@ -251,7 +251,7 @@ FOREIGN_NAMES: dict[str, Equivalent] = {
 
 
 def find_equivalent(key: str) -> Equivalent | None:
-    """What another tool's key is here; sections before it, as verl's, don't count."""
+    """Returns this project's name for a foreign key; sections before it are ignored."""
     parts = key.split(".")
     for first in range(len(parts)):
         if found := FOREIGN_NAMES.get(".".join(parts[first:])):
@@ -260,10 +260,10 @@ def find_equivalent(key: str) -> Equivalent | None:
 
 
 def explain_foreign_name(key: str, value: str) -> ConfigError | None:
-    """Says what a key of another tool is called here; None where it is nobody's.
+    """Says what a foreign key is called in this project; None if no other tool has it.
 
     Args:
-        value: that it was given, as it was written.
+        value: the value that it was given, as written.
     """
     found = find_equivalent(key)
     if found is None or found.key == key:

@@ -1,4 +1,4 @@
-"""The names in grpo.objective's tables, known without torch, so a wrong one is refused at once."""
+"""The names in grpo.objective's tables, without torch, so that a wrong one is refused fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overrides and flags as Hydra's command line takes them."""
+"""Reads and writes overrides and flags of Hydra's command line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LOCATION_KEYS = ("resume", "hydra.run.dir", "checkpoint")  # where a run goes, n
 
 
 def quote_value(value: object) -> str:
-    """As a value in an override, whatever signs are in it."""
+    """Quotes a value so that an override may contain it, whatever its characters."""
     inside = str(value).replace("'", "\\'")
     return f"'{inside}'"
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's own parser tells `key=value` from flags and the values that belong to flags.
+    """Splits arguments by Hydra's own parser: flags with their values, and `key=value` overrides.
 
     Raises:
         ConfigError: there is no such flag, or it doesn't take this value.
@@ -47,15 +47,15 @@ def parse_key(override: str) -> str:
 
 
 def find_value(key: str, overrides: Sequence[str]) -> str | None:
-    """The last value given to a key."""
+    """Returns the last value given to a key."""
     values = [o.partition("=")[2] for o in overrides if parse_key(o) == key]
     return values[-1].strip("'\"") if values else None
 
 
 def merge_overrides(past: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Past overrides that are not given anew, then the new ones.
+    """Returns the past overrides that are not given again, then the new ones.
 
-    A key that was added with a + is one of the run's own: given anew it needs no + again.
+    A key that the run added with + needs no + when it is given again.
     """
     renewed = {parse_key(override) for override in given} | set(LOCATION_KEYS)
     added = {parse_key(o): parse_prefix(o) for o in past if parse_prefix(o).startswith("+")}
@@ -67,7 +67,7 @@ def merge_overrides(past: Sequence[str], given: Sequence[str]) -> list[str]:
 
 
 def parse_prefix(override: str) -> str:
-    """What says that a key is added or deleted: +, ++ or ~; empty where it is set."""
+    """Returns the prefix by which an override adds or deletes a key: +, ++, ~; "" if none."""
     return override[: len(override) - len(override.lstrip("+~"))]
 
 

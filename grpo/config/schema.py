@@ -1,4 +1,4 @@
-"""The typed schema of an experiment, and Hydra's door to it."""
+"""The typed schema of an experiment, and its registration with Hydra."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, flag_override
 
 @dataclass
 class ModelConfig:
-    """Where a model is: exactly one of id, path and packaged."""
+    """The source of a model: exactly one of id, path and packaged."""
 
     name: str = MISSING
     id: str | None = None
@@ -64,7 +64,7 @@ class SamplingConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """Names are of grpo.objective, or of functions of your own by their whole path."""
+    """Functions are names in grpo.objective's tables, or dotted paths of your own functions."""
 
     policy_loss: dict[str, Any] = field(default_factory=dict)
     baseline: str = MISSING
@@ -117,7 +117,7 @@ class AdapterConfig:
 
 @dataclass
 class DoctorConfig:
-    """When a run is called sick; docs/doctor.md explains each."""
+    """The limits beyond which the doctor reports a problem; docs/doctor.md explains each."""
 
     patience: int
     window: int
@@ -138,7 +138,7 @@ class DoctorConfig:
 
 @dataclass
 class Config:
-    """conf/config.yaml, typed. Parts built from a `_target_` have their own parameters as keys."""
+    """The types of conf/config.yaml; a section with a `_target_` has its callable's parameters."""
 
     name: str | None = None
     seed: int = MISSING
@@ -173,13 +173,13 @@ class Config:
 
 
 def register_schema() -> None:
-    """Makes the schema and the resolvers known to Hydra; done once, when the command starts."""
+    """Registers the schema and the resolvers with Hydra; called once, at the start."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("pid", lambda: os.getpid(), replace=True)
 
 
 def remove_hydra(config: DictConfig) -> DictConfig:
-    """The experiment's own config, its types with it."""
+    """Returns the experiment's config with its types, without Hydra's section."""
     own = copy.deepcopy(config)
     with flag_override(own, ["struct", "readonly"], [False, False]):
         own.pop("hydra", None)
@@ -187,14 +187,14 @@ def remove_hydra(config: DictConfig) -> DictConfig:
 
 
 def find_conf_folder() -> Path:
-    """The project's configs: inside an installed package, beside it in a checkout."""
+    """Returns the folder of configs: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every key by its dotted name."""
+    """Returns every key by its dotted name."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"

@@ -1,8 +1,8 @@
-"""Secrets stay in the environment: the command takes none, and writes none into a file.
+"""Keeps secrets in the environment: the command takes none, and writes none into a file.
 
-A key that is named like a secret, or a value that looks like one, is refused where it is written
-out; as `${oc.env:NAME}` it is taken, and in every file it stays that. Where an error quotes it, it
-is crossed out.
+A key with a name like a secret's, or a value that looks like one, is refused if the value is
+written out. `${oc.env:NAME}` is accepted, and every file keeps it unresolved. If an error quotes a
+secret, the secret is replaced.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ REDACTED = "***"
 
 
 def refuse_secrets(config: DictConfig) -> None:
-    """Refuses a composed config, Hydra's part with it, in which a secret is written out.
+    """Refuses a composed config, with Hydra's section, that contains a secret.
 
     Raises:
-        ConfigError: naming the key, and not the secret.
+        ConfigError: names the key, and does not quote the secret.
     """
     whole = OmegaConf.to_container(config, resolve=False)
     assert isinstance(whole, dict)
@@ -78,7 +78,7 @@ def refuse_secrets(config: DictConfig) -> None:
 
 
 def is_secret(key: str, text: str) -> bool:
-    """Whether a key's value is a secret that is written out."""
+    """Returns whether a key's value is a secret."""
     if "${" in text:
         text = re.sub(r"\$\{[^}]*\}", "", text)
         return any(look.search(text) for look in SECRET_PATTERNS)
@@ -90,16 +90,17 @@ def is_secret(key: str, text: str) -> bool:
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a key is named like a secret: judge_key is, eos_token is not."""
+    """Returns whether a key has a name like a secret's: judge_key has, eos_token hasn't."""
     last = key.rpartition(".")[2]
     named = SECRET_KEY.search(last) or SECRET_WORD.search(last)
     return bool(named) and not HARMLESS_WORD.search(last)
 
 
 def find_texts(node: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a config, with its dotted key.
+    """Yields every text in a config, with its dotted key.
 
-    name: of the node itself.
+    Args:
+        name: of the node itself.
     """
     if isinstance(node, Mapping):
         for key, value in node.items():
@@ -112,7 +113,7 @@ def find_texts(node: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def find_override_texts(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The same of overrides, each value of a sweep with them."""
+    """Yields every text in overrides, and in each value of a sweep's overrides, with its key."""
     for own in OverridesParser.create().parse_overrides(list(overrides)):
         if own.is_delete():
             continue
@@ -123,9 +124,9 @@ def find_override_texts(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def resolve_without_secrets(config: DictConfig) -> dict[str, Any]:
-    """A config as plain Python, its interpolations resolved, but for texts of the environment.
+    """Returns a config as plain Python, with all interpolations resolved but the environment's.
 
-    Those stay as they are written: `${oc.env:NAME}`, or what refers to it.
+    `${oc.env:NAME}`, and what refers to it, stays as it is written.
     """
     written, resolved = (OmegaConf.to_container(config, resolve=own) for own in (False, True))
     assert isinstance(resolved, dict)
@@ -134,7 +135,7 @@ def resolve_without_secrets(config: DictConfig) -> dict[str, Any]:
 
 
 def find_environment_texts(written: Any, resolved: Any) -> Iterator[str]:
-    """What stands in place of each `${oc.env:NAME}`, where it is a text."""
+    """Returns the values of each `${oc.env:NAME}` in a config that are texts."""
     if isinstance(written, str):
         if "oc.env" in written and isinstance(resolved, str) and resolved:
             yield resolved
@@ -147,7 +148,7 @@ def find_environment_texts(written: Any, resolved: Any) -> Iterator[str]:
 
 
 def hide_texts(written: Any, resolved: Any, hidden: set[str]) -> Any:
-    """A resolved node, with what is written wherever a hidden text would stand."""
+    """Returns a resolved node, in which hidden texts are replaced by what the config says."""
     if isinstance(written, dict):
         return {key: hide_texts(own, resolved[key], hidden) for key, own in written.items()}
     if isinstance(written, list):
@@ -160,9 +161,9 @@ def hide_texts(written: Any, resolved: Any, hidden: set[str]) -> Any:
 
 
 def remember_secrets(config: DictConfig) -> None:
-    """From now on `redact` knows what a key that is named like a secret takes from the environment.
+    """Makes `redact` know the values that keys with names like secrets' get from the environment.
 
-    Whatever the variable's name is.
+    The names of the variables don't matter.
     """
     written, resolved = (OmegaConf.to_container(config, resolve=own) for own in (False, True))
     hidden = set(find_environment_texts(written, resolved))
@@ -172,16 +173,17 @@ def remember_secrets(config: DictConfig) -> None:
 
 
 def redact(text: str) -> str:
-    """The text without the secrets of the environment, as a service's error may quote them."""
+    """Removes the environment's secrets from a text, as a service's error may quote them."""
     for secret in sorted(find_environment_secrets(), key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     return text
 
 
 def find_environment_secrets() -> set[str]:
-    """Values of variables that are named like secrets, passwords in all others' URLs.
+    """Returns the environment's secrets that `redact` removes.
 
-    And what `remember_secrets` found.
+    They are the values of variables with names like secrets', passwords in URLs, and the values
+    that `remember_secrets` found.
     """
     found = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name.upper())}
     found |= {own for value in os.environ.values() for own in URL_PASSWORD.findall(value)}
@@ -190,7 +192,7 @@ def find_environment_secrets() -> set[str]:
 
 
 class SecretFilter(logging.Filter):
-    """Takes the environment's secrets out of what is logged, tracebacks with it."""
+    """Removes the environment's secrets from log records and their tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact(record.getMessage()), None
@@ -200,7 +202,7 @@ class SecretFilter(logging.Filter):
 
 
 def redact_logs() -> None:
-    """From now on, in whatever the root's handlers write."""
+    """Adds the filter to every handler of the root logger."""
     for handler in logging.getLogger().handlers:
         if not any(isinstance(own, SecretFilter) for own in handler.filters):
             handler.addFilter(SecretFilter())

@@ -1,4 +1,4 @@
-"""The nearest right names to a wrong one."""
+"""Finds the valid names that are nearest to a wrong one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def suggest_names(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean X or Y?`, or nothing where nothing is near."""
+    """Formats `; did you mean X or Y?`; "" if no name is near."""
     return format_suggestion(find_nearest(word, choices))
 
 
@@ -16,7 +16,7 @@ def format_suggestion(near: Sequence[str]) -> str:
 
 
 def find_nearest(word: str, choices: Iterable[str]) -> list[str]:
-    """Up to three of the choices, the likeliest first; none where nothing is near."""
+    """Returns up to three of the choices, the likeliest first; [] if none is near."""
     alike = {choice: similarity(word, choice) for choice in choices}
     least = max(0.6, max(alike.values(), default=0.0) - 0.1)
     near = [choice for choice, own in alike.items() if own >= least]
@@ -26,7 +26,10 @@ def find_nearest(word: str, choices: Iterable[str]) -> list[str]:
 
 
 def similarity(word: str, choice: str) -> float:
-    """From 0 to 1; below 0.6 it is none. A key of another part counts a little less."""
+    """Similarity from 0 to 1; below 0.6, names count as unrelated.
+
+    A key of another section counts a little less.
+    """
     (part, _, name), (other_part, _, other) = word.rpartition("."), choice.rpartition(".")
     same_name = difflib.SequenceMatcher(None, other, name).ratio()
     if part == other_part:

@@ -1,9 +1,9 @@
-"""What a run's folder may have run: a stranger's folder is data, not a program.
+"""Decides what a run's folder may have run: a stranger's folder is data, not a program.
 
 `grpo eval checkpoint=DIR`, `grpo resume=DIR` and `grpo -m sweep_dir=DIR` take overrides from that
-folder, and overrides can name any function. Those of this package and those in files of the working
-directory are the user's own; anything else is refused until `--trust` is given. So is
-`model.trust_remote_code=true`, by which a model's own code is run.
+folder, and overrides can name any function. Functions of this package and of files in the working
+directory are trusted; all others are refused unless `--trust` is given. So is
+`model.trust_remote_code=true`, which runs a model's own code.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ HARMLESS_SETTINGS = re.compile(  # of Hydra's own settings: they say where and h
 
 @dataclass
 class OverrideSource:
-    """Where this command's overrides come from, if not from the command line alone."""
+    """The folder that some of this command's overrides come from, if any."""
 
     folder: Path | None = None
     given_keys: tuple[str, ...] = ()  # the keys of the command line itself
     folder_keys: tuple[str, ...] = ()  # those of the folder that are not given anew
 
     def is_given(self, key: str) -> bool:
-        """Whether the user answers for a key: what is said of it most exactly is theirs."""
+        """Returns whether the user is responsible for a key.
+
+        The most specific override of the key decides.
+        """
         theirs, others = (
             max((len(own) for own in keys if key == own or key.startswith(f"{own}.")), default=0)
             for keys in (self.given_keys, self.folder_keys)
@@ -50,11 +53,11 @@ OVERRIDE_SOURCE = OverrideSource()
 def check_folder_overrides(
     folder: Path, overrides: Sequence[str], config_dir: str | None, given: Sequence[str]
 ) -> None:
-    """Notes that overrides come from this folder, and refuses those that reach Hydra itself.
+    """Notes that overrides come from this folder, and refuses those that change what Hydra runs.
 
     Args:
-        config_dir: that the folder names, if any.
-        given: the command line's own overrides, which the user answers for.
+        config_dir: the config folder that the run's folder names, if any.
+        given: the overrides of the command line, for which the user is responsible.
 
     Raises:
         ConfigError: an override sets what Hydra runs, or the configs are not the user's own.
@@ -77,10 +80,10 @@ def check_folder_overrides(
 
 
 def check_code(cfg: DictConfig) -> None:
-    """Refuses a config from a folder that names code which is neither this package's nor one's own.
+    """Refuses a config from a folder that names code of neither this package nor the user.
 
     Raises:
-        ConfigError: naming the key and the function.
+        ConfigError: names the key and the function.
     """
     if OVERRIDE_SOURCE.folder is None:
         return
@@ -102,7 +105,7 @@ def make_refusal(folder: Path, what: str) -> ConfigError:
 
 
 def find_function_keys(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each key that names a function, with the function's path."""
+    """Yields each key that names a function, with the function's path."""
     for key, value in node.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
@@ -116,7 +119,7 @@ def is_function_key(name: str, value: str) -> bool:
 
 
 def is_trusted(path: str) -> bool:
-    """Whether a dotted path is this package's, or in a file of the working directory."""
+    """Returns whether a dotted path is in this package, or in a file of the working directory."""
     first, *rest = path.split(".")
     if first == PACKAGE_NAME:
         return True
@@ -135,7 +138,7 @@ def is_trusted(path: str) -> bool:
 
 
 def resolve_in_namespace(folders: Sequence[str], names: Sequence[str]) -> list[Path]:
-    """How far these names lead from folders without an __init__.py, which are one package."""
+    """Follows names through folders without an __init__.py, which form one namespace package."""
     found = [Path(folder) for folder in folders]
     for name in names:
         files = [own / f"{name}.py" for own in found if (own / f"{name}.py").is_file()]
@@ -147,9 +150,9 @@ def resolve_in_namespace(folders: Sequence[str], names: Sequence[str]) -> list[P
 
 
 def is_users_file(place: Path) -> bool:
-    """Whether a file or folder lies in the working directory, and not in the folder in question.
+    """Returns whether a file is in the working directory, and not in the folder in question.
 
-    An environment's packages may lie there too; they are not the user's.
+    The packages of an environment may be there too; they are not the user's.
     """
     place, here = place.expanduser().resolve(), Path.cwd()
     if not place.exists() or not place.is_relative_to(here) or "site-packages" in place.parts:

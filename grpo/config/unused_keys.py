@@ -1,4 +1,4 @@
-"""Keys that are given and do nothing in this run: told, not ignored."""
+"""Finds keys that are given, but change nothing in this run, so that they can be reported."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ RULES = (
 
 
 def explain_unused_keys(cfg: DictConfig, overrides: Sequence[str], facts: Facts) -> Iterator[str]:
-    """A line for each override that changes nothing in this run.
+    """Returns a line for each override that changes nothing in this run.
 
     Args:
-        overrides: those of the command line; what an experiment's file sets may be for others.
+        overrides: those of the command line; keys of an experiment's file may be meant for others.
     """
     given = {parse_key(override) for override in overrides}
     for rule in RULES:

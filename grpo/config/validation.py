@@ -1,4 +1,4 @@
-"""Refusals of a single value: numbers, choices, folders."""
+"""Refuses single values: numbers, choices, folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo.errors import ConfigError
 def check_at_least(
     cfg: DictConfig, key: str, minimum: float, *, whole: bool = False, optional: bool = False
 ) -> None:
-    """optional: it may be null."""
+    """Refuses a number below a minimum. optional: null is accepted."""
     value = OmegaConf.select(cfg, key)
     if value is None and optional:
         return
@@ -40,7 +40,7 @@ def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
 
 
 def check_function_name(name: str, known: Collection[str], key: str) -> None:
-    """Refuses a bare name that is not known; a dotted one is a function of the user's own."""
+    """Refuses an unknown bare name; a dotted name is a function of the user's."""
     if name not in known and "." not in name:
         near = find_nearest(name, known)
         raise ConfigError(
@@ -74,7 +74,7 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 def check_could_write(folder: Path, key: str) -> None:
-    """As `check_writable`, of the nearest folder that is there: nothing is made."""
+    """Refuses a folder that can't be written or made; makes nothing itself."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent
@@ -85,7 +85,7 @@ REVISION = re.compile(r"(?!.*\.\.)[\w+@-][\w./+@-]*")  # no way out of the cache
 
 
 def check_revision(key: str, revision: str | None) -> None:
-    """Raises ConfigError, naming `key`, where a revision is none that a hub could have."""
+    """Raises ConfigError, which names `key`, for a revision that no hub could have."""
     if revision is not None and not REVISION.fullmatch(revision):
         raise ConfigError(
             f"{key}={revision}: should be a branch, a tag or a commit of the hub.",
