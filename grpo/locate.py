@@ -56,7 +56,10 @@ class RunInputs:
 
     def find_hub_commits(self) -> dict[str, str]:
         """Returns the commits of what came from the hub, by config key; {} without the hub."""
-        commits = {"model": read_commit(self.model()), **{own.key: own.commit for own in self.sets}}
+        commits = {
+            "model": read_commit(self.model()),
+            **{part.key: part.commit for part in self.sets},
+        }
         return {key: commit for key, commit in commits.items() if commit is not None}
 
 
@@ -150,8 +153,8 @@ class NamedSource(Source):
 
 def build_source(options: DictConfig, key: str) -> Source:
     apart = (*SLICE_KEYS, *PROMPT_KEYS, *(["probability"] if key != "dataset" else []))
-    own = [str(option) for option in options if option not in apart]
-    source = bind(OmegaConf.masked_copy(options, own), key)()
+    source_keys = [str(option) for option in options if option not in apart]
+    source = bind(OmegaConf.masked_copy(options, source_keys), key)()
     if not isinstance(source, Source):
         raise ConfigError(
             f"{key}._target_={options._target_}: is no grpo.data.source.Source.",

@@ -44,11 +44,11 @@ def explain_hydra_error(
 ) -> ConfigError:
     """Turns an error of Hydra's into a refusal of one line: what was given, and what is near."""
     text = str(error).strip()
-    for own in overrides:
-        if (key := parse_key(own)) in OPTUNA_SWEEPER_KEYS:
-            meant = own.lstrip("+~").replace(key, OPTUNA_SWEEPER_KEYS[key])
+    for override in overrides:
+        if (key := parse_key(override)) in OPTUNA_SWEEPER_KEYS:
+            meant = override.lstrip("+~").replace(key, OPTUNA_SWEEPER_KEYS[key])
             nearest = [OPTUNA_SWEEPER_KEYS[key]]
-            return ConfigError(f"{own}: here it is {meant}", key=key, nearest=nearest)
+            return ConfigError(f"{override}: here it is {meant}", key=key, nearest=nearest)
     if isinstance(error, OverrideParseException):
         override = str(error.override)
         return ConfigError(explain_bad_override(override, text), key=parse_key(override))
@@ -72,15 +72,15 @@ def explain_hydra_error(
             return explain_unknown_key(unknown[1], config_name, overrides, find_composed(error))
         if text.startswith("Error merging override ") and error.__cause__ is not None:
             reason_text = str(error.__cause__).splitlines()[0]
-            own = text.removeprefix("Error merging override ")
-            return ConfigError(f"{own}: {reason_text}", key=parse_key(own))
+            override = text.removeprefix("Error merging override ")
+            return ConfigError(f"{override}: {reason_text}", key=parse_key(override))
     return ConfigError(text.splitlines()[0])
 
 
 def split_choice(wanted: str, overrides: Sequence[str]) -> tuple[str, str, str]:
     """Splits Hydra's message into a group and an unknown choice, which may contain a slash."""
-    for own in overrides:
-        group, equals, choice = own.lstrip("+").partition("=")
+    for override in overrides:
+        group, equals, choice = override.lstrip("+").partition("=")
         if equals and f"{group}/{choice}" == wanted:
             return group, "/", choice
     return wanted.rpartition("/")
@@ -189,11 +189,11 @@ def explain_wrong_value(error: BaseException) -> ConfigError | None:
 def explain_section(section: str, value: str) -> ConfigError:
     """Says which keys a section has, one of which was probably meant."""
     known = getattr(schema.Config(), section, None)
-    own = [field.name for field in fields(known)] if is_dataclass(known) else []
-    meant = f"; did you mean {section}.{own[0]}={value}?" if own[:1] == ["name"] else "."
+    names = [field.name for field in fields(known)] if is_dataclass(known) else []
+    meant = f"; did you mean {section}.{names[0]}={value}?" if names[:1] == ["name"] else "."
     return ConfigError(
-        f"{section}={value}: {section} holds keys: {', '.join(own)}{meant}",
-        key=section, value=value, choices=[f"{section}.{name}" for name in own],
+        f"{section}={value}: {section} holds keys: {', '.join(names)}{meant}",
+        key=section, value=value, choices=[f"{section}.{name}" for name in names],
     )  # fmt: skip
 
 
@@ -205,10 +205,10 @@ def find_nearest_keys(
         composed = compose_choices(config_name, overrides)
     if key.partition(".")[0] != "hydra":
         return find_nearest(key, list_known_keys(composed))
-    own = flatten_keys(composed.hydra, "hydra.")
+    hydra_keys = flatten_keys(composed.hydra, "hydra.")
     search = "hydra/sweeper=optuna"
-    of_search = set(list_hydra_keys(config_name, [search])) - set(own)
-    nearest = find_nearest(key, [*own, *of_search])
+    of_search = set(list_hydra_keys(config_name, [search])) - set(hydra_keys)
+    nearest = find_nearest(key, [*hydra_keys, *of_search])
     if nearest and nearest[0] in of_search:
         return [f"{search} {nearest[0]}"]
     return nearest
@@ -225,22 +225,22 @@ def list_known_choices(group: str) -> list[str]:
 def explain_key_of_none(config_name: str, overrides: Sequence[str]) -> ConfigError:
     """Says that a key belongs to a section whose choice is none."""
     composed = compose_choices(config_name, overrides)
-    for own in overrides:
-        part = parse_key(own).partition(".")[0]
-        if "." in parse_key(own) and part in composed and composed[part] is None:
+    for override in overrides:
+        part = parse_key(override).partition(".")[0]
+        if "." in parse_key(override) and part in composed and composed[part] is None:
             others = [f"{part}={choice}" for choice in list_known_choices(part) if choice != "none"]
             return ConfigError(
-                f"{own}: {part} is none here, which has no keys; leave it out, or set "
+                f"{override}: {part} is none here, which has no keys; leave it out, or set "
                 f"{' or '.join(others)}.",
-                key=parse_key(own), value=own.partition("=")[2], nearest=others,
+                key=parse_key(override), value=override.partition("=")[2], nearest=others,
             )  # fmt: skip
     return ConfigError("a key is set of a part that is none; leave it out.")
 
 
 def explain_wrong_choice(overrides: Sequence[str]) -> ConfigError:
     """Says that an override gives a group a number, or nothing, instead of a choice."""
-    for own in overrides:
-        group, _, value = own.partition("=")
+    for override in overrides:
+        group, _, value = override.partition("=")
         if group in list_groups() and not isinstance(yaml.safe_load(value), str | list):
             known = list_known_choices(group)
             meant = [key for key in vars(schema.Config) if key.startswith(f"{group}_")]
@@ -266,9 +266,9 @@ def compose_choices(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Composes the config with the given choices and added keys, and no other overrides."""
     groups = list_groups()
     chosen = [
-        own
-        for own in overrides
-        if own.startswith(("+", "hydra/")) or own.partition("=")[0] in groups
+        override
+        for override in overrides
+        if override.startswith(("+", "hydra/")) or override.partition("=")[0] in groups
     ]
     return compose(config_name, chosen, with_hydra=True)
 

@@ -112,8 +112,8 @@ def format_help(arguments: Sequence[str]) -> str:
     }
     lines = [USAGE, "Choices: group=choice, several rewards: reward=[answer,length]", ""]
     for group in sorted(groups - {"hydra"}):
-        own = sorted({*list_choices(folders, group), *PLUGIN_CHOICES.get(group, ())})
-        lines.append(f"  {group}: {', '.join(own)}{CHOICE_NOTES.get(group, '')}")
+        choices = sorted({*list_choices(folders, group), *PLUGIN_CHOICES.get(group, ())})
+        lines.append(f"  {group}: {', '.join(choices)}{CHOICE_NOTES.get(group, '')}")
     page = (find_conf_folder() / "config.yaml").read_text().rstrip()
     lines += ["", "Config: key=value, and section.key=value", "", page]
     return "\n".join(lines)
@@ -121,7 +121,7 @@ def format_help(arguments: Sequence[str]) -> str:
 
 def list_choices(folders: Sequence[Path], group: str) -> list[str]:
     """Returns a group's choices; a file whose name begins with _ is a part of others."""
-    return sorted({file.stem for own in folders for file in own.glob(f"{group}/[!_]*.yaml")})
+    return sorted({file.stem for folder in folders for file in folder.glob(f"{group}/[!_]*.yaml")})
 
 
 def find_config_dirs(arguments: Sequence[str]) -> list[str]:

@@ -25,16 +25,16 @@ from grpo.runs.folder import check_run_folder
 
 def check_hydra(config: DictConfig) -> None:
     """Refuses settings of Hydra's that hide runs from later commands or change paths."""
-    own = config.hydra
-    if own.output_subdir != ".hydra":
-        given = "null" if own.output_subdir is None else own.output_subdir
+    settings = config.hydra
+    if settings.output_subdir != ".hydra":
+        given = "null" if settings.output_subdir is None else settings.output_subdir
         raise ConfigError(
             f"hydra.output_subdir={given}: must be .hydra, where resume, eval and reports read a "
             f"run's config.",
             key="hydra.output_subdir",
             value=given,
         )
-    if own.job.chdir:
+    if settings.job.chdir:
         raise ConfigError(
             "hydra.job.chdir=true: relative paths (model.path, dataset.path, resume) are relative "
             "to where you start, so a run stays there; leave it out.",
@@ -87,7 +87,7 @@ def check_sweep(config: DictConfig) -> None:
     """Raises ConfigError if Hydra should not sweep as given."""
     refuse_secrets(config)
     check_hydra(config)
-    if any(own.startswith("hydra.sweep.subdir=") for own in config.hydra.overrides.hydra):
+    if any(override.startswith("hydra.sweep.subdir=") for override in config.hydra.overrides.hydra):
         raise ConfigError(
             "hydra.sweep.subdir: a sweep's jobs lie in folders of their numbers, by which it goes "
             "on and is reported; leave it out.",
@@ -110,9 +110,9 @@ def check_run(config: DictConfig, check_folder: Callable[[Path, str], None]) -> 
     """
     refuse_secrets(config)
     check_hydra(config)
-    own = remove_hydra(config)
-    check_code(own)
-    check_config(own)
+    experiment = remove_hydra(config)
+    check_code(experiment)
+    check_config(experiment)
     folder = Path(config.hydra.run.dir)
     check_run_folder(folder, config.resume, config.model, config.adapter)
     check_folder(folder, "hydra.run.dir")

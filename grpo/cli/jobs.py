@@ -77,8 +77,8 @@ def job_errors() -> Iterator[Path]:
     is_job = is_sweep_job()
     if is_job:
         leave_terminal()
-        own = [o for o in hydra_config.overrides.task if parse_key(o) not in SWEEP_ONLY_KEYS]
-        print_line(f"\njob {folder.name}: {' '.join(own)}")
+        overrides = [o for o in hydra_config.overrides.task if parse_key(o) not in SWEEP_ONLY_KEYS]
+        print_line(f"\njob {folder.name}: {' '.join(overrides)}")
     prepare_process()
     redact_logs()
     keep_freed_memory()  # before anything imports torch

@@ -72,14 +72,18 @@ def run_command(*, as_json: bool = False) -> None:
         job, overrides = split_job(sys.argv[1:])
         CURRENT.command = job
         if as_json and (job in JOBS_WITHOUT_JSON or FLAGS_WITHOUT_RUN & set(overrides)):
-            own = next((flag for flag in overrides if flag in FLAGS_WITHOUT_RUN), f"grpo {job}")
-            raise ConfigError(f"{JSON_FLAG}: {own} has no result to put into it; leave it out.")
+            asked_for = next(
+                (flag for flag in overrides if flag in FLAGS_WITHOUT_RUN), f"grpo {job}"
+            )
+            raise ConfigError(
+                f"{JSON_FLAG}: {asked_for} has no result to put into it; leave it out."
+            )
         if job in JOBS_WITHOUT_CONFIG:
             run = getattr(import_module(JOBS_WITHOUT_CONFIG[job]), job)
             CURRENT.content = run(overrides) or {}
             return
         trusted = "--trust" in overrides
-        overrides = [own for own in overrides if own != "--trust"]
+        overrides = [override for override in overrides if override != "--trust"]
         overrides = add_past_overrides("eval" if job == "eval" else "train", overrides, trusted)
         if job == "train" and {"-m", "--multirun"} & set(overrides):
             CURRENT.command = "sweep"

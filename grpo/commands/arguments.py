@@ -28,5 +28,5 @@ class CommandParser(ArgumentParser):
         if missing is None:
             raise ConfigError(f"{self.usage}: {message}.")
         name = missing[1]
-        (needs,) = [own.metavar for own in self._actions if name in own.option_strings]
+        (needs,) = [action.metavar for action in self._actions if name in action.option_strings]
         raise ConfigError(f"{name} needs {needs}.", key=name)

@@ -49,7 +49,7 @@ def chat(arguments: Sequence[str]) -> None:
         ConfigError: there is no such run or model.
     """
     trusted = "--trust" in arguments
-    places = [own for own in arguments if "=" not in own and own != "--trust"]
+    places = [word for word in arguments if "=" not in word and word != "--trust"]
     if len(places) != 1:
         raise ConfigError(f"{USAGE}: name one run or model.")
     options = parse_options([argument for argument in arguments if "=" in argument])

@@ -140,9 +140,9 @@ def format_card(run: Run, name: str) -> str:
     ]
     changed = diff_configs([load_default_config(), run.config])
     config = [
-        f"| `{key}` | {format_markdown_cell(own)} | {format_markdown_cell(usual)} |"
-        for key, (usual, own) in changed.items()
-        if not is_private(key, own)
+        f"| `{key}` | {format_markdown_cell(value)} | {format_markdown_cell(usual)} |"
+        for key, (usual, value) in changed.items()
+        if not is_private(key, value)
     ]
     versions = ", ".join(f"{k} {v}" for k, v in (run.summary.get("versions") or {}).items())
     troubles = [f"- **{one.title}**: {one.evidence}" for one in run.diagnoses]
@@ -188,7 +188,9 @@ def format_front_matter(run: Run) -> str:
     }
     if model.get("id"):
         content["base_model"] = model["id"]
-    if sources := [own["id"] for own in list_sets(data) if own.get("id") and not own.get("path")]:
+    if sources := [
+        part["id"] for part in list_sets(data) if part.get("id") and not part.get("path")
+    ]:
         content["datasets"] = sources
     return f"---\n{yaml.safe_dump(content, sort_keys=False).rstrip()}\n---"
 
@@ -232,11 +234,11 @@ def select_public(config: Mapping[str, Any]) -> dict[str, Any]:
 def select_public_overrides(overrides: Sequence[str]) -> list[str]:
     """Returns a command's overrides; shows a key with a private value as `key=…`."""
     shown = []
-    for own in overrides:
-        key, equals, value = own.partition("=")
+    for override in overrides:
+        key, equals, value = override.partition("=")
         if key.lstrip("+~").startswith(PRIVATE_SECTIONS):
             continue
-        shown.append(f"{key}=…" if equals and is_private(key, value.strip("'\"")) else own)
+        shown.append(f"{key}=…" if equals and is_private(key, value.strip("'\"")) else override)
     return shown
 
 
@@ -247,7 +249,7 @@ def is_private(key: str, value: object) -> bool:
     patterns = [PATH_OR_ADDRESS]
     if not PROSE_KEY_NAME.search(key):
         patterns.append(TOP_LEVEL_PATH)
-    return any(own.search(text) for _, text in find_texts(value) for own in patterns)
+    return any(pattern.search(text) for _, text in find_texts(value) for pattern in patterns)
 
 
 def format_list(config: Mapping[str, Any]) -> str:

@@ -85,13 +85,13 @@ def check_known_keys(node: DictConfig, prefix: str = "") -> None:
         ConfigError: names this project's key if it is one of another tool, else the nearest keys.
     """
     kind = OmegaConf.get_type(node)
-    known = [own.name for own in fields(kind)] if is_dataclass(kind) else None
+    known = [field.name for field in fields(kind)] if is_dataclass(kind) else None
     for name in map(str, node):
         key = f"{prefix}{name}"
         if known is not None and name not in known:
             if foreign := explain_foreign_name(key, str(node[name])):
                 raise foreign
-            near = [f"{prefix}{own}" for own in find_nearest(name, known)]
+            near = [f"{prefix}{known_name}" for known_name in find_nearest(name, known)]
             raise ConfigError(
                 f"{key}: no such key{format_suggestion(near)}",
                 key=key, value=node[name], nearest=near,
@@ -224,10 +224,14 @@ def check_wandb(cfg: DictConfig) -> None:
                 f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.",
                 key="tracking.wandb.tags",
             )
-    own = os.environ.get("WANDB_RUN_ID")
-    if own and cfg.resume is None and (own != own.strip() or set(own) & set(INVALID_IN_RUN_ID)):
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if (
+        run_id
+        and cfg.resume is None
+        and (run_id != run_id.strip() or set(run_id) & set(INVALID_IN_RUN_ID))
+    ):
         raise ConfigError(
-            f"WANDB_RUN_ID={own}: a run's id can't begin or end with a space, nor hold any of "
+            f"WANDB_RUN_ID={run_id}: a run's id can't begin or end with a space, nor hold any of "
             f"{' '.join(INVALID_IN_RUN_ID)}"
         )
 

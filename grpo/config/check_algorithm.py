@@ -123,11 +123,11 @@ def check_kl(cfg: DictConfig) -> None:
     if kl.target is not None:
         check_positive(cfg, "kl.target")
         if cfg.kl_weight == 0 or kl.estimator is None:
-            own = not OmegaConf.is_interpolation(cfg, "kl_weight") or kl.estimator is None
+            is_explicit = not OmegaConf.is_interpolation(cfg, "kl_weight") or kl.estimator is None
             raise ConfigError(
                 f"kl.target={kl.target}: there is no KL to hold, with kl_weight={cfg.kl_weight:g} "
                 f"and kl.estimator={kl.estimator}."
-                + ("" if own else " This algorithm brings none; begin with kl_weight=0.02.")
+                + ("" if is_explicit else " This algorithm brings none; begin with kl_weight=0.02.")
             )
         if kl.horizon < cfg.batch_size * cfg.num_generation:
             raise ConfigError(

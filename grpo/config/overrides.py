@@ -30,7 +30,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     known, unknown = parser.parse_known_args(list(arguments))
     for word in unknown:
         if word.startswith("-"):
-            flags = [own for own in parser._option_string_actions if own.startswith("--")]
+            flags = [option for option in parser._option_string_actions if option.startswith("--")]
             raise ConfigError(
                 f"{word}: no such flag{suggest_names(word, flags) or '.'} grpo --help names them."
             )

@@ -180,10 +180,10 @@ def register_schema() -> None:
 
 def remove_hydra(config: DictConfig) -> DictConfig:
     """Returns the experiment's config with its types, without Hydra's section."""
-    own = copy.deepcopy(config)
-    with flag_override(own, ["struct", "readonly"], [False, False]):
-        own.pop("hydra", None)
-    return own
+    experiment = copy.deepcopy(config)
+    with flag_override(experiment, ["struct", "readonly"], [False, False]):
+        experiment.pop("hydra", None)
+    return experiment
 
 
 def find_conf_folder() -> Path:

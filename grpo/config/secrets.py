@@ -65,8 +65,8 @@ def refuse_secrets(config: DictConfig) -> None:
     hydra = whole.get("hydra") or {}
     found += find_texts({k: hydra.get(k) for k in ("sweeper", "launcher")}, "hydra")
     job = hydra.get("job") or {}
-    found += find_texts({own: job.get(own) for own in ("name", "env_set")}, "hydra.job")
-    found += find_texts({own: hydra.get(own) for own in ("run", "sweep")}, "hydra")
+    found += find_texts({part: job.get(part) for part in ("name", "env_set")}, "hydra.job")
+    found += find_texts({part: hydra.get(part) for part in ("run", "sweep")}, "hydra")
     for overrides in (hydra.get("overrides") or {}).values():
         found += find_override_texts(overrides or ())
     for key, text in found:
@@ -114,13 +114,17 @@ def find_texts(node: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 def find_override_texts(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields every text in overrides, and in each value of a sweep's overrides, with its key."""
-    for own in OverridesParser.create().parse_overrides(list(overrides)):
-        if own.is_delete():
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_delete():
             continue
         # Of a range there may be a million, none of which is a text.
-        values = own.sweep_iterator() if own.is_choice_sweep() else [own.get_value_string()]
+        values = (
+            override.sweep_iterator()
+            if override.is_choice_sweep()
+            else [override.get_value_string()]
+        )
         for value in values:
-            yield own.key_or_group, str(value)
+            yield override.key_or_group, str(value)
 
 
 def resolve_without_secrets(config: DictConfig) -> dict[str, Any]:
@@ -128,7 +132,9 @@ def resolve_without_secrets(config: DictConfig) -> dict[str, Any]:
 
     `${oc.env:NAME}`, and what refers to it, stays as it is written.
     """
-    written, resolved = (OmegaConf.to_container(config, resolve=own) for own in (False, True))
+    written, resolved = (
+        OmegaConf.to_container(config, resolve=resolve) for resolve in (False, True)
+    )
     assert isinstance(resolved, dict)
     hidden = set(find_environment_texts(written, resolved))
     return {str(key): value for key, value in hide_texts(written, resolved, hidden).items()}
@@ -140,24 +146,28 @@ def find_environment_texts(written: Any, resolved: Any) -> Iterator[str]:
         if "oc.env" in written and isinstance(resolved, str) and resolved:
             yield resolved
     elif isinstance(written, dict):
-        for key, own in written.items():
-            yield from find_environment_texts(own, resolved[key])
+        for key, item in written.items():
+            yield from find_environment_texts(item, resolved[key])
     elif isinstance(written, list):
-        for own, value in zip(written, resolved, strict=True):
-            yield from find_environment_texts(own, value)
+        for item, value in zip(written, resolved, strict=True):
+            yield from find_environment_texts(item, value)
 
 
 def hide_texts(written: Any, resolved: Any, hidden: set[str]) -> Any:
     """Returns a resolved node, in which hidden texts are replaced by what the config says."""
     if isinstance(written, dict):
-        return {key: hide_texts(own, resolved[key], hidden) for key, own in written.items()}
+        return {key: hide_texts(item, resolved[key], hidden) for key, item in written.items()}
     if isinstance(written, list):
         return [
-            hide_texts(own, value, hidden) for own, value in zip(written, resolved, strict=True)
+            hide_texts(item, value, hidden) for item, value in zip(written, resolved, strict=True)
         ]
     referring = isinstance(written, str) and "${" in written
     texts = [text for _, text in find_texts(resolved)] if referring else []
-    return written if any(own in text for own in hidden for text in texts) else resolved
+    return (
+        written
+        if any(text_to_hide in text for text_to_hide in hidden for text in texts)
+        else resolved
+    )
 
 
 def remember_secrets(config: DictConfig) -> None:
@@ -165,11 +175,13 @@ def remember_secrets(config: DictConfig) -> None:
 
     The names of the variables don't matter.
     """
-    written, resolved = (OmegaConf.to_container(config, resolve=own) for own in (False, True))
+    written, resolved = (
+        OmegaConf.to_container(config, resolve=resolve) for resolve in (False, True)
+    )
     hidden = set(find_environment_texts(written, resolved))
     for key, text in find_texts(resolved):
         if is_secret_key(key):
-            CONFIG_SECRETS.update(own for own in hidden if own in text)
+            CONFIG_SECRETS.update(secret for secret in hidden if secret in text)
 
 
 def redact(text: str) -> str:
@@ -186,7 +198,7 @@ def find_environment_secrets() -> set[str]:
     that `remember_secrets` found.
     """
     found = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name.upper())}
-    found |= {own for value in os.environ.values() for own in URL_PASSWORD.findall(value)}
+    found |= {password for value in os.environ.values() for password in URL_PASSWORD.findall(value)}
     found |= CONFIG_SECRETS
     return {value for value in found if len(value) >= MIN_SECRET_LENGTH}
 
@@ -204,5 +216,5 @@ class SecretFilter(logging.Filter):
 def redact_logs() -> None:
     """Adds the filter to every handler of the root logger."""
     for handler in logging.getLogger().handlers:
-        if not any(isinstance(own, SecretFilter) for own in handler.filters):
+        if not any(isinstance(known, SecretFilter) for known in handler.filters):
             handler.addFilter(SecretFilter())

@@ -19,8 +19,8 @@ def find_nearest(word: str, choices: Iterable[str]) -> list[str]:
     """Returns up to three of the choices, the likeliest first; [] if none is near."""
     alike = {choice: similarity(word, choice) for choice in choices}
     least = max(0.6, max(alike.values(), default=0.0) - 0.1)
-    near = [choice for choice, own in alike.items() if own >= least]
-    near = [own for own in near if "." not in own or own.rpartition(".")[2] not in near]
+    near = [choice for choice, score in alike.items() if score >= least]
+    near = [name for name in near if "." not in name or name.rpartition(".")[2] not in near]
     near.sort(key=lambda choice: -alike[choice])
     return near[:3]
 

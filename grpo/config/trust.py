@@ -41,7 +41,10 @@ class OverrideSource:
         The most specific override of the key decides.
         """
         theirs, others = (
-            max((len(own) for own in keys if key == own or key.startswith(f"{own}.")), default=0)
+            max(
+                (len(prefix) for prefix in keys if key == prefix or key.startswith(f"{prefix}.")),
+                default=0,
+            )
             for keys in (self.given_keys, self.folder_keys)
         )
         return theirs > others
@@ -63,7 +66,7 @@ def check_folder_overrides(
         ConfigError: an override sets what Hydra runs, or the configs are not the user's own.
     """
     given_keys, past_keys = (
-        [own.partition("=")[0].lstrip("+~").replace("/", ".") for own in part]
+        [override.partition("=")[0].lstrip("+~").replace("/", ".") for override in part]
         for part in (given, overrides)
     )
     OVERRIDE_SOURCE.folder = folder
@@ -141,8 +144,8 @@ def resolve_in_namespace(folders: Sequence[str], names: Sequence[str]) -> list[P
     """Follows names through folders without an __init__.py, which form one namespace package."""
     found = [Path(folder) for folder in folders]
     for name in names:
-        files = [own / f"{name}.py" for own in found if (own / f"{name}.py").is_file()]
-        deeper = files or [own / name for own in found if (own / name).is_dir()]
+        files = [folder / f"{name}.py" for folder in found if (folder / f"{name}.py").is_file()]
+        deeper = files or [folder / name for folder in found if (folder / name).is_dir()]
         if not deeper:
             break
         found = deeper

@@ -170,7 +170,7 @@ def find_right(samples: Sequence[Sample], *, leniently: bool = False) -> list[bo
             name = "verifier, read leniently" if leniently else "verifier (the data set's own)"
             what = f"it raised {type(error).__name__}: {error}"
             raise RewardError(format_reward_error(name, what, sample)) from error
-    reasons = [own.reason for own in verdicts if isinstance(own, Failure)]
+    reasons = [verdict.reason for verdict in verdicts if isinstance(verdict, Failure)]
     if reasons:
         log.warning(
             "the data set's verifier%s failed for %d of %d completions, which are not counted as "
@@ -178,7 +178,7 @@ def find_right(samples: Sequence[Sample], *, leniently: bool = False) -> list[bo
             ", read leniently," if leniently else "", len(reasons), len(samples),
             redact(reasons[0]),
         )  # fmt: skip
-    return [not isinstance(own, Failure) and own >= 1 for own in verdicts]
+    return [not isinstance(verdict, Failure) and verdict >= 1 for verdict in verdicts]
 
 
 def warn_failures(name: str, rows: Mapping[int, str], count: int) -> None:

@@ -185,7 +185,7 @@ def verify_leniently_BG(rollout: Rollout) -> list[list[float]]:
         RewardError: a verifier raised.
     """
     size = rollout.num_generation
-    verdicts = [float(own) for own in find_right(to_samples(rollout), leniently=True)]
+    verdicts = [float(is_right) for is_right in find_right(to_samples(rollout), leniently=True)]
     return [verdicts[start : start + size] for start in range(0, len(verdicts), size)]
 
 

@@ -61,7 +61,7 @@ def build_best_setting(
 def find_free_name(config_dir: Path, name: str) -> str:
     taken = {file.stem for file in (config_dir / "experiment").glob("*.yaml")}
     names = chain([name], (f"{name}_{n}" for n in count(2)))
-    return next(own for own in names if own not in taken)
+    return next(name for name in names if name not in taken)
 
 
 def format_experiment(overrides: Sequence[Override], config_dir: str | None) -> str:

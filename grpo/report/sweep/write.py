@@ -55,7 +55,7 @@ def explain_differences(importances: Mapping[str, float]) -> list[str]:
     if not importances:
         return []
     (first, share), *others = importances.items()
-    rest = "".join(f", {key} {own:.0%}" for key, own in others[:2])
+    rest = "".join(f", {key} {share:.0%}" for key, share in others[:2])
     return [f"  {first} explains {share:.0%} of the differences between jobs{rest} (fANOVA)"]
 
 
