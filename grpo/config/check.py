@@ -91,7 +91,7 @@ def check_known_keys(node: DictConfig, prefix: str = "") -> None:
         if known is not None and name not in known:
             if foreign := explain_foreign_name(key, str(node[name])):
                 raise foreign
-            near = [f"{prefix}{known_name}" for known_name in find_nearest(name, known)]
+            near = [prefix + nearest for nearest in find_nearest(name, known)]
             raise ConfigError(
                 f"{key}: no such key{format_suggestion(near)}",
                 key=key, value=node[name], nearest=near,
@@ -225,11 +225,8 @@ def check_wandb(cfg: DictConfig) -> None:
                 key="tracking.wandb.tags",
             )
     run_id = os.environ.get("WANDB_RUN_ID")
-    if (
-        run_id
-        and cfg.resume is None
-        and (run_id != run_id.strip() or set(run_id) & set(INVALID_IN_RUN_ID))
-    ):
+    is_wrong = run_id and (run_id != run_id.strip() or set(run_id) & set(INVALID_IN_RUN_ID))
+    if is_wrong and cfg.resume is None:
         raise ConfigError(
             f"WANDB_RUN_ID={run_id}: a run's id can't begin or end with a space, nor hold any of "
             f"{' '.join(INVALID_IN_RUN_ID)}"
