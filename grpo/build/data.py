@@ -168,10 +168,7 @@ def instantiate_reward(bound: functools.partial[Any], key: str) -> Any:
 
 
 def find_missing_options(function: Any, given: int = 1) -> list[str]:
-    """The parameters without a value that a key could give, beyond those given by position.
-
-    A reward is called with its samples, a class with nothing.
-    """
+    """Returns the required parameters that no key gives, beyond `given` positional ones."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature

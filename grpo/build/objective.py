@@ -115,7 +115,7 @@ def build_kl_term(cfg: DictConfig) -> KLTerm | None:
 
 
 def describe_kl(cfg: DictConfig) -> dict[str, Any] | None:
-    """The KL of a run by its keys; None where it has none."""
+    """Returns the keys of a run's KL; None if it has no KL."""
     if cfg.kl.estimator is None or cfg.kl_weight == 0:
         return None
     keys = ("estimator", "within", "target")
@@ -123,7 +123,7 @@ def describe_kl(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def format_kl(kl: Mapping[str, Any] | None) -> str:
-    """`describe_kl` in words."""
+    """Formats what `describe_kl` returns in words."""
     if kl is None:
         return "no KL"
     target = "" if kl["target"] is None else f", target {kl['target']:g}"

@@ -26,7 +26,7 @@ def find_nearest(word: str, choices: Iterable[str]) -> list[str]:
 
 
 def similarity(word: str, choice: str) -> float:
-    """Similarity from 0 to 1; below 0.6, names count as unrelated.
+    """Computes the similarity of two names, from 0 to 1; below 0.6, they count as unrelated.
 
     A key of another section counts a little less.
     """

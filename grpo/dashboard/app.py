@@ -154,7 +154,7 @@ class ReadOnlyApp:
 
 
 def is_trackio_reading(scope: Scope) -> bool:
-    """Whether a request asks one of Trackio's functions that read; its page asks them by POST."""
+    """Returns whether a request calls a reading function of Trackio's; its page uses POST."""
     called = str(scope["path"]).rpartition("/api/")[2]
     return scope["method"] == "POST" and called.startswith(TRACKIO_READING)
 

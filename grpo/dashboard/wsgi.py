@@ -44,7 +44,7 @@ class WSGIApp:
 
 
 def build_environ(request: Request) -> dict[str, Any]:
-    """What PEP 3333 asks for of a request without a body."""
+    """Builds the environment that PEP 3333 specifies, for a request without a body."""
     scope = request.scope
     root = str(scope.get("root_path", ""))
     host, port = scope.get("server") or ("localhost", 80)

@@ -151,15 +151,15 @@ def compute_reward(
 
 
 def find_right(samples: Sequence[Sample], *, leniently: bool = False) -> list[bool]:
-    """Which completions the data set's own verifier gives 1.
+    """Returns for each completion whether the data set's own verifier gives it 1.
 
-    One that it fails for is not counted as right, and the log says so.
+    If the verifier fails for a completion, it is not counted as right, and the log says so.
 
     Args:
-        leniently: it takes an answer wherever it stands, where it can.
+        leniently: an answer counts anywhere in the completion, if the data set can verify that.
 
     Raises:
-        RewardError: it raised.
+        RewardError: the verifier raised.
     """
     verdicts: list[float | Failure] = []
     for sample in samples:
@@ -191,7 +191,7 @@ def warn_failures(name: str, rows: Mapping[int, str], count: int) -> None:
 
 
 def explain_no_rewards(scores: Scores) -> str:
-    """What to say where no completion has any reward and none failed; empty where one has."""
+    """Says that no completion has a reward, and none failed; "" if one has."""
     if not scores.total_BG.isnan().all():
         return ""
     names = ", ".join(f"reward.{name}" for name in scores.parts)

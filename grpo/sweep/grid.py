@@ -80,11 +80,7 @@ def plan_grid(
     objectives: Mapping[str, str] | None,
     direction: str,
 ) -> SweepPlan:
-    """The jobs of a grid, each composed and checked; its arguments are `run_grid`'s.
-
-    Raises:
-        ConfigError: there is nothing to sweep, a job's config is wrong, or the folder is another's.
-    """
+    """Composes and checks the jobs of a grid. Its arguments are those of `run_grid`."""
     check_directions(objectives, direction)
     folder = launch.folder
     if (folder / STUDY).is_file():

@@ -133,7 +133,7 @@ class Launch:
         return config
 
     def compose_whole(self, job: Sequence[str]) -> DictConfig:
-        """As `compose`, unchecked, and with Hydra's part of it."""
+        """Composes a job's config with Hydra's section, and doesn't check it."""
         return self.context.config_loader.load_sweep_config(self.config, list(job))
 
     def run(self, jobs: Sequence[tuple[int, Sequence[str]]]) -> None:

@@ -51,11 +51,11 @@ def render_sweep_page(folder: Path) -> str:
 
 
 def explain_differences(importances: Mapping[str, float]) -> list[str]:
-    """A line that says which key the jobs' differences come from; none where it isn't known."""
+    """Returns a line on which key causes the jobs' differences; no line if that isn't known."""
     if not importances:
         return []
     (first, share), *others = importances.items()
-    rest = "".join(f", {key} {share:.0%}" for key, share in others[:2])
+    rest = "".join(f", {key} {other:.0%}" for key, other in others[:2])
     return [f"  {first} explains {share:.0%} of the differences between jobs{rest} (fANOVA)"]
 
 
