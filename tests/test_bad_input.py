@@ -59,6 +59,7 @@ CASES = {
     "unknown key of a group": (["dataset.digit=3"], "dataset.digit: no such key", "dataset.digits"),
     "unknown choice": (["model=tinny"], "model=tinny: no such choice", "tiny"),
     "no choice": (["tracking=null"], "tracking=null: no such choice", "tracking=none"),
+    "a part of choices": (["dataset=_base"], "dataset=_base: no such choice", "arithmetic"),
     "a number for a choice": (["kl=0.1"], "kl=0.1: no such choice", "kl_weight=0.1"),
     "a checkpoint never, by nothing": (
         ["checkpoint.every=null"],

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import fields
-from html import escape
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from grpo.config.schema import DoctorConfig
 from grpo.doctor import diagnoses

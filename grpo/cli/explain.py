@@ -113,6 +113,14 @@ def guess_source(group: str, choice: str) -> str:
     return f"; from the hub it is {group}=hub {group}.id={choice}."
 
 
+def check_choices(overrides: Sequence[str]) -> None:
+    """Refuses a file of a group that is a part of its choices: its name begins with _."""
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if value.startswith("_") and group in list_groups():
+            raise explain_unknown_choice(group, value, list_known_choices(group))
+
+
 def explain_several_values(override: str) -> ConfigError:
     """Says what a comma may mean: a run for each value, or all of them in one run."""
     key, _, value = override.partition("=")
@@ -242,17 +250,12 @@ def explain_wrong_choice(overrides: Sequence[str]) -> ConfigError:
     for override in overrides:
         group, _, value = override.partition("=")
         if group in list_groups() and not isinstance(yaml.safe_load(value), str | list):
-            known = list_known_choices(group)
-            meant = [key for key in vars(schema.Config) if key.startswith(f"{group}_")]
-            nothing = value in ("null", "~", "")
-            hint = (
-                f"; did you mean {group}=none?"
-                if nothing and "none" in known
-                else f"; did you mean {meant[0]}={value}?"
-                if meant and not nothing
-                else ""
-            )
-            return explain_unknown_choice(group, value, known, hint)
+            known, meant = list_known_choices(group), ""
+            if value in ("null", "~", ""):
+                meant = f"; did you mean {group}=none?" if "none" in known else ""
+            elif keys := [key for key in vars(schema.Config) if key.startswith(f"{group}_")]:
+                meant = f"; did you mean {keys[0]}={value}?"
+            return explain_unknown_choice(group, value, known, meant)
     return ConfigError("a group was given something that is no choice of it.")
 
 

@@ -26,7 +26,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.cli.composition import composed_once
 from grpo.cli.exits import command_errors, refuse
-from grpo.cli.explain import explain_hydra_error, explain_key_of_none, explain_wrong_choice
+from grpo.cli.explain import (
+    check_choices,
+    explain_hydra_error,
+    explain_key_of_none,
+    explain_wrong_choice,
+)
 from grpo.cli.help import format_help, format_version
 from grpo.cli.jobs import eval_job, prepare_process, train_job
 from grpo.cli.outcome import CURRENT, begin_outcome, json_output
@@ -88,6 +93,7 @@ def run_command(*, as_json: bool = False) -> None:
         if job == "train" and {"-m", "--multirun"} & set(overrides):
             CURRENT.command = "sweep"
         given, flags = split_arguments(overrides)
+        check_choices(given)
         sys.argv = ["grpo", *given, *flags]  # Hydra reads no override that follows a flag
         command = hydra.main(
             version_base="1.3", config_path=str(schema.find_conf_folder()), config_name=JOBS[job]
