@@ -212,12 +212,12 @@ CASES = {
     "an order that nothing tells": (
         ["curriculum.order=easy_first"],
         "curriculum.samples=0",
-        "finds out",
+        "set curriculum.samples=4",
     ),
     "a difficulty that nothing tells": (
         ["curriculum.at_most=0.5"],
         "curriculum.samples=0",
-        "finds out",
+        "set curriculum.samples=4",
     ),
     "shares the wrong way round": (
         ["curriculum.samples=2", "curriculum.at_least=0.9", "curriculum.at_most=0.1"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -268,3 +269,26 @@ def test_the_site_is_built_without_a_warning_and_has_every_public_name(tmp_path:
             r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)', html.read_text()
         )
         assert not fetched, html
+
+
+def list_messages() -> set[str]:
+    """Returns the package's texts, with … for each value in them."""
+    found: set[str] = set()
+    for file in (ROOT / "grpo").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                found.add("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_every_message_on_the_page_of_errors_is_one_of_the_packages() -> None:
+    page, messages = (DOCS / "reference/errors.md").read_text(), list_messages()
+    cells = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
+    assert len(cells) > 15
+    for cell in cells:
+        parts = re.split(r"; did you mean|…|\b[A-Z]+\b|[`=:]", cell)
+        for part in (part.strip() for part in parts):
+            assert len(part) < 8 or any(part in text for text in messages), f"{part} in {cell}"

@@ -270,8 +270,8 @@ def check_curriculum(cfg: DictConfig) -> None:
     asks = curriculum.order in ("easy_first", "hard_first") or (low, high) != (0, 1)
     if asks and not curriculum.samples:
         raise ConfigError(
-            f"curriculum.samples=0: order={curriculum.order} at_least={low} at_most={high} ask how "
-            f"hard each prompt is; curriculum.samples=4 finds out."
+            f"curriculum.samples=0: order={curriculum.order} at_least={low} at_most={high} need "
+            f"to know how hard each prompt is; set curriculum.samples=4."
         )
     if curriculum.order != "shuffled" and "sets" in cfg.dataset:
         raise ConfigError(
