@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from grpo.rewards import Code
+from grpo.rewards.code_tests import read_tests
 from tests.test_reward_code import ADD, ADD_TESTS, build_raw_sample, build_sample
 
 CHECKS_NOTHING = {
@@ -153,3 +158,24 @@ def test_asserts_and_their_program_have_their_own_compiler_flags() -> None:
     program = "def f(x: int): pass"
     assert Code()([build_sample(program, "assert f.__annotations__ == {'x': int}")]) == [1.0]
     assert Code()([build_sample(program, "def g(x: y): pass\nassert g(1) is f(1)")]) == [0.0]
+
+
+def test_one_thread_at_a_time_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once can make CPython 3.11's parser raise SystemError, about once in 200 times."""
+    inside, most = 0, 0
+    parse = ast.parse
+
+    def count_threads(*arguments: Any, **options: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.001)
+        tree = parse(*arguments, **options)
+        inside -= 1
+        return tree
+
+    monkeypatch.setattr(ast, "parse", count_threads)
+    columns = ["assert f() == 1", {"input": "(1, 2)", "output": "('a',)"}] * 20
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read_tests, columns))
+    assert most == 1

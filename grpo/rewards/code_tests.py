@@ -7,12 +7,14 @@ import builtins
 import json
 import math
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from grpo.rewards.statements import can_fail, is_check, is_test
 
+PARSER = threading.Lock()  # used by two threads, CPython 3.11's can raise SystemError
 PARSE_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 
@@ -78,7 +80,8 @@ def parse_literal(text: str) -> Any:
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         try:
-            value = ast.literal_eval(text.strip())
+            with PARSER:
+                value = ast.literal_eval(text.strip())
         except PARSE_ERRORS:
             return text
         return value if isinstance(value, list | tuple | dict) else text
@@ -157,13 +160,13 @@ def read_asserts(tests: Sequence[str], text_is_test: bool) -> PythonTests:
         InvalidTests: a text is not Python, or nothing in the tests can fail.
     """
     try:
-        modules = [ast.parse(text).body for text in tests]
+        modules = [parse_python(text) for text in tests]
         body = [statement for module in modules for statement in module]
         found = list(write_test_calls(body))
         body = [statement for statement in body if not runs_unittest(statement)]
         if not text_is_test:
             modules = [[statement] for statement in body]
-        modules += [ast.parse(text).body for text in found]
+        modules += [parse_python(text) for text in found]
         everything = [statement for module in modules for statement in module]
         if not any(map(can_fail, drop_unused(everything))):
             raise InvalidTests("checks nothing: there is no assert, or none that can fail")
@@ -175,6 +178,11 @@ def read_asserts(tests: Sequence[str], text_is_test: bool) -> PythonTests:
         )
     except PARSE_ERRORS as error:
         raise InvalidTests(f"is not Python ({type(error).__name__}: {error})") from error
+
+
+def parse_python(text: str) -> list[ast.stmt]:
+    with PARSER:
+        return ast.parse(text).body
 
 
 def find_reserved_names(body: Sequence[ast.stmt]) -> tuple[str, ...]:
