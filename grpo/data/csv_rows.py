@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo.data.cells import FloatShortener
+from grpo.data.file_errors import file_error
 from grpo.data.rows import ROWS_PER_CHUNK, TableRows
-from grpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from _csv import Reader
@@ -37,16 +37,10 @@ def read_csv(file: Path) -> TableRows:
             schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
             batches = list(make_batches(read_records(reader, names, file), schema))
     except csv.Error as error:
-        raise ConfigError(
-            f"dataset.path={file}: line {reader.line_num}: {error}.", key="dataset.path", value=file
-        ) from error
+        raise file_error(file, f"line {reader.line_num}: {error}.") from error
     except UnicodeDecodeError as error:
         number = find_undecodable_line(file)
-        raise ConfigError(
-            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason}).",
-            key="dataset.path",
-            value=file,
-        ) from error
+        raise file_error(file, f"line {number} is not UTF-8 text ({error.reason}).") from error
     finally:
         csv.field_size_limit(limit)
     return TableRows(pyarrow.Table.from_batches(batches, schema), FloatShortener({}))
@@ -55,11 +49,7 @@ def read_csv(file: Path) -> TableRows:
 def check_names(names: Sequence[str], file: Path) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(
-                f"dataset.path={file}: its first line names {name!r} twice.",
-                key="dataset.path",
-                value=file,
-            )
+            raise file_error(file, f"its first line names {name!r} twice.")
 
 
 def read_records(reader: Reader, names: Sequence[str], file: Path) -> Iterator[list[str]]:
@@ -68,11 +58,10 @@ def read_records(reader: Reader, names: Sequence[str], file: Path) -> Iterator[l
         if len(row) == len(names):
             yield row
         elif row:
-            raise ConfigError(
-                f"dataset.path={file}: line {reader.line_num} has {len(row)} cells, where the "
+            raise file_error(
+                file,
+                f"line {reader.line_num} has {len(row)} cells, where the "
                 f"first line names {len(names)} columns: {', '.join(names)}.",
-                key="dataset.path",
-                value=file,
             )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from grpo.data.cells import FloatShortener, Row
 from grpo.data.csv_rows import read_csv
+from grpo.data.file_errors import file_error
 from grpo.data.json_rows import read_json
 from grpo.data.rows import MAX_EAGER_ROWS, JoinedRows, JsonlRows, Rows, TableRows
-from grpo.errors import ConfigError
 
 SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5,})(-of-(?P<all>\d+))?(-[0-9a-f]{16})?")
 
@@ -39,21 +39,15 @@ def read_files(files: Sequence[Path]) -> Sequence[Row]:
     parts = [choose_reader(file)(file) for file in files]
     rows = parts[0] if len(parts) == 1 else JoinedRows(parts)
     if not rows:
-        raise ConfigError(
-            f"dataset.path={files[0]}: the file has no rows.", key="dataset.path", value=files[0]
-        )
+        raise file_error(files[0], "the file has no rows.")
     return rows if len(rows) > MAX_EAGER_ROWS else list(rows)
 
 
 def choose_reader(file: Path) -> Callable[[Path], Rows]:
     if not file.is_file():
-        raise ConfigError(
-            f"dataset.path={file}: there is no such file.", key="dataset.path", value=file
-        )
+        raise file_error(file, "there is no such file.")
     if file.suffix.lower() not in READERS:
-        raise ConfigError(
-            f"dataset.path={file}: use a {FILE_KINDS} file.", key="dataset.path", value=file
-        )
+        raise file_error(file, f"use a {FILE_KINDS} file.")
     return READERS[file.suffix.lower()]
 
 
@@ -64,9 +58,7 @@ def read_parquet(file: Path) -> Rows:
     try:
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(
-            f"dataset.path={file}: not a parquet file ({error}).", key="dataset.path", value=file
-        ) from error
+        raise file_error(file, f"not a parquet file ({error}).") from error
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
     return TableRows(table, FloatShortener(types))
 
@@ -91,15 +83,12 @@ def find_split_files(folder: Path, split: str) -> list[Path]:
     """
     splits = group_by_split(folder)
     if not splits:
-        raise ConfigError(
-            f"dataset.path={folder}: holds no {FILE_KINDS} file.", key="dataset.path", value=folder
-        )
+        raise file_error(folder, f"holds no {FILE_KINDS} file.")
     if split not in splits:
-        raise ConfigError(
-            f"dataset.path={folder}: holds no split {split}, for example {split}.jsonl; it has "
+        raise file_error(
+            folder,
+            f"holds no split {split}, for example {split}.jsonl; it has "
             f"{', '.join(sorted(splits))}.",
-            key="dataset.path",
-            value=folder,
         )
     kinds = list(READERS)
     of_kind = min((file.suffix.lower() for file in splits[split]), key=kinds.index)
@@ -143,17 +132,15 @@ def check_shards(folder: Path, split: str, files: Sequence[Path]) -> None:
     wanted = {int(shard["all"]) for shard in shards}
     found = {int(shard["number"]) for shard in shards}
     if len(wanted) > 1:
-        raise ConfigError(
-            f"dataset.path={folder}: holds shards of {split} that belong to different sets of "
+        raise file_error(
+            folder,
+            f"holds shards of {split} that belong to different sets of "
             f"files: of {' and of '.join(map(str, sorted(wanted)))}.",
-            key="dataset.path",
-            value=folder,
         )
     for total in wanted:
         if missing := sorted(set(range(total)) - found):
-            raise ConfigError(
-                f"dataset.path={folder}: of the {total} shards of {split}, number {missing[0]} is "
+            raise file_error(
+                folder,
+                f"of the {total} shards of {split}, number {missing[0]} is "
                 f"missing (they count from 0).",
-                key="dataset.path",
-                value=folder,
             )

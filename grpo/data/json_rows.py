@@ -8,8 +8,8 @@ from array import array
 from pathlib import Path
 
 from grpo.data.cells import Row
+from grpo.data.file_errors import file_error, json_error
 from grpo.data.rows import JsonlRows, Rows
-from grpo.errors import ConfigError
 
 BLANKS = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
@@ -23,55 +23,29 @@ def read_json(file: Path) -> Rows:
     """
     try:
         return find_rows(file.read_bytes().decode("utf-8-sig"), file)
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason}).",
-            key="dataset.path",
-            value=file,
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"dataset.path={file}: line {error.lineno} is not JSON ({error.msg}).",
-            key="dataset.path",
-            value=file,
-        ) from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of nested brackets
-        raise ConfigError(
-            f"dataset.path={file}: {error}.", key="dataset.path", value=file
-        ) from error
+        raise json_error(error, file) from error
 
 
 def find_rows(text: str, file: Path) -> Rows:
     start = skip_blanks(text, 0)
     if start == len(text):
-        raise ConfigError(
-            f"dataset.path={file}: the file has no rows.", key="dataset.path", value=file
-        )
+        raise file_error(file, "the file has no rows.")
     if text[start] == "[":
         found, end = find_objects(text, start)
         check_end(text, end)
         if found is None:
-            raise ConfigError(
-                f"dataset.path={file}: the items of its list must all be objects.",
-                key="dataset.path",
-                value=file,
-            )
+            raise file_error(file, "the items of its list must all be objects.")
         return JsonRows(text, found)
     if text[start] != "{":
         DECODER.raw_decode(text, start)  # raises with the position if it is not JSON
-        raise ConfigError(
-            f"dataset.path={file}: should hold a list of objects.", key="dataset.path", value=file
-        )
+        raise file_error(file, "should hold a list of objects.")
     lists, end = find_lists(text, start)
     if skip_blanks(text, end) != len(text):
         return JsonlRows(file)  # one object per line, although the file is named .json
     if len(lists) != 1:
-        raise ConfigError(
-            f"dataset.path={file}: should hold one list of objects, but has "
-            f"{' and '.join(lists) or 'none'}.",
-            key="dataset.path",
-            value=file,
+        raise file_error(
+            file, f"should hold one list of objects, but has {' and '.join(lists) or 'none'}."
         )
     return JsonRows(text, next(iter(lists.values())))
 

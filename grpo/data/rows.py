@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 from grpo.data.cells import FloatShortener, Row
-from grpo.errors import ConfigError
+from grpo.data.file_errors import file_error, json_error
 from grpo.types import Example
 
 if TYPE_CHECKING:
@@ -106,28 +106,10 @@ def parse_line(line: bytes, number: int, file: Path) -> Row:
     """
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"dataset.path={file}: line {number} is not UTF-8 text ({error.reason}).",
-            key="dataset.path",
-            value=file,
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"dataset.path={file}: line {number} is not JSON ({error.msg}).",
-            key="dataset.path",
-            value=file,
-        ) from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of nested brackets
-        raise ConfigError(
-            f"dataset.path={file}: line {number}: {error}.", key="dataset.path", value=file
-        ) from error
+        raise json_error(error, file, number) from error
     if not isinstance(row, dict):
-        raise ConfigError(
-            f"dataset.path={file}: line {number} is not a JSON object.",
-            key="dataset.path",
-            value=file,
-        )
+        raise file_error(file, f"line {number} is not a JSON object.")
     return row
 
 
