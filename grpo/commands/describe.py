@@ -19,14 +19,14 @@ from grpo.runs.folder import find_newest_checkpoint
 from grpo.runs.resume import read_recorded_overrides
 from grpo.sweep.folder import (
     RECORD,
-    JobState,
+    Record,
     StudyFile,
     infer_status,
     read_job_states,
     read_json_file,
     require_record,
 )
-from grpo.sweep.objectives import read_final_values
+from grpo.sweep.objectives import read_job_values
 
 SUMMARY_KEYS = (
     "steps", "total_steps", "objective", "first_evaluation", "last_evaluation", "wall_seconds",
@@ -108,8 +108,17 @@ def summarize_evaluation(evaluation: EvaluationFolder) -> dict[str, Any]:
 def summarize_sweep(sweep: SweepFolder) -> dict[str, Any]:
     """Describes a sweep by its counts and its best job."""
     objectives = read_objectives(sweep.folder)
-    record = require_record(sweep.folder)
-    values = {job.number: read_values(job, objectives) for job in sweep.jobs}
+    values = {job.number: read_job_values(job, objectives) for job in sweep.jobs}
+    return describe_progress(sweep, require_record(sweep.folder), objectives, values)
+
+
+def describe_progress(
+    sweep: SweepFolder,
+    record: Record,
+    objectives: Mapping[str, str],
+    values: Mapping[int, Mapping[str, float | None]],
+) -> dict[str, Any]:
+    """Describes a sweep by its counts and its best job. values: of each job, by its number."""
     metric = next(iter(objectives), None)
     reached = {
         number: value
@@ -154,27 +163,18 @@ def read_objectives(sweep: Path) -> dict[str, str]:
     return dict(study.objectives if study else require_record(sweep).objectives)
 
 
-def read_values(job: JobState, objectives: Mapping[str, str]) -> dict[str, float | None]:
-    """Reads a job's final value of each metric; None if the job isn't finished."""
-    if job.status != FINISHED:
-        return dict.fromkeys(objectives)
-    return {
-        metric: next(iter(read_final_values(job.folder, [metric])[0]), None)
-        for metric in objectives
-    }
-
-
 def describe_sweep(folder: Path) -> dict[str, Any]:
     """Describes a sweep with its jobs, ranking and conclusion; returns {} if there is none."""
     if not (folder / RECORD).is_file():
         return {}
     sweep = SweepFolder(folder, list(read_job_states(folder)))
     objectives, record = read_objectives(folder), require_record(folder)
-    found = summarize_sweep(sweep)
+    values = {job.number: read_job_values(job, objectives) for job in sweep.jobs}
+    found = describe_progress(sweep, record, objectives, values)
     found["jobs"] = [
         {
             "number": job.number, "folder": str(job.folder), "status": job.status,
-            "overrides": record.jobs[job.number], "objective": read_values(job, objectives),
+            "overrides": record.jobs[job.number], "objective": values[job.number],
             "error": job.reason or None,
         }
         for job in sweep.jobs

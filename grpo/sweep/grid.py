@@ -10,7 +10,6 @@ from hydra.errors import HydraException
 
 from grpo.config.validation import check_writable
 from grpo.errors import ConfigError
-from grpo.runs.files import FINISHED
 from grpo.runs.lock import locked
 from grpo.sweep.folder import (
     STUDY,
@@ -24,7 +23,7 @@ from grpo.sweep.folder import (
     read_record,
 )
 from grpo.sweep.launch import Launch, SweepPlan, combine_overrides
-from grpo.sweep.objectives import check_directions, read_final_values, resolve_objectives
+from grpo.sweep.objectives import check_directions, read_job_values, resolve_objectives
 
 
 def run_grid(
@@ -52,8 +51,7 @@ def run_grid(
     metric, way = next(iter(compared.items()))
 
     def value_of(job: JobState) -> float | None:
-        values, _ = read_final_values(job.folder, [metric])
-        return values[0] if values and job.status == FINISHED else None
+        return read_job_values(job, [metric])[metric]
 
     check_writable(folder, "sweep_dir")
     with locked(folder):

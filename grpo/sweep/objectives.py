@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 
 from grpo.config.check import check_metric
 from grpo.errors import ConfigError
-from grpo.runs.files import read_summary
+from grpo.runs.files import FINISHED, read_summary
 from grpo.runs.jsonl import read_lines
+from grpo.sweep.folder import JobState
 
 DIRECTIONS = ("maximize", "minimize")
 
@@ -75,14 +76,24 @@ def resolve_objectives(
     return found
 
 
+def read_job_values(job: JobState, metrics: Iterable[str]) -> dict[str, float | None]:
+    """Returns the last value of each metric; None for one without, and all if it isn't finished."""
+    last = read_last_values(job.folder) if job.status == FINISHED else {}
+    return {m: None if last.get(m) is None else float(last[m]) for m in metrics}
+
+
+def read_last_values(job: Path) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    for line in read_lines(job / "metrics.jsonl"):
+        last |= line
+    return last | ((read_summary(job) or {}).get("last_evaluation") or {})
+
+
 def read_final_values(job: Path, objectives: Sequence[str]) -> tuple[list[float], str]:
     """Returns the last logged value of each metric, and the name of one without a value, or "".
 
     A last value that is not finite is null in the files and counts as missing.
     """
-    last: dict[str, Any] = {}
-    for line in read_lines(job / "metrics.jsonl"):
-        last |= line
-    last |= (read_summary(job) or {}).get("last_evaluation") or {}
+    last = read_last_values(job)
     missing = next((metric for metric in objectives if last.get(metric) is None), "")
     return [float(last[m]) for m in objectives if last.get(m) is not None], missing

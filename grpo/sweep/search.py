@@ -36,7 +36,7 @@ from grpo.sweep.folder import (
     read_record,
 )
 from grpo.sweep.launch import Launch, SweepPlan
-from grpo.sweep.objectives import read_final_values
+from grpo.sweep.objectives import read_final_values, read_job_values
 from grpo.sweep.open_study import exclusive, open_study
 from grpo.sweep.space import Space, format_override, list_combinations
 from grpo.sweep.study import (
@@ -131,8 +131,8 @@ class Search:
 
     def read_objective(self, job: JobState) -> float | None:
         """Returns the first objective of a finished job, or None."""
-        values, _ = read_final_values(job.folder, self.objectives[:1])
-        return values[0] if values and job.status == FINISHED else None
+        metric = self.objectives[0]
+        return read_job_values(job, [metric])[metric]
 
     @property
     def total(self) -> int:
