@@ -26,36 +26,23 @@ from grpo.sweep.launch import Launch, SweepPlan, combine_overrides
 from grpo.sweep.objectives import check_directions, read_job_values, resolve_objectives
 
 
-def run_grid(
-    launch: Launch,
-    params: Mapping[str, object],
-    arguments: Sequence[str],
-    objectives: Mapping[str, str] | None,
-    direction: str,
-) -> SweepResult:
+def run_grid(plan: SweepPlan) -> SweepResult:
     """Runs the jobs of a grid that are left to do.
 
-    Args:
-        params: values to sweep, from a file in conf/sweep/; the arguments win over them.
-        arguments: the overrides of the command line.
-        objectives: metrics to compare jobs by, with their directions; None: config.objective.
-        direction: of config.objective.
-
     Raises:
-        ConfigError: there is nothing to sweep, a job's config is wrong, or the folder holds
-            another sweep.
+        ConfigError: the folder can't be written, or another process is using it.
         RunError: no job could be started.
     """
-    plan = plan_grid(launch, params, arguments, objectives, direction)
-    folder, jobs, compared = launch.folder, plan.examples, plan.objectives
-    metric, way = next(iter(compared.items()))
+    launch, jobs = plan.launch, plan.examples
+    folder = launch.folder
+    metric, way = next(iter(plan.objectives.items()))
 
     def value_of(job: JobState) -> float | None:
         return read_job_values(job, [metric])[metric]
 
     check_writable(folder, "sweep_dir")
     with locked(folder):
-        Record(launch.arguments, launch.config_dir, jobs, compared).write(folder)
+        Record(launch.arguments, launch.config_dir, jobs, plan.objectives).write(folder)
         before = list(read_job_states(folder))
         counts = count_by_status(job.status for job in before)
         print(f"sweep of {len(jobs)} jobs in {folder}: {counts}", flush=True)
@@ -78,7 +65,18 @@ def plan_grid(
     objectives: Mapping[str, str] | None,
     direction: str,
 ) -> SweepPlan:
-    """Composes and checks the jobs of a grid. Its arguments are those of `run_grid`."""
+    """Composes and checks the jobs of a grid.
+
+    Args:
+        params: values to sweep, from a file in conf/sweep/; the arguments win over them.
+        arguments: the overrides of the command line.
+        objectives: metrics to compare jobs by, with their directions; None: config.objective.
+        direction: of config.objective.
+
+    Raises:
+        ConfigError: there is nothing to sweep, a job's config is wrong, or the folder holds
+            another sweep.
+    """
     check_directions(objectives, direction)
     folder = launch.folder
     if (folder / STUDY).is_file():

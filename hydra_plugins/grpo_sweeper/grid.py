@@ -35,14 +35,14 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         from grpo.sweep.grid import run_grid
 
-        result = run_grid(self.launch, self.params, arguments, self.objectives, self.direction)
+        result = run_grid(self.plan(arguments))
 
         from grpo.commands.report import report_sweep_end  # late: it imports Plotly
 
         report_sweep_end(result)
 
     def plan(self, arguments: list[str]) -> SweepPlan:
-        """Returns what `sweep` would run, for `grpo check -m`."""
+        """Returns what `sweep` runs, also for `grpo check -m`."""
         from grpo.sweep.grid import plan_grid
 
         return plan_grid(self.launch, self.params, arguments, self.objectives, self.direction)
