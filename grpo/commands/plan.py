@@ -181,12 +181,7 @@ def estimate_least_gb(
     Raises:
         ConfigError: they take more than may be used.
     """
-    from grpo.memory.estimate import (
-        LIBRARIES_GB,
-        OPTIMIZER_BYTES,
-        USABLE_SHARE,
-        get_total_memory,
-    )
+    from grpo.memory.estimate import LIBRARIES_GB, OPTIMIZER_BYTES, get_usable_memory
 
     if parameters is None or cfg.adapter is not None:
         return None
@@ -195,7 +190,7 @@ def estimate_least_gb(
     reference = (2 if rounded else 4) * with_reference
     each = 4 + 4 + OPTIMIZER_BYTES[cfg.optim.name] + reference
     least = LIBRARIES_GB[kind] + parameters * each / 1e9
-    usable = cfg.device.memory_gb or USABLE_SHARE[kind] * get_total_memory(device.torch_device)
+    usable = get_usable_memory(device.torch_device, cfg.device.memory_gb)
     if least > usable and cfg.device.token_budget is None:
         raise ConfigError(
             f"device.memory_gb={cfg.device.memory_gb or 'null'}: libraries, weights, gradients and "

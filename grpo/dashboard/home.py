@@ -28,7 +28,7 @@ def render_home(
     if any(status == RUNNING for status in list_statuses(outputs)):
         page.seconds_to_reload = SECONDS_BETWEEN_LOADS
 
-    def locate(folder: Path) -> str:
+    def format_place(folder: Path) -> str:
         return str(folder.relative_to(root))
 
     return page.render(
@@ -39,19 +39,24 @@ def render_home(
         errors=outputs.errors,
         sweeps=[
             {
-                "place": locate(sweep.folder),
+                "place": format_place(sweep.folder),
                 "counts": count_by_status(job.status for job in sweep.jobs),
                 "error": unreadable.get(sweep.folder),
                 "study": studies.get(sweep.folder),
                 "jobs": [
-                    (job.number, locate(job.folder)) for job in sweep.jobs if job.status != "none"
+                    (job.number, format_place(job.folder))
+                    for job in sweep.jobs
+                    if job.status != "none"
                 ],
             }
             for sweep in outputs.sweeps
         ],
-        runs=[{"place": locate(run.folder), "cells": list_run_cells(run)} for run in outputs.runs],
+        runs=[
+            {"place": format_place(run.folder), "cells": list_run_cells(run)}
+            for run in outputs.runs
+        ],
         evaluations=[
-            [locate(evaluation.folder), *list_evaluation_cells(evaluation)]
+            [format_place(evaluation.folder), *list_evaluation_cells(evaluation)]
             for evaluation in outputs.evaluations
         ],
     )

@@ -176,6 +176,11 @@ def get_total_memory(device: torch.device) -> float:
     return min(limits) / 1e9
 
 
+def get_usable_memory(device: torch.device, limit: float | None) -> float:
+    """Returns the GB that a run may use. limit: device.memory_gb; None: a share of the total."""
+    return USABLE_SHARE[device.type] * get_total_memory(device) if limit is None else limit
+
+
 def choose_budget(
     device: torch.device,
     memory: float | None,
@@ -195,7 +200,7 @@ def choose_budget(
     Raises:
         ConfigError: not even one completion fits, and `tokens` is None.
     """
-    usable = USABLE_SHARE[device.type] * get_total_memory(device) if memory is None else memory
+    usable = get_usable_memory(device, memory)
     base = LIBRARIES_GB[device.type] + memory_needs.training_gb
     needed = base + memory_needs.token_bytes * longest / 1e9
     if tokens is None and usable < needed:
