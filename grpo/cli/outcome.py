@@ -17,6 +17,7 @@ from typing import Any
 
 from grpo.config.secrets import redact
 from grpo.errors import ConfigError
+from grpo.runs.jsonl import is_nonfinite
 
 SCHEMA = 1  # increased if a field is renamed or removed, or changes its meaning
 STATUSES = {0: "done", 1: "failed", 2: "refused", 130: "interrupted"}
@@ -111,6 +112,6 @@ def convert_to_json(value: Any) -> Any:
         return {str(key): convert_to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [convert_to_json(item) for item in value]
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    return value if value is None or isinstance(value, bool | int) else redact(str(value))
+    if value is None or is_nonfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float) else redact(str(value))
