@@ -172,7 +172,7 @@ def test_a_run_is_not_written_over(smoke: tuple[Path, str], grpo: Grpo) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     code, printed = grpo("experiment=smoke", f"hydra.run.dir={run}")
     assert code == 2
-    assert f"resume={run} goes on with it" in printed
+    assert f"resume={run} continues it" in printed
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

@@ -54,7 +54,7 @@ def test_every_extra_that_is_named_brings_its_package() -> None:
 
 @pytest.mark.slow
 def test_a_run_imports_nothing_that_an_extra_brings(tmp_path: Path) -> None:
-    """The packages of extras are hidden; a run with its report, and a sweep, go on without them."""
+    """The packages of extras are hidden; a run with its report, and a sweep, work without them."""
     hidden = (
         "reasoning_gym pebble math_verify trackio optuna_dashboard starlette uvicorn gguf cmaes"
     )

@@ -14,8 +14,8 @@ grpo: train a language model by group-relative policy optimization (GRPO)
   grpo [overrides]                        train
   grpo -m kl_weight=0,0.02 seed=0,1,2     train once for each combination
   grpo eval checkpoint=DIR [overrides]    evaluate a run or a model
-  grpo resume=DIR                         go on with a run
-  grpo -m sweep_dir=DIR                   go on with a sweep
+  grpo resume=DIR                         resume a run
+  grpo -m sweep_dir=DIR                   resume a sweep
   grpo check [overrides]                  what a run or sweep (-m) would do, or why not
   grpo runs [FOLDER]                      what is in outputs/, and what to do next with each
   grpo report DIR…                        the page of a run, of runs side by side, or of a sweep
@@ -32,7 +32,7 @@ grpo: train a language model by group-relative policy optimization (GRPO)
   --hydra-help            Hydra's own flags; shell completion: eval "$(grpo -sc install=bash)"
 
 Exit codes: 0 done, 1 failed (what was done is saved), 2 refused (nothing was started),
-130 interrupted (saved; can go on)
+130 interrupted (saved; can be resumed)
 """
 
 

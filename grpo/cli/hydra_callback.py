@@ -70,7 +70,7 @@ class CheckBeforeRun(Callback):
 
 @contextmanager
 def callback_errors() -> Iterator[None]:
-    """Ends the process at any error: after one in a callback, Hydra only warns and goes on."""
+    """Ends the process at any error: after one in a callback, Hydra only warns and continues."""
     try:
         yield
     except ConfigError as error:
@@ -95,7 +95,7 @@ def check_sweep(config: DictConfig) -> None:
         )
     if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
         raise ConfigError(
-            "hydra/sweeper=basic: has no report and can't go on after a kill; leave it out for "
+            "hydra/sweeper=basic: has no report and no resume after a kill; leave it out for "
             "grid, which takes the same overrides.",
             key="hydra/sweeper",
             value="basic",

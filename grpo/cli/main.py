@@ -49,7 +49,7 @@ JOBS_WITHOUT_CONFIG = {  # jobs that read what a run left
     "dashboard": "grpo.commands.dashboard",
     "runs": "grpo.commands.runs",
 }
-JOBS_WITHOUT_JSON = ("chat", "dashboard")  # which go on until they are ended
+JOBS_WITHOUT_JSON = ("chat", "dashboard")  # which run until they are ended
 JSON_FLAG = "--json"
 
 

@@ -62,5 +62,5 @@ def report_sweep_end(end: SweepResult) -> None:
         lines = "\n".join(f"  {job}; in {job.folder}" for job in end.unsuccessful)
         raise RunError(
             f"{len(end.unsuccessful)} of {len(end.jobs)} jobs did not end well:\n{lines}\n"
-            f"  go on with what is left: grpo -m sweep_dir={end.folder}"
+            f"  to run what is left: grpo -m sweep_dir={end.folder}"
         )

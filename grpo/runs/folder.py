@@ -119,7 +119,7 @@ def check_run_folder(
     if resume is None:
         if (run / "metrics.jsonl").exists():
             raise ConfigError(
-                f"hydra.run.dir={run}: holds a run already; resume={run} goes on with it.",
+                f"hydra.run.dir={run}: holds a run already; resume={run} continues it.",
                 key="hydra.run.dir",
                 value=run,
             )

@@ -37,13 +37,13 @@ def find_resumable_run(resume: str) -> Path:
     owner = find_run(run)
     if owner is not None and owner.resolve() != run.resolve():
         raise ConfigError(
-            f"resume={resume}: give the run, {owner}; it goes on from its newest checkpoint.",
+            f"resume={resume}: give the run, {owner}; it is resumed from its newest checkpoint.",
             key="resume",
             value=resume,
         )
     if find_newest_checkpoint(run) is None:
         raise ConfigError(
-            f"resume={resume}: has no checkpoint to go on from.", key="resume", value=resume
+            f"resume={resume}: has no checkpoint to resume from.", key="resume", value=resume
         )
     with locked(run):
         return run

@@ -91,7 +91,7 @@ class Summary:
         folder = make_relative(self.folder)
         lines.append(f"  in {folder}: report.html, metrics.jsonl, completions.jsonl, summary.json")
         if content["status"] == "interrupted":
-            lines.append(f"  go on:    grpo resume={folder}")
+            lines.append(f"  resume:   grpo resume={folder}")
         else:
             lines.append(f"  model:    {folder}/checkpoints/latest/model")
             lines.append(f"  evaluate: grpo eval checkpoint={folder} eval.samples=16")

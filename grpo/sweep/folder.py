@@ -157,7 +157,7 @@ def number_jobs(
     if unwanted:
         raise ConfigError(
             f"sweep_dir={sweep}: holds another sweep, with the job {' '.join(unwanted[0])}; keep "
-            f"its values to go on with it, or give another sweep_dir.",
+            f"its values to resume it, or give another sweep_dir.",
             key="sweep_dir",
             value=sweep,
         )

@@ -52,7 +52,7 @@ def run_grid(plan: SweepPlan) -> SweepResult:
             with viewed(folder, len(before), value_of, way == "minimize"):
                 launch.run([(job.number, jobs[job.number]) for job in before if not job.ended])
         except (KeyboardInterrupt, SystemExit):
-            print(f"sweep stopped; go on: grpo -m sweep_dir={folder}", flush=True)
+            print(f"sweep stopped; to resume: grpo -m sweep_dir={folder}", flush=True)
             raise
         after = list(read_job_states(folder))
     return SweepResult(folder, after, [job for job in after if not job.ended])

@@ -113,7 +113,7 @@ class Search:
                     pass
             answer = self.format_best()
         except (KeyboardInterrupt, SystemExit):
-            print(f"search stopped; go on: grpo -m sweep_dir={self.folder}", flush=True)
+            print(f"search stopped; to resume: grpo -m sweep_dir={self.folder}", flush=True)
             raise
         except DATABASE_ERRORS as error:
             raise RunError(
@@ -251,7 +251,7 @@ class Search:
         return claims / str(number)
 
     def tell(self, job: JobState) -> None:
-        """Tells the study how a job ended; the trial of a job that can go on stays open."""
+        """Tells the study how a job ended; the trial of a job that can be resumed stays open."""
         if job.status == "pruned":
             self.study.tell(job.number, state=TrialState.PRUNED)
         elif job.status == FINISHED:

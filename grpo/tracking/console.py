@@ -110,8 +110,8 @@ def draw_charts(history: Mapping[str, list[float]], width: int) -> list[Text]:
 
 def format_evaluation(metrics: Metrics) -> str:
     return (
-        f"accuracy {metrics['eval/accuracy']:.1%} greedy, "
-        f"{metrics['eval/sampled_accuracy']:.1%} sampled, {metrics['eval/pass_at_k']:.1%} pass@k"
+        f"accuracy {metrics['eval/sampled_accuracy']:.1%} sampled, "
+        f"{metrics['eval/pass_at_k']:.1%} pass@k, {metrics['eval/accuracy']:.1%} greedy"
     )
 
 

@@ -24,7 +24,7 @@ class RunInfo:
     folder: Path
     config: Mapping[str, Any]
     group: str | None  # the sweep this run is a job of
-    first_step: int  # 0, or the step that a resumed run goes on from
+    first_step: int  # 0, or the step that a resumed run continues from
     logged_step: int  # the last step whose metrics are kept; -1 for a new run
     total_steps: int
     commit: str | None  # of the code, if it runs from a checkout

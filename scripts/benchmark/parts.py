@@ -297,5 +297,4 @@ PARTS = {
 
 if __name__ == "__main__":
     part, work, name, out = sys.argv[1:]
-    setting = SETTINGS[name]
-    Path(out).write_text(json.dumps(PARTS[part](setting, Path(work))))
+    Path(out).write_text(json.dumps(PARTS[part](SETTINGS[name], Path(work))))

@@ -29,7 +29,7 @@ def read_keys(file: Path, prefix: str) -> list[Key]:
     keys: list[Key] = []
     path: list[tuple[int, str]] = []  # the keys around a line, with their indents
     before: list[str] = []  # comment lines that come before a key
-    column = -1  # of the comment beside the last key: one right below goes on with it
+    column = -1  # of the comment beside the last key: one right below continues it
     content, skipped = yaml.safe_load(file.read_text()) or {}, False
     for line in file.read_text().splitlines():
         comment = COMMENT.search(line)

@@ -25,7 +25,7 @@ SHORT = (
     "experiment=smoke", "tracking=none", "dataset.eval_slice=:8", "eval.samples=2", "max_steps=3",
     "device.kind=cpu", "device.precision=fp32",
 )  # fmt: skip
-RUNS: dict[str, list[tuple[str, ...]]] = {  # each command goes on in the folder of the one before
+RUNS: dict[str, list[tuple[str, ...]]] = {  # each command resumes in the folder of the one before
     "default": [SHORT],
     "lora": [(*SHORT, "adapter=lora", "learning_rate=1e-3", "sampling.top_p=0.9")],
     "full": [(*SHORT, "kl=full", "kl_weight=0.05", "algorithm.minibatches=2")],
