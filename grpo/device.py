@@ -8,6 +8,7 @@ import resource
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -61,6 +62,16 @@ class Device:
         precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
         threads = torch.get_num_threads()
         return f"{name}, {threads} thread{'' if threads == 1 else 's'}, {precision}"
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Returns whether the CPU has instructions for products in bf16 (AVX512-BF16 or AMX).
+
+    With them such products are about twice as fast as in fp32; without them they are slower.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def reset_peak_memory(kind: str) -> None:

@@ -21,10 +21,15 @@ from grpo.models.cpu import kernel
 from grpo.models.cpu.kernel import (
     KeyValueBuffers,
     PackedWeight,
+    PackedWeightBF16,
     rms_norm_compiled,
     swiglu_compiled,
 )
 
+needs_bf16 = pytest.mark.skipif(
+    kernel.load_kernel() is None or not kernel.load_kernel().has_bf16(),
+    reason="there is no compiler, or the processor has no instructions for bf16",
+)
 needs_compiler = pytest.mark.skipif(kernel.load_kernel() is None, reason="no C compiler is there")
 
 
@@ -45,6 +50,42 @@ def test_a_product_is_torchs(
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     expected = expected if total is None else total + expected
     assert_close(PackedWeight(weight, bias)(x, total).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_bf16
+@pytest.mark.parametrize("rows", range(1, 27))
+@settings(max_examples=8)
+@given(
+    pairs=st.integers(1, 35), columns=st.integers(1, 4), biased=st.booleans(), added=st.booleans(),
+    stored=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_a_product_in_bf16_rounds_its_factors_only(
+    rows: int, pairs: int, columns: int, biased: bool, added: bool, stored: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(pairs)
+    weight = torch.randn(32 * columns, 2 * pairs, generator=generator).to(stored)
+    bias = torch.randn(32 * columns, generator=generator) if biased else None
+    total = torch.randn(rows, 32 * columns, generator=generator) if added else None
+    x = torch.randn(rows, 2 * pairs + 3, generator=generator)[:, 3:]
+    factors = (x.bfloat16().double(), weight.bfloat16().double())
+    expected = F.linear(*factors, None if bias is None else bias.double())
+    expected = expected if total is None else total + expected
+    found = PackedWeightBF16(weight, bias)(x, total)
+    assert found.dtype == torch.float32
+    assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_bf16
+def test_weights_are_rounded_as_torch_rounds_them() -> None:
+    """To the nearest, ties to even; infinities and NaN stay what they are."""
+    bits = torch.randint(-(2**31), 2**31, (2**16,), generator=torch.Generator().manual_seed(0))
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.4028235e38, -0.0, 1e-45])
+    ties = torch.arange(0x3F808000, 0x3F808000 + 26 * 0x10000, 0x10000)
+    numbers = torch.cat([special, *(x.int().view(torch.float32) for x in (bits, ties))])
+    numbers = numbers[: len(numbers) // 64 * 64].view(32, -1)
+    packed = PackedWeightBF16(numbers, None).weight.flatten()
+    expected = numbers.bfloat16().view(32, -1, 2).transpose(0, 1).flatten()
+    assert_close(packed, expected, atol=0, rtol=0, equal_nan=True)
 
 
 @needs_compiler

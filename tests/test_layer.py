@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -21,12 +21,17 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from grpo.device import multiplies_bf16
 from grpo.models.attention import TreePlan, compute_hidden_states
 from grpo.models.cpu import kernel
 from grpo.models.cpu.linear import HAS_ONEDNN
 from grpo.models.cpu.select import fast_decoding, fast_forward_pass, find_supported_layers
+from grpo.models.precision import store_frozen_weights
 from grpo.models.tree import Tree
 
+needs_bf16 = pytest.mark.skipif(
+    not multiplies_bf16(), reason="this processor has no instructions for bf16"
+)
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
 USUAL: dict[str, Callable[[], PreTrainedModel]] = {
@@ -73,6 +78,40 @@ def test_states_and_gradients_are_those_of_the_models_own_layers(name: str) -> N
         assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-3)
 
 
+@needs_bf16
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", USUAL)
+def test_in_bf16_they_are_as_near_to_fp32_as_the_models_own_layers(name: str, frozen: bool) -> None:
+    """Both round the same factors; with frozen weights, these are stored in bf16."""
+    model = build_with_large_weights(USUAL[name])
+    weight = torch.randn(len(TOKENS), SHAPE["hidden_size"])
+
+    def compute(within: AbstractContextManager[None], in_bf16: bool) -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16), within:
+            states = compute_hidden(model)
+        if frozen:
+            return [states]
+        for _ in range(2):  # the second time, it adds to existing gradients
+            (states * weight).sum().backward(retain_graph=True)
+        return [states, *(p.grad for p in model.base_model.parameters() if p.grad is not None)]
+
+    exact = compute(nullcontext(), in_bf16=False)
+    if frozen:
+        store_frozen_weights(model.requires_grad_(False), torch.bfloat16)
+    plain = compute(nullcontext(), in_bf16=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(find_supported_layers(model)) == SHAPE["num_hidden_layers"]
+        forward_pass = fast_forward_pass(model)
+    fast = compute(forward_pass, in_bf16=True)
+    assert len(exact) == len(plain) == len(fast)
+    for in_fp32, theirs, ours in zip(exact, plain, fast, strict=True):
+        assert ours.dtype == in_fp32.dtype == torch.float32
+        error, usual_error = ((x - in_fp32).norm() / in_fp32.norm() for x in (ours, theirs))
+        assert error <= 1.5 * usual_error + 1e-3
+        assert usual_error > 1e-4  # so that bf16 was on
+
+
 @pytest.mark.parametrize("frozen", ["embed_tokens", "q_proj", "norm", "mlp"])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen: str) -> None:
     model = build_with_large_weights(USUAL["qwen2"])
@@ -88,6 +127,19 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen: str) -> None:
         assert (parameter.grad is None) == (expected is None) == (frozen in parameter_name)
         if expected is not None:
             assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-3)
+
+
+@needs_bf16
+@torch.no_grad()
+@pytest.mark.parametrize("name", USUAL)
+def test_weights_laid_out_in_bf16_are_as_near_to_fp32_as_the_models_own(name: str) -> None:
+    model = build_with_large_weights(USUAL[name])
+    expected = compute_hidden(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = compute_hidden(model)
+        with fast_decoding(model, 16):
+            fast = compute_hidden(model)
+    assert 1e-4 < (fast - expected).norm() <= 1.2 * (plain - expected).norm()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from grpo.models import sampling_filters
-from grpo.models.cpu.linear import compute_dtype, wide_product
+from grpo.models.cpu.linear import PackedLinear, compute_dtype, wide_product
 from grpo.models.logprobs import HeadOptions, split_into_chunks, token_logprobs
 from grpo.types import Sampling
 
@@ -41,7 +41,8 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [..., V] of hidden states [..., D]; sums are not rounded to bf16."""
         weight = self.weight
-        if weight is not None and compute_dtype(hidden) != torch.float32:
+        packed = isinstance(self.linear.__dict__.get("forward"), PackedLinear)
+        if weight is not None and compute_dtype(hidden) != torch.float32 and not packed:
             logits = wide_product(hidden, weight)
         else:
             logits = self.linear(hidden).float()

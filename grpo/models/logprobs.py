@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.models.cpu.linear import add_to_gradient, compute_dtype, linear_in_fp32
+from grpo.models.cpu.linear import (
+    add_to_gradient,
+    compute_dtype,
+    linear_in_fp32,
+    multiply_gradient,
+)
 
 CACHED_LOGITS = 2**21  # 8 MB in fp32, which stay in a CPU's cache while they are read repeatedly
 
@@ -104,7 +109,7 @@ class TokenLogprobs(torch.autograd.Function):
                 )
             grad_TV = logits_TV.to(factor_VD.dtype)
             if to_hidden_TD is not None:
-                to_hidden_TD[chunk] = linear_in_fp32(grad_TV, factor_VD.t())
+                to_hidden_TD[chunk] = multiply_gradient(grad_TV, factor_VD)
             if to_weight_VD is not None:
                 add_to_gradient(to_weight_VD, grad_TV, factor_TD[chunk])
             del logits_TV, grad_TV  # before the next chunk's are computed

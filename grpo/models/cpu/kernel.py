@@ -38,6 +38,8 @@ NO_WINDOW = 2**62  # a window that is longer than every text
 P, N, X, C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 KERNEL_SIGNATURES = {
     "product": (P, P, N, P, P, N, N, N, N, C),
+    "product_bf16": (P, P, P, P, N, N, N, N, C),
+    "pack_bf16": (P, P, C, N, N, N, C),
     "norm": (P, P, P, N, N, X, C),
     "gate": (P, P, N, N, C),
     "attend": (P, P, N, P, P, N, P, P, P, P, P, P, P, N, N, N, N, N, N, N, N, X, C),
@@ -62,6 +64,7 @@ def load_kernel() -> Any:
         log.info("rollout=native continues without compiled code: %s", reason.strip())
         return None
     library.wide.restype = N
+    library.has_bf16.restype = C
     for name, arguments in KERNEL_SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -114,6 +117,7 @@ class PackedWeight:
     """A copy of a weight [O, I] in the layout that the kernel reads; see `can_pack`."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        """Packs the weight in fp32."""
         laid_out = weight_OI.unflatten(0, (-1, load_kernel().wide())).transpose(1, 2)
         self.weight, self.bias_O = laid_out.contiguous(), bias_O
         self.outputs, self.inputs = weight_OI.shape
@@ -124,20 +128,59 @@ class PackedWeight:
         return load_kernel() is not None and len(weight_OI) % load_kernel().wide() == 0
 
     def __call__(self, x: Tensor, total: Tensor | None = None) -> Tensor:
-        """Returns total + x · weightᵀ + bias, [..., O]."""
-        x_TI = make_rows_contiguous(x.reshape(-1, self.inputs))
+        """Returns total + x · weightᵀ + bias, [..., O], in fp32."""
+        x_TI = self._prepare_input(x.reshape(-1, self.inputs))
         start, start_stride = self.bias_O, 0
         if total is not None:
             start = make_rows_contiguous(total.reshape(-1, self.outputs))
             start = start if self.bias_O is None else start + self.bias_O
             start_stride = start.stride(0)
-        y_TO = x.new_empty(len(x_TI), self.outputs)
+        y_TO = torch.empty(len(x_TI), self.outputs)
+        self._multiply(y_TO, x_TI, None if start is None else start.data_ptr(), start_stride)
+        return y_TO.view(*x.shape[:-1], self.outputs)
+
+    def _prepare_input(self, x_TI: Tensor) -> Tensor:
+        return make_rows_contiguous(x_TI)
+
+    def _multiply(self, y_TO: Tensor, x_TI: Tensor, start: int | None, start_stride: int) -> None:
         load_kernel().product(
             y_TO.data_ptr(), x_TI.data_ptr(), x_TI.stride(0), self.weight.data_ptr(),
-            None if start is None else start.data_ptr(), start_stride,
+            start, start_stride, len(x_TI), self.inputs, self.outputs, torch.get_num_threads(),
+        )  # fmt: skip
+
+
+class PackedWeightBF16(PackedWeight):
+    """The same in bf16: factors are rounded to bf16, and sums are in fp32."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        """Packs a weight in fp32 or bf16 as bf16."""
+        self.outputs, self.inputs = weight_OI.shape
+        weight_OI = make_rows_contiguous(weight_OI)
+        self.weight = torch.empty(weight_OI.shape, dtype=torch.bfloat16)
+        self.bias_O = None if bias_O is None else bias_O.float()
+        load_kernel().pack_bf16(
+            self.weight.data_ptr(), weight_OI.data_ptr(), weight_OI.dtype == torch.float32,
+            weight_OI.stride(0), self.inputs, self.outputs, torch.get_num_threads(),
+        )  # fmt: skip
+
+    @staticmethod
+    def can_pack(weight_OI: Tensor) -> bool:
+        """Returns whether the kernel multiplies bf16, and the shape fits its blocks and pairs."""
+        return (
+            load_kernel() is not None
+            and bool(load_kernel().has_bf16())
+            and len(weight_OI) % load_kernel().wide() == 0
+            and weight_OI.shape[1] % 2 == 0
+        )
+
+    def _prepare_input(self, x_TI: Tensor) -> Tensor:
+        return x_TI.to(torch.bfloat16).contiguous()
+
+    def _multiply(self, y_TO: Tensor, x_TI: Tensor, start: int | None, start_stride: int) -> None:
+        load_kernel().product_bf16(
+            y_TO.data_ptr(), x_TI.data_ptr(), self.weight.data_ptr(), start, start_stride,
             len(x_TI), self.inputs, self.outputs, torch.get_num_threads(),
         )  # fmt: skip
-        return y_TO.view(*x.shape[:-1], self.outputs)
 
 
 def rms_norm_compiled(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:

@@ -21,6 +21,7 @@ from grpo.models.cpu import kernel
 from grpo.models.cpu.linear import (
     PackedLinear,
     accumulate_weight_gradient,
+    compute_dtype,
     linear_add_onednn,
     linear_onednn,
 )
@@ -52,7 +53,10 @@ class Rotation:
         return cls(cos_Td[:, None], sin_Td[:, None])
 
     def rotate_(self, x_THd: Tensor) -> Tensor:
-        """Rotates queries or keys [T, H, d] in place."""
+        """Rotates queries or keys [T, H, d] in place; in bf16, it rounds the result only."""
+        if x_THd.dtype != torch.float32:
+            other = (x_THd.roll(x_THd.shape[-1] // 2, -1) * self.sin_T1d).add_(x_THd * self.cos_T1d)
+            return x_THd.copy_(other)
         other = x_THd.roll(x_THd.shape[-1] // 2, -1).mul_(self.sin_T1d)
         return x_THd.mul_(self.cos_T1d).add_(other)
 
@@ -93,7 +97,7 @@ class NormQKV(torch.autograd.Function):
         """
         weights, biases = parameters[::2], parameters[1::2]
         factor_T1 = rms_factor(x_TD, epsilon)
-        y_TD = scale_by_rms(x_TD, factor_T1, norm)
+        y_TD = scale_by_rms(x_TD, factor_T1, norm).to(compute_dtype(x_TD))
         queries, keys, values = [
             linear_onednn(y_TD, weight, bias).unflatten(-1, (-1, width))
             for weight, bias in zip(weights, biases, strict=True)
@@ -105,9 +109,10 @@ class NormQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm, factor_T1, *weights = ctx.saved_tensors
-        y_TD = scale_by_rms(x_TD, factor_T1, norm)
-        rotate_back = ctx.rotation.rotate_back
-        to_qkv = [x.flatten(1) for x in (rotate_back(grads[0]), rotate_back(grads[1]), grads[2])]
+        dtype = grads[2].dtype
+        y_TD = scale_by_rms(x_TD, factor_T1, norm).to(dtype)
+        rotated = (ctx.rotation.rotate_back(grads[0]), ctx.rotation.rotate_back(grads[1]), grads[2])
+        to_qkv = [x.flatten(1).to(dtype) for x in rotated]
         to_y_TD = torch.zeros_like(y_TD)
         to_weights: list[Tensor | None] = []
         needed = ctx.needs_input_grad[5:]
@@ -116,7 +121,7 @@ class NormQKV(torch.autograd.Function):
             to_weights.append(
                 accumulate_weight_gradient(weight, grad, y_TD) if needed[2 * n] else None
             )
-            to_weights.append(grad.sum(dim=0) if needed[2 * n + 1] else None)
+            to_weights.append(grad.sum(dim=0, dtype=torch.float32) if needed[2 * n + 1] else None)
         to_x_TD, to_norm = norm_backward(to_y_TD, x_TD, norm, factor_T1)
         return to_x_TD, to_norm, None, None, None, *to_weights
 
@@ -131,7 +136,7 @@ class OutputAndMLP(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         middle_TD = linear_add_onednn(x_TD, attention_TX, out)
         factor_T1 = rms_factor(middle_TD, epsilon)
-        y_TD = scale_by_rms(middle_TD, factor_T1, norm)
+        y_TD = scale_by_rms(middle_TD, factor_T1, norm).to(compute_dtype(x_TD))
         gate_TF, up_TF = linear_onednn(y_TD, gate), linear_onednn(y_TD, up)
         ctx.save_for_backward(
             attention_TX, middle_TD, factor_T1, gate_TF, up_TF, norm, out, gate, up, down
@@ -144,15 +149,19 @@ class OutputAndMLP(torch.autograd.Function):
             ctx.saved_tensors
         )
         needed = ctx.needs_input_grad
-        to_gate_TF, to_up_TF, to_down = gated_backward(grad_TD, gate_TF, up_TF, down, needed[7])
-        y_TD = scale_by_rms(middle_TD, factor_T1, norm)
+        dtype = gate_TF.dtype
+        to_gate_TF, to_up_TF, to_down = gated_backward(
+            grad_TD.to(dtype), gate_TF, up_TF, down, needed[7]
+        )
+        y_TD = scale_by_rms(middle_TD, factor_T1, norm).to(dtype)
         to_gate = accumulate_weight_gradient(gate, to_gate_TF, y_TD) if needed[5] else None
         to_up = accumulate_weight_gradient(up, to_up_TF, y_TD) if needed[6] else None
         to_y_TD = linear_add_onednn(linear_onednn(to_gate_TF, gate.t()), to_up_TF, up.t())
         to_middle_TD, to_norm = norm_backward(to_y_TD, middle_TD, norm, factor_T1)
         to_middle_TD.add_(grad_TD)
-        to_out = accumulate_weight_gradient(out, to_middle_TD, attention_TX) if needed[4] else None
-        to_attention_TX = linear_onednn(to_middle_TD, out.t())
+        factor_TD = to_middle_TD.to(dtype)
+        to_out = accumulate_weight_gradient(out, factor_TD, attention_TX) if needed[4] else None
+        to_attention_TX = linear_onednn(factor_TD, out.t())
         return to_middle_TD, to_attention_TX, to_norm, None, to_out, to_gate, to_up, to_down
 
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.cpu.kernel import PackedWeight
+from grpo.device import multiplies_bf16
+from grpo.models.cpu.kernel import PackedWeight, PackedWeightBF16
 
 ModuleForward = Callable[..., Tensor]  # replaces the forward of a module
 
@@ -28,28 +29,54 @@ HAS_ONEDNN = (
 
 
 def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
-    y: Tensor = _mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """Computes x · weightᵀ + bias on a CPU, without gradient.
+
+    Factors and result are in `compute_dtype(x)`; sums are in fp32.
+    """
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _mkldnn._linear_pointwise(x.to(dtype), weight.to(dtype), bias, "none", [], "")
     return y
 
 
 def suits_onednn(*tensors: Tensor) -> bool:
-    """Returns whether oneDNN is there, and products of these tensors are in fp32 on a CPU."""
-    return (
-        HAS_ONEDNN
-        and not torch.is_autocast_enabled("cpu")
-        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-    )
+    """Returns whether products of these tensors on a CPU are fast with oneDNN.
+
+    They are in fp32, and under autocast in bf16 if the processor has instructions for it.
+    """
+    in_bf16 = torch.is_autocast_enabled("cpu")
+    if not HAS_ONEDNN or (in_bf16 and not multiplies_bf16()):
+        return False
+    dtypes = (torch.float32, torch.bfloat16) if in_bf16 else (torch.float32,)
+    return all(x.device.type == "cpu" and x.dtype in dtypes for x in tensors)
 
 
 def linear_in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     """Returns x · weightᵀ [T, V], summed in fp32, from fp32 or bf16 factors; without gradient."""
-    if suits_onednn(x_TD, weight_VD):
-        return linear_onednn(x_TD, weight_VD)
     with torch.autocast(x_TD.device.type, enabled=False):
+        if suits_onednn(x_TD, weight_VD):
+            return linear_onednn(x_TD, weight_VD)
+        if is_bf16_on_cpu(x_TD) and PackedWeightBF16.can_pack(weight_VD):
+            return PackedWeightBF16(weight_VD, None)(x_TD)
         if x_TD.device.type == "cuda" and x_TD.dtype != torch.float32:
             return torch.mm(x_TD, weight_VD.t(), out_dtype=torch.float32)
         return F.linear(x_TD.float(), weight_VD.float())
+
+
+def is_bf16_on_cpu(x: Tensor) -> bool:
+    """Returns whether x is in bf16 on a CPU with instructions for it."""
+    on_cpu = HAS_ONEDNN and x.device.type == "cpu"
+    return on_cpu and x.dtype == torch.bfloat16 and multiplies_bf16()
+
+
+def multiply_gradient(grad_TV: Tensor, weight_VD: Tensor) -> Tensor:
+    """Returns grad · weight [T, D], the gradient of a product's input, summed in fp32.
+
+    In bf16 on a CPU the sums are rounded once.
+    """
+    if is_bf16_on_cpu(grad_TV):
+        return linear_onednn(grad_TV, weight_VD.t())
+    return linear_in_fp32(grad_TV, weight_VD.t())
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -85,7 +112,7 @@ class WideProduct(torch.autograd.Function):
         grad_TV = grad_TV.to(factor_VD.dtype)
         to_x = to_weight = None
         if ctx.needs_input_grad[0]:
-            to_x = linear_in_fp32(grad_TV, factor_VD.t()).to(ctx.dtypes[0])
+            to_x = multiply_gradient(grad_TV, factor_VD).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             to_weight = linear_in_fp32(grad_TV.t(), factor_TD.t()).to(ctx.dtypes[1])
         return to_x, to_weight, None
@@ -103,6 +130,8 @@ def add_to_gradient(grad_VD: Tensor, grad_TV: Tensor, x_TD: Tensor) -> None:
     """Adds gradᵀ · x to an fp32 gradient; sums in fp32 whatever the precision of grad and x."""
     if grad_TV.dtype == torch.float32:
         grad_VD.addmm_(grad_TV.t(), x_TD)
+    elif is_bf16_on_cpu(grad_TV):
+        grad_VD.add_(linear_onednn(grad_TV.t(), x_TD.t()))
     else:
         grad_VD.add_(linear_in_fp32(grad_TV.t(), x_TD.t()))
 
@@ -110,7 +139,9 @@ def add_to_gradient(grad_VD: Tensor, grad_TV: Tensor, x_TD: Tensor) -> None:
 def linear_add_onednn(
     total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Computes total + x · weightᵀ + bias, in fp32 on a CPU, without gradient."""
+    """Computes total + x · weightᵀ + bias on a CPU, without gradient; see `linear_onednn`."""
+    if compute_dtype(x) != torch.float32:
+        return total + linear_onednn(x, weight, bias)
     y: Tensor = _mkldnn._linear_pointwise.binary(x, total, weight, bias, "add")
     return y
 
@@ -119,10 +150,14 @@ def accumulate_weight_gradient(weight: Tensor, grad_TO: Tensor, x_TI: Tensor) ->
     """Returns a weight's gradient; None if it was added in place to one that the weight had.
 
     Micro-batches add up their gradients; in place, no separate gradient is written to memory.
+    grad and x have the same precision.
     """
     if weight.grad is None:
-        return grad_TO.t() @ x_TI
-    weight.grad.addmm_(grad_TO.t(), x_TI)
+        return (grad_TO.t() @ x_TI).to(weight.dtype)
+    if grad_TO.dtype == weight.grad.dtype:
+        weight.grad.addmm_(grad_TO.t(), x_TI)
+    else:
+        weight.grad.add_(grad_TO.t() @ x_TI)
     return None
 
 
@@ -131,8 +166,9 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return linear_onednn(x, weight, bias)
+        ctx.dtype, factor = x.dtype, x.to(compute_dtype(x))
+        ctx.save_for_backward(factor, weight)
+        return linear_onednn(factor, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,11 +176,11 @@ class LinearFunction(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_TO = grad.reshape(-1, grad.shape[-1])
         return (
-            linear_onednn(grad_TO, weight.t()).view(x.shape) if needs_x else None,
+            linear_onednn(grad_TO, weight.t()).view(x.shape).to(ctx.dtype) if needs_x else None,
             accumulate_weight_gradient(weight, grad_TO, x.reshape(-1, x.shape[-1]))
             if needs_weight
             else None,
-            grad_TO.sum(dim=0) if needs_bias else None,
+            grad_TO.sum(dim=0, dtype=torch.float32) if needs_bias else None,
         )
 
 
@@ -178,13 +214,17 @@ class PackedLinear:
             zeros = whole.new_zeros
             biases = [zeros(x.out_features) if x.bias is None else x.bias.detach() for x in layers]
             bias = torch.cat(biases)
-        self.packed = PackedWeight(whole, bias) if PackedWeight.can_pack(whole) else None
+        kind = PackedWeightBF16 if torch.is_autocast_enabled("cpu") else PackedWeight
+        self.packed = kind(whole, bias) if kind.can_pack(whole) else None
         if self.packed is None:
+            whole = whole.to(compute_dtype(whole))
             self.weight, self.bias = _mkldnn._reorder_linear_weight(whole, rows), bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns the outputs of all layers, concatenated in the last dimension."""
-        return linear_onednn(x, self.weight, self.bias) if self.packed is None else self.packed(x)
+        """Returns the outputs of all layers, concatenated in the last dimension, in fp32."""
+        if self.packed is None:
+            return linear_onednn(x, self.weight, self.bias).float()
+        return self.packed(x)
 
     def add_product(self, total: Tensor, x: Tensor) -> Tensor:
         """Returns total plus the outputs of all layers."""

@@ -7,6 +7,7 @@ before they replace it. Only in fp32 on a CPU.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -68,6 +69,8 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the gradients of gate, up and weight in (silu(gate) · up) · weightᵀ.
 
+    grad, gate and up have the same precision.
+
     The weight's is None if it isn't needed, or was added in place to an existing one.
     """
     activated = F.silu(gate_TF)
@@ -90,6 +93,7 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
+        grad = grad.to(gate.dtype)
         grad_TD, gate_TF, up_TF = (x.reshape(-1, x.shape[-1]) for x in (grad, gate, up))
         needed = ctx.needs_input_grad[2]
         to_gate, to_up, to_weight = gated_backward(grad_TD, gate_TF, up_TF, weight, needed)
@@ -197,7 +201,7 @@ def is_standard_rms_norm(module: Any) -> bool:
     if kind not in _matches:
         norm = copy.deepcopy(module)
         norm.weight.copy_(torch.linspace(0.5, 2.0, len(norm.weight)))
-        matches_module(norm, partial(rms_norm, norm=norm), len(norm.weight))
+        matches_module(norm, lambda x: partial(rms_norm, norm=x), len(norm.weight))
     return _matches[kind]
 
 
@@ -205,9 +209,9 @@ def make_mlp_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
     """Returns a forward for each gated MLP of the model."""
     forwards: dict[nn.Module, ModuleForward] = {}
     for module in filter(looks_gated, model.modules()):
-        forward = partial(gated_mlp, block=module)
-        if matches_module(module, forward, module.down_proj.out_features):  # type: ignore[union-attr,arg-type]
-            forwards[module] = forward
+        width: int = module.down_proj.out_features  # type: ignore[union-attr,assignment]
+        if matches_module(module, lambda x: partial(gated_mlp, block=x), width):
+            forwards[module] = partial(gated_mlp, block=module)
     return forwards
 
 
@@ -227,11 +231,18 @@ def make_embedding_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
 
 
 @torch.no_grad()
-def matches_module(module: Any, forward: ModuleForward, width: int) -> bool:
-    """Returns whether a function computes the same as the module's class, on random numbers."""
+@torch.autocast("cpu", enabled=False)
+def matches_module(module: Any, forward: Callable[..., ModuleForward], width: int) -> bool:
+    """Returns whether a function computes the same as the module's class, on random numbers.
+
+    Args:
+        forward: makes the function of a module.
+    """
     kind = (type(module), type(getattr(module, "act_fn", None)))
     if kind not in _matches:
+        if any(x.dtype != torch.float32 for x in module.parameters()):
+            module = copy.deepcopy(module).float()
         x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
-        expected = type(module).forward(module, x)
-        _matches[kind] = bool((expected - forward(x)).abs().max() <= 1e-4 * expected.abs().max())
+        expected, ours = type(module).forward(module, x), forward(module)(x)
+        _matches[kind] = bool((expected - ours).abs().max() <= 1e-4 * expected.abs().max())
     return _matches[kind]

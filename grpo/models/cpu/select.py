@@ -6,6 +6,7 @@ gives the same numbers in a trial; all others compute as usual.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -105,12 +106,15 @@ class RecordingPlan:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def find_scoring(module: Any) -> AttentionScoring | None:
     """Returns a layer's attention scoring if `TrainingForward` gives its numbers, else None.
 
-    It compares them on random numbers: a layer may ignore positions or scale what it adds, which
-    only its code shows.
+    It compares them on random numbers, in fp32: a layer may ignore positions or scale what it adds,
+    which only its code shows.
     """
+    if any(x.dtype != torch.float32 for x in module.parameters()):
+        module = copy.deepcopy(module).float()
     generator = torch.Generator().manual_seed(0)
     attention = module.self_attn
     x = torch.randn(1, 4, attention.q_proj.in_features, generator=generator)
