@@ -38,7 +38,8 @@ def attend(
     **ignored: Any,  # transformers' other options; `find_sharing_problem` sees if they matter
 ) -> tuple[Tensor, None]:
     """Implements transformers' attention interface: [1, H, T, d] in, [1, T, H, d] out."""
-    dtype = compute_dtype(query)
+    # The fused kernel is no faster in bf16, and its backward pass slower.
+    dtype = torch.float32 if has_fused_kernel(query) else compute_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scoring = AttentionScoring(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
     return plan.attend(module.layer_idx, query[0], key[0], value[0], scoring)[None], None  # type: ignore[arg-type]

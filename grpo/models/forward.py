@@ -106,9 +106,8 @@ def forward_shared_prompt(model: PreTrainedModel, head: Head, batch: Completions
     hidden_TD = compute_hidden_states(
         model, tokens_T, tree.positions(tokens_T.device), TreePlan(tree)
     )
-    return Features(
-        gather_rows(hidden_TD, find_predictors(tree, batch.mask_NC)), head, head.vocabulary
-    )
+    values_TX = gather_rows(hidden_TD, find_predictors(tree, batch.mask_NC))
+    return Features(values_TX, head.keep_rounded_weight(), head.vocabulary)
 
 
 def find_predictors(tree: Tree, mask_NC: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from grpo.models import sampling_filters
-from grpo.models.cpu.linear import PackedLinear, compute_dtype, wide_product
+from grpo.models.cpu.linear import PackedLinear, RoundedWeight, compute_dtype, wide_product
 from grpo.models.logprobs import HeadOptions, split_into_chunks, token_logprobs
 from grpo.types import Sampling
 
@@ -31,12 +32,29 @@ class Head:
             getattr(config, "logits_scaling", None) or 1.0
         )
         self.vocabulary = int(self.linear.weight.shape[0])  # type: ignore[index]
+        self._rounded: RoundedWeight | None = None
+        self._keeps_rounded = False
 
     @property
     def weight(self) -> Tensor | None:
         """The weight [V, D] if the layer is a plain product with it, else None."""
         plain = type(self.linear) is nn.Linear and self.linear.bias is None
         return cast(Tensor, self.linear.weight) if plain else None
+
+    def keep_rounded_weight(self) -> Head:
+        """Returns a head that rounds the weight once, at its first use; see `get_rounded_weight`.
+
+        It is for the chunks of one forward pass: the weight must not change while it is used.
+        """
+        head = copy(self)
+        head._keeps_rounded = True
+        return head
+
+    def get_rounded_weight(self, dtype: torch.dtype) -> RoundedWeight | None:
+        """Returns the weight in the precision of products; None if this head doesn't keep it."""
+        if self._keeps_rounded and self._rounded is None and self.weight is not None:
+            self._rounded = RoundedWeight(self.weight, dtype)
+        return self._rounded
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [..., V] of hidden states [..., D]; sums are not rounded to bf16."""
@@ -130,7 +148,10 @@ def score_in_chunks(
     ):
         head, weight_VD = features.to_logits, features.to_logits.weight
         options = HeadOptions(head.scale, head.cap, readout.sampling.temperature or 1.0, rows)
-        logprobs_T, entropy_T = token_logprobs(features.values_TX, weight_VD, targets_T, options)
+        rounded = head.get_rounded_weight(compute_dtype(features.values_TX))
+        logprobs_T, entropy_T = token_logprobs(
+            features.values_TX, weight_VD, targets_T, options, rounded
+        )
         zeros_T = torch.zeros_like(logprobs_T)
         return TokenScores(logprobs_T, logprobs_T, entropy_T, zeros_T, zeros_T)
 

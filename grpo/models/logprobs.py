@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from grpo.models.cpu.linear import (
+    RoundedWeight,
     add_to_gradient,
     compute_dtype,
-    linear_in_fp32,
     multiply_gradient,
 )
 
@@ -35,16 +35,23 @@ class HeadOptions:
 
 
 def token_logprobs(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, options: HeadOptions
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    options: HeadOptions,
+    rounded: RoundedWeight | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the targets' log-probabilities [T] and entropies [T] in fp32.
 
     The entropies have no gradient.
+
+    Args:
+        rounded: the weight in the precision of products; None rounds it here.
     """
-    factor_dtype = compute_dtype(hidden_TD)
+    rounded = rounded or RoundedWeight(weight_VD, compute_dtype(hidden_TD))
     with torch.autocast(hidden_TD.device.type, enabled=False):
         logprobs_T, entropy_T = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden_TD, weight_VD, targets_T, options, factor_dtype
+            hidden_TD, weight_VD, targets_T, options, rounded
         )
     return logprobs_T, entropy_T
 
@@ -52,8 +59,8 @@ def token_logprobs(
 class TokenLogprobs(torch.autograd.Function):
     """Implements `token_logprobs`; keeps hidden states, their log-sum-exps and at most one chunk.
 
-    The factors of matrix products are in `factor_dtype`. Logits, softmax, sums and the weight's
-    gradient are in fp32.
+    The factors of matrix products are in the precision of `rounded`. Logits, softmax, sums and the
+    weight's gradient are in fp32.
     """
 
     @staticmethod
@@ -63,15 +70,15 @@ class TokenLogprobs(torch.autograd.Function):
         weight_VD: Tensor,
         targets_T: Tensor,
         options: HeadOptions,
-        factor_dtype: torch.dtype,
+        rounded: RoundedWeight,
     ) -> tuple[Tensor, Tensor]:
         logprobs_T, entropy_T, normalizer_T = (
             hidden_TD.new_empty(len(hidden_TD), dtype=torch.float32) for _ in range(3)
         )
-        factor_TD, factor_VD = hidden_TD.to(factor_dtype), weight_VD.to(factor_dtype)
+        factor_TD = hidden_TD.to(rounded.factor_VD.dtype)
         ctx.held_TV = None
         for chunk in split_into_chunks(len(hidden_TD), options.chunk_size):
-            logits_TV = compute_logits(factor_TD[chunk], factor_VD, options)
+            logits_TV = compute_logits(factor_TD[chunk], rounded, options)
             for block in split_into_blocks(logits_TV):
                 rows = slice(chunk.start + block.start, chunk.start + block.stop)
                 target_T1 = targets_T[rows, None]
@@ -83,14 +90,15 @@ class TokenLogprobs(torch.autograd.Function):
             if any(ctx.needs_input_grad) and len(hidden_TD) <= options.chunk_size:
                 ctx.held_TV = logits_TV
             del logits_TV  # before the next chunk's are computed
-        ctx.save_for_backward(factor_TD, factor_VD, weight_VD, targets_T, normalizer_T)
-        ctx.options, ctx.dtype = options, hidden_TD.dtype
+        ctx.save_for_backward(factor_TD, weight_VD, targets_T, normalizer_T)
+        ctx.options, ctx.dtype, ctx.rounded = options, hidden_TD.dtype, rounded
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        factor_TD, factor_VD, weight_VD, targets_T, normalizer_T = ctx.saved_tensors
+        factor_TD, weight_VD, targets_T, normalizer_T = ctx.saved_tensors
+        factor_VD = ctx.rounded.factor_VD
         needed = ctx.needs_input_grad
         to_hidden_TD = factor_TD.new_empty(factor_TD.shape, dtype=ctx.dtype) if needed[0] else None
         # Adds in place to the gradient that the weight already has, if there is one.
@@ -101,7 +109,7 @@ class TokenLogprobs(torch.autograd.Function):
         for chunk in split_into_chunks(len(factor_TD), ctx.options.chunk_size):
             logits_TV, ctx.held_TV = ctx.held_TV, None
             if logits_TV is None:
-                logits_TV = compute_logits(factor_TD[chunk], factor_VD, ctx.options)
+                logits_TV = compute_logits(factor_TD[chunk], ctx.rounded, ctx.options)
             for block in split_into_blocks(logits_TV):
                 rows = slice(chunk.start + block.start, chunk.start + block.stop)
                 overwrite_with_gradient(
@@ -130,9 +138,9 @@ def split_into_blocks(logits_TV: Tensor) -> Iterator[slice]:
     return split_into_chunks(rows, max(1, CACHED_LOGITS // vocabulary) if on_cpu else rows)
 
 
-def compute_logits(hidden_TD: Tensor, weight_VD: Tensor, options: HeadOptions) -> Tensor:
+def compute_logits(hidden_TD: Tensor, rounded: RoundedWeight, options: HeadOptions) -> Tensor:
     """Returns float32 logits [T, V], divided by the temperature."""
-    logits_TV = linear_in_fp32(hidden_TD, weight_VD)
+    logits_TV = rounded.multiply(hidden_TD)
     if options.scale != 1:
         logits_TV.mul_(options.scale)
     if options.cap is not None:

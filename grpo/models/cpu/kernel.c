@@ -149,9 +149,72 @@ void product_bf16(float *y, const uint16_t *x, const uint16_t *weight, const flo
         }
     }
 }
+
+/* Packs x [2 T, O] in bf16 as [O / WIDE, T, WIDE, 2]: pairs of tokens, block by block. */
+INLINE void pack_pairs(uint32_t *packed, const uint16_t *x, int64_t apart, int64_t tokens,
+                       int64_t outputs, int threads) {
+    const int64_t pairs = (tokens + 1) / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t column = 0; column < outputs; column += WIDE)
+        for (int64_t t = 0; t < pairs; t++) {
+            const uint16_t *even = x + 2 * t * apart + column, *odd = even + apart;
+            uint32_t *to = packed + column * pairs + t * WIDE;
+            if (2 * t + 1 < tokens)
+                for (int64_t o = 0; o < WIDE; o++) to[o] = even[o] | (uint32_t)odd[o] << 16;
+            else
+                for (int64_t o = 0; o < WIDE; o++) to[o] = even[o];
+        }
+}
+
+/* Adds `count` rows of a block of a' b to `sum`, whose rows are `apart` numbers apart. */
+INLINE void add_outer(float *sums, const uint32_t *a, const uint32_t *b, int64_t pairs,
+                      int64_t apart, int count) {
+    __m512 sum[TILE][2];
+    UNROLLED for (int r = 0; r < count; r++) UNROLLED for (int v = 0; v < 2; v++)
+        sum[r][v] = _mm512_loadu_ps(sums + r * apart + v * LANES);
+    for (int64_t t = 0; t < pairs; t++) {
+        __m512bh first = (__m512bh)_mm512_loadu_si512(b + t * WIDE);
+        __m512bh second = (__m512bh)_mm512_loadu_si512(b + t * WIDE + LANES);
+        UNROLLED for (int r = 0; r < count; r++) {
+            __m512bh both = (__m512bh)_mm512_set1_epi32(a[t * WIDE + r]);
+            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], both, first);
+            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], both, second);
+        }
+    }
+    UNROLLED for (int r = 0; r < count; r++) UNROLLED for (int v = 0; v < 2; v++)
+        _mm512_storeu_ps(sums + r * apart + v * LANES, sum[r][v]);
+}
+
+#define TOKENS_AT_ONCE 512 /* so that a block's pairs stay in the caches near to the core */
+
+/* Adds a' b to the fp32 gradient [O, I] of a weight, from a [T, O] and b [T, I] in bf16; O and I are
+ * multiples of WIDE. scratch: (O + I) * TOKENS_AT_ONCE numbers in bf16. */
+void accumulate_bf16(float *gradient, const uint16_t *a, int64_t a_apart, const uint16_t *b,
+                     int64_t b_apart, uint32_t *scratch, int64_t tokens, int64_t outputs,
+                     int64_t inputs, int threads) {
+    const int by_outputs = outputs >= inputs; /* the longer side is divided among the threads */
+    const int64_t longer = by_outputs ? outputs : inputs, shorter = outputs + inputs - longer;
+    for (int64_t from = 0; from < tokens; from += TOKENS_AT_ONCE) {
+        const int64_t count = least(TOKENS_AT_ONCE, tokens - from), pairs = (count + 1) / 2;
+        uint32_t *packed_a = scratch, *packed_b = scratch + outputs * pairs;
+        pack_pairs(packed_a, a + from * a_apart, a_apart, count, outputs, threads);
+        pack_pairs(packed_b, b + from * b_apart, b_apart, count, inputs, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t along = 0; along < longer; along += WIDE)
+            for (int64_t across = 0; across < shorter; across += WIDE) {
+                const int64_t o = by_outputs ? along : across, i = by_outputs ? across : along;
+                float *to = gradient + o * inputs + i;
+                const uint32_t *rows = packed_a + o * pairs, *columns = packed_b + i * pairs;
+                add_outer(to, rows, columns, pairs, inputs, 12);
+                add_outer(to + 12 * inputs, rows + 12, columns, pairs, inputs, 12);
+                add_outer(to + 24 * inputs, rows + 24, columns, pairs, inputs, 8);
+            }
+    }
+}
 #else
 int has_bf16(void) { return 0; }
 void product_bf16(void) {}
+void accumulate_bf16(void) {}
 #endif
 
 /* Packs a weight [O, I] in fp32 (wide_source) or bf16, of which an output's inputs are contiguous

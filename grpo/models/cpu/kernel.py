@@ -39,6 +39,7 @@ P, N, X, C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 KERNEL_SIGNATURES = {
     "product": (P, P, N, P, P, N, N, N, N, C),
     "product_bf16": (P, P, P, P, N, N, N, N, C),
+    "accumulate_bf16": (P, P, N, P, N, P, N, N, N, C),
     "pack_bf16": (P, P, C, N, N, N, C),
     "norm": (P, P, P, N, N, X, C),
     "gate": (P, P, N, N, C),
@@ -181,6 +182,31 @@ class PackedWeightBF16(PackedWeight):
             y_TO.data_ptr(), x_TI.data_ptr(), self.weight.data_ptr(), start, start_stride,
             len(x_TI), self.inputs, self.outputs, torch.get_num_threads(),
         )  # fmt: skip
+
+
+TOKENS_AT_ONCE = 512  # as in kernel.c
+
+
+def can_accumulate_bf16(gradient_OI: Tensor) -> bool:
+    """Returns whether the kernel multiplies bf16, and a gradient in fp32 fits its blocks."""
+    return (
+        load_kernel() is not None
+        and bool(load_kernel().has_bf16())
+        and gradient_OI.dtype == torch.float32
+        and gradient_OI.is_contiguous()
+        and all(size % load_kernel().wide() == 0 for size in gradient_OI.shape)
+    )
+
+
+def accumulate_product_bf16(gradient_OI: Tensor, a_TO: Tensor, b_TI: Tensor) -> None:
+    """Adds aᵀ · b, from factors in bf16, to a gradient in fp32; see `can_accumulate_bf16`."""
+    a_TO, b_TI = make_rows_contiguous(a_TO), make_rows_contiguous(b_TI)
+    outputs, inputs = gradient_OI.shape
+    scratch = torch.empty((outputs + inputs) * TOKENS_AT_ONCE, dtype=torch.bfloat16)
+    load_kernel().accumulate_bf16(
+        gradient_OI.data_ptr(), a_TO.data_ptr(), a_TO.stride(0), b_TI.data_ptr(), b_TI.stride(0),
+        scratch.data_ptr(), len(a_TO), outputs, inputs, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def rms_norm_compiled(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:

@@ -53,10 +53,7 @@ class Rotation:
         return cls(cos_Td[:, None], sin_Td[:, None])
 
     def rotate_(self, x_THd: Tensor) -> Tensor:
-        """Rotates queries or keys [T, H, d] in place; in bf16, it rounds the result only."""
-        if x_THd.dtype != torch.float32:
-            other = (x_THd.roll(x_THd.shape[-1] // 2, -1) * self.sin_T1d).add_(x_THd * self.cos_T1d)
-            return x_THd.copy_(other)
+        """Rotates queries or keys [T, H, d] in place."""
         other = x_THd.roll(x_THd.shape[-1] // 2, -1).mul_(self.sin_T1d)
         return x_THd.mul_(self.cos_T1d).add_(other)
 
@@ -99,20 +96,19 @@ class NormQKV(torch.autograd.Function):
         factor_T1 = rms_factor(x_TD, epsilon)
         y_TD = scale_by_rms(x_TD, factor_T1, norm).to(compute_dtype(x_TD))
         queries, keys, values = [
-            linear_onednn(y_TD, weight, bias).unflatten(-1, (-1, width))
+            linear_onednn(y_TD, weight, bias).float().unflatten(-1, (-1, width))
             for weight, bias in zip(weights, biases, strict=True)
         ]
         ctx.save_for_backward(x_TD, norm, factor_T1, *weights)
-        ctx.rotation = rotation
+        ctx.rotation, ctx.dtype = rotation, y_TD.dtype
         return rotation.rotate_(queries), rotation.rotate_(keys), values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm, factor_T1, *weights = ctx.saved_tensors
-        dtype = grads[2].dtype
-        y_TD = scale_by_rms(x_TD, factor_T1, norm).to(dtype)
+        y_TD = scale_by_rms(x_TD, factor_T1, norm).to(ctx.dtype)
         rotated = (ctx.rotation.rotate_back(grads[0]), ctx.rotation.rotate_back(grads[1]), grads[2])
-        to_qkv = [x.flatten(1).to(dtype) for x in rotated]
+        to_qkv = [x.flatten(1).to(ctx.dtype) for x in rotated]
         to_y_TD = torch.zeros_like(y_TD)
         to_weights: list[Tensor | None] = []
         needed = ctx.needs_input_grad[5:]
@@ -160,8 +156,9 @@ class OutputAndMLP(torch.autograd.Function):
         to_middle_TD, to_norm = norm_backward(to_y_TD, middle_TD, norm, factor_T1)
         to_middle_TD.add_(grad_TD)
         factor_TD = to_middle_TD.to(dtype)
-        to_out = accumulate_weight_gradient(out, factor_TD, attention_TX) if needed[4] else None
-        to_attention_TX = linear_onednn(factor_TD, out.t())
+        factor_TX = attention_TX.to(dtype)
+        to_out = accumulate_weight_gradient(out, factor_TD, factor_TX) if needed[4] else None
+        to_attention_TX = linear_onednn(factor_TD, out.t()).float()
         return to_middle_TD, to_attention_TX, to_norm, None, to_out, to_gate, to_up, to_down
 
 

@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.device import multiplies_bf16
-from grpo.models.cpu.kernel import PackedWeight, PackedWeightBF16
+from grpo.models.cpu.kernel import (
+    PackedWeight,
+    PackedWeightBF16,
+    accumulate_product_bf16,
+    can_accumulate_bf16,
+)
 
 ModuleForward = Callable[..., Tensor]  # replaces the forward of a module
 
@@ -56,8 +61,6 @@ def linear_in_fp32(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     with torch.autocast(x_TD.device.type, enabled=False):
         if suits_onednn(x_TD, weight_VD):
             return linear_onednn(x_TD, weight_VD)
-        if is_bf16_on_cpu(x_TD) and PackedWeightBF16.can_pack(weight_VD):
-            return PackedWeightBF16(weight_VD, None)(x_TD)
         if x_TD.device.type == "cuda" and x_TD.dtype != torch.float32:
             return torch.mm(x_TD, weight_VD.t(), out_dtype=torch.float32)
         return F.linear(x_TD.float(), weight_VD.float())
@@ -67,6 +70,23 @@ def is_bf16_on_cpu(x: Tensor) -> bool:
     """Returns whether x is in bf16 on a CPU with instructions for it."""
     on_cpu = HAS_ONEDNN and x.device.type == "cpu"
     return on_cpu and x.dtype == torch.bfloat16 and multiplies_bf16()
+
+
+class RoundedWeight:
+    """A weight [V, D], rounded once to the precision of products and used by several of them."""
+
+    def __init__(self, weight_VD: Tensor, dtype: torch.dtype) -> None:
+        """Rounds the weight; it must not change while this is used."""
+        self.factor_VD = weight_VD.detach().to(dtype)
+        self._packed: PackedWeight | None = None
+        if is_bf16_on_cpu(self.factor_VD) and PackedWeightBF16.can_pack(self.factor_VD):
+            self._packed = PackedWeightBF16(self.factor_VD, None)
+
+    def multiply(self, factor_TD: Tensor) -> Tensor:
+        """Returns factor · weightᵀ [T, V], summed in fp32; without gradient."""
+        if self._packed is not None:
+            return self._packed(factor_TD)
+        return linear_in_fp32(factor_TD, self.factor_VD)
 
 
 def multiply_gradient(grad_TV: Tensor, weight_VD: Tensor) -> Tensor:
@@ -101,10 +121,10 @@ class WideProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, factor_dtype: torch.dtype) -> Tensor:
-        factor_TD, factor_VD = x_TD.to(factor_dtype), weight_VD.to(factor_dtype)
-        ctx.save_for_backward(factor_TD, factor_VD)
+        rounded, factor_TD = RoundedWeight(weight_VD, factor_dtype), x_TD.to(factor_dtype)
+        ctx.save_for_backward(factor_TD, rounded.factor_VD)
         ctx.dtypes = x_TD.dtype, weight_VD.dtype
-        return linear_in_fp32(factor_TD, factor_VD)
+        return rounded.multiply(factor_TD)
 
     @staticmethod
     def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,10 +148,10 @@ def wide_product(x: Tensor, weight_VD: Tensor) -> Tensor:
 
 def add_to_gradient(grad_VD: Tensor, grad_TV: Tensor, x_TD: Tensor) -> None:
     """Adds gradᵀ · x to an fp32 gradient; sums in fp32 whatever the precision of grad and x."""
-    if grad_TV.dtype == torch.float32:
+    if grad_TV.dtype == grad_VD.dtype:
         grad_VD.addmm_(grad_TV.t(), x_TD)
-    elif is_bf16_on_cpu(grad_TV):
-        grad_VD.add_(linear_onednn(grad_TV.t(), x_TD.t()))
+    elif is_bf16_on_cpu(grad_TV) and can_accumulate_bf16(grad_VD):
+        accumulate_product_bf16(grad_VD, grad_TV, x_TD)
     else:
         grad_VD.add_(linear_in_fp32(grad_TV.t(), x_TD.t()))
 
@@ -152,13 +172,14 @@ def accumulate_weight_gradient(weight: Tensor, grad_TO: Tensor, x_TI: Tensor) ->
     Micro-batches add up their gradients; in place, no separate gradient is written to memory.
     grad and x have the same precision.
     """
-    if weight.grad is None:
-        return (grad_TO.t() @ x_TI).to(weight.dtype)
-    if grad_TO.dtype == weight.grad.dtype:
-        weight.grad.addmm_(grad_TO.t(), x_TI)
-    else:
-        weight.grad.add_(grad_TO.t() @ x_TI)
-    return None
+    if weight.grad is not None:
+        add_to_gradient(weight.grad, grad_TO, x_TI)
+        return None
+    if grad_TO.dtype == weight.dtype:
+        return grad_TO.t() @ x_TI
+    gradient = torch.zeros_like(weight)
+    add_to_gradient(gradient, grad_TO, x_TI)
+    return gradient
 
 
 class LinearFunction(torch.autograd.Function):
