@@ -25,6 +25,15 @@ class Device:
     torch_device: torch.device
     autocast_dtype: torch.dtype | None
 
+    @property
+    def has_fast_bf16(self) -> bool:
+        """Whether bf16 products are computed by this project's own code, on a CPU made for them.
+
+        It rounds a weight at each use; autocast keeps a rounded copy for a whole forward pass.
+        """
+        is_bf16 = self.autocast_dtype == torch.bfloat16
+        return is_bf16 and self.torch_device.type == "cpu" and multiplies_bf16()
+
     def autocast(self) -> AbstractContextManager[object]:
         """Returns a context with the precision of all forward passes, rollout and reference too."""
         return torch.autocast(

@@ -11,10 +11,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from grpo.device import multiplies_bf16
+from grpo.models.cpu import linear
 from grpo.models.cpu.linear import HAS_ONEDNN, computed_as
 from grpo.models.cpu.modules import make_embedding_forwards, make_mlp_forwards, make_norm_forwards
 from grpo.models.cpu.select import fast_forward_pass
+from grpo.models.precision import store_frozen_weights
 
+needs_bf16 = pytest.mark.skipif(
+    not multiplies_bf16(), reason="this processor has no instructions for bf16"
+)
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
 
@@ -89,7 +95,7 @@ def test_a_forward_pass_keeps_a_third_less() -> None:
         assert measure_kept_bytes(model, tokens) < 0.7 * usual
 
 
-def test_what_computes_something_else_is_left_alone() -> None:
+def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma's norms add 1 to the weight, its MLPs have another activation; GPT-2 has neither."""
     for name in ("gemma2", "gpt2"):
         model = ARCHITECTURES[name]().eval()
@@ -98,9 +104,35 @@ def test_what_computes_something_else_is_left_alone() -> None:
         assert make_norm_forwards(model) == {}
         assert make_mlp_forwards(model) == {}
     model = ARCHITECTURES["llama"]().eval()
+    monkeypatch.setattr(linear, "multiplies_bf16", lambda: False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert make_norm_forwards(model) == {}
         assert make_mlp_forwards(model) == {}
+
+
+@needs_bf16
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gated_mlp_in_bf16_is_as_near_to_fp32_as_the_modules_own(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama"]().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module, forward = next(iter(make_mlp_forwards(model).items()))
+    x = torch.randn(1, 5, 32, requires_grad=True)
+    weight = torch.randn(1, 5, 32)
+    wanted = [x, *module.parameters()]
+    exact = module(x)
+    exact_grads = torch.autograd.grad((exact * weight).sum(), wanted)
+    if frozen:
+        wanted, exact_grads = wanted[:1], exact_grads[:1]
+        store_frozen_weights(module.requires_grad_(False), torch.bfloat16)
+    results = []
+    for compute in (module, forward):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = compute(x)
+        results.append((y, *torch.autograd.grad((y * weight).sum(), wanted)))
+    for usual, ours, in_fp32 in zip(*results, (exact, *exact_grads), strict=True):
+        error, usual_error = ((x - in_fp32).norm() / in_fp32.norm() for x in (ours, usual))
+        assert 1e-4 < error <= 1.5 * usual_error
 
 
 def test_an_adapted_block_keeps_its_adapter() -> None:

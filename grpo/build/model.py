@@ -15,7 +15,7 @@ from grpo.config.binding import resolve_node
 from grpo.data.prompts import (
     LazyPrompts,
 )
-from grpo.device import Device, multiplies_bf16, open_device
+from grpo.device import Device, open_device
 from grpo.errors import ConfigError
 from grpo.locate import RunInputs
 from grpo.memory.allocator import (
@@ -43,7 +43,7 @@ def build_device(cfg: DictConfig) -> Device:
     if device.torch_device.type == "cpu":
         keep_freed_memory(
             LARGEST_KEPT_BLOCK
-            if device.autocast_dtype is None or multiplies_bf16()
+            if device.autocast_dtype is None or device.has_fast_bf16
             else LARGEST_KEPT_BLOCK_IN_BF16
         )
     return device

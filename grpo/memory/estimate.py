@@ -16,7 +16,7 @@ from grpo.memory.budget import Budget
 from grpo.models.forward import Completions
 from grpo.models.head import CHUNK_LOGITS
 from grpo.models.load import LanguageModel
-from grpo.models.precision import count_frozen_bytes, count_rounded_bytes
+from grpo.models.precision import count_frozen_bytes, count_rounded_bytes, find_linear_weights
 
 CGROUP_LIMIT_FILES = (  # a container's own limit
     Path("/sys/fs/cgroup/memory.max"),
@@ -71,11 +71,14 @@ def estimate_memory(policy: LanguageModel, work: Workload) -> MemoryNeeds:
     if work.reference:
         held += weights if work.reference_moves else count_frozen_bytes(model, dtype)
     on_cpu = policy.device.torch_device.type == "cpu"
-    heap = HEAP_OVERHEAD_IN_BF16 if on_cpu and dtype is not None else 1.0
-    copies = heap * count_rounded_bytes(model, dtype)
+    fast_bf16 = policy.device.has_fast_bf16
+    heap = HEAP_OVERHEAD_IN_BF16 if on_cpu and dtype is not None and not fast_bf16 else 1.0
+    copies = 0.0 if fast_bf16 else heap * count_rounded_bytes(model, dtype)
     chunk = 3 * 4 * CHUNK_LOGITS[policy.device.torch_device.type]
     head = chunk + count_head_bytes(policy)
     laid_out = weights if dtype is None and on_cpu else copies
+    if fast_bf16:
+        laid_out = 2.0 * sum(x.numel() for x in find_linear_weights(model))
     row = 12 * policy.head.vocabulary  # its logits, and the tensors computed from them
     return MemoryNeeds(
         training_gb=(held + copies + 4 * trained + head) / 1e9,
@@ -95,6 +98,7 @@ def count_head_bytes(policy: LanguageModel) -> int:
     weight = cast(Tensor, policy.head.linear.weight)
     dtype = policy.device.autocast_dtype or weight.dtype
     copy = 0 if weight.dtype == dtype else dtype.itemsize
+    copy += dtype.itemsize if policy.device.has_fast_bf16 else 0  # in the kernel's layout
     return weight.numel() * (copy + (4 if weight.requires_grad else 0))
 
 
@@ -159,7 +163,8 @@ def count_cache_bytes(policy: LanguageModel) -> float:
         return 0.0  # a state-space model: its state doesn't grow
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
-    size = (policy.device.autocast_dtype or torch.float32).itemsize
+    on_cpu = policy.device.torch_device.type == "cpu"  # where attention is in fp32
+    size = ((None if on_cpu else policy.device.autocast_dtype) or torch.float32).itemsize
     return float(2 * size * config.num_hidden_layers * heads * width)
 
 

@@ -2,8 +2,8 @@
 
 The speed of products with few rows depends on how fast weights are read, and that of one token's
 attention on how fast keys are; no operation of torch reads them at the speed of memory. Without a
-compiler, torch computes the same numbers more slowly (see docs/performance.md). Only in fp32 on a
-CPU.
+compiler, torch computes the same numbers more slowly (see docs/performance.md). Only on a CPU, in
+fp32 and, with products of bf16 factors, on processors that have instructions for them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from grpo.models.cache import get_cache_folder
 log = logging.getLogger(__name__)
 
 KERNEL_SOURCE = Path(__file__).with_name("kernel.c")
+INCLUDED_SOURCE = Path(__file__).with_name("kernel_bf16.h")
 COMPILER_FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-fPIC", "-shared",
@@ -82,6 +83,7 @@ def compile_kernel(compiler: str) -> Path:
     # ones, which may not be able to run this one's instructions.
     name_parts = [
         KERNEL_SOURCE.read_text(),
+        INCLUDED_SOURCE.read_text(),
         compiler,
         *COMPILER_FLAGS,
         platform.machine(),

@@ -106,7 +106,6 @@ class RecordingPlan:
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)
 def find_scoring(module: Any) -> AttentionScoring | None:
     """Returns a layer's attention scoring if `TrainingForward` gives its numbers, else None.
 
@@ -121,13 +120,15 @@ def find_scoring(module: Any) -> AttentionScoring | None:
     angles = torch.rand(1, 4, attention.head_dim // 2, generator=generator).repeat(1, 1, 2)
     positions = (angles.cos(), angles.sin())
     plan = RecordingPlan(Tree((4,), ()))
+    in_fp32 = torch.autocast("cpu", enabled=False)
     try:
-        with attention_as(attention.config, ATTENTION_NAME):
+        with attention_as(attention.config, ATTENTION_NAME), in_fp32:
             expected = type(module).forward(module, x, position_embeddings=positions, plan=plan)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # it needs other arguments than such layers do
     forward = TrainingForward(DecoderLayer(module, plan.scoring), RotationCache())
-    computed = forward(x, plan=plan, position_embeddings=positions)
+    with in_fp32:
+        computed = forward(x, plan=plan, position_embeddings=positions)
     same = isinstance(expected, Tensor) and torch.allclose(expected, computed, rtol=1e-4, atol=1e-4)
     return plan.scoring if same else None
 
