@@ -163,8 +163,8 @@ def count_cache_bytes(policy: LanguageModel) -> float:
         return 0.0  # a state-space model: its state doesn't grow
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
-    on_cpu = policy.device.torch_device.type == "cpu"  # where attention is in fp32
-    size = ((None if on_cpu else policy.device.autocast_dtype) or torch.float32).itemsize
+    in_fp32 = policy.device.has_fast_bf16  # its attention is in fp32
+    size = ((None if in_fp32 else policy.device.autocast_dtype) or torch.float32).itemsize
     return float(2 * size * config.num_hidden_layers * heads * width)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from grpo.models.attention_plan import ATTENTION_NAME, AttentionPlan, AttentionScoring, attention_as
-from grpo.models.cpu.linear import compute_dtype, matmul_in_fp32
+from grpo.models.cpu.linear import compute_dtype, matmul_in_fp32, suits_onednn
 from grpo.models.cpu.tree_attention import attend_split, flash_attention, has_fused_kernel
 from grpo.models.padding import gather_rows
 from grpo.models.tree import Tree, pad_parts, unpad_parts
@@ -38,8 +38,9 @@ def attend(
     **ignored: Any,  # transformers' other options; `find_sharing_problem` sees if they matter
 ) -> tuple[Tensor, None]:
     """Implements transformers' attention interface: [1, H, T, d] in, [1, T, H, d] out."""
-    # The fused kernel is no faster in bf16, and its backward pass slower.
-    dtype = torch.float32 if has_fused_kernel(query) else compute_dtype(query)
+    dtype = compute_dtype(query)
+    if has_fused_kernel(query) and suits_onednn(query):
+        dtype = torch.float32  # the fused kernel is no faster in bf16, and its backward is slower
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scoring = AttentionScoring(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
     return plan.attend(module.layer_idx, query[0], key[0], value[0], scoring)[None], None  # type: ignore[arg-type]
