@@ -1,4 +1,4 @@
-"""Tests training in bf16 on a CPU, by the branches that a GPU takes."""
+"""Tests training in bf16 on a CPU, by the branches that a GPU takes and by the CPU's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo.device import open_device
+from grpo.device import multiplies_bf16, open_device
 from grpo.memory.budget import Budget
 from grpo.memory.microbatch import score_rollout
 from grpo.models.files import find_model_folder
@@ -41,6 +41,15 @@ SHORT = (
     "batch_size=2", "num_generation=4", "max_new_tokens=24", "max_steps=2", "eval.every=0",
     "eval.samples=1", "dataset.size=20", "dataset.eval_size=1", "checkpoint.every=0",
 )  # fmt: skip
+
+
+@pytest.fixture(params=["gpu", "cpu"])
+def branches(request: pytest.FixtureRequest) -> None:
+    """A GPU's branches, and those of a CPU with instructions for bf16."""
+    if request.param == "gpu":
+        request.getfixturevalue("gpu_branches")
+    elif not multiplies_bf16():
+        pytest.skip("this processor has no instructions for bf16")
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
@@ -139,7 +148,7 @@ def test_a_cpu_of_its_own_branches_trains(engine: str, grpo: Grpo, tmp_path: Pat
     assert max(step["optim/grad_norm"] for step in steps) > 0
 
 
-@pytest.mark.usefixtures("gpu_branches")
+@pytest.mark.usefixtures("branches")
 def test_resumed_it_gives_the_same_numbers(grpo: Grpo, tmp_path: Path) -> None:
     """Four steps at once give the same bits as two and then two more."""
     job = [
@@ -221,7 +230,7 @@ def compute_gradient(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("gpu_branches")
+@pytest.mark.usefixtures("branches")
 def test_the_gradient_is_that_of_fp32(smollm2: Path) -> None:
     found: dict[str, Tensor] = {}
     rollout: Rollout | None = None
