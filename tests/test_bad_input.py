@@ -473,6 +473,11 @@ CASES = {
         "reward.mine",
         "needs `url`: add +reward.mine.url=…",
     ),
+    "reward that is misspelled": (
+        ["+reward.mine._target_=grpo.rewards.Endpont"],
+        "reward.mine._target_=grpo.rewards.Endpont: can't be imported",
+        "did you mean grpo.rewards.Endpoint?",
+    ),
     "a key of nobody's, added": (["+kl_wieght=0.1"], "kl_wieght: no such key", "kl_weight"),
     "a key of nobody's, added to a part": (
         ["+optim.warmup=3"],
@@ -488,7 +493,8 @@ CASES = {
     ),
     "a weight for the choice of a KL": (["kl=0"], "kl=0: no such choice", "kl_weight=0"),
     "a size for a model": (["model=1.5"], "model=1.5: no such choice", "qwen2_5_1_5b"),
-    "a number of GPUs": (["parallel=4"], "parallel=4: no such choice", "The only one is none."),
+    "a number of GPUs": (["parallel=4"], "parallel=4: no such choice", "hydra.launcher.n_jobs=4"),
+    "no limit, as TRL has it": (["max_steps=-1"], "max_steps=-1", "write null"),
     "a path without its data set": (
         ["dataset.path=mine.jsonl"],
         "dataset.path: ",
@@ -735,3 +741,13 @@ def test_a_reward_that_fails_stops_the_run_after_saving(
     assert summary["status"] == "failed"
     assert says in summary["error"]
     assert (tmp_path / "run/checkpoints/latest/model/model.safetensors").is_file()
+
+
+def test_a_choice_of_ones_own_in_conf_is_pointed_out(grpo: Grpo, tmp_path: Path) -> None:
+    (tmp_path / "conf/reward").mkdir(parents=True)
+    (tmp_path / "conf/reward/short.yaml").write_text("short: {_target_: grpo.rewards.answer}\n")
+    code, printed = grpo("reward=short")
+    assert code == 2
+    assert (
+        "reward=short: no such choice; for conf/reward/short.yaml add --config-dir conf." in printed
+    )

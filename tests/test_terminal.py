@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from grpo.device import Device
@@ -22,6 +23,12 @@ def test_the_sampled_accuracy_is_told_before_the_greedy_one(
     summary = Summary(short_run, "eval/sampled_accuracy", device, 6, {}, {})
     closing = summary.format_closing(json.loads((short_run / "summary.json").read_text()))
     assert closing.index("sampled accuracy") < closing.index("greedy accuracy")
+    content = json.loads((short_run / "summary.json").read_text())
+    stopped = summary.format_closing(
+        {**content, "last_evaluation": content["first_evaluation"], "status": "interrupted"}
+    )
+    assert re.search(r"sampled accuracy [\d.]+% at step 0; not evaluated since\n", stopped)
+    assert "->" not in stopped
 
 
 def test_the_key_that_explains_the_differences_is_named() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import hydra
 import yaml
@@ -19,6 +18,7 @@ from hydra.errors import (
 from omegaconf import DictConfig
 
 from grpo.cli.composition import find_composed
+from grpo.cli.guess_source import guess_source
 from grpo.cli.help import list_choices
 from grpo.config import schema
 from grpo.config.foreign_names import explain_foreign_name
@@ -98,19 +98,6 @@ def explain_unknown_choice(
         f"{group}={choice}: no such choice{meant} {there}",
         key=group, value=choice, choices=known, nearest=near,
     )  # fmt: skip
-
-
-def guess_source(group: str, choice: str) -> str:
-    """Says what to write for a hub id, folder or file that was given as a choice; "" for others."""
-    suffix = Path(choice).suffix.lower()
-    if group == "dataset" and suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
-        return f"; a file is dataset=jsonl dataset.path={choice}."
-    if "/" not in choice or group not in ("model", "dataset"):
-        return ""
-    if Path(choice).expanduser().is_dir():
-        kind = {"model": "local", "dataset": "jsonl"}[group]
-        return f"; a folder is {group}={kind} {group}.path={choice}."
-    return f"; from the hub it is {group}=hub {group}.id={choice}."
 
 
 def check_choices(overrides: Sequence[str]) -> None:

@@ -66,7 +66,9 @@ def format_sweep(sweep: Mapping[str, Any]) -> str:
     lines = [f"{'sweep' if sweep['kind'] == 'grid' else 'search'} {sweep['folder']}: {counts}"]
     if best := sweep["best"]:
         values = " ".join(f"{metric} {value:.4g}" for metric, value in best["objective"].items())
-        lines.append(f"  best: job {best['job']}, {values}: {' '.join(best['overrides'])}")
+        lines.append(f"  best single job: {best['job']}, {values}: {' '.join(best['overrides'])}")
+        if sweep["report"]:
+            lines.append(f"  best setting over all seeds: in {sweep['report']}")
     return "\n".join([*lines, *format_next(sweep)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -50,10 +51,21 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
         # Hydra's own way to a callable, with what it never lets a config name.
         found: Callable[..., Any] = instantiate({"_target_": path, "_partial_": True}).func
     except Exception as error:  # an import runs a user's module: whatever it raises, it is refused
+        near = find_nearest_attributes(path)
+        cause, meant = format_root_cause(error), format_suggestion(near) or "."
         raise ConfigError(
-            f"{key}={path}: can't be imported ({format_root_cause(error)}).", key=key, value=path
+            f"{key}={path}: can't be imported ({cause}){meant}", key=key, value=path, nearest=near
         ) from error
     return found
+
+
+def find_nearest_attributes(path: str) -> list[str]:
+    """Returns the paths of a module's callables that look like this one; [] without the module."""
+    module, _, name = path.rpartition(".")
+    if module not in sys.modules:  # the attempt to import the callable has imported it
+        return []
+    names = [n for n, x in vars(sys.modules[module]).items() if callable(x) and n[:1] != "_"]
+    return [f"{module}.{near}" for near in find_nearest(name, names)]
 
 
 def resolve_name(name: str, table: Mapping[str, Any], key: str) -> Any:

@@ -33,7 +33,11 @@ def find_resumable_run(resume: str) -> Path:
     """
     run = Path(resume).expanduser()
     if not run.is_dir():
-        raise ConfigError(f"resume={resume}: there is no such folder.", key="resume", value=resume)
+        raise ConfigError(
+            f"resume={resume}: there is no such folder; grpo runs lists those of outputs.",
+            key="resume",
+            value=resume,
+        )
     owner = find_run(run)
     if owner is not None and owner.resolve() != run.resolve():
         raise ConfigError(

@@ -85,7 +85,12 @@ class Summary:
         steps, seconds = content["steps"], content["wall_seconds"]
         lines = [f"{content['status']}: {steps} steps in {seconds / 60:.1f} minutes"]
         first, last = content["first_evaluation"], content["last_evaluation"]
-        if first and last:
+        if first and first == last:
+            lines.append(
+                f"  sampled accuracy {first['eval/sampled_accuracy']:.1%} at step {first['step']}; "
+                f"not evaluated since"
+            )
+        elif first and last:
             for label, key in (("sampled", "eval/sampled_accuracy"), ("greedy", "eval/accuracy")):
                 lines.append(f"  {label} accuracy {first[key]:.1%} -> {last[key]:.1%}")
         folder = make_relative(self.folder)
