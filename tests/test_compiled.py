@@ -27,7 +27,7 @@ from grpo.models.cpu.kernel import (
 )
 
 needs_bf16 = pytest.mark.skipif(
-    kernel.load_kernel() is None or not kernel.load_kernel().has_bf16(),
+    not kernel.has_bf16_kernel(),
     reason="there is no compiler, or the processor has no instructions for bf16",
 )
 needs_compiler = pytest.mark.skipif(kernel.load_kernel() is None, reason="no C compiler is there")

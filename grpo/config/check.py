@@ -45,11 +45,6 @@ def check_config(cfg: DictConfig) -> None:
         raise ConfigError(f"{missing[0]} is not set: give it as {missing[0]}=…", key=missing[0])
     for key in ("num_epochs", "batch_size", "num_generation", "max_new_tokens"):
         check_at_least(cfg, key, 1)
-    if cfg.max_steps == -1:
-        raise ConfigError(
-            "max_steps=-1: write null for no limit; num_epochs is then what ends the run.",
-            key="max_steps", value=-1,
-        )  # fmt: skip
     for key in ("max_steps", "device.token_budget", "device.cache_budget"):
         check_at_least(cfg, key, 1, optional=True)
     for key in ("eval.every", "eval.samples", "optim.warmup_steps", "log_prompts"):

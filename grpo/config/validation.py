@@ -26,7 +26,10 @@ def check_at_least(
         kind = f"{'whole ' if whole else ''}number"
         raise ConfigError(f"{key}={given}: should be a {kind}.", key=key, value=value)
     if not (value >= minimum and math.isfinite(value)):
-        raise ConfigError(f"{key}={value}: must be at least {minimum:g}.", key=key, value=value)
+        unset = "; write null to leave it open" if optional else ""
+        raise ConfigError(
+            f"{key}={value}: must be at least {minimum:g}{unset}.", key=key, value=value
+        )
 
 
 def check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:

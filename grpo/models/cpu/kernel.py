@@ -73,6 +73,11 @@ def load_kernel() -> Any:
     return library
 
 
+def has_bf16_kernel() -> bool:
+    """Returns whether there is a kernel, and it has products of bf16 factors."""
+    return load_kernel() is not None and bool(load_kernel().has_bf16())
+
+
 def compile_kernel(compiler: str) -> Path:
     """Returns the library's file in the user's cache, compiled if it is not there.
 
@@ -170,8 +175,7 @@ class PackedWeightBF16(PackedWeight):
     def can_pack(weight_OI: Tensor) -> bool:
         """Returns whether the kernel multiplies bf16, and the shape fits its blocks and pairs."""
         return (
-            load_kernel() is not None
-            and bool(load_kernel().has_bf16())
+            has_bf16_kernel()
             and len(weight_OI) % load_kernel().wide() == 0
             and weight_OI.shape[1] % 2 == 0
         )
@@ -192,8 +196,7 @@ TOKENS_AT_ONCE = 512  # as in kernel.c
 def can_accumulate_bf16(gradient_OI: Tensor) -> bool:
     """Returns whether the kernel multiplies bf16, and a gradient in fp32 fits its blocks."""
     return (
-        load_kernel() is not None
-        and bool(load_kernel().has_bf16())
+        has_bf16_kernel()
         and gradient_OI.dtype == torch.float32
         and gradient_OI.is_contiguous()
         and all(size % load_kernel().wide() == 0 for size in gradient_OI.shape)

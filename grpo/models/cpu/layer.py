@@ -1,8 +1,9 @@
 """Llama's decoder layer with few operations, and with little memory kept for the backward pass.
 
 Such a layer computes y = x + attention(norm(x)) and then y + mlp(norm(y)), with rotary positions
-(2302.13971); Qwen2, Mistral and SmolLM2 have it too. It is used only in fp32 on a CPU, and only if
-it gives the numbers of transformers' own layer, which is checked once for each layer.
+(2302.13971); Qwen2, Mistral and SmolLM2 have it too. It is used only on a CPU, in fp32 or in bf16
+(see `linear.suits_onednn`), and only if it gives the numbers of transformers' own layer, which is
+checked once for each layer in fp32.
 
 Shape letters as in `attention.py`; F is the width of the gated MLP.
 """

@@ -212,7 +212,7 @@ def linear_with_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def make_linear_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
-    """Returns a forward with oneDNN and gradient for each fp32 linear layer on a CPU."""
+    """Returns a forward with oneDNN and gradient for each linear layer that suits it."""
     return {
         layer: partial(linear_with_gradient, weight=layer.weight, bias=layer.bias)
         for layer in find_linear_layers(model)

@@ -1,7 +1,7 @@
 """Modules of decoder layers that keep and read less memory for the backward pass.
 
 They compute the same as transformers' own modules; each class of these is compared with them once
-before they replace it. Only in fp32 on a CPU.
+before they replace it. Only on a CPU, in fp32 and in bf16 where `linear.suits_onednn` says so.
 """
 
 from __future__ import annotations
@@ -230,6 +230,13 @@ def make_embedding_forwards(model: nn.Module) -> dict[nn.Module, ModuleForward]:
     }
 
 
+def convert_to_fp32(module: Any) -> Any:
+    """Returns the module if its weights are in fp32, else a copy in fp32."""
+    if all(x.dtype == torch.float32 for x in module.parameters()):
+        return module
+    return copy.deepcopy(module).float()
+
+
 @torch.no_grad()
 def matches_module(module: Any, forward: Callable[..., ModuleForward], width: int) -> bool:
     """Returns whether a function computes the same as the module's class, on random numbers.
@@ -239,8 +246,7 @@ def matches_module(module: Any, forward: Callable[..., ModuleForward], width: in
     """
     kind = (type(module), type(getattr(module, "act_fn", None)))
     if kind not in _matches:
-        if any(x.dtype != torch.float32 for x in module.parameters()):
-            module = copy.deepcopy(module).float()
+        module = convert_to_fp32(module)
         x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
         with torch.autocast("cpu", enabled=False):
             expected, ours = type(module).forward(module, x), forward(module)(x)

@@ -6,7 +6,6 @@ gives the same numbers in a trial; all others compute as usual.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,6 +24,7 @@ from grpo.models.cpu.linear import (
     suits_onednn,
 )
 from grpo.models.cpu.modules import (
+    convert_to_fp32,
     looks_like_norm,
     make_embedding_forwards,
     make_mlp_forwards,
@@ -112,8 +112,7 @@ def find_scoring(module: Any) -> AttentionScoring | None:
     It compares them on random numbers, in fp32: a layer may ignore positions or scale what it adds,
     which only its code shows.
     """
-    if any(x.dtype != torch.float32 for x in module.parameters()):
-        module = copy.deepcopy(module).float()
+    module = convert_to_fp32(module)
     generator = torch.Generator().manual_seed(0)
     attention = module.self_attn
     x = torch.randn(1, 4, attention.q_proj.in_features, generator=generator)
