@@ -91,11 +91,12 @@ def reset_peak_memory(kind: str) -> None:
         (PROC / "clear_refs").write_text("5")
 
 
-def open_device(kind: str, precision: str) -> Device:
+def open_device(kind: str, precision: str, index: int = 0) -> Device:
     """Returns the device of this kind and resets its peak memory.
 
     Args:
         kind: cpu, cuda or mps; auto takes the first of cuda, mps and cpu that is available.
+        index: of the GPU, among those that this process sees.
         precision: bf16 or fp32; auto is bf16 on a GPU that supports it, else fp32.
 
     Raises:
@@ -117,8 +118,16 @@ def open_device(kind: str, precision: str) -> Device:
         )
     if precision == "auto":
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if kind == "cuda":
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"parallel.processes: more than this machine's {torch.cuda.device_count()} GPUs; "
+                f"each process needs its own.",
+                key="parallel.processes",
+            )
+        torch.cuda.set_device(index)
     reset_peak_memory(kind)
     return Device(
-        torch_device=torch.device(kind),
+        torch_device=torch.device(kind, index) if kind == "cuda" else torch.device(kind),
         autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
     )

@@ -24,6 +24,7 @@ from grpo.tracking import Tracker
 from grpo.tracking.console import format_evaluation_table
 from grpo.tracking.tracker import make_answer_rows, make_evaluation_rows
 from grpo.training.evaluation import evaluation_metrics, summarize_evaluation
+from grpo.training.sampler import Sampler
 
 
 def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float | None:
@@ -42,7 +43,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> flo
     budget = build_budget(cfg, model, longest, with_reference=False)
     make_engine = bind(cfg.rollout, "rollout")
     engine = build_engine(make_engine, model, cfg.max_new_tokens, budget)
-    evaluation = build_evaluation(cfg, engine, prompts, rewards)
+    evaluation = build_evaluation(cfg, Sampler(engine, rewards), prompts)
     info = build_evaluation_info(cfg, folder)
     tracker = Tracker([make(info=info) for make in bind_sinks(cfg)])
     try:

@@ -45,6 +45,8 @@ from grpo.memory.allocator import give_back_freed_memory
 from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
 from grpo.models.remote_code import has_remote_code
+from grpo.parallel import ONE_RANK, Ranks
+from grpo.parallel.agreement import check_same
 from grpo.report.run.page import write_run_page
 from grpo.rollout import HFEngine, NativeEngine
 from grpo.runs.files import RUNNING, is_finished
@@ -61,12 +63,15 @@ from grpo.training.difficulty import measure_difficulty
 from grpo.training.kl_penalty import NoKL
 from grpo.training.loop import Training, TrainingState, train
 from grpo.training.optimizer import Optimizer
+from grpo.training.sampler import Sampler
 from grpo.types import Prompt
 
 log = logging.getLogger(__name__)
 
 
-def train_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float | None:
+def train_from_config(
+    cfg: DictConfig, folder: Path, found: RunInputs, ranks: Ranks = ONE_RANK
+) -> float | None:
     """Runs one experiment in its folder and returns its objective.
 
     Raises:
@@ -74,7 +79,7 @@ def train_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float 
         RunError: the run had to stop; `train` says what is saved.
         SystemExit: 130; the run was interrupted and is saved.
     """
-    run, state = build_training(cfg, folder, found)
+    run, state = build_training(cfg, folder, found, ranks)
     give_back_freed_memory()  # of checks and trials; training couldn't use the gaps between
     answer_counts = run.evaluation.answer_counts
     commits = found.find_hub_commits()
@@ -94,7 +99,7 @@ def train_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float 
         error = f"{type(failure).__name__}: {failure}"
         raise
     finally:
-        for reward in run.collector.rewards.values():
+        for reward in run.collector.sampler.rewards.values():
             reward.close()
         content = summary.write(status, state.progress, error)
         run.tracker.close(status, content)
@@ -106,6 +111,22 @@ def train_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float 
     elif status == "interrupted":
         raise SystemExit(130)
     return summary.get_objective(content)
+
+
+def follow_training(cfg: DictConfig, folder: Path, found: RunInputs, ranks: Ranks) -> None:
+    """Takes part in a run as a rank that writes nothing.
+
+    Raises:
+        ConfigError, RunError: as `train_from_config`, with the first rank's or its own error.
+    """
+    run, state = build_training(cfg, folder, found, ranks)
+    give_back_freed_memory()
+    try:
+        with Interrupt() as interrupt:
+            train(run, state, interrupt)
+    finally:
+        for reward in run.collector.sampler.rewards.values():
+            reward.close()
 
 
 def write_report_html(folder: Path) -> None:
@@ -123,25 +144,27 @@ def write_report_html(folder: Path) -> None:
 
 
 def build_training(
-    cfg: DictConfig, folder: Path, found: RunInputs
+    cfg: DictConfig, folder: Path, found: RunInputs, ranks: Ranks
 ) -> tuple[Training, TrainingState]:
     """Builds a run's parts, those with cheap checks first; returns them and where it starts.
 
     One function despite its length: this order is the run's, read from top to bottom.
     """
-    device = build_device(cfg)
+    device = build_device(cfg, ranks)
     rewards = build_rewards(cfg, found)
     objective, advantage = build_objective(cfg), build_advantage(cfg)
     hydra = HydraConfig.get()
     warn_unused_kl(cfg, hydra.overrides.task, hydra.runtime.choices["kl"])
     make_engine = bind(cfg.rollout, "rollout")
-    make_sinks = bind_sinks(cfg)
+    make_sinks = bind_sinks(cfg) if ranks.is_first else []
     formats = [build_prompt_format(part.options, part.key) for part in found.sets]
+    ranks.compute_on_first(found.model)  # so that only one rank downloads it
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
+    check_same(ranks, {"model": base, "dataset": prompts.compute_fingerprint()})
     policy, longest = fit_to_lengths(cfg, policy, prompts.evaluation, prompts.train)
     copied = objective.kl is not None and cfg.adapter is None
-    budget = build_budget(cfg, policy, longest, with_reference=copied)
+    budget = build_budget(cfg, policy, longest, with_reference=copied, ranks=ranks)
     engine = build_engine(make_engine, policy, cfg.max_new_tokens, budget)
     train_prompts: Sequence[Prompt] = prompts.train
     curriculum = build_curriculum(cfg)
@@ -149,21 +172,24 @@ def build_training(
         every = prompts.train
         measured = every.list_fitting() if isinstance(every, LazyPrompts) else every
         shares = measure_difficulty(
-            folder, measured, engine, objective.sampling, curriculum.samples
+            folder, measured, engine, objective.sampling, curriculum.samples, ranks
         )
         train_prompts = curriculum.choose(measured, shares)
     order = build_order(train_prompts, found, cfg)
 
     # The reference is the model as it was loaded, so it is copied before a checkpoint is.
-    kl_penalty = build_kl_penalty(cfg, policy, objective, budget)
+    kl_penalty = build_kl_penalty(cfg, policy, objective, budget, ranks)
     steps = count_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
-    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, resolve_without_secrets(cfg))
+    saved = resolve_without_secrets(cfg)
+    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, saved, writes=ranks.is_first)
     start = resume_or_start(cfg, checkpoints, policy, optimizer, kl_penalty, budget, steps, base)
     info = build_run_info(cfg, folder, start, steps)
     # The sinks that may refuse come first: JsonlFiles puts the run on disk.
-    sinks = [*(make(info=info) for make in make_sinks), JsonlFiles(info), Console(info)]
-    if cfg.doctor is not None:
+    sinks = [make(info=info) for make in make_sinks]
+    if ranks.is_first:
+        sinks += [JsonlFiles(info), Console(info)]
+    if ranks.is_first and cfg.doctor is not None:
         sinks.append(DoctorSink(info, DoctorConfig(**resolve_node(cfg.doctor))))
     log.info(
         "%s in %s: %d steps of %d x %d completions from %d prompts; algorithm %s, %s; on %s",
@@ -175,9 +201,9 @@ def build_training(
     facts = Facts(exact, steps * count_updates_per_step(cfg), has_remote_code(found.model()))
     for line in explain_unused_keys(cfg, hydra.overrides.task, facts):
         log.warning("%s", line)
+    sampler = Sampler(engine, rewards, ranks)
     collector = Collector(
-        engine=engine,
-        rewards=rewards,
+        sampler=sampler,
         prompts=train_prompts,
         order=order,
         sampling=objective.sampling,
@@ -186,6 +212,7 @@ def build_training(
         resample=cfg.algorithm.resample,
         seed=cfg.seed,
     )
+    prunes = ranks.is_first and is_sweep_job()
     run = Training(
         policy=policy,
         collector=collector,
@@ -193,7 +220,7 @@ def build_training(
         optimizer=optimizer,
         objective=objective,
         advantage=advantage,
-        evaluation=build_evaluation(cfg, engine, prompts.evaluation, rewards, train_prompts),
+        evaluation=build_evaluation(cfg, sampler, prompts.evaluation, train_prompts),
         tracker=Tracker(sinks),
         checkpoints=checkpoints,
         device=device,
@@ -203,7 +230,8 @@ def build_training(
         eval_every=cfg.eval.every,
         checkpoint_every=cfg.checkpoint.every,
         log_prompts=cfg.log_prompts,
-        should_prune=make_prune_check(folder) if is_sweep_job() else never_prune,
+        should_prune=make_prune_check(folder) if prunes else never_prune,
+        ranks=ranks,
     )
     return run, TrainingState(start)
 

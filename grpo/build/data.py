@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,9 @@ from grpo.data.rows import MAX_EAGER_ROWS
 from grpo.errors import ConfigError
 from grpo.locate import PROMPT_KEYS, RunInputs
 from grpo.rewards import WeightedReward
-from grpo.rollout import Engine
 from grpo.training.difficulty import Curriculum
 from grpo.training.evaluation import Evaluation
+from grpo.training.sampler import Sampler
 from grpo.types import Prompt
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -192,9 +192,8 @@ def accepts_samples(function: Any) -> bool:
 
 def build_evaluation(
     cfg: DictConfig,
-    engine: Engine,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
-    rewards: Mapping[str, WeightedReward],
     train: Sequence[Prompt] = (),
 ) -> Evaluation:
     sampling = replace(build_sampling(cfg), temperature=cfg.eval.temperature)
@@ -203,6 +202,4 @@ def build_evaluation(
     else:
         trained = {prompt.example.question for prompt in train}
     overlap = sum(prompt.example.question in trained for prompt in prompts) / len(prompts)
-    return Evaluation(
-        engine, prompts, rewards, cfg.eval.samples, cfg.eval.greedy, sampling, overlap
-    )
+    return Evaluation(sampler, prompts, cfg.eval.samples, cfg.eval.greedy, sampling, overlap)

@@ -31,6 +31,7 @@ from grpo.models.hub import is_in_hub_cache, read_commit
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.long_context import prepare_for_lengths
 from grpo.models.recompute import find_decoder_layers
+from grpo.parallel import ONE_RANK, Ranks
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.rollout.sampler_check import check_sampler
 from grpo.types import Prompt
@@ -38,8 +39,9 @@ from grpo.types import Prompt
 log = logging.getLogger(__name__)
 
 
-def build_device(cfg: DictConfig) -> Device:
-    device = open_device(cfg.device.kind, cfg.device.precision)
+def build_device(cfg: DictConfig, ranks: Ranks = ONE_RANK) -> Device:
+    """Opens the device; with several ranks on a machine, each gets a GPU of its own."""
+    device = open_device(cfg.device.kind, cfg.device.precision, ranks.local_index)
     if device.torch_device.type == "cpu":
         keep_freed_memory(
             LARGEST_KEPT_BLOCK
@@ -93,13 +95,18 @@ def load_model(cfg: DictConfig, folder: Path, device: Device, frozen: bool) -> L
 
 
 def build_budget(
-    cfg: DictConfig, policy: LanguageModel, longest: int, with_reference: bool
+    cfg: DictConfig,
+    policy: LanguageModel,
+    longest: int,
+    with_reference: bool,
+    ranks: Ranks = ONE_RANK,
 ) -> Budget:
     """Chooses how much is computed at once.
 
     Args:
         longest: tokens of the longest prompt and its completion.
         with_reference: whether a copy of the model is the reference.
+        ranks: those on one machine share its memory, unless each has a GPU.
     """
     work = Workload(
         prompt=longest - cfg.max_new_tokens,
@@ -112,7 +119,13 @@ def build_budget(
     options, device = cfg.device, policy.device.torch_device
     held = estimate_memory(policy, work)
     return choose_budget(
-        device, options.memory_gb, options.token_budget, options.cache_budget, held, longest
+        device,
+        options.memory_gb,
+        options.token_budget,
+        options.cache_budget,
+        held,
+        longest,
+        processes=1 if device.type == "cuda" else ranks.local_size,
     )
 
 

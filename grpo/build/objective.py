@@ -28,6 +28,7 @@ from grpo.objective import (
     AdaptiveWeight,
     Normalize,
 )
+from grpo.parallel import Ranks
 from grpo.training.kl_penalty import KLPenalty, NoKL
 from grpo.training.loss import KLTerm, Objective
 from grpo.training.optimizer import SCHEDULES, Optimizer
@@ -153,7 +154,7 @@ def explain_unused_kl(cfg: DictConfig, overrides: Sequence[str], choice: str) ->
 
 
 def build_kl_penalty(
-    cfg: DictConfig, policy: LanguageModel, objective: Objective, budget: Budget
+    cfg: DictConfig, policy: LanguageModel, objective: Objective, budget: Budget, ranks: Ranks
 ) -> NoKL:
     if objective.kl is None:
         return NoKL()
@@ -166,6 +167,7 @@ def build_kl_penalty(
         budget.forward_limit,
         cfg.kl.sync_every,
         cfg.kl.sync_share,
+        ranks,
     )
 
 

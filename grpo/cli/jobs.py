@@ -12,11 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from grpo.cli.exits import fail, refuse
+from grpo.cli.processes import count_processes, describe_job
 from grpo.config import schema
 from grpo.config.check import check_config, check_training
 from grpo.config.overrides import parse_key
 from grpo.config.secrets import redact_logs, remember_secrets
 from grpo.errors import ConfigError, RunError
+from grpo.parallel.start import join_ranks
 from grpo.runs.files import note_failure
 from grpo.runs.folder import check_run_folder, remove_unstarted
 from grpo.runs.lock import RunLocked, locked
@@ -42,12 +44,15 @@ def train_job(cfg: DictConfig) -> float | None:
         remember_secrets(cfg)
         check_config(cfg)
         check_training(cfg)
+        processes = count_processes(cfg)
         check_run_folder(folder, cfg.resume, cfg.model, cfg.adapter)
         found = find_for_training(cfg)
 
-        from grpo.run import train_from_config
+        with join_ranks(processes) as ranks:
+            from grpo.run import train_from_config
 
-        return train_from_config(cfg, folder, found)
+            ranks.compute_on_first(lambda: describe_job(cfg, folder))  # the others wait for it
+            return train_from_config(cfg, folder, found, ranks)
     return None  # stopped before it began
 
 

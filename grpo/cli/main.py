@@ -40,6 +40,7 @@ from grpo.config import schema
 from grpo.config.overrides import split_arguments
 from grpo.config.suggest import find_nearest, suggest_names
 from grpo.errors import ConfigError
+from grpo.parallel.start import get_launched_index, is_launched
 
 JOBS = {"train": "config", "eval": "eval", "check": "config"}  # a first bare word -> its config
 JOBS_WITHOUT_CONFIG = {  # jobs that read what a run left
@@ -55,6 +56,9 @@ JSON_FLAG = "--json"
 
 def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted."""
+    if get_launched_index() > 0:  # the first rank composes the config and says what is wrong
+        import_module("grpo.cli.rank").main()
+        return
     prepare_process()
     begin_outcome()
     asked = {"--help", "-h", "--version"} & set(sys.argv)
@@ -90,6 +94,11 @@ def run_command(*, as_json: bool = False) -> None:
         trusted = "--trust" in overrides
         overrides = [override for override in overrides if override != "--trust"]
         overrides = add_past_overrides("eval" if job == "eval" else "train", overrides, trusted)
+        if is_launched() and (job != "train" or {"-m", "--multirun"} & set(overrides)):
+            raise ConfigError(
+                "torchrun: it can start a single training run; a sweep's jobs and all other "
+                "commands start their own processes, with parallel.processes=N."
+            )
         if job == "train" and {"-m", "--multirun"} & set(overrides):
             CURRENT.command = "sweep"
         given, flags = split_arguments(overrides)

@@ -71,6 +71,7 @@ def check_config(cfg: DictConfig) -> None:
     check_adapter(cfg)
     check_installed(cfg)
     check_curriculum(cfg)
+    check_parallel(cfg)
     if cfg.doctor is not None:
         for key in ("doctor.patience", "doctor.window", "doctor.spikes"):
             check_at_least(cfg, key, 1)
@@ -256,6 +257,20 @@ def check_installed(cfg: DictConfig) -> None:
         require_extra("adapter.quantized=True", "bitsandbytes", "quantized")
     if cfg.optim.name == "adamw_8bit":
         require_extra("optim.name=adamw_8bit", "bitsandbytes", "quantized")
+
+
+def check_parallel(cfg: DictConfig) -> None:
+    if cfg.parallel is None:
+        return
+    check_choice(cfg, "parallel.strategy", ("ddp",))
+    check_at_least(cfg, "parallel.processes", 1, optional=True)
+    if cfg.device.kind == "mps":
+        raise ConfigError(
+            f"parallel={cfg.parallel.strategy}: device=mps is one GPU, and runs one process; leave "
+            f"parallel out, or use device=cpu.",
+            key="parallel",
+            value=cfg.parallel.strategy,
+        )
 
 
 def check_curriculum(cfg: DictConfig) -> None:

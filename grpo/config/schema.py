@@ -137,6 +137,14 @@ class DoctorConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How a run is divided among processes."""
+
+    strategy: str
+    processes: int | None
+
+
+@dataclass
 class Config:
     """The types of conf/config.yaml; a section with a `_target_` has its callable's parameters."""
 
@@ -169,7 +177,7 @@ class Config:
     tracking: dict[str, Any] = field(default_factory=dict)
     adapter: AdapterConfig | None = None
     doctor: DoctorConfig | None = None
-    parallel: Any = None
+    parallel: ParallelConfig | None = None
 
 
 def register_schema() -> None:

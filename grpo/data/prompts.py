@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -212,6 +213,18 @@ class LazyPrompts(Sequence[Prompt]):
 class PromptSets:
     train: list[Prompt] | LazyPrompts
     evaluation: list[Prompt]
+
+    def compute_fingerprint(self) -> str:
+        """Returns a sha256 of all tokens; of lazy prompts, of the first ones."""
+        train = self.train
+        if isinstance(train, LazyPrompts):
+            first = [train[n] for n in range(min(len(train), 64))]
+        else:
+            first = train
+        total = hashlib.sha256(str(len(train)).encode())
+        for prompt in (*first, *self.evaluation):
+            total.update(repr(prompt.token_ids).encode())
+        return total.hexdigest()
 
 
 def drop_held_out(

@@ -193,6 +193,7 @@ def choose_budget(
     cache_positions: int | None,
     memory_needs: MemoryNeeds,
     longest: int,
+    processes: int = 1,
 ) -> Budget:
     """Chooses token limits that fit into memory, and are no larger than is efficient.
 
@@ -201,15 +202,18 @@ def choose_budget(
         tokens: the limit of a forward and backward pass; None derives it from memory.
         cache_positions: the limit of a rollout's cache; None derives it from memory.
         longest: tokens of the longest prompt and completion together.
+        processes: that share this memory evenly.
 
     Raises:
         ConfigError: not even one completion fits, and `tokens` is None.
     """
-    usable = get_usable_memory(device, memory)
+    usable = get_usable_memory(device, memory) / processes
     base = LIBRARIES_GB[device.type] + memory_needs.training_gb
     needed = base + memory_needs.token_bytes * longest / 1e9
     if tokens is None and usable < needed:
         value = f"null ({usable:.1f} GB here)" if memory is None else f"{memory:g}"
+        if processes > 1:
+            value += f" for {processes} processes"
         raise ConfigError(
             f"device.memory_gb={value}: libraries, weights, gradients, optimizer and one "
             f"completion with its prompt, up to {longest} tokens, take {needed:.1f} GB; raise it "

@@ -15,6 +15,7 @@ from grpo.models.load import LanguageModel
 from grpo.models.padding import pad_left
 from grpo.models.reference import Reference
 from grpo.models.sampling_filters import KeptTokens
+from grpo.parallel import ONE_RANK, Ranks
 from grpo.types import Rollout
 
 
@@ -63,6 +64,15 @@ def split_into_micro_batches(
             torch.cat([one.rows for one in groups]),
             sum(one.tokens for one in groups),
         )
+
+
+def divide_prompts(rollout: Rollout, prompts: Sequence[int], ranks: Ranks) -> list[int]:
+    """Returns those of the prompts, indices into B, that this rank computes: balanced by tokens."""
+    if ranks.size == 1:
+        return list(prompts)
+    tokens_B = rollout.lengths_N.view(-1, rollout.num_generation).sum(dim=1).tolist()
+    costs = [tokens_B[b] + len(rollout.prompts[b].token_ids) for b in prompts]
+    return [prompts[n] for n in ranks.divide(costs)[ranks.index]]
 
 
 def select_completions(
@@ -122,20 +132,28 @@ def score_rollout(
     limit: TokenLimit,
     reference: Reference | None = None,
     kept_tokens: KeptTokens | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> TokenScores:
     """Returns a model's scores [N, C] of a whole rollout, without gradient.
 
     Args:
         reference: the model from which the readout's divergence is measured.
-        kept_tokens: the tokens that sampling may draw, if they are fixed for the whole rollout.
+        kept_tokens: the tokens that sampling may draw, if they are fixed for the whole rollout;
+            those of places that have none yet are stored.
+        ranks: each scores a share of the prompts.
 
     Raises:
         RunError: memory ran out with as few tokens as can be computed at once.
     """
     scores = TokenScores(*(torch.zeros_like(rollout.logprobs_NC) for _ in TokenScores._fields))
+    prompts = divide_prompts(rollout, range(len(rollout.prompts)), ranks)
+
+    def score_share() -> tuple[TokenScores, KeptTokens | None]:
+        limit.retry_smaller(work)
+        return scores, kept_tokens
 
     def work() -> None:
-        for batch in split_into_micro_batches(rollout, limit):
+        for batch in split_into_micro_batches(rollout, limit, prompts):
             limit.record_start(batch.tokens)
             inputs = select_completions(rollout, batch, model, kept_tokens)
             reference_features = compute_reference_features(reference, readout, inputs)
@@ -144,5 +162,15 @@ def score_rollout(
             for whole_NC, part_NC in zip(scores, part, strict=True):
                 whole_NC[rows, :width] = part_NC
 
-    limit.retry_smaller(work)
-    return scores
+    parts = ranks.gather(score_share)
+    if len(parts) == 1:
+        return scores
+    if kept_tokens is not None:
+        kept_tokens.join([kept for _, kept in parts if kept is not None])
+    # A rank has zeros in the rows of the others.
+    return TokenScores(
+        *(
+            torch.stack(of_ranks).sum(dim=0)
+            for of_ranks in zip(*(scores for scores, _ in parts), strict=True)
+        )
+    )

@@ -5,6 +5,7 @@ The steps and their order are those of transformers' `generate`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,16 @@ class KeptTokens:
         filtered_TV = filter_logits(logits_TV, sampling)
         self._store(rows_T, columns_T, filtered_TV > -torch.inf)
         return filtered_TV
+
+    def join(self, parts: Sequence[KeptTokens]) -> None:
+        """Takes the lists of several, of which each has stored other rows; all are kept here."""
+        self.starts_NC, self.counts_NC = (torch.zeros_like(self.starts_NC) for _ in range(2))
+        self.ids, before = [], 0
+        for part in parts:
+            self.starts_NC += (part.starts_NC + before).masked_fill(part.counts_NC == 0, 0)
+            self.counts_NC += part.counts_NC
+            self.ids += part.ids
+            before += sum(len(ids) for ids in part.ids)
 
     def _store(self, rows_T: Tensor, columns_T: Tensor, kept_TV: Tensor) -> None:
         place, token = kept_TV.nonzero(as_tuple=True)

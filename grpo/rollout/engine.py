@@ -21,12 +21,19 @@ class Engine(Protocol):
     """Samples completions from the policy with its current weights."""
 
     def generate(
-        self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        num_generation: int,
+        sampling: Sampling,
+        seed: int,
+        share: Sequence[int] | None = None,
     ) -> Rollout:
         """Samples `num_generation` completions for each prompt, on-policy.
 
         Args:
             seed: the same seed, weights and arguments give the same completions.
+            share: indices of the prompts to sample; the rollout then holds these alone, in this
+                order. Other ranks sample the others. Never given in a run with one process.
 
         Raises:
             InvalidLogits: the policy's logits are NaN or infinite.

@@ -21,6 +21,7 @@ from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.padding import pad_left
 from grpo.rollout.engine import InvalidLogits, SampledCompletion, StopStrings, sample_in_batches
+from grpo.seeds import derive_seed
 from grpo.types import Prompt, Rollout, Sampling
 
 
@@ -32,9 +33,16 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        num_generation: int,
+        sampling: Sampling,
+        seed: int,
+        share: Sequence[int] | None = None,
     ) -> Rollout:
-        """Implements `Engine.generate`."""
+        """Implements `Engine.generate`. Another share of the prompts gives other completions."""
+        if share is not None:
+            prompts, seed = [prompts[b] for b in share], derive_seed(seed, share[0])
         original_config = self.policy.model.generation_config
         try:
             with torch.random.fork_rng(), self.policy.device.autocast():
@@ -45,8 +53,8 @@ class HFEngine:
                     num_generation,
                     self.max_new_tokens,
                     self.budget.cache_limit,
-                    lambda share, group: self._sample(
-                        [prompts[b] for b in share], len(group), sampling
+                    lambda batch, group: self._sample(
+                        [prompts[b] for b in batch], len(group), sampling
                     ),
                     # generate penalises the padding before a shorter prompt like seen tokens.
                     same_length_only=self.policy.reads_padding or sampling.repetition_penalty != 1,

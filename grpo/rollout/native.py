@@ -39,17 +39,24 @@ class NativeEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        num_generation: int,
+        sampling: Sampling,
+        seed: int,
+        share: Sequence[int] | None = None,
     ) -> Rollout:
         """Implements `Engine.generate`. A row's random numbers don't depend on the other rows."""
         generator = torch.Generator().manual_seed(seed)
         shape = (len(prompts), num_generation, self.max_new_tokens)
         uniform_BGC = torch.rand(shape, generator=generator)
+        if share is not None:
+            prompts, uniform_BGC = [prompts[b] for b in share], uniform_BGC[list(share)]
 
-        def sample(share: Sequence[int], group: range) -> list[SampledCompletion]:
-            uniform_NC = uniform_BGC[list(share), group.start : group.stop].flatten(0, 1)
+        def sample(batch: Sequence[int], group: range) -> list[SampledCompletion]:
+            uniform_NC = uniform_BGC[list(batch), group.start : group.stop].flatten(0, 1)
             device = self.policy.device.torch_device
-            return self._sample([prompts[b] for b in share], uniform_NC.to(device), sampling)
+            return self._sample([prompts[b] for b in batch], uniform_NC.to(device), sampling)
 
         policy, width = self.policy, self.max_new_tokens
         rows = len(prompts) * num_generation

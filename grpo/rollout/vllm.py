@@ -96,12 +96,19 @@ class VLLMEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        num_generation: int,
+        sampling: Sampling,
+        seed: int,
+        share: Sequence[int] | None = None,
     ) -> Rollout:
         """Implements `Engine.generate`."""
-        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
         generator = torch.Generator().manual_seed(seed)
         seeds_B = torch.randint(0, 2**31, (len(prompts),), generator=generator).tolist()
+        if share is not None:
+            prompts, seeds_B = [prompts[b] for b in share], [seeds_B[b] for b in share]
+        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
         group = num_generation if sampling.temperature else 1  # greedy completions are all equal
         parameters = [
             self._make_sampling_params(sampling, group, prompt_seed) for prompt_seed in seeds_B

@@ -27,9 +27,12 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """A run's `checkpoints/` folder, which keeps the newest `keep` checkpoints, named step_N."""
 
-    def __init__(self, run: Path, keep: int, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: Path, keep: int, config: Mapping[str, Any], *, writes: bool = True
+    ) -> None:
+        """writes: false on all ranks but the first, which have the same state."""
         self.run, self.folder = run, run / "checkpoints"
-        self.keep, self.config = keep, config
+        self.keep, self.config, self.writes = keep, config, writes
 
     def save(
         self,
@@ -41,7 +44,7 @@ class Checkpoints:
     ) -> Path:
         """Writes step_N under another name and renames it; keeps an intact step_N that exists."""
         target = self.folder / f"step_{progress.step}"
-        if target.exists() and find_damage(target) is None:
+        if not self.writes or (target.exists() and find_damage(target) is None):
             return target
         for leftover in self.folder.glob(".*"):
             shutil.rmtree(leftover)

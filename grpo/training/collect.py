@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
 
 from grpo.data.order import Order
 from grpo.data.prompts import LazyPrompts
 from grpo.errors import RunError
-from grpo.models.padding import pad_right
 from grpo.objective.advantages import has_equal_rewards
-from grpo.rewards import WeightedReward, compute_scores
 from grpo.rewards.scoring import explain_no_rewards, raise_if_all_failed
-from grpo.rollout import Engine
 from grpo.seeds import derive_seed
-from grpo.training.clock import Clock
+from grpo.training.groups import Group, join_rollouts, join_scores
 from grpo.training.metrics import rollout_metrics, score_metrics
+from grpo.training.sampler import Sampler
 from grpo.types import Prompt, Rollout, Sampling, Scores
 
 log = logging.getLogger(__name__)
@@ -45,8 +41,7 @@ class Collector:
     reward metrics cover everything that was sampled, so runs with and without it compare.
     """
 
-    engine: Engine
-    rewards: Mapping[str, WeightedReward]
+    sampler: Sampler
     prompts: Sequence[Prompt]
     order: Order
     sampling: Sampling
@@ -58,7 +53,6 @@ class Collector:
 
     def collect(self, step: int) -> Batch:
         """Returns a step's scored completions; the step number seeds all randomness."""
-        clock = Clock()
         times = {"time/rollout": 0.0, "time/reward": 0.0}
         rollouts: list[Rollout] = []
         scores: list[Scores] = []
@@ -66,11 +60,12 @@ class Collector:
         def sample(indices: Sequence[int]) -> Scores:
             seed = derive_seed(self.seed, step + 500_000_003 * len(rollouts))
             prompts = [self.prompts[i] for i in indices]
-            rollouts.append(self.engine.generate(prompts, self.num_generation, self.sampling, seed))
-            times["time/rollout"] += clock.lap()
-            scores.append(compute_scores(rollouts[-1], self.rewards))
-            times["time/reward"] += clock.lap()
-            return scores[-1]
+            sampled = self.sampler.sample(prompts, self.num_generation, self.sampling, seed)
+            rollouts.append(sampled.rollout)
+            scores.append(sampled.scores)
+            times["time/rollout"] += sampled.rollout_seconds
+            times["time/reward"] += sampled.reward_seconds
+            return sampled.scores
 
         already_drawn: set[int] = set()
         first_rows = self.replace_long_prompts(
@@ -140,14 +135,6 @@ class Collector:
         return fitting
 
 
-@dataclass(frozen=True)
-class Group:
-    """One prompt's completions in one of a step's rollouts, both by index."""
-
-    rollout: int
-    prompt: int
-
-
 def find_informative_groups(scores: Scores) -> list[int]:
     """Returns the indices of the groups whose rewards differ."""
     return (~has_equal_rewards(scores.total_BG))[:, 0].nonzero()[:, 0].tolist()
@@ -173,48 +160,3 @@ def replace_uninformative(
         waiting = fresh.get(source, []) if group in uninformative else []
         refilled.append(waiting.pop(0) if waiting else group)
     return refilled
-
-
-def join_rollouts(rollouts: Sequence[Rollout], groups: Sequence[Group]) -> Rollout:
-    """Joins the groups into one rollout, in their order; returns a single rollout as it is."""
-    if len(rollouts) == 1:
-        return rollouts[0]
-    size = rollouts[0].num_generation
-    rows = [(rollouts[g.rollout], g.prompt * size + i) for g in groups for i in range(size)]
-    lengths = {id(rollout): rollout.lengths_N.tolist() for rollout in rollouts}
-    tokens_NC, lengths_N = pad_right([r.tokens_NC[n, : lengths[id(r)][n]] for r, n in rows], 0)
-    logprobs_NC, _ = pad_right([r.logprobs_NC[n, : lengths[id(r)][n]] for r, n in rows], 0.0)
-    return Rollout(
-        prompts=tuple(rollouts[g.rollout].prompts[g.prompt] for g in groups),
-        tokens_NC=tokens_NC,
-        logprobs_NC=logprobs_NC,
-        lengths_N=lengths_N,
-        truncated_N=torch.stack([r.truncated_N[n] for r, n in rows]),
-        texts=tuple(r.texts[n] for r, n in rows),
-        exact_logprobs=all(rollout.exact_logprobs for rollout in rollouts),
-    )
-
-
-def join_scores(scores: Sequence[Scores], groups: Sequence[Group]) -> Scores:
-    """Joins the scores of the groups, in their order; returns a single rollout's as they are."""
-    if len(scores) == 1:
-        return scores[0]
-    size = scores[0].total_BG.shape[1]
-    rows = [(scores[g.rollout], g.prompt * size + i) for g in groups for i in range(size)]
-    return Scores(
-        parts={
-            name: torch.stack([part.parts[name][n] for part, n in rows]) for name in scores[0].parts
-        },
-        weights=scores[0].weights,
-        total_BG=torch.stack([scores[g.rollout].total_BG[g.prompt] for g in groups]),
-        right_BG=torch.stack([scores[g.rollout].right_BG[g.prompt] for g in groups]),
-        failures={
-            name: {
-                row: part.failures[name][n]
-                for row, (part, n) in enumerate(rows)
-                if n in part.failures[name]
-            }
-            for name in scores[0].failures
-        },
-        sources=tuple(scores[g.rollout].sources[g.prompt] for g in groups),
-    )

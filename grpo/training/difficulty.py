@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.errors import ConfigError
+from grpo.parallel import ONE_RANK, Ranks
 from grpo.rewards.scoring import find_right, to_samples
 from grpo.rollout import Engine
 from grpo.runs.jsonl import encode_line, read_lines, reopen
@@ -55,7 +56,12 @@ class Curriculum:
 
 
 def measure_difficulty(
-    run: Path, prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int
+    run: Path,
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    sampling: Sampling,
+    samples: int,
+    ranks: Ranks = ONE_RANK,
 ) -> list[float]:
     """Returns the share of right completions of each prompt.
 
@@ -63,29 +69,54 @@ def measure_difficulty(
     that no measurement is lost to a crash or a refused config.
     """
     file = run / DIFFICULTY_FILE
-    texts = [prompt.text for prompt in prompts]
-    measured = read_lines(file)
-    measured_with = [(row["prompt"], row["samples"]) for row in measured]
-    if measured_with != [(text, samples) for text in texts[: len(measured)]]:
-        log.warning("%s is of other prompts or another curriculum.samples; measuring anew.", file)
-        file.unlink()
-        measured = []
-    solved = [float(row["solved"]) for row in measured]
-    with reopen(file) as out:
-        for start in range(len(solved), len(prompts), PROMPTS_AT_ONCE):
-            part = prompts[start : start + PROMPTS_AT_ONCE]
-            shares = measure_solved_shares(part, engine, sampling, samples, DIFFICULTY_SEED + start)
-            for prompt, share in zip(part, shares, strict=True):
-                out.write(encode_line({"prompt": prompt.text, "solved": share, "samples": samples}))
-            out.flush()
-            solved += shares
-            log.info("difficulty: %d of %d prompts measured", len(solved), len(prompts))
+    solved = list(ranks.compute_on_first(lambda: read_measured(file, prompts, samples)))
+    for start in range(len(solved), len(prompts), PROMPTS_AT_ONCE):
+        part, seed = prompts[start : start + PROMPTS_AT_ONCE], DIFFICULTY_SEED + start
+        shares = measure_solved_shares(part, engine, sampling, samples, seed, ranks)
+        if ranks.is_first:
+            lines = [
+                encode_line({"prompt": prompt.text, "solved": share, "samples": samples})
+                for prompt, share in zip(part, shares, strict=True)
+            ]
+            with file.open("a", encoding="utf-8") as out:
+                out.write("".join(lines))
+        solved += shares
+        log.info("difficulty: %d of %d prompts measured", len(solved), len(prompts))
     return solved
 
 
+def read_measured(file: Path, prompts: Sequence[Prompt], samples: int) -> list[float]:
+    """Returns the shares that an earlier start of this run has measured, and readies the file."""
+    measured = read_lines(file)
+    found = [(row["prompt"], row["samples"]) for row in measured]
+    if found != [(prompt.text, samples) for prompt in prompts[: len(measured)]]:
+        log.warning("%s is of other prompts or another curriculum.samples; measuring anew.", file)
+        file.unlink()
+        measured = []
+    reopen(file).close()
+    return [float(row["solved"]) for row in measured]
+
+
 def measure_solved_shares(
-    prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, samples: int, seed: int
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    ranks: Ranks,
 ) -> list[float]:
-    rollout = engine.generate(prompts, samples, sampling, seed)
-    right = find_right(to_samples(rollout))
-    return [sum(right[b * samples : (b + 1) * samples]) / samples for b in range(len(prompts))]
+    """Returns the share of right completions of each prompt, of which each rank measures some."""
+    shares = ranks.divide([len(prompt.token_ids) for prompt in prompts])
+
+    def measure() -> list[float]:
+        share = shares[ranks.index]
+        if not share:
+            return []
+        only = {} if ranks.size == 1 else {"share": share}
+        right = find_right(to_samples(engine.generate(prompts, samples, sampling, seed, **only)))
+        return [sum(right[n * samples : (n + 1) * samples]) / samples for n in range(len(share))]
+
+    solved: dict[int, float] = {}
+    for share, measured in zip(shares, ranks.gather(measure), strict=True):
+        solved |= dict(zip(share, measured, strict=True))
+    return [solved[b] for b in range(len(prompts))]

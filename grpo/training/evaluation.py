@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, fsum
 
 from grpo.data.answers import normalize_answer
-from grpo.rewards import WeightedReward, compute_scores
 from grpo.rewards.scoring import find_right, raise_if_all_failed, to_samples
-from grpo.rollout import Engine
-from grpo.types import Example, Prompt, Rollout, Sampling, Scores
+from grpo.training.sampler import Sampler, ScoredRollout
+from grpo.types import Example, Prompt, Rollout, Sampling
 from grpo.verifiers.numbers import Number
 
 EVALUATION_SEED = 0  # seeds the sampled completions of every evaluation, so that they compare
 
 
 @dataclass(frozen=True)
-class ScoredRollout:
-    """Completions of the evaluation prompts, and their scores."""
-
-    rollout: Rollout
-    scores: Scores
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """A fixed set of prompts, and how to answer and score them."""
 
-    engine: Engine
+    sampler: Sampler
     prompts: Sequence[Prompt]
-    rewards: Mapping[str, WeightedReward]
     samples: int  # completions a prompt for the sampled metrics; 0: none
     greedy: bool  # also evaluate one greedy completion a prompt
     sampling: Sampling
@@ -53,9 +43,8 @@ class Evaluation:
         return greedy, self._sample_and_score(self.samples, self.sampling) if self.samples else None
 
     def _sample_and_score(self, count: int, sampling: Sampling) -> ScoredRollout:
-        rollout = self.engine.generate(self.prompts, count, sampling, EVALUATION_SEED)
-        answers = ScoredRollout(rollout, compute_scores(rollout, self.rewards))
-        raise_if_all_failed(rollout, answers.scores)
+        answers = self.sampler.sample(self.prompts, count, sampling, EVALUATION_SEED)
+        raise_if_all_failed(answers.rollout, answers.scores)
         return answers
 
 

@@ -13,6 +13,7 @@ from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.reference import Reference
 from grpo.objective import AdaptiveWeight
+from grpo.parallel import ONE_RANK, Ranks
 from grpo.training.loss import KLTerm
 from grpo.types import Rollout, Sampling
 
@@ -61,6 +62,7 @@ class KLPenalty(NoKL):
         limit: TokenLimit,
         sync_every: int,
         sync_share: float,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         """
         Args:
@@ -70,7 +72,7 @@ class KLPenalty(NoKL):
         self.policy, self.term, self.weight = policy, term, weight
         self.reference: Reference = reference
         self.sampling, self.limit = sampling, limit
-        self.sync_every, self.sync_share = sync_every, sync_share
+        self.sync_every, self.sync_share, self.ranks = sync_every, sync_share, ranks
         self.reference_moved = False  # the reference is not the initial model any more
         self.policy_is_reference = True  # the policy still equals the reference
 
@@ -95,7 +97,9 @@ class KLPenalty(NoKL):
             return rollout.logprobs_NC
         plain = Readout(Sampling(self.sampling.temperature))
         with self.reference.activated():
-            return score_rollout(self.reference.model, rollout, plain, self.limit).plain_logprobs
+            return score_rollout(
+                self.reference.model, rollout, plain, self.limit, ranks=self.ranks
+            ).plain_logprobs
 
     def _score_divergence(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Returns [N, C] the reference's log-probabilities and the divergence before the update."""
@@ -107,7 +111,9 @@ class KLPenalty(NoKL):
             reference_NC = self._score_reference(rollout)
             return reference_NC, self.term.estimator(rollout.logprobs_NC, reference_NC)
         readout = Readout(self.sampling, divergence=self.term.divergence)
-        scored = score_rollout(self.policy, rollout, readout, self.limit, self.reference)
+        scored = score_rollout(
+            self.policy, rollout, readout, self.limit, self.reference, ranks=self.ranks
+        )
         exact = self.term.divergence is not None
         reference_NC = scored.reference if exact else self._score_reference(rollout)
         return reference_NC, self.term.token_kl(scored, reference_NC)

@@ -12,6 +12,7 @@ from grpo.device import Device
 from grpo.errors import RunError
 from grpo.memory.budget import Budget
 from grpo.models.load import LanguageModel
+from grpo.parallel import ONE_RANK, Ranks
 from grpo.runs.interrupt import Interrupt
 from grpo.runs.progress import Progress
 from grpo.seeds import derive_seed
@@ -50,6 +51,7 @@ class Training:
     checkpoint_every: int
     log_prompts: int
     should_prune: Callable[[int, dict[str, float]], bool]  # takes a step and its metrics
+    ranks: Ranks = ONE_RANK
 
 
 @dataclass
@@ -109,8 +111,9 @@ def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
             run.tracker.log(step, metrics)
             record_progress(step, None)
             done = step == run.total_steps
-            pruned = run.should_prune(step, metrics) and not done
-            last = done or pruned or interrupt.requested
+            pruned, interrupted = decide_to_stop(run, step, metrics, interrupt)
+            pruned = pruned and not done
+            last = done or pruned or interrupted
             if last or is_due(step, run.checkpoint_every):
                 save()
             if last:
@@ -127,7 +130,9 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     batch = run.collector.collect(step)
     clock.lap()
     reference_scores = run.kl_penalty.score(batch.rollout)
-    old = score_old_policy(run.policy, run.objective, batch.rollout, run.budget.forward_limit)
+    old = score_old_policy(
+        run.policy, run.objective, batch.rollout, run.budget.forward_limit, run.ranks
+    )
     parts_RBG, weights_R = batch.scores.stack_parts()
     penalty = {}  # for a KL in the reward
     if reference_scores.divergence_BG is not None:
@@ -148,6 +153,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         ),
         run.budget.forward_limit,
         seed=derive_seed(run.seed, step),
+        ranks=run.ranks,
     )
     stats = result.metrics
     stats |= run.kl_penalty.after_update(step, stats, len(batch.rollout.texts))
@@ -174,8 +180,16 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         "time/step": seconds,
         "perf/completion_tokens_per_second": batch.sampled_tokens / seconds,
         "perf/samples_per_second": batch.sampled_completions / seconds,
-        "memory/peak_gb": run.device.measure_peak_gb(),
+        "memory/peak_gb": max(run.ranks.gather(run.device.measure_peak_gb)),
     }
+
+
+def decide_to_stop(
+    run: Training, step: int, metrics: dict[str, float], interrupt: Interrupt
+) -> tuple[bool, bool]:
+    """Returns whether the search stops this run, which the first rank knows, or a signal does."""
+    pruned = run.ranks.compute_on_first(lambda: run.should_prune(step, metrics))
+    return pruned, any(run.ranks.gather(lambda: interrupt.requested))
 
 
 def evaluate_policy(run: Training, step: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.objective import Tokens, top_entropy_mask
 from grpo.objective.weights import Averaging
+from grpo.parallel import ONE_RANK, Ranks
 from grpo.seeds import SEED_LIMIT
 from grpo.training.loss import (
     Minibatch,
@@ -30,6 +31,7 @@ def split_minibatches(
     limit: TokenLimit,
     seed: int,
     unscored_N: Tensor | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> Iterator[Minibatch]:
     """Yields the minibatch of each optimizer step; each pass splits the groups at random.
 
@@ -44,7 +46,7 @@ def split_minibatches(
     chosen_NC = mask_NC
     if objective.top_entropy < 1 and mask_NC.any():
         readout = Readout(objective.sampling)
-        entropy_NC = score_rollout(policy, rollout, readout, limit).entropy
+        entropy_NC = score_rollout(policy, rollout, readout, limit, ranks=ranks).entropy
         chosen_NC = top_entropy_mask(entropy_NC, mask_NC, objective.top_entropy)
     for iteration in range(objective.num_iterations):
         minibatch_B = assign_minibatches(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from grpo.memory.budget import TokenLimit
 from grpo.memory.microbatch import (
     compute_reference_features,
+    divide_prompts,
     score_rollout,
     select_completions,
     split_head_chunks,
@@ -19,6 +22,7 @@ from grpo.models.head import Readout
 from grpo.models.load import LanguageModel
 from grpo.models.reference import Reference
 from grpo.models.sampling_filters import KeptTokens
+from grpo.parallel import ONE_RANK, Ranks
 from grpo.training.loss import (
     Minibatch,
     Objective,
@@ -33,7 +37,11 @@ from grpo.types import Rollout
 
 
 def score_old_policy(
-    policy: LanguageModel, objective: Objective, rollout: Rollout, limit: TokenLimit
+    policy: LanguageModel,
+    objective: Objective,
+    rollout: Rollout,
+    limit: TokenLimit,
+    ranks: Ranks = ONE_RANK,
 ) -> OldPolicy | None:
     """Returns the old log-probabilities for a step's ratios; None if the update computes them.
 
@@ -46,12 +54,12 @@ def score_old_policy(
     if objective.sampling.truncates:
         kept = KeptTokens.create_empty(rollout.lengths_N, rollout.tokens_NC.shape[1])
         readout = Readout(objective.sampling)
-        return OldPolicy(
-            score_rollout(policy, rollout, readout, limit, kept_tokens=kept).logprobs, kept
-        )
+        scores = score_rollout(policy, rollout, readout, limit, kept_tokens=kept, ranks=ranks)
+        return OldPolicy(scores.logprobs, kept)
     if rollout.exact_logprobs:
         return OldPolicy(rollout.logprobs_NC)
-    return OldPolicy(score_rollout(policy, rollout, Readout(objective.sampling), limit).logprobs)
+    readout = Readout(objective.sampling)
+    return OldPolicy(score_rollout(policy, rollout, readout, limit, ranks=ranks).logprobs)
 
 
 def update_policy(
@@ -63,6 +71,7 @@ def update_policy(
     update_inputs: UpdateInputs,
     limit: TokenLimit,
     seed: int = 0,
+    ranks: Ranks = ONE_RANK,
 ) -> UpdateResult:
     """Takes `num_iterations` x `minibatches` optimizer steps and returns their metrics.
 
@@ -72,18 +81,25 @@ def update_policy(
 
     Args:
         seed: seeds the split into minibatches.
+        ranks: each computes the gradients of a share of a minibatch's prompts.
     """
     totals = UpdateTotals(objective, rollout)
-    for minibatch in split_minibatches(
-        policy, objective, rollout, limit, seed, update_inputs.unscored_N
+    for whole in split_minibatches(
+        policy, objective, rollout, limit, seed, update_inputs.unscored_N, ranks
     ):
+        minibatch = replace(whole, prompts=divide_prompts(rollout, whole.prompts, ranks))
 
         def run_minibatch(minibatch: Minibatch = minibatch) -> UpdateTotals:
             return add_gradients(
                 policy, reference, objective, rollout, update_inputs, minibatch, limit
             )
 
-        totals.merge(limit.retry_smaller(run_minibatch, undo=optimizer.clear_gradients))
+        def run_share(work: Callable[[], UpdateTotals] = run_minibatch) -> UpdateTotals:
+            return limit.retry_smaller(work, undo=optimizer.clear_gradients)
+
+        for part in ranks.gather(run_share):
+            totals.merge(part)
+        ranks.sum_gradients(optimizer.parameters)
         totals.optimizer_metrics.append(optimizer.step())
     return totals.compute_result()
 
