@@ -97,14 +97,15 @@ class KeptTokens:
         return filtered_TV
 
     def join(self, parts: Sequence[KeptTokens]) -> None:
-        """Takes the lists of several, of which each has stored other rows; all are kept here."""
-        self.starts_NC, self.counts_NC = (torch.zeros_like(self.starts_NC) for _ in range(2))
-        self.ids, before = [], 0
+        """Takes the lists of several, each of which has other rows; may be one of them itself."""
+        starts_NC, counts_NC = torch.zeros_like(self.starts_NC), torch.zeros_like(self.counts_NC)
+        ids: list[Tensor] = []
         for part in parts:
-            self.starts_NC += (part.starts_NC + before).masked_fill(part.counts_NC == 0, 0)
-            self.counts_NC += part.counts_NC
-            self.ids += part.ids
-            before += sum(len(ids) for ids in part.ids)
+            before = sum(map(len, ids))
+            starts_NC += (part.starts_NC + before).masked_fill(part.counts_NC == 0, 0)
+            counts_NC += part.counts_NC
+            ids += part.ids
+        self.starts_NC, self.counts_NC, self.ids = starts_NC, counts_NC, ids
 
     def _store(self, rows_T: Tensor, columns_T: Tensor, kept_TV: Tensor) -> None:
         place, token = kept_TV.nonzero(as_tuple=True)

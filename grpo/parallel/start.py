@@ -96,8 +96,12 @@ def leaving(ranks: ProcessGroup) -> Iterator[None]:
 
 
 @contextmanager
-def started_ranks(processes: int) -> Iterator[ProcessGroup]:
-    """Starts the other ranks' processes on this machine, and ends them with this one."""
+def started_ranks(processes: int, module: str = RANK_MODULE) -> Iterator[ProcessGroup]:
+    """Starts the other ranks' processes on this machine, and ends them with this one.
+
+    Args:
+        module: what they run; it calls `join_started`.
+    """
     threads = share_threads(processes)
     from torch import set_num_threads
     from torch._C._distributed_c10d import TCPStore
@@ -118,7 +122,7 @@ def started_ranks(processes: int) -> Iterator[ProcessGroup]:
     try:
         for rank in range(1, processes):
             place = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": store.port}
-            children[rank] = start_rank(place, threads)
+            children[rank] = start_rank(module, place, threads)
         wait_for_ranks(store, children)
         watch = Watch(store, 0, processes, find_dead)
         yield ProcessGroup(Place(0, processes, 0, processes), store, watch)
@@ -136,7 +140,7 @@ def share_threads(processes: int) -> int:
     return int(threads.partition(",")[0])
 
 
-def start_rank(place: Mapping[str, int], threads: int) -> subprocess.Popen[bytes]:
+def start_rank(module: str, place: Mapping[str, int], threads: int) -> subprocess.Popen[bytes]:
     """Starts a rank in a session of its own, so that a Ctrl-C only reaches the first one."""
     local = {"LOCAL_RANK": place["RANK"], "LOCAL_WORLD_SIZE": place["WORLD_SIZE"]}
     environment = {
@@ -146,9 +150,7 @@ def start_rank(place: Mapping[str, int], threads: int) -> subprocess.Popen[bytes
         "OMP_NUM_THREADS": str(threads),
         STARTED_VARIABLE: "1",
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", RANK_MODULE], env=environment, start_new_session=True
-    )
+    return subprocess.Popen([sys.executable, "-m", module], env=environment, start_new_session=True)
 
 
 STARTED_VARIABLE = "GRPO_STARTED_RANK"
