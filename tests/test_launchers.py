@@ -97,8 +97,8 @@ def test_each_process_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
 
 def test_more_jobs_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holder = (
-        "import sys, time; from pathlib import Path; from grpo.sweep.gpus import take_gpu\n"
-        "print(take_gpu(Path(sys.argv[1])), flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from grpo.sweep.gpus import take_gpus\n"
+        "print(take_gpus(Path(sys.argv[1])), flush=True); time.sleep(600)"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     processes = []
@@ -113,13 +113,13 @@ def test_more_jobs_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
             assert process.stdout.readline().strip() == expected
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         with pytest.raises(ConfigError, match=r"more jobs at once than there are GPUs \(2\)"):
-            gpus.take_gpu(tmp_path)
+            gpus.take_gpus(tmp_path)
         processes[0].kill()
         processes[0].wait()
-        assert gpus.take_gpu(tmp_path) == "0"  # the process that died released it
+        assert gpus.take_gpus(tmp_path) == "0"  # the process that died released it
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     finally:
-        gpus.lock_gpu.cache_clear()
+        gpus.lock_gpus.cache_clear()
         for process in processes:
             process.kill()
             process.communicate()
@@ -128,7 +128,7 @@ def test_more_jobs_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def test_one_gpu_needs_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for named in ("", "0"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-        assert gpus.take_gpu(tmp_path) is None
+        assert gpus.take_gpus(tmp_path) is None
     assert not list(tmp_path.iterdir())
 
 

@@ -38,7 +38,7 @@ def train_job(cfg: DictConfig) -> float | None:
     """Trains, and returns the objective that a search compares."""
     if is_stop_requested():
         return None
-    with job_errors() as folder, locked(folder):
+    with job_errors(cfg) as folder, locked(folder):
         from grpo.locate import find_for_training
 
         remember_secrets(cfg)
@@ -58,7 +58,7 @@ def train_job(cfg: DictConfig) -> float | None:
 
 def eval_job(cfg: DictConfig) -> float | None:
     """Evaluates a checkpoint."""
-    with job_errors() as folder:
+    with job_errors(cfg) as folder:
         from grpo.locate import find_for_evaluation
 
         remember_secrets(cfg)
@@ -71,10 +71,10 @@ def eval_job(cfg: DictConfig) -> float | None:
 
 
 @contextmanager
-def job_errors() -> Iterator[Path]:
+def job_errors(cfg: DictConfig) -> Iterator[Path]:
     """Yields a job's folder; an error ends a single job's process, and is raised in a sweep."""
     from grpo.memory.allocator import keep_freed_memory  # not where a config is refused
-    from grpo.sweep.gpus import take_gpu
+    from grpo.sweep.gpus import take_gpus
     from grpo.sweep.launch import SWEEP_ONLY_KEYS
 
     hydra_config = HydraConfig.get()
@@ -88,8 +88,9 @@ def job_errors() -> Iterator[Path]:
     redact_logs()
     keep_freed_memory()  # before anything imports torch
     try:
-        if is_job and (gpu := take_gpu(folder.parent)):
-            print_line(f"on GPU {gpu}")
+        parallel = cfg.get("parallel")
+        if is_job and (gpus := take_gpus(folder.parent, parallel.processes if parallel else 1)):
+            print_line(f"on GPU {gpus}")
         yield folder
     except (ConfigError, RunError) as error:
         if is_job:

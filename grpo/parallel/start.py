@@ -119,17 +119,21 @@ def started_ranks(processes: int, module: str = RANK_MODULE) -> Iterator[Process
                 return f"rank {rank} ended {describe_exit(child.returncode)}"
         return ""
 
+    def end_all() -> None:
+        for child in children.values():
+            child.kill()
+
     try:
         for rank in range(1, processes):
             place = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": store.port}
             children[rank] = start_rank(module, place, threads)
         wait_for_ranks(store, children)
-        watch = Watch(store, 0, processes, find_dead)
+        watch = Watch(store, 0, processes, find_dead, end_all)
         yield ProcessGroup(Place(0, processes, 0, processes), store, watch)
         wait_for_end(children)
     finally:
+        end_all()
         for child in children.values():
-            child.kill()
             child.wait()
 
 
@@ -149,6 +153,8 @@ def start_rank(module: str, place: Mapping[str, int], threads: int) -> subproces
         "MASTER_ADDR": "127.0.0.1",
         "OMP_NUM_THREADS": str(threads),
         STARTED_VARIABLE: "1",
+        # Without the warnings, with traces in C++, of a store that has gone with the first rank.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     return subprocess.Popen([sys.executable, "-m", module], env=environment, start_new_session=True)
 

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import Store
 
 BEAT_SECONDS = 2.0  # between two signs of life
 LOST_SECONDS = 30.0  # without a sign of life
+BROKEN_SECONDS = 8.0  # without one, once a connection has broken
 GRACE_SECONDS = 10.0  # in which a rank may end by itself after another one is lost
 
 
@@ -25,18 +26,25 @@ class Watch:
     """
 
     def __init__(
-        self, store: Store, index: int, size: int, find_dead: Callable[[], str] = lambda: ""
+        self,
+        store: Store,
+        index: int,
+        size: int,
+        find_dead: Callable[[], str] = lambda: "",
+        end_others: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             store: of the ranks; the watch opens a connection of its own.
             find_dead: says which process, started by this one, has ended; "" if none has.
+            end_others: ends the processes started by this one, whose connections then break.
         """
         self.store: Store = store.clone()  # type: ignore[attr-defined]
         self.index, self.size = index, size
         self.store.set_timeout(timedelta(seconds=LOST_SECONDS))
-        self.find_dead = find_dead
+        self.find_dead, self.end_others = find_dead, end_others
         self.lost = ""  # which rank, and why
+        self.patience = LOST_SECONDS
         self.seen: dict[int, tuple[bytes, float]] = {}  # last sign of life, when it came
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True, name="watch of the ranks")
@@ -49,7 +57,8 @@ class Watch:
 
     def explain_loss(self, error: BaseException) -> str:
         """Returns which rank was lost, when a connection has broken with an error."""
-        deadline = time.monotonic() + LOST_SECONDS
+        self.patience = BROKEN_SECONDS
+        deadline = time.monotonic() + 2 * BROKEN_SECONDS
         while not self.lost and time.monotonic() < deadline:
             time.sleep(0.1)
         return self.lost or f"the connection to another rank broke: {first_line(error)}"
@@ -60,7 +69,9 @@ class Watch:
             beats += 1
             self.lost = self.lost or self._look(beats)
             if self.lost:
-                lost_at = lost_at or time.monotonic()
+                if not lost_at:
+                    lost_at = time.monotonic()
+                    self.end_others()
                 if time.monotonic() - lost_at > GRACE_SECONDS:
                     print(f"grpo: {self.lost}; rank {self.index} ends too.", file=sys.stderr)
                     sys.stderr.flush()
@@ -83,9 +94,9 @@ class Watch:
             before = self.seen.get(n)
             if before is None or before[0] != sign:
                 self.seen[n] = (sign, now)
-            elif now - before[1] > LOST_SECONDS:
+            elif now - before[1] > self.patience:
                 host = sign.decode().partition(" ")[2]
-                return f"rank {n} on {host} gave no sign of life for {LOST_SECONDS:g} s"
+                return f"rank {n} on {host} gave no sign of life for {self.patience:g} s"
         return ""
 
 

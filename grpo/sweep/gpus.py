@@ -1,4 +1,4 @@
-"""One GPU per job: each of the processes that run at the same time locks a GPU and keeps it."""
+"""GPUs for each job: those that run at the same time lock their GPUs and keep them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ from grpo.errors import ConfigError
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-def take_gpu(sweep: Path) -> str | None:
-    """Lets this process see one GPU that no other job of the sweep on this machine uses.
+def take_gpus(sweep: Path, count: int | None = 1) -> str | None:
+    """Lets this process see GPUs that no other job of the sweep on this machine uses.
 
-    Must be called before anything uses CUDA. The system frees the GPU when the process ends. With
+    Must be called before anything uses CUDA. The system frees the GPUs when the process ends. With
     one GPU or none it does nothing.
 
+    Args:
+        count: how many a job needs; None takes all.
+
     Returns:
-        The GPU's name in `CUDA_VISIBLE_DEVICES`; None with one GPU or none.
+        The GPUs as in `CUDA_VISIBLE_DEVICES`; None with one GPU or none.
 
     Raises:
-        ConfigError: more jobs run at once than there are GPUs.
+        ConfigError: the jobs that run at once need more than there are.
     """
     devices = list_gpus()
-    return lock_gpu(sweep.absolute(), tuple(devices)) if len(devices) > 1 else None
+    if len(devices) <= 1:
+        return None
+    return lock_gpus(sweep.absolute(), tuple(devices), len(devices) if count is None else count)
 
 
-@cache  # a process that runs one job after the other keeps its GPU
-def lock_gpu(sweep: Path, devices: tuple[str, ...]) -> str:
+@cache  # a process that runs one job after the other keeps its GPUs
+def lock_gpus(sweep: Path, devices: tuple[str, ...], count: int) -> str:
     slots = sweep / ".gpus"
     slots.mkdir(parents=True, exist_ok=True)
+    locked: dict[str, int] = {}
     for device in devices:
         descriptor = os.open(slots / f"{os.uname().nodename}-{device}", os.O_CREAT | os.O_RDWR)
         try:
@@ -41,10 +47,16 @@ def lock_gpu(sweep: Path, devices: tuple[str, ...]) -> str:
         except BlockingIOError:
             os.close(descriptor)
             continue
-        os.environ[VISIBLE_DEVICES] = device  # the descriptor stays open, and with it the lock
-        return device
+        locked[device] = descriptor  # stays open, and with it the lock
+        if len(locked) == count:
+            os.environ[VISIBLE_DEVICES] = ",".join(locked)
+            return os.environ[VISIBLE_DEVICES]
+    for descriptor in locked.values():
+        os.close(descriptor)
+    each = "" if count == 1 else f", {count} each"
     raise ConfigError(
-        f"hydra.launcher.n_jobs: more jobs at once than there are GPUs ({len(devices)}); lower it.",
+        f"hydra.launcher.n_jobs: more jobs at once{each} than there are GPUs ({len(devices)}); "
+        f"lower it.",
         key="hydra.launcher.n_jobs",
     )
 
