@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PARALLEL = (
-    "; parallel=ddp parallel.processes={0} divides a run among {0} processes. For several jobs of a "
-    "sweep at once: hydra/launcher=joblib hydra.launcher.n_jobs={0}."
+    "; parallel=ddp parallel.processes={0} divides a run among {0} processes. For several jobs "
+    "of a sweep at once: hydra/launcher=joblib hydra.launcher.n_jobs={0}."
 )
 
 

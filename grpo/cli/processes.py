@@ -11,6 +11,7 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from grpo.config.check import check_enough_prompts
 from grpo.errors import ConfigError
 from grpo.parallel.start import is_launched
 from grpo.sweep.gpus import list_gpus
@@ -58,13 +59,7 @@ def count_processes(cfg: DictConfig) -> int | None:
             value=wanted,
         )
     processes = launched or wanted or count_gpus(cfg.device.kind)
-    if processes > cfg.batch_size:
-        raise ConfigError(
-            f"batch_size={cfg.batch_size}: each of {processes} processes needs a prompt in every "
-            f"step; raise it to {processes} or more, or lower parallel.processes.",
-            key="batch_size",
-            value=cfg.batch_size,
-        )
+    check_enough_prompts(cfg, processes)
     if launched is None and cfg.device.kind == "cuda" and processes > len(list_gpus()):
         raise ConfigError(
             f"parallel.processes={processes}: this machine has {len(list_gpus())} GPUs, and each "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import fields, is_dataclass
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grpo.config.check_algorithm import check_algorithm, check_kl, check_sampling
+from grpo.config.check_wandb import check_wandb
 from grpo.config.extras import require_extra
 from grpo.config.foreign_names import explain_foreign_name
 from grpo.config.metric_names import (
@@ -23,7 +23,6 @@ from grpo.config.validation import check_at_least, check_choice, check_positive,
 from grpo.errors import ConfigError
 from grpo.seeds import SEED_LIMIT
 
-INVALID_IN_PROJECT, INVALID_IN_RUN_ID = "/\\#?%:", ":;,#?/'"  # characters that W&B does not take
 EXTRA_OF_TARGET = {  # the choice that names it, the package it imports, the extra that brings that
     "grpo.data.ReasoningGym": ("dataset=reasoning_gym", "reasoning_gym", "gym"),
     "grpo.rewards.Math": ("reward=math", "math_verify", "math"),
@@ -194,46 +193,6 @@ def check_trained_model(model: DictConfig) -> None:
         )
 
 
-def check_wandb(cfg: DictConfig) -> None:
-    """Checks W&B's own rules, which W&B itself would report only after the model is loaded."""
-    check_choice(cfg, "tracking.wandb.mode", ("auto", "online", "offline"))
-    key, project = "tracking.wandb.project", cfg.tracking.wandb.project
-    if project is None and os.environ.get("WANDB_PROJECT"):
-        key, project = "WANDB_PROJECT", os.environ["WANDB_PROJECT"]
-    if project is not None and (
-        not isinstance(project, str)
-        or not 1 <= len(project) <= 128
-        or set(project) & set(INVALID_IN_PROJECT)
-    ):
-        raise ConfigError(
-            f"{key}={project}: should be a name of 1 to 128 characters, none of "
-            f"them {' '.join(INVALID_IN_PROJECT)}; an entity is a key of its own, "
-            f"tracking.wandb.entity.",
-            key=key,
-            value=project,
-        )
-    tags = cfg.tracking.wandb.tags
-    if not isinstance(tags, ListConfig | None):
-        raise ConfigError(
-            f"tracking.wandb.tags={tags}: should be a list: [{tags}]",
-            key="tracking.wandb.tags",
-            value=tags,
-        )
-    for tag in tags or ():
-        if not 1 <= len(str(tag)) <= 64:
-            raise ConfigError(
-                f"tracking.wandb.tags: '{tag}' should have 1 to 64 characters.",
-                key="tracking.wandb.tags",
-            )
-    run_id = os.environ.get("WANDB_RUN_ID")
-    is_wrong = run_id and (run_id != run_id.strip() or set(run_id) & set(INVALID_IN_RUN_ID))
-    if is_wrong and cfg.resume is None:
-        raise ConfigError(
-            f"WANDB_RUN_ID={run_id}: a run's id can't begin or end with a space, nor hold any of "
-            f"{' '.join(INVALID_IN_RUN_ID)}"
-        )
-
-
 def check_adapter(cfg: DictConfig) -> None:
     if cfg.adapter is not None:
         check_at_least(cfg, "adapter.rank", 1)
@@ -264,12 +223,24 @@ def check_parallel(cfg: DictConfig) -> None:
         return
     check_choice(cfg, "parallel.strategy", ("ddp",))
     check_at_least(cfg, "parallel.processes", 1, optional=True)
+    if cfg.parallel.processes is not None:
+        check_enough_prompts(cfg, cfg.parallel.processes)
     if cfg.device.kind == "mps":
         raise ConfigError(
             f"parallel={cfg.parallel.strategy}: device=mps is one GPU, and runs one process; leave "
             f"parallel out, or use device=cpu.",
             key="parallel",
             value=cfg.parallel.strategy,
+        )
+
+
+def check_enough_prompts(cfg: DictConfig, processes: int) -> None:
+    if processes > cfg.batch_size:
+        raise ConfigError(
+            f"batch_size={cfg.batch_size}: each of {processes} processes needs a prompt in every "
+            f"step; raise it to {processes} or more, or lower parallel.processes.",
+            key="batch_size",
+            value=cfg.batch_size,
         )
 
 

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from grpo.errors import ConfigError, RunError
+from grpo.parallel.interface import find_interface
 from grpo.parallel.ranks import ONE_RANK, Ranks
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 RANK_MODULE = "grpo.cli.rank"
 START_SECONDS = 300.0  # until all ranks have to be there
 END_SECONDS = 30.0  # in which a rank ends by itself
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -70,13 +72,15 @@ def join_launched() -> ProcessGroup:
     from grpo.parallel.watch import Watch
 
     place = Place.read_environment()
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if INTERFACE_VARIABLE not in os.environ and (name := find_interface(host, int(port))):
+        os.environ[INTERFACE_VARIABLE] = name
     try:
         timeout = timedelta(seconds=START_SECONDS)
         store, _, _ = next(rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
-            f"MASTER_ADDR:MASTER_PORT={address}: rank {place.index} can't use it "
+            f"MASTER_ADDR:MASTER_PORT={host}:{port}: rank {place.index} can't use it "
             f"({str(error).splitlines()[0]}); is the port taken, or the first rank not there?"
         ) from error
     return ProcessGroup(place, store, Watch(store, place.index, place.size))

@@ -19,10 +19,10 @@ GRACE_SECONDS = 10.0  # in which a rank may end by itself after another one is l
 
 
 class Watch:
-    """A thread that shows that this rank lives, and ends the process if another one does not.
+    """Shows that this rank lives, and ends the process if another one does not.
 
     A lost rank mostly breaks a connection that the others wait for, and they end with its error.
-    Where nothing breaks, as with a machine that lost its network, this thread ends the process.
+    Where nothing breaks, as with a machine that lost its network, the watch ends the process.
     """
 
     def __init__(
@@ -45,15 +45,16 @@ class Watch:
         self.find_dead, self.end_others = find_dead, end_others
         self.lost = ""  # which rank, and why
         self.patience = LOST_SECONDS
+        self.last_answer = time.monotonic()  # of the store
         self.seen: dict[int, tuple[bytes, float]] = {}  # last sign of life, when it came
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True, name="watch of the ranks")
-        self.thread.start()
+        # Two threads, since a store on a machine that is gone never answers.
+        for target in (self._exchange_signs, self._guard):
+            threading.Thread(target=target, daemon=True, name="watch of the ranks").start()
 
     def stop(self) -> None:
         """Ends the watch, at the end of the run."""
         self.ended.set()
-        self.thread.join(timeout=1.0)  # it may wait for a store that is gone
 
     def explain_loss(self, error: BaseException) -> str:
         """Returns which rank was lost, when a connection has broken with an error."""
@@ -63,32 +64,39 @@ class Watch:
             time.sleep(0.1)
         return self.lost or f"the connection to another rank broke: {first_line(error)}"
 
-    def _run(self) -> None:
-        beats, lost_at = 0, 0.0
-        while not self.ended.wait(BEAT_SECONDS if not self.lost else 0.5):
-            beats += 1
-            self.lost = self.lost or self._look(beats)
-            if self.lost:
-                if not lost_at:
-                    lost_at = time.monotonic()
-                    self.end_others()
-                if time.monotonic() - lost_at > GRACE_SECONDS:
-                    print(f"grpo: {self.lost}; rank {self.index} ends too.", file=sys.stderr)
-                    sys.stderr.flush()
-                    os._exit(1)
+    def _guard(self) -> None:
+        """Ends the process some time after a rank was lost."""
+        lost_at = 0.0
+        while not self.ended.wait(0.5):
+            silence = time.monotonic() - self.last_answer
+            if not self.lost and silence > self.patience:
+                self.lost = f"rank 0 gave no answer for {self.patience:g} s"
+            if not self.lost:
+                self.lost = self.find_dead()
+            if self.lost and not lost_at:
+                lost_at = time.monotonic()
+                self.end_others()
+            if self.lost and time.monotonic() - lost_at > GRACE_SECONDS:
+                print(f"grpo: {self.lost}; rank {self.index} ends too.", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
 
-    def _look(self, beats: int) -> str:
-        """Gives a sign of life, and returns which rank is lost; "" if none is."""
-        if dead := self.find_dead():
-            return dead
-        try:
-            self.store.set(f"alive/{self.index}", f"{beats} {socket.gethostname()}")
-            others = [n for n in range(self.size) if n != self.index]
-            keys = [f"alive/{n}" for n in others]
-            known = [n for n, key in zip(others, keys, strict=True) if self.store.check([key])]
-            signs = self.store.multi_get([f"alive/{n}" for n in known]) if known else []
-        except RuntimeError as error:
-            return f"rank 0 can't be reached ({first_line(error)})"
+    def _exchange_signs(self) -> None:
+        """Gives a sign of life again and again, and looks for those of the others."""
+        beats = 0
+        while not self.ended.wait(BEAT_SECONDS) and not self.lost:
+            beats += 1
+            try:
+                self.store.set(f"alive/{self.index}", f"{beats} {socket.gethostname()}")
+                self._read_signs()
+            except RuntimeError as error:
+                self.lost = self.lost or f"rank 0 can't be reached ({first_line(error)})"
+            self.last_answer = time.monotonic()
+
+    def _read_signs(self) -> None:
+        others = [n for n in range(self.size) if n != self.index]
+        known = [n for n in others if self.store.check([f"alive/{n}"])]
+        signs = self.store.multi_get([f"alive/{n}" for n in known]) if known else []
         now = time.monotonic()
         for n, sign in zip(known, signs, strict=True):
             before = self.seen.get(n)
@@ -96,8 +104,8 @@ class Watch:
                 self.seen[n] = (sign, now)
             elif now - before[1] > self.patience:
                 host = sign.decode().partition(" ")[2]
-                return f"rank {n} on {host} gave no sign of life for {self.patience:g} s"
-        return ""
+                seconds = f"{self.patience:g} s"
+                self.lost = self.lost or f"rank {n} on {host} gave no sign of life for {seconds}"
 
 
 def first_line(error: BaseException) -> str:
