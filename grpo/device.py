@@ -97,7 +97,7 @@ def open_device(kind: str, precision: str, index: int = 0) -> Device:
     Args:
         kind: cpu, cuda or mps; auto takes the first of cuda, mps and cpu that is available.
         index: of the GPU, among those that this process sees.
-        precision: bf16 or fp32; auto is bf16 on a GPU that supports it, else fp32.
+        precision: bf16 or fp32; auto is bf16 where the device has instructions for it, else fp32.
 
     Raises:
         ConfigError: this machine doesn't have the device.
@@ -117,7 +117,8 @@ def open_device(kind: str, precision: str, index: int = 0) -> Device:
             value=kind,
         )
     if precision == "auto":
-        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        on_gpu = kind == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bf16" if on_gpu or (kind == "cpu" and multiplies_bf16()) else "fp32"
     if kind == "cuda":
         if index >= torch.cuda.device_count():
             raise ConfigError(

@@ -150,7 +150,7 @@ def build_training(
 
     One function despite its length: this order is the run's, read from top to bottom.
     """
-    device = build_device(cfg, ranks)
+    device = build_device(cfg, folder, ranks)
     rewards = build_rewards(cfg, found)
     objective, advantage = build_objective(cfg), build_advantage(cfg)
     hydra = HydraConfig.get()

@@ -102,7 +102,7 @@ def build_with_distinct_logits(build: Callable[[], PreTrainedModel]) -> PreTrain
 
 @pytest.fixture(scope="session")
 def device() -> Device:
-    return open_device("cpu", "auto")
+    return open_device("cpu", "fp32")
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from grpo.run import follow_training, train_from_config
 
 SMALL = (
     "tracking=none",
+    "device=cpu",
+    "device.precision=fp32",
     "batch_size=5",
     "num_generation=4",
     "max_new_tokens=28",

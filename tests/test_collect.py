@@ -16,6 +16,7 @@ from grpo.models.load import LanguageModel
 from grpo.rewards import WeightedReward
 from grpo.rollout import NativeEngine
 from grpo.training.collect import Collector
+from grpo.training.sampler import Sampler
 from grpo.types import Example, Failure, Prompt, Sample, Sampling
 
 SAMPLING = Sampling(1.0)
@@ -30,8 +31,10 @@ def build_collector(
         example = Example(question, str(n), lambda text: 0.0, columns={"n": n})
         prompts.append(Prompt(question, tuple(tiny.tokenizer.encode(question)), example))
     return Collector(
-        engine=NativeEngine(tiny, 6, Budget.from_tokens(10**6)),
-        rewards={"mine": WeightedReward(reward, 1.0)},  # type: ignore[arg-type]
+        sampler=Sampler(
+            NativeEngine(tiny, 6, Budget.from_tokens(10**6)),
+            {"mine": WeightedReward(reward, 1.0)},  # type: ignore[arg-type]
+        ),
         prompts=prompts,
         order=order_one_set(rows, seed=0),
         sampling=SAMPLING,

@@ -70,7 +70,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(PACKAGE_FOLDER / "tiny", other)
     torch.manual_seed(0)
     weights = load_file(other / "model.safetensors")
-    noisy = {name: weight + torch.randn_like(weight) for name, weight in weights.items()}
+    noisy = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
     save_file(noisy, other / "model.safetensors", metadata={"format": "pt"})
     add_to_cache(folder, "models--org--name", FIRST, PACKAGE_FOLDER / "tiny")
     add_to_cache(folder, "models--org--name", SECOND, other)

@@ -514,7 +514,7 @@ def test_how_far_the_sampler_was_is_the_k3_of_its_tokens(tiny: LanguageModel) ->
 
 def test_gradient_checkpointing_changes_memory_and_no_number(small_model: PreTrainedModel) -> None:
     """The gradients are the same to the bit; less is kept between forward and backward."""
-    policy = wrap(small_model, open_device("cpu", "auto"), end_ids=(1,))
+    policy = wrap(small_model, open_device("cpu", "fp32"), end_ids=(1,))
     rollout = NativeEngine(policy, 9, ROOM).generate(draw_prompts(7, 3, 5), 4, SAMPLING, seed=4)
     advantages_BG = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
     results = []
@@ -839,7 +839,7 @@ groups, tokens, shape = json.loads(sys.argv[1])
 keep_freed_memory()
 torch.manual_seed(0)
 config = Qwen2Config(**SHAPE | {"max_position_embeddings": 1024} | shape)
-policy = wrap(Qwen2ForCausalLM(config).eval(), open_device("cpu", "auto"))
+policy = wrap(Qwen2ForCausalLM(config).eval(), open_device("cpu", "fp32"))
 rollout = build_rollout([20] * groups, [[256] * 8] * groups)
 objective = replace(OBJECTIVE, kl=None)
 update(policy, None, build_optimizer(policy), objective, rollout, torch.randn(groups, 8), tokens)

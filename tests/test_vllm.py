@@ -46,7 +46,7 @@ def build_model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def started() -> VLLMEngine:
-    device = open_device("cpu", "auto")
+    device = open_device("cpu", "fp32")
     policy = replace(wrap(build_model(), device), tokenizer=TOKENIZER)
     return VLLMEngine(policy, 16, Budget.from_tokens(20_000))
 

@@ -34,14 +34,23 @@ from grpo.models.recompute import find_decoder_layers
 from grpo.parallel import ONE_RANK, Ranks
 from grpo.rollout import Engine, HFEngine, NativeEngine
 from grpo.rollout.sampler_check import check_sampler
+from grpo.runs.resume import read_past_precision
 from grpo.types import Prompt
 
 log = logging.getLogger(__name__)
 
 
-def build_device(cfg: DictConfig, ranks: Ranks = ONE_RANK) -> Device:
-    """Opens the device; with several ranks on a machine, each gets a GPU of its own."""
-    device = open_device(cfg.device.kind, cfg.device.precision, ranks.local_index)
+def build_device(cfg: DictConfig, run: Path | None = None, ranks: Ranks = ONE_RANK) -> Device:
+    """Opens the device.
+
+    Args:
+        run: a run's folder; if the run is resumed, precision=auto is what it computed in before.
+        ranks: each on a machine gets a GPU of its own.
+    """
+    precision = cfg.device.precision
+    if run is not None and cfg.resume is not None and precision == "auto":
+        precision = read_past_precision(run) or precision
+    device = open_device(cfg.device.kind, precision, ranks.local_index)
     if device.torch_device.type == "cpu":
         keep_freed_memory(
             LARGEST_KEPT_BLOCK

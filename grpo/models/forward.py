@@ -245,8 +245,9 @@ def match_logprobs(ours: Tensor, theirs: Tensor, in_fp32: bool = True) -> bool:
     """Returns whether two computations of log-probabilities differ by no more than rounding."""
     if in_fp32:
         return bool(torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3))
-    # With bf16's 8 bits single tokens may differ a lot, but not all of them.
-    return float((ours - theirs).abs().mean()) <= 0.1
+    # With bf16's 8 bits single tokens may differ a lot, but not all of them; large logits do more.
+    size = float(theirs.abs().mean())
+    return float((ours - theirs).abs().mean()) <= max(0.1, 0.02 * size)
 
 
 def computes_in_fp32(model: PreTrainedModel) -> bool:

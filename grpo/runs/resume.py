@@ -15,7 +15,7 @@ from grpo.config.overrides import (
     quote_value,
 )
 from grpo.errors import ConfigError
-from grpo.runs.files import is_finished
+from grpo.runs.files import is_finished, read_summary
 from grpo.runs.folder import find_newest_checkpoint, find_run
 from grpo.runs.lock import is_locked, locked
 
@@ -72,6 +72,16 @@ def read_old_kl(run: Path) -> list[str]:
     old = {"kl": choice, "kl_weight": config["kl_weight"], "kl.within": config["kl"]["within"]}
     recorded = {parse_key(override) for override in read_recorded_overrides(run)}
     return [f"{key}={value}" for key, value in old.items() if key not in recorded]
+
+
+def read_past_precision(run: Path) -> str | None:
+    """Returns the precision that a run computed in, as device.precision; None if it is not known.
+
+    device.precision=auto means another one on another machine, and a resumed run would have other
+    numbers.
+    """
+    device = str((read_summary(run) or {}).get("device", ""))
+    return {"float32": "fp32", "bfloat16": "bf16"}.get(device.rpartition(", ")[2])
 
 
 def read_past_flags(run: Path, given: Sequence[str]) -> list[str]:
