@@ -26,8 +26,8 @@ from grpo.parallel.start import started_ranks
 from tests.conftest import copy_environment, read_metrics, read_summary, run_grpo, wait_for_step
 from tests.rank_cases import MEASURED, end_cases, run_case
 
-ALGORITHM_FILES = Path(__file__).parents[1] / "conf" / "algorithm"
-ALGORITHMS = sorted(file.stem for file in ALGORITHM_FILES.glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+ALGORITHMS = sorted(file.stem for file in (ROOT / "conf" / "algorithm").glob("*.yaml"))
 KLS = {
     "none": ("kl_weight=0",),
     "loss": ("kl_weight=0.1",),
@@ -241,6 +241,35 @@ def test_torchrun_starts_the_same_run(whole_run: Path, tmp_path: Path) -> None:
          *SHORT, "parallel=ddp"],
         cwd=tmp_path, env=copy_environment({"OMP_NUM_THREADS": "1"}), capture_output=True,
         text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_own_metrics(tmp_path / "run") == read_own_metrics(whole_run)
+
+
+CLUSTER = {  # what stands for SLURM's own commands: two machines that are this one
+    "scontrol": "#!/bin/sh\nprintf '127.0.0.1\\nsecond\\n'\n",
+    "srun": """#!/usr/bin/env bash
+shift  # --kill-on-bad-exit=1
+SLURM_NODEID=1 "$@" & other=$!
+SLURM_NODEID=0 "$@" && wait $other
+""",
+}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_a_rank_on_each_machine(whole_run: Path, tmp_path: Path) -> None:
+    for name, text in CLUSTER.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
+        "SLURM_JOB_NODELIST": "two", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [ROOT / "scripts" / "slurm", *SHORT, "name=a b"],
+        cwd=tmp_path, env=copy_environment(environment), capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert read_own_metrics(tmp_path / "run") == read_own_metrics(whole_run)

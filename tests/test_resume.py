@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from grpo.config.overrides import merge_overrides
 from grpo.runs.lock import RunLocked, is_locked, locked
+from grpo.runs.resume import read_past_precision
 from grpo.training.checkpoint import hash_files
 from tests.conftest import make_once, read_metrics, start_grpo, wait_for_step
 
@@ -156,6 +157,21 @@ def test_a_finished_run_goes_on_only_if_asked_for_more(copy: Path, grpo: Grpo) -
     code, printed = grpo(f"resume={copy}", "max_steps=10")
     assert code == 0, printed
     assert [line["step"] for line in read_metrics(copy)] == list(range(11))
+
+
+@pytest.mark.parametrize(("recorded", "precision"), [("float32", "fp32"), ("bfloat16", "bf16")])
+def test_a_run_keeps_the_precision_that_auto_chose_where_it_began(
+    recorded: str, precision: str, copy: Path, grpo: Grpo
+) -> None:
+    """Whichever of the two this processor would choose."""
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["device"] = f"cpu, 1 thread, {recorded}"
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert read_past_precision(copy) == precision
+    steps = summary["steps"] + 1
+    code, printed = grpo(f"resume={copy}", f"max_steps={steps}", "device.precision=auto")
+    assert code == 0, printed
+    assert json.loads((copy / "summary.json").read_text())["device"].endswith(f", {recorded}")
 
 
 def test_a_run_from_before_algorithms_had_a_kl_keeps_its_own(copy: Path, grpo: Grpo) -> None:
