@@ -102,6 +102,12 @@ CHANGED: dict[str, tuple[str, tuple[str, ...]]] = {
     "algorithm.mask_truncated": ("true", ("max_new_tokens=18",)),
     "algorithm.top_entropy": ("0.2", ()),
     "algorithm.importance_cap": ("1.0", ("device.precision=bf16",)),
+    "algorithm.importance_floor": ("1.0", ("device.precision=bf16",)),
+    "algorithm.importance_outside": (
+        "mask", ("device.precision=bf16", "algorithm.importance_cap=1.001")
+    ),
+    "algorithm.importance_level": ("sequence_product", ("device.precision=bf16",)),
+    "algorithm.max_sequence_kl": ("1e-9", ("device.precision=bf16",)),
     "algorithm.entropy_weight": ("0.1", ()),
     "algorithm.num_iterations": ("2", ()),
     "algorithm.minibatches": ("2", ()),

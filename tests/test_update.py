@@ -33,6 +33,7 @@ from grpo.objective import (
     DIVERGENCES,
     RATIOS,
     AdaptiveWeight,
+    OffPolicyCorrection,
     Tokens,
     clipped_surrogate,
     top_entropy_mask,
@@ -485,7 +486,7 @@ def test_what_another_sampler_wrote_counts_by_truncated_importance(tiny: Languag
     sampled = replace(rollout, logprobs_NC=old_NC - likelier_N1.log())
     counts_BG = torch.tensor([[0.5, 1.0, 1.5], [2.0, 2.0, 0.1]])
     for term, against in ((None, None), (KL, reference)):
-        capped = replace(OBJECTIVE, kl=term, importance_cap=2.0)
+        capped = replace(OBJECTIVE, kl=term, correction=OffPolicyCorrection(high=2.0))
         stats, [ours] = record_gradients(
             tiny, capped, sampled, advantages_BG, against, old_NC=old_NC
         )

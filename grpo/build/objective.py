@@ -27,6 +27,7 @@ from grpo.objective import (
     SCALES,
     AdaptiveWeight,
     Normalize,
+    OffPolicyCorrection,
 )
 from grpo.parallel import Ranks
 from grpo.training.kl_penalty import KLPenalty, NoKL
@@ -54,7 +55,13 @@ def build_objective(cfg: DictConfig) -> Objective:
         entropy_weight=algorithm.entropy_weight,
         mask_truncated=algorithm.mask_truncated,
         top_entropy=algorithm.top_entropy,
-        importance_cap=algorithm.importance_cap,
+        correction=OffPolicyCorrection(
+            level=RATIOS[algorithm.importance_level],
+            low=algorithm.importance_floor,
+            high=algorithm.importance_cap,
+            outside=algorithm.importance_outside,
+            max_sequence_kl=algorithm.max_sequence_kl,
+        ),
         num_iterations=algorithm.num_iterations,
         minibatches=algorithm.minibatches,
     )

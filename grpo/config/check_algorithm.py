@@ -53,7 +53,19 @@ def check_algorithm(cfg: DictConfig) -> None:
         check_at_least(cfg, key, 0)
     check_positive(cfg, "algorithm.top_entropy", maximum=1.0)
     check_at_least(cfg, "algorithm.importance_cap", 1.0)
+    check_at_least(cfg, "algorithm.importance_floor", 0.0)
+    check_choice(cfg, "algorithm.importance_outside", ("truncate", "mask"))
+    check_choice(cfg, "algorithm.importance_level", RATIO_NAMES)
+    if cfg.algorithm.max_sequence_kl is not None:
+        check_positive(cfg, "algorithm.max_sequence_kl")
     algorithm = cfg.algorithm
+    if algorithm.importance_floor > 1:
+        raise ConfigError(
+            f"algorithm.importance_floor={algorithm.importance_floor}: must be at most 1, the "
+            f"weight of what the policy itself has sampled.",
+            key="algorithm.importance_floor",
+            value=algorithm.importance_floor,
+        )
     for key, names in FUNCTION_NAMES.items():
         check_function_name(algorithm[key], names, f"algorithm.{key}")
     if algorithm.minibatches > cfg.batch_size:

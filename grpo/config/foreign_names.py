@@ -32,6 +32,7 @@ MINIBATCHES = "how many a step is divided into, not how large each is"
 PROMPTS = "prompts a step, not completions"
 REDRAWS = "how often at most a step draws anew"
 CAP = "the upper bound alone"
+MODES = "truncate or mask; sequence_… is algorithm.importance_level=sequence_product"
 SOFT_OVERLONG = Equivalent("reward", override="reward=[answer,soft_overlong]")
 OWN_REWARD = Equivalent("reward", "+reward.NAME._target_=my_module.my_function")
 REWARD_MODEL = Equivalent(
@@ -97,6 +98,10 @@ FOREIGN_NAMES: dict[str, Equivalent] = {
     "max_epochs": Equivalent("algorithm.num_iterations"),
     "vllm_importance_sampling_cap": Equivalent("algorithm.importance_cap"),
     "vllm_importance_sampling_clip_max": Equivalent("algorithm.importance_cap"),
+    "vllm_importance_sampling_clip_min": Equivalent("algorithm.importance_floor"),
+    "vllm_importance_sampling_mode": Equivalent("algorithm.importance_outside", MODES),
+    "off_policy_mask_threshold": Equivalent("algorithm.max_sequence_kl"),
+    "rollout_is": Equivalent("algorithm.importance_level", "token or sequence_product"),
     "rollout_is_threshold": Equivalent("algorithm.importance_cap"),
     "vllm_is_truncated_threshold": Equivalent("algorithm.importance_cap", CAP),
     "is_correction_threshold": Equivalent("algorithm.importance_cap", CAP),

@@ -23,7 +23,8 @@ REWARD_METRICS = (
 STEP_METRICS = (
     *("loss/total", "loss/policy", "loss/kl", "kl/mean", "kl/k1", "kl/k2", "kl/k3"),
     *("kl/weight", "policy/entropy", "policy/clip_fraction", "policy/ratio_max"),
-    *("sampler/kl", "sampler/importance_min", "sampler/importance_max"),
+    *("sampler/kl", "sampler/chi2", "sampler/effective_share", "sampler/dropped"),
+    *("sampler/importance_min", "sampler/importance_max"),
     *("completion/length_mean", "completion/length_max", "completion/truncated"),
     *("completion/answered", "optim/grad_norm", "optim/learning_rate", "optim/moved"),
     *("optim/skipped", "time/step", "time/rollout", "time/reward", "time/update"),

@@ -75,6 +75,10 @@ class AlgorithmConfig:
     mask_truncated: bool = MISSING
     top_entropy: float = MISSING
     importance_cap: float = MISSING
+    importance_floor: float = MISSING
+    importance_outside: str = MISSING
+    importance_level: str = MISSING
+    max_sequence_kl: float | None = MISSING
     entropy_weight: float = MISSING
     num_iterations: int = MISSING
     minibatches: int = MISSING

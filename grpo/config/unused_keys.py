@@ -37,10 +37,21 @@ RULES = (
         lambda cfg, facts: cfg.kl.target is None,
         "the weight doesn't adapt; set kl.target",
     ),
+    *(
+        Rule(
+            f"algorithm.importance_{part}",
+            lambda cfg, facts: facts.exact_sampler,
+            "this sampler's probabilities are the policy's own; rollout=vllm and bf16 use it",
+        )
+        for part in ("cap", "floor", "outside", "level")
+    ),
     Rule(
-        "algorithm.importance_cap",
-        lambda cfg, facts: facts.exact_sampler,
-        "this sampler's probabilities are the policy's own; rollout=vllm and bf16 use it",
+        "algorithm.max_sequence_kl",
+        lambda cfg, facts: (
+            facts.exact_sampler and cfg.algorithm.num_iterations * cfg.algorithm.minibatches == 1
+        ),
+        "this sampler's probabilities are the policy's own, until a second update; rollout=vllm, "
+        "bf16, num_iterations and minibatches use it",
     ),
     Rule(
         "optim.warmup_steps",

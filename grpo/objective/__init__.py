@@ -1,6 +1,7 @@
 """The math of GRPO: pure functions on tensors. A config names them; `build` binds their options."""
 
 from grpo.objective.advantages import AGGREGATES, BASELINES, SCALES, Normalize
+from grpo.objective.importance import OffPolicyCorrection
 from grpo.objective.kl import DIVERGENCES, ESTIMATORS, AdaptiveWeight
 from grpo.objective.losses import (
     PolicyLoss,
@@ -23,6 +24,7 @@ __all__ = [
     "SCALES",
     "AdaptiveWeight",
     "Normalize",
+    "OffPolicyCorrection",
     "PolicyLoss",
     "Tokens",
     "clipped_surrogate",

@@ -12,12 +12,13 @@ from torch import Tensor
 from grpo.models.forward import Completions
 from grpo.models.head import Readout, TokenScores
 from grpo.models.sampling_filters import KeptTokens
-from grpo.objective import ESTIMATORS, PolicyLoss
+from grpo.objective import ESTIMATORS, OffPolicyCorrection, PolicyLoss
 from grpo.objective.kl import Divergence, Estimator
 from grpo.objective.ratios import Ratio
 from grpo.objective.weights import Averaging
 from grpo.types import Rollout, Sampling
 
+USUAL_CORRECTION = OffPolicyCorrection()
 LOGGED_ESTIMATORS = ESTIMATORS["reverse"]  # all logged, whichever is trained on
 
 
@@ -50,7 +51,7 @@ class Objective:
     entropy_weight: float = 0.0
     mask_truncated: bool = False  # truncated completions are not trained on
     top_entropy: float = 1.0  # the share of tokens, of highest entropy, that keep the policy loss
-    importance_cap: float = 2.0  # maximum importance weight of a token whose sampler differs
+    correction: OffPolicyCorrection = USUAL_CORRECTION  # where the sampler differs
     num_iterations: int = 1  # passes over a rollout
     minibatches: int = 1  # optimizer steps per pass
 
@@ -102,6 +103,7 @@ class MicroBatchLoss:
     entropy: Tensor  # weighted, negative
     ratio_NC: Tensor
     importance_NC: Tensor  # log of old policy's probability / sampler's probability
+    dropped_NC: Tensor  # bool: left out by the correction
     clipped_NC: Tensor
     kl_NC: Tensor | None
     reference_NC: Tensor | None
@@ -128,10 +130,14 @@ def compute_loss(
     )
     weights_NC = minibatch.weights_NC[rows, :width]
     policy_weights_NC = weights_NC * minibatch.policy_factor_NC[rows, :width]
-    importance_NC = old_NC - rollout.logprobs_NC[rows, :width]
-    policy_NC = policy_weights_NC * importance_NC.exp().clamp(max=objective.importance_cap)
-    ratio = objective.ratio(scored.logprobs, old_NC, inputs.mask_NC)
-    token = objective.policy_loss(ratio, scored.logprobs, update_inputs.advantages_N[rows, None])
+    sampler_NC, mask_NC = rollout.logprobs_NC[rows, :width], inputs.mask_NC
+    advantages_N1 = update_inputs.advantages_N[rows, None]
+    correction = objective.correction
+    kept_N1 = correction.keep(scored.logprobs, sampler_NC, mask_NC, advantages_N1)
+    counts_NC = correction.weigh(old_NC, sampler_NC, mask_NC) * kept_N1
+    policy_NC = policy_weights_NC * counts_NC
+    ratio = objective.ratio(scored.logprobs, old_NC, mask_NC)
+    token = objective.policy_loss(ratio, scored.logprobs, advantages_N1)
     token_ratio_NC = torch.exp(scored.logprobs - old_NC)
     kl_loss = torch.zeros((), device=old_NC.device)
     kl_NC = reference_NC = None
@@ -148,8 +154,9 @@ def compute_loss(
         kl=kl_loss,
         entropy=-objective.entropy_weight * (policy_weights_NC * scored.entropy).sum(),
         ratio_NC=token_ratio_NC.detach(),
-        importance_NC=importance_NC,
-        clipped_NC=token.clipped.expand_as(inputs.mask_NC),
+        importance_NC=old_NC - sampler_NC,
+        dropped_NC=(counts_NC == 0).expand_as(mask_NC),
+        clipped_NC=token.clipped.expand_as(mask_NC),
         kl_NC=None if kl_NC is None else kl_NC.detach(),
         reference_NC=reference_NC,
     )

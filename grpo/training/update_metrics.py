@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo.models.head import TokenScores
+from grpo.objective.importance import chi_squared, effective_share
 from grpo.training.loss import (
     LOGGED_ESTIMATORS,
     MicroBatchLoss,
@@ -71,6 +72,7 @@ class UpdateTotals:
         self.importance.append(loss.importance_NC[mask_NC])
         self._add_sum("policy/entropy", scored.entropy[mask_NC])
         self._add_sum("policy/clip_fraction", loss.clipped_NC[mask_NC].float())
+        self._add_sum("sampler/dropped", loss.dropped_NC[mask_NC].float())
         if loss.kl_NC is None or loss.reference_NC is None:
             return
         self._add_sum("kl/mean", loss.kl_NC[mask_NC])
@@ -104,6 +106,8 @@ class UpdateTotals:
             **{name: fetch_sum(values) / tokens for name, values in self.token_sums.items()},
             "policy/ratio_max": float(ratios_T.max()),
             "sampler/kl": float((log_T.expm1() - log_T).mean()),  # k3: sampler to policy
+            "sampler/chi2": chi_squared(log_T),
+            "sampler/effective_share": effective_share(log_T),
             "sampler/importance_min": float(log_T.min().exp()),
             "sampler/importance_max": float(log_T.max().exp()),
             **{
