@@ -161,7 +161,7 @@ def build_training(
     ranks.compute_on_first(found.model)  # so that only one rank downloads it
     policy, base = build_policy(cfg, found, device)
     prompts = build_prompts(found, formats, policy.tokenizer)
-    check_same(ranks, {"model": base, "dataset": prompts.compute_fingerprint()})
+    check_same(ranks, lambda: {"model": base, "dataset": prompts.compute_fingerprint()})
     policy, longest = fit_to_lengths(cfg, policy, prompts.evaluation, prompts.train)
     copied = objective.kl is not None and cfg.adapter is None
     budget = build_budget(cfg, policy, longest, with_reference=copied, ranks=ranks)

@@ -197,6 +197,7 @@ main()
 RUN = (
     "max_steps=1", "batch_size=32", "num_generation=16", "max_new_tokens=64", "temperature=1.5",
     "dataset.eval_slice=:8", "eval.samples=1", "tracking=none", "device=cpu",
+    "device.precision=fp32",
     "device.token_budget=100000", "hydra.run.dir=run",
 )  # fmt: skip
 

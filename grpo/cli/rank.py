@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig
 
+from grpo.cli.exits import command_errors
 from grpo.cli.jobs import prepare_process
 from grpo.cli.processes import Job
 from grpo.config.secrets import redact_logs, remember_secrets
@@ -25,8 +26,9 @@ def main() -> None:
 
     prepare_process()
     keep_freed_memory()
-    try:
+    with command_errors():
         ranks = join_started() if STARTED_VARIABLE in os.environ else join_launched()
+    try:
         with leaving(ranks):
             follow(ranks)
     except (ConfigError, RunError, KeyboardInterrupt) as error:

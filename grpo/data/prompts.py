@@ -215,14 +215,10 @@ class PromptSets:
     evaluation: list[Prompt]
 
     def compute_fingerprint(self) -> str:
-        """Returns a sha256 of all tokens; of lazy prompts, of the first ones."""
-        train = self.train
-        if isinstance(train, LazyPrompts):
-            first = [train[n] for n in range(min(len(train), 64))]
-        else:
-            first = train
-        total = hashlib.sha256(str(len(train)).encode())
-        for prompt in (*first, *self.evaluation):
+        """Returns a sha256 of all tokens; of lazy prompts, of their number."""
+        known = [] if isinstance(self.train, LazyPrompts) else self.train
+        total = hashlib.sha256(str(len(self.train)).encode())
+        for prompt in (*known, *self.evaluation):
             total.update(repr(prompt.token_ids).encode())
         return total.hexdigest()
 

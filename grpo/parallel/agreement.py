@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from grpo.errors import ConfigError
 from grpo.parallel.ranks import Ranks
 
 
-def check_same(ranks: Ranks, facts: Mapping[str, str]) -> None:
+def check_same(ranks: Ranks, collect_facts: Callable[[], Mapping[str, str]]) -> None:
     """Refuses ranks whose facts differ.
 
     Args:
-        facts: the config key that a user would look at -> what has to be the same everywhere.
+        collect_facts: returns what has to be the same everywhere, by the config key to look at.
 
     Raises:
         ConfigError: names the key and a rank that differs from the first.
     """
-    first, *others = ranks.gather(lambda: dict(facts))
+    if ranks.size == 1:
+        return
+    first, *others = ranks.gather(collect_facts)
     for rank, found in enumerate(others, 1):
         for key, value in first.items():
             if found[key] != value:

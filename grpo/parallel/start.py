@@ -47,18 +47,18 @@ def join_ranks(processes: int | None) -> Iterator[Ranks]:
     """Yields the ranks of a run as its first; at the end, all have ended.
 
     Args:
-        processes: to start on this machine, this one included; None: those of torchrun, or one.
+        processes: to start on this machine, this one included; None: torchrun has started them.
 
     Raises:
         ConfigError: MASTER_PORT can't be used.
         RunError: a rank could not be started.
     """
-    if is_launched():
+    if processes == 1:
+        yield ONE_RANK
+    elif processes is None:
         ranks = join_launched()
         with leaving(ranks):
             yield ranks
-    elif processes is None or processes == 1:
-        yield ONE_RANK
     else:
         with started_ranks(processes) as ranks, leaving(ranks):
             yield ranks
