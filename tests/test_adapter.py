@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grpo.device import Device
+from grpo.device import Device, open_device
 from grpo.errors import ConfigError
 from grpo.models import adapter as adapter_module
 from grpo.models.adapter import Adapter, add_adapter, load_adapter, merge_adapter, save_adapter
@@ -180,6 +180,23 @@ def test_an_adapter_of_another_shape_is_refused(tiny: LanguageModel, tmp_path: P
         load_adapter(other, tmp_path)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_adapter_that_is_the_reference_moves_by_small_steps(precision: str) -> None:
+    """It is in fp32 beside frozen weights in bf16, which would lose most of such a step."""
+    policy = load_language_model(
+        PACKAGE_FOLDER / "tiny", open_device("cpu", precision), frozen=True
+    )
+    add_adapter(policy.model, LORA, seed=0)
+    reference = make_reference(policy, moves=True)
+    with torch.no_grad():
+        for _, of_policy in reference.weight_pairs:
+            of_policy += 1e-4
+    reference.move(0.5)
+    for of_reference, of_policy in reference.weight_pairs:
+        assert of_reference.dtype == torch.float32
+        assert_close(of_policy - of_reference, torch.full_like(of_policy, 5e-5), atol=1e-8, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
@@ -188,7 +205,7 @@ def test_a_run_with_an_adapter_is_resumed_evaluated_and_merged(
     """Four steps in one run and in two give the same numbers and weights, with all adapters."""
     common = [
         "experiment=smoke", f"adapter={adapter}", "learning_rate=1e-3", "tracking=none",
-        "dataset.eval_size=8", "eval.every=0", "kl.sync_every=2",
+        "dataset.eval_size=8", "eval.every=0", "kl.sync_every=2", "device.precision=bf16",
     ]  # fmt: skip
     assert grpo(*common, "max_steps=4", "hydra.run.dir=whole")[0] == 0
     assert grpo(*common, "max_steps=2", "hydra.run.dir=parts")[0] == 0
@@ -267,7 +284,10 @@ def test_tied_embeddings_are_not_adapted_alone(grpo: Grpo) -> None:
 @pytest.mark.slow
 def test_a_moved_reference_is_not_forgotten(grpo: Grpo, tmp_path: Path) -> None:
     """The first part moves the reference; the second and third keep it."""
-    common = ["experiment=smoke", "tracking=none", "dataset.eval_size=4", "learning_rate=1e-3"]
+    common = [
+        "experiment=smoke", "tracking=none", "dataset.eval_size=4", "learning_rate=1e-3",
+        "device.precision=fp32",
+    ]  # fmt: skip
     assert grpo(*common, "max_steps=2", "kl.sync_every=1", "hydra.run.dir=run")[0] == 0
     for steps in (3, 4):
         code, printed = grpo("resume=run", "kl.sync_every=0", f"max_steps={steps}")

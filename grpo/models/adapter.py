@@ -82,12 +82,12 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> None:
     prepare_new_modules(model)
 
 
-def prepare_new_modules(model: PreTrainedModel) -> None:
+def prepare_new_modules(model: PreTrainedModel, adapter: str = POLICY_ADAPTER) -> None:
     """Puts new modules, made in training mode and the frozen weights' dtype, into eval and fp32."""
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     model.eval()
-    cast_adapter_dtype(model, POLICY_ADAPTER, autocast_adapter_dtype=True)
+    cast_adapter_dtype(model, adapter, autocast_adapter_dtype=True)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -134,7 +134,7 @@ def add_reference_adapter(model: PreTrainedModel) -> None:
         warnings.simplefilter("ignore")
         model.add_adapter(copy.deepcopy(model.peft_config[POLICY_ADAPTER]), REFERENCE_ADAPTER)
     model.set_adapter(POLICY_ADAPTER)
-    prepare_new_modules(model)
+    prepare_new_modules(model, REFERENCE_ADAPTER)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.requires_grad_(trained.get(name, False))
