@@ -58,10 +58,10 @@ def effective_share(log_weights_T: Tensor) -> float:
 
     1 means that all weights are equal; 0.5, that the variance is that of half as many samples.
     """
-    weights = (log_weights_T - log_weights_T.max()).double().exp()
+    weights = (log_weights_T - log_weights_T.max()).exp()
     return float(weights.mean() ** 2 / weights.square().mean())
 
 
 def chi_squared(log_weights_T: Tensor) -> float:
     """Returns the estimate of the chi-squared divergence of policy from sampler: E[w²] - 1."""
-    return float((2 * log_weights_T.double()).exp().mean() - 1)
+    return float((2 * log_weights_T).exp().mean() - 1)
