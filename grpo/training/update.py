@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -88,16 +88,10 @@ def update_policy(
         policy, objective, rollout, limit, seed, update_inputs.unscored_N, ranks
     ):
         minibatch = replace(whole, prompts=divide_prompts(rollout, whole.prompts, ranks))
-
-        def run_minibatch(minibatch: Minibatch = minibatch) -> UpdateTotals:
-            return add_gradients(
-                policy, reference, objective, rollout, update_inputs, minibatch, limit
-            )
-
-        def run_share(work: Callable[[], UpdateTotals] = run_minibatch) -> UpdateTotals:
-            return limit.retry_smaller(work, undo=optimizer.clear_gradients)
-
-        for part in ranks.gather(run_share):
+        work = partial(
+            add_gradients, policy, reference, objective, rollout, update_inputs, minibatch, limit
+        )
+        for part in ranks.gather(partial(limit.retry_smaller, work, optimizer.clear_gradients)):
             totals.merge(part)
         ranks.sum_gradients(optimizer.parameters)
         totals.optimizer_metrics.append(optimizer.step())

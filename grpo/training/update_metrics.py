@@ -47,17 +47,8 @@ class UpdateTotals:
         self.log_ratio_NC = torch.full_like(rollout.logprobs_NC, torch.nan)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what another rank needs, on the CPU."""
-        return {
-            "objective": None,
-            "token_sums": {name: [sum_on_cpu(v)] for name, v in self.token_sums.items()},
-            "losses": {name: [sum_on_cpu(v)] for name, v in self.losses.items()},
-            "tokens": [sum_on_cpu(self.tokens)] if self.tokens else [],
-            "ratios": [torch.cat(self.ratios).cpu()] if self.ratios else [],
-            "importance": [torch.cat(self.importance).cpu()] if self.importance else [],
-            "optimizer_metrics": self.optimizer_metrics,
-            "log_ratio_NC": self.log_ratio_NC,
-        }
+        """Returns what another rank needs: all but the objective, which it has."""
+        return {**vars(self), "objective": None}
 
     @torch.no_grad()
     def add(self, rows: Tensor, loss: MicroBatchLoss, mask_NC: Tensor, scored: TokenScores) -> None:
@@ -99,8 +90,8 @@ class UpdateTotals:
 
     def compute_result(self) -> UpdateResult:
         """Returns the means over tokens and over updates, and the largest ratio."""
-        steps, ratios_T = len(self.optimizer_metrics), join_on_cpu(self.ratios)
-        tokens, log_T = fetch_sum(self.tokens), join_on_cpu(self.importance)
+        steps, ratios_T = len(self.optimizer_metrics), torch.cat(self.ratios).cpu()
+        tokens, log_T = fetch_sum(self.tokens), torch.cat(self.importance).cpu()
         metrics = {
             **{name: fetch_sum(values) / steps for name, values in self.losses.items()},
             **{name: fetch_sum(values) / tokens for name, values in self.token_sums.items()},
@@ -119,17 +110,6 @@ class UpdateTotals:
         return UpdateResult(metrics, ratios_T, self.log_ratio_NC.cpu() if has_reference else None)
 
 
-def join_on_cpu(parts: Sequence[Tensor]) -> Tensor:
-    """Joins tensors, some of which may be on a device; those of other ranks are not."""
-    return torch.cat([part.cpu() for part in parts])
-
-
-def sum_on_cpu(parts: Sequence[Tensor]) -> Tensor:
-    return torch.tensor(fetch_sum(parts), dtype=torch.float64)
-
-
 def fetch_sum(parts: Sequence[Tensor]) -> float:
     """Returns the sum of scalars on a device, fetched in one transfer."""
-    on_device = [part for part in parts if part.device.type != "cpu"]
-    fetched = torch.stack(on_device).tolist() if on_device else []
-    return fsum([*fetched, *(part.item() for part in parts if part.device.type == "cpu")])
+    return fsum(torch.stack(list(parts)).tolist())
