@@ -63,17 +63,9 @@ USUAL = [
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> Iterator[ProcessGroup]:
-    yield from start_cases(2)
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[ProcessGroup]:
-    yield from start_cases(4)
-
-
-def start_cases(processes: int) -> Iterator[ProcessGroup]:
-    with started_ranks(processes, "tests.rank_cases") as ranks:
+def ranks(request: pytest.FixtureRequest) -> Iterator[ProcessGroup]:
+    """As many ranks as the test asks for. A process can belong to one group at a time only."""
+    with started_ranks(request.param, "tests.rank_cases") as ranks:
         yield ranks
         end_cases(ranks)
         ranks.leave()
@@ -94,30 +86,36 @@ def check_equal_to_one(overrides: tuple[str, ...], ranks: ProcessGroup, folder: 
         assert (weight - found_weights[name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.parametrize("ranks", [2], indirect=True)
 @pytest.mark.parametrize("overrides", USUAL, ids=" ".join)
 def test_two_ranks_equal_one(
-    overrides: tuple[str, ...], two_ranks: ProcessGroup, tmp_path: Path
+    overrides: tuple[str, ...], ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    check_equal_to_one(overrides, two_ranks, tmp_path)
+    check_equal_to_one(overrides, ranks, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [4], indirect=True)
 @pytest.mark.parametrize("overrides", DIAGONAL + BY_WHOLE_STEP, ids=" ".join)
 def test_four_ranks_equal_one(
-    overrides: tuple[str, ...], four_ranks: ProcessGroup, tmp_path: Path
+    overrides: tuple[str, ...], ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    check_equal_to_one(overrides, four_ranks, tmp_path)
+    check_equal_to_one(overrides, ranks, tmp_path)
 
 
 OWN_REWARD = """
-import os, resource, signal
+import os, resource, signal, time
 import grpo.models.cpu.linear
+import grpo.training.checkpoint
 
 calls = 0
 
 def disturb(samples, how):
     global calls
     calls += 1
+    if "RANK" not in os.environ and how == "raise" and calls == 4:
+        write = grpo.training.checkpoint.flush_to_disk
+        grpo.training.checkpoint.flush_to_disk = lambda folder: (time.sleep(14), write(folder))
     if os.environ.get("RANK") == "1" and calls == 4:  # after two evaluations, in step 2
         if how == "raise":
             raise ValueError("no good")

@@ -20,6 +20,7 @@ from grpo.parallel.ranks import Ranks
 from grpo.parallel.watch import Watch
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 # A rank may wait for hours for another's rewards. One that is lost is noticed by `Watch`.
 LONGEST_WAIT = timedelta(days=7)
 BUCKET_ELEMENTS = 2**23  # of small gradients, which are summed as one tensor
@@ -81,8 +82,7 @@ class ProcessGroup(Ranks):
         answers = self._exchange(own, failure)
         errors = [answer for answer in answers if isinstance(answer, RemoteError)]
         if failure is not None or errors:
-            self.announced = failure or errors[0].to_exception()
-            raise self.announced
+            raise self._end_with(failure or errors[0].to_exception())
         return [own[0] if n == self.index else answer for n, answer in enumerate(answers)]
 
     def compute_on_first(self, work: Callable[[], T]) -> T:
@@ -107,11 +107,13 @@ class ProcessGroup(Ranks):
 
     def announce(self, error: BaseException) -> None:
         """Tells the other ranks, which are waiting, that this one ends with an error."""
-        if error is not self.announced and dist.is_initialized():
-            try:
-                self._exchange([], error)
-            except RunError:  # they are no longer there
-                return
+        if self.announced is not None or not dist.is_initialized():
+            return
+        try:
+            self._exchange([], error)
+        except RunError:  # they are no longer there
+            return
+        self._end_with(error)
 
     def leave(self) -> None:
         """Ends the connection, when all ranks have nothing more to send."""
@@ -141,8 +143,16 @@ class ProcessGroup(Ranks):
         try:
             yield
         except RuntimeError as error:
-            self.announced = RunError(self.watch.explain_loss(error))
-            raise self.announced from error
+            raise self._end_with(RunError(self.watch.explain_loss(error))) from error
+
+    def _end_with(self, error: E) -> E:
+        """Remembers the error that ends all ranks, and returns it.
+
+        From here on this rank waits for no other, so it may take any time to write a checkpoint.
+        """
+        self.announced = error
+        self.watch.stop()
+        return error
 
 
 @dataclass(frozen=True)
