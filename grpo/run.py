@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -20,7 +18,14 @@ from grpo.build.data import (
     build_prompts,
     build_rewards,
 )
-from grpo.build.model import build_budget, build_device, build_engine, build_policy, fit_to_lengths
+from grpo.build.model import (
+    build_budget,
+    build_device,
+    build_engine,
+    build_policy,
+    build_sharding,
+    fit_to_lengths,
+)
 from grpo.build.objective import (
     build_advantage,
     build_kl_penalty,
@@ -31,6 +36,7 @@ from grpo.build.objective import (
     format_kl,
     warn_unused_kl,
 )
+from grpo.build.resume import resume_or_start
 from grpo.build.tracking import bind_sinks, build_run_info
 from grpo.config.binding import bind, resolve_node
 from grpo.config.schema import DoctorConfig
@@ -39,20 +45,16 @@ from grpo.config.unused_keys import Facts, explain_unused_keys
 from grpo.data.order import count_steps
 from grpo.data.prompts import LazyPrompts
 from grpo.doctor.sink import DoctorSink
-from grpo.errors import ConfigError, RunError
+from grpo.errors import RunError
 from grpo.locate import RunInputs
 from grpo.memory.allocator import give_back_freed_memory
-from grpo.memory.budget import Budget
-from grpo.models.load import LanguageModel
 from grpo.models.remote_code import has_remote_code
 from grpo.parallel import ONE_RANK, Ranks
 from grpo.parallel.agreement import check_same
 from grpo.report.run.page import write_run_page
 from grpo.rollout import HFEngine, NativeEngine
-from grpo.runs.files import RUNNING, is_finished
-from grpo.runs.folder import find_newest_checkpoint
+from grpo.runs.files import RUNNING
 from grpo.runs.interrupt import Interrupt
-from grpo.runs.progress import Progress
 from grpo.runs.stop import is_stop_requested, is_sweep_job, request_stop
 from grpo.runs.summary import Summary, make_relative
 from grpo.sweep.pruning import make_prune_check, never_prune
@@ -60,9 +62,7 @@ from grpo.tracking import Console, JsonlFiles, Tracker
 from grpo.training.checkpoint import Checkpoints
 from grpo.training.collect import Collector
 from grpo.training.difficulty import measure_difficulty
-from grpo.training.kl_penalty import NoKL
 from grpo.training.loop import Training, TrainingState, train
-from grpo.training.optimizer import Optimizer
 from grpo.training.sampler import Sampler
 from grpo.types import Prompt
 
@@ -165,7 +165,9 @@ def build_training(
     policy, longest = fit_to_lengths(cfg, policy, prompts.evaluation, prompts.train)
     copied = objective.kl is not None and cfg.adapter is None
     budget = build_budget(cfg, policy, longest, with_reference=copied, ranks=ranks)
-    engine = build_engine(make_engine, policy, cfg.max_new_tokens, budget)
+    sharding = build_sharding(cfg, policy, ranks)
+    sampled = policy if sharding is None else sharding.whole
+    engine = build_engine(make_engine, sampled, cfg.max_new_tokens, budget)
     train_prompts: Sequence[Prompt] = prompts.train
     curriculum = build_curriculum(cfg)
     if curriculum.samples:
@@ -179,10 +181,12 @@ def build_training(
 
     # The reference is the model as it was loaded, so it is copied before a checkpoint is.
     kl_penalty = build_kl_penalty(cfg, policy, objective, budget, ranks)
+    if sharding is not None:
+        sharding.apply(kl_penalty.reference)
     steps = count_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
     saved = resolve_without_secrets(cfg)
-    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, saved, writes=ranks.is_first)
+    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, saved, ranks)
     start = resume_or_start(cfg, checkpoints, policy, optimizer, kl_penalty, budget, steps, base)
     info = build_run_info(cfg, folder, start, steps)
     # The sinks that may refuse come first: JsonlFiles puts the run on disk.
@@ -201,7 +205,9 @@ def build_training(
     facts = Facts(exact, steps * count_updates_per_step(cfg), has_remote_code(found.model()))
     for line in explain_unused_keys(cfg, hydra.overrides.task, facts):
         log.warning("%s", line)
-    sampler = Sampler(engine, rewards, ranks)
+    sampler = Sampler(
+        engine, rewards, ranks, nullcontext if sharding is None else sharding.gathered
+    )
     collector = Collector(
         sampler=sampler,
         prompts=train_prompts,
@@ -234,58 +240,3 @@ def build_training(
         ranks=ranks,
     )
     return run, TrainingState(start)
-
-
-def resume_or_start(
-    cfg: DictConfig,
-    checkpoints: Checkpoints,
-    policy: LanguageModel,
-    optimizer: Optimizer,
-    kl_penalty: NoKL,
-    budget: Budget,
-    steps: int,
-    base: str,
-) -> Progress:
-    """Returns step 0 of a new run, or loads this run's newest intact checkpoint.
-
-    Raises:
-        ConfigError: the run can't be resumed, or has no steps left.
-    """
-    run = checkpoints.run
-    if cfg.resume is None or (cfg.resume == "auto" and find_newest_checkpoint(run) is None):
-        if cfg.resume == "auto" and not is_sweep_job():
-            log.info("resume=auto: no unfinished run with these overrides, so a new one starts.")
-        # The agent of a W&B sweep has already chosen the run's id.
-        wandb_id = None if is_sweep_job() else os.environ.get("WANDB_RUN_ID")
-        return Progress(step=0, run_id=wandb_id or uuid.uuid4().hex[:8], base=base, unlogged={})
-    start = checkpoints.load(policy, optimizer, kl_penalty, budget)
-    optimizer.end_schedule_after((steps - start.step) * count_updates_per_step(cfg))
-    warn_changed_kl(cfg, checkpoints.read_saved_config(start.step))
-    if start.base != base:
-        raise ConfigError(
-            f"resume={cfg.resume}: model={cfg.model.name} has other weights now than when this run "
-            f"began, so its reference would differ; start a new run without resume.",
-            key="resume",
-            value=cfg.resume,
-        )
-    if start.step >= steps and is_finished(run):
-        raise ConfigError(
-            f"resume={cfg.resume}: this run has already done its {steps} steps; raise max_steps or "
-            f"num_epochs to continue.",
-            key="resume",
-            value=cfg.resume,
-        )
-    return start
-
-
-def warn_changed_kl(cfg: DictConfig, before: Mapping[str, Any]) -> None:
-    """Warns if an old run, from before algorithms set kl_weight, resumes with another kl_weight."""
-    recent = "kl_weight" in before.get("algorithm", {}) or "kl_weight" not in before
-    if recent or before["kl"]["estimator"] is None or before["kl_weight"] == cfg.kl_weight:
-        return
-    weight = before["kl_weight"]
-    log.warning(
-        "kl_weight is %g, but this run began with %g: its algorithm now sets kl_weight; "
-        "kl_weight=%g kl=%s kl.within=%s continues as before.",
-        cfg.kl_weight, weight, weight, before["kl"]["estimator"], before["kl"]["within"],
-    )  # fmt: skip

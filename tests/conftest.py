@@ -44,6 +44,8 @@ from grpo.models import attention
 from grpo.models.cpu import linear
 from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.load import LanguageModel, load_language_model
+from grpo.parallel.process_group import ProcessGroup
+from grpo.parallel.start import started_ranks
 
 settings.register_profile("grpo", deadline=None)  # a slow machine is no failure
 settings.load_profile("grpo")
@@ -139,6 +141,17 @@ def grpo(
         return code, captured.out + captured.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest) -> Iterator[ProcessGroup]:
+    """As many ranks as the test asks for. A process can belong to one group at a time only."""
+    from tests.rank_cases import end_cases
+
+    with started_ranks(request.param, "tests.rank_cases") as ranks:
+        yield ranks
+        end_cases(ranks)
+        ranks.leave()
 
 
 @pytest.fixture(autouse=True)

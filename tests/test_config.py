@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from grpo import objective
 from grpo.build.objective import warn_unused_kl
+from grpo.build.resume import warn_changed_kl
 from grpo.cli.explain import flatten_keys
 from grpo.config import schema
 from grpo.config.check import check_config
@@ -24,7 +25,6 @@ from grpo.config.objective_names import ESTIMATOR_NAMES
 from grpo.config.overrides import merge_overrides
 from grpo.config.suggest import suggest_names
 from grpo.config.unused_keys import Facts, explain_unused_keys
-from grpo.run import warn_changed_kl
 
 Grpo = Callable[..., tuple[int, str]]
 CONF = schema.find_conf_folder()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import grpo.models.load
+import grpo.models.recompute
 from grpo.parallel import divide_by_cost
 from grpo.parallel.interface import find_interface
 from grpo.parallel.messages import pack, unpack
 from grpo.parallel.process_group import ProcessGroup, collect_buckets
-from grpo.parallel.start import started_ranks
 from tests.conftest import copy_environment, read_metrics, read_summary, run_grpo, wait_for_step
-from tests.rank_cases import MEASURED, end_cases, run_case
+from tests.rank_cases import MEASURED, run_case
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = sorted(file.stem for file in (ROOT / "conf" / "algorithm").glob("*.yaml"))
@@ -62,17 +64,15 @@ USUAL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest) -> Iterator[ProcessGroup]:
-    """As many ranks as the test asks for. A process can belong to one group at a time only."""
-    with started_ranks(request.param, "tests.rank_cases") as ranks:
-        yield ranks
-        end_cases(ranks)
-        ranks.leave()
-
-
-def check_equal_to_one(overrides: tuple[str, ...], ranks: ProcessGroup, folder: Path) -> None:
-    metrics, weights = run_case(overrides, folder / "one")
+def check_equal_to_one(
+    overrides: tuple[str, ...], ranks: ProcessGroup, folder: Path, plain: bool = False
+) -> None:
+    """plain: one process, too, computes with transformers' modules alone, as sharded weights do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if plain:
+            patch.setattr(grpo.models.load, "fast_forward_pass", lambda model: nullcontext())
+            patch.setattr(grpo.models.recompute, "fast_forward_pass", lambda model: nullcontext())
+        metrics, weights = run_case(overrides, folder / "one")
     found, found_weights = run_case(overrides, folder / "several", ranks)
     assert len(metrics) == 6
     for expected, line in zip(metrics, found, strict=True):

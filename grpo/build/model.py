@@ -25,6 +25,7 @@ from grpo.memory.allocator import (
 )
 from grpo.memory.budget import Budget
 from grpo.memory.estimate import Workload, choose_budget, estimate_memory
+from grpo.memory.sharding import Sharding
 from grpo.models.adapter import Adapter, add_adapter
 from grpo.models.files import is_quantized
 from grpo.models.hub import is_in_hub_cache, read_commit
@@ -54,7 +55,8 @@ def build_device(cfg: DictConfig, run: Path | None = None, ranks: Ranks = ONE_RA
     if device.torch_device.type == "cpu":
         keep_freed_memory(
             LARGEST_KEPT_BLOCK
-            if device.autocast_dtype is None or device.has_fast_bf16
+            if (device.autocast_dtype is None or device.has_fast_bf16)
+            and not divides_weights(cfg, ranks)
             else LARGEST_KEPT_BLOCK_IN_BF16
         )
     return device
@@ -92,6 +94,15 @@ def build_policy(cfg: DictConfig, found: RunInputs, device: Device) -> tuple[Lan
     return replace(policy, base=name, commit=commit, recompute=recompute), policy.fingerprint
 
 
+def build_sharding(cfg: DictConfig, policy: LanguageModel, ranks: Ranks) -> Sharding | None:
+    """Prepares to divide the weights among the ranks; None if each has all of them."""
+    return Sharding(policy, cfg.parallel.offload) if divides_weights(cfg, ranks) else None
+
+
+def divides_weights(cfg: DictConfig, ranks: Ranks) -> bool:
+    return ranks.size > 1 and cfg.parallel is not None and bool(cfg.parallel.strategy == "fsdp")
+
+
 def load_model(cfg: DictConfig, folder: Path, device: Device, frozen: bool) -> LanguageModel:
     """Loads the model in a folder, in 4 bits if its adapter is quantized.
 
@@ -124,6 +135,8 @@ def build_budget(
         optimizer=cfg.optim.name,
         reference=with_reference,
         reference_moves=cfg.kl.sync_every > 0,
+        shards=ranks.size if divides_weights(cfg, ranks) else 1,
+        offload=cfg.parallel is not None and cfg.parallel.offload,
     )
     options, device = cfg.device, policy.device.torch_device
     held = estimate_memory(policy, work)

@@ -86,6 +86,8 @@ def add_overrides_of(
     own_flags = read_past_flags(run, flags)
     if not trusted:
         trust.check_folder_overrides(run, past, own_flags[-1] if own_flags else None, given)
+    if find_value("parallel", given):  # it resumes on other hardware, where old keys mean nothing
+        past = [override for override in past if not parse_key(override).startswith("parallel.")]
     return [*flags, *own_flags, *merge_overrides(past, given)]
 
 

@@ -11,7 +11,7 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from grpo.config.check import check_enough_prompts
+from grpo.config.check_parallel import check_enough_prompts
 from grpo.errors import ConfigError
 from grpo.parallel.start import is_launched
 from grpo.sweep.gpus import list_gpus

@@ -136,7 +136,7 @@ def build_cheap_parts(
     if model is not None:
         from transformers import AutoTokenizer
 
-        from grpo.models.load import loading_errors
+        from grpo.models.weights import loading_errors
 
         with loading_errors(model):
             tokenizer = AutoTokenizer.from_pretrained(

@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grpo.config.check_algorithm import check_algorithm, check_kl, check_sampling
+from grpo.config.check_parallel import check_parallel
 from grpo.config.check_wandb import check_wandb
 from grpo.config.extras import require_extra
 from grpo.config.foreign_names import explain_foreign_name
@@ -216,32 +217,6 @@ def check_installed(cfg: DictConfig) -> None:
         require_extra("adapter.quantized=True", "bitsandbytes", "quantized")
     if cfg.optim.name == "adamw_8bit":
         require_extra("optim.name=adamw_8bit", "bitsandbytes", "quantized")
-
-
-def check_parallel(cfg: DictConfig) -> None:
-    if cfg.parallel is None:
-        return
-    check_choice(cfg, "parallel.strategy", ("ddp",))
-    check_at_least(cfg, "parallel.processes", 1, optional=True)
-    if cfg.parallel.processes is not None:
-        check_enough_prompts(cfg, cfg.parallel.processes)
-    if cfg.device.kind == "mps":
-        raise ConfigError(
-            f"parallel={cfg.parallel.strategy}: device=mps is one GPU, and runs one process; leave "
-            f"parallel out, or use device=cpu.",
-            key="parallel",
-            value=cfg.parallel.strategy,
-        )
-
-
-def check_enough_prompts(cfg: DictConfig, processes: int) -> None:
-    if processes > cfg.batch_size:
-        raise ConfigError(
-            f"batch_size={cfg.batch_size}: each of {processes} processes needs a prompt in every "
-            f"step; raise it to {processes} or more, or lower parallel.processes.",
-            key="batch_size",
-            value=cfg.batch_size,
-        )
 
 
 def check_curriculum(cfg: DictConfig) -> None:

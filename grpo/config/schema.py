@@ -146,6 +146,7 @@ class ParallelConfig:
 
     strategy: str
     processes: int | None
+    offload: bool = False
 
 
 @dataclass

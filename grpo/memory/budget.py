@@ -54,6 +54,24 @@ class TokenLimit:
                 torch.cuda.empty_cache()
             self.halve(reason)
 
+    def call_once(self, work: Callable[[], T]) -> T:
+        """Returns work(), for work that can't be repeated with less at once.
+
+        Raises:
+            RunError: memory ran out.
+        """
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        raise RunError(
+            f"out of memory with {self.started_tokens} {self.name} ({reason}); processes that "
+            f"share the weights can't try again with fewer: resume with "
+            f"device.token_budget={max(1, self.started_tokens // 2)}."
+        )
+
     def halve(self, reason: str) -> None:
         """Limits to half of the tokens that were started last.
 

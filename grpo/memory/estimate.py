@@ -17,6 +17,7 @@ from grpo.models.forward import Completions
 from grpo.models.head import CHUNK_LOGITS
 from grpo.models.load import LanguageModel
 from grpo.models.precision import count_frozen_bytes, count_rounded_bytes, find_linear_weights
+from grpo.models.recompute import find_decoder_layers
 
 CGROUP_LIMIT_FILES = (  # a container's own limit
     Path("/sys/fs/cgroup/memory.max"),
@@ -45,6 +46,8 @@ class Workload:
     optimizer: str  # a key of OPTIMIZER_BYTES
     reference: bool  # whether a frozen copy of the model is held too
     reference_moves: bool  # then the copy is in fp32
+    shards: int = 1  # processes among which the weights are divided
+    offload: bool = False  # each process keeps its part in the CPU's memory
 
     @property
     def longest(self) -> int:
@@ -79,15 +82,33 @@ def estimate_memory(policy: LanguageModel, work: Workload) -> MemoryNeeds:
     laid_out = weights if dtype is None and on_cpu else copies
     if fast_bf16:
         laid_out = 2.0 * sum(x.numel() for x in find_linear_weights(model))
+    gathered = whole = 0.0
+    if work.shards > 1:
+        held, copies = (0.0 if work.offload else held / work.shards), 0.0
+        gathered, whole = count_gathered_bytes(policy)
+    gradients = 0.0 if work.offload else 4 * trained / work.shards
     row = 12 * policy.head.vocabulary  # its logits, and the tensors computed from them
     return MemoryNeeds(
-        training_gb=(held + copies + 4 * trained + head) / 1e9,
-        sampling_gb=(held + laid_out) / 1e9,
+        training_gb=(held + copies + gradients + gathered + head) / 1e9,
+        sampling_gb=(held + whole + laid_out) / 1e9,
         token_bytes=heap * ACTIVATION_OVERHEAD * estimate_token_bytes(policy, work)
         if trained
         else 0.0,
         position_bytes=count_cache_bytes(policy) + row / work.completion,
     )
+
+
+def count_gathered_bytes(policy: LanguageModel) -> tuple[float, float]:
+    """Returns what a process gathers of divided weights: for training, and for sampling.
+
+    For training these are the weights that are in no layer, with their gradients, and two layers;
+    for sampling all weights, as `sharding.Sharding` stores them.
+    """
+    rounded = (policy.device.autocast_dtype or torch.float32).itemsize
+    layers = [sum(x.numel() for x in m.parameters()) for m in find_decoder_layers(policy.model)]
+    rest = sum(x.numel() for x in policy.model.parameters()) - sum(layers)
+    largest = max(layers, default=0)
+    return 8.0 * rest + 2 * rounded * largest, 4.0 * rest + rounded * sum(layers)
 
 
 def count_head_bytes(policy: LanguageModel) -> int:
@@ -135,24 +156,22 @@ def measure_token_bytes(policy: LanguageModel, work: Workload) -> float:
 def measure_kept_bytes(policy: LanguageModel, prompt: int, completion: int, group: int) -> int:
     """Returns the bytes that a forward pass over one prompt's group keeps for its backward."""
     weights = {x.untyped_storage().data_ptr() for x in policy.model.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def note(x: Tensor) -> Tensor:
+    def note(x: Tensor) -> None:
+        """Keeps the memory, but no tensor: a pass that keeps its own output is never freed."""
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
+            kept[storage.data_ptr()] = storage
 
     device = policy.device.torch_device
     prompts_BP = torch.zeros(1, prompt, dtype=torch.int64, device=device)
     tokens_NC = torch.zeros(group, completion, dtype=torch.int64, device=device)
     lengths_B = torch.tensor([prompt], device=device)
     batch = Completions(prompts_BP, lengths_B, tokens_NC, tokens_NC == 0)
-    with torch.enable_grad(), saved_tensors_hooks(note, lambda x: x):
-        features = policy.compute_features(batch)
-        total = sum(kept.values())
-    del features
-    return total
+    with torch.enable_grad(), saved_tensors_hooks(note, lambda kept: kept):
+        policy.compute_features(batch)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def count_cache_bytes(policy: LanguageModel) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from grpo.memory.budget import TokenLimit, split_evenly
 from grpo.models.forward import Completions
+from grpo.models.fsdp import release_gathered
 from grpo.models.head import Features, Readout, TokenScores
 from grpo.models.load import LanguageModel
 from grpo.models.padding import pad_left
@@ -17,6 +19,8 @@ from grpo.models.reference import Reference
 from grpo.models.sampling_filters import KeptTokens
 from grpo.parallel import ONE_RANK, Ranks
 from grpo.types import Rollout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,39 @@ def split_into_micro_batches(
             torch.cat([one.rows for one in groups]),
             sum(one.tokens for one in groups),
         )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A model's forward pass over a micro-batch, and perhaps a backward pass."""
+
+    batch: MicroBatch
+    with_gradient: bool
+    counts: bool = True  # False: only so that this process makes as many passes as the others
+
+
+def plan_passes(
+    batches: Iterable[MicroBatch],
+    with_gradient: Sequence[bool],
+    model: LanguageModel,
+    ranks: Ranks,
+) -> list[Pass]:
+    """Returns a pass for each micro-batch.
+
+    If the model's weights are divided among processes, which compute them together, all processes
+    make equally many passes, with a backward pass if any of them needs one.
+    """
+    own = [Pass(*pair) for pair in zip(batches, with_gradient, strict=True)]
+    if not model.is_sharded:
+        return own
+    planned = ranks.gather(lambda: list(with_gradient))
+    spare = MicroBatch([0], torch.tensor([0]), 1)
+    passes = []
+    for n in range(max(map(len, planned))):
+        gradient = any(flags[n] for flags in planned if n < len(flags))
+        counts = n < len(own)
+        passes.append(Pass(own[n].batch if counts else spare, gradient, counts))
+    return passes
 
 
 def divide_prompts(rollout: Rollout, prompts: Sequence[int], ranks: Ranks) -> list[int]:
@@ -124,6 +161,32 @@ def compute_reference_features(
     return reference.compute_features(inputs)
 
 
+def release_features(model: LanguageModel, reference: Reference | None) -> None:
+    """Frees what the models had gathered for their last pass, if their weights are divided."""
+    release_gathered(model.model)
+    if reference is not None:
+        release_gathered(reference.model.model)
+
+
+def compute_within_limit(
+    model: LanguageModel,
+    limit: TokenLimit,
+    work: Callable[[], T],
+    ranks: Ranks,
+    undo: Callable[[], None] = lambda: None,
+) -> T:
+    """Returns work(), which computes at most `limit` at once; see `TokenLimit.retry_smaller`.
+
+    With a sharded model all ranks compute together, so none can try again alone.
+
+    Raises:
+        RunError: memory ran out, and less can't be computed at once.
+    """
+    if not model.is_sharded:
+        return limit.retry_smaller(work, undo)
+    return ranks.compute_together(lambda: limit.call_once(work))
+
+
 @torch.no_grad()
 def score_rollout(
     model: LanguageModel,
@@ -149,16 +212,21 @@ def score_rollout(
     prompts = divide_prompts(rollout, range(len(rollout.prompts)), ranks)
 
     def score_share() -> tuple[TokenScores, KeptTokens | None]:
-        limit.retry_smaller(work)
+        compute_within_limit(model, limit, work, ranks)
         return scores, kept_tokens
 
     def work() -> None:
-        for batch in split_into_micro_batches(rollout, limit, prompts):
+        batches = list(split_into_micro_batches(rollout, limit, prompts))
+        for one in plan_passes(batches, [False] * len(batches), model, ranks):
+            batch = one.batch
             limit.record_start(batch.tokens)
             inputs = select_completions(rollout, batch, model, kept_tokens)
             reference_features = compute_reference_features(reference, readout, inputs)
             rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
             part = model.score_batch(inputs, readout, reference_features)
+            release_features(model, reference)
+            if not one.counts:
+                continue
             for whole_NC, part_NC in zip(scores, part, strict=True):
                 whole_NC[rows, :width] = part_NC
 

@@ -153,20 +153,25 @@ def pair_adapter_weights(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parame
 
 
 def save_adapter(
-    model: PreTrainedModel, folder: Path, base: str, revision: str | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    base: str,
+    revision: str | None = None,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes a folder that transformers and peft can load; it names the base model.
 
     Args:
         base: the base model's hub id or folder.
         revision: the revision of the hub id.
+        state: the model's weights, if they are divided among processes.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(
-        model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False
+        model, state, adapter_name=POLICY_ADAPTER, save_embedding_layers=False
     )
     # peft names DoRA's magnitudes without `.weight`, and transformers ignores such names.
     named = {

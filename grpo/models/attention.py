@@ -55,7 +55,8 @@ def compute_hidden_states(
     """Returns the last hidden states [T, D] of tokens that attend to each other as planned."""
     # Under this name transformers makes no mask.
     with attention_as(model.config.get_text_config(), ATTENTION_NAME):
-        output = model.base_model(
+        run = getattr(model, "run_base", model.base_model)  # set by `fsdp.shard_model`
+        output = run(
             input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, plan=plan
         )
     hidden: Tensor = output.last_hidden_state[0]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,10 +34,13 @@ from grpo.models.forward import (
     reads_padding,
     score_completions,
 )
+from grpo.models.fsdp import restore_parts
 from grpo.models.head import Features, Head, Readout, TokenScores
 from grpo.models.precision import four_bits_in_fp32, store_frozen_weights
 from grpo.models.recompute import recomputed
-from grpo.models.remote_code import NEEDS_CODE, check_remote_code
+from grpo.models.remote_code import check_remote_code
+from grpo.models.sharded import is_sharded
+from grpo.models.weights import load_in_four_bits, load_in_fp32, loading_errors
 
 log = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -80,17 +83,28 @@ class LanguageModel:
         with self.device.autocast(), fast_forward_pass(self.model), recomputing:
             return self.forward(self.model, self.head, batch)
 
-    def save(self, folder: Path) -> None:
-        """Writes the model, or only its adapter, and the tokenizer, as transformers loads them."""
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are divided among the run's processes."""
+        return is_sharded(self.model)
+
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Writes the model, or only its adapter, and the tokenizer, as transformers loads them.
+
+        Args:
+            weights: of a sharded model, as `gather_weights` returns them.
+        """
         if has_adapter(self.model):
-            save_adapter(self.model, folder, self.base, self.commit)
+            save_adapter(self.model, folder, self.base, self.commit, weights)
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     def restore(self, folder: Path) -> None:
         """Loads the weights that `save` wrote."""
-        if has_adapter(self.model):
+        if self.is_sharded:
+            restore_parts(self.model, folder, self.trust_remote_code)
+        elif has_adapter(self.model):
             load_adapter(self.model, folder)
         else:
             saved = AutoModelForCausalLM.from_pretrained(
@@ -176,71 +190,6 @@ def load_language_model(
         skipped_ids=find_skipped_ids(tokenizer, ends, ends[0] if pad is None else pad),
         trust_remote_code=trust_remote_code,
     )
-
-
-@contextmanager
-def loading_errors(folder: Path) -> Iterator[None]:
-    """Within it, errors of transformers, tokenizers or a quantizer become a ConfigError.
-
-    Raises:
-        ConfigError: with the folder and their reason, in one line.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # each of these libraries has its own errors
-        reason = format_error(error)
-        if "trust_remote_code" in str(error):  # `reason` may be only its beginning
-            reason = f"it {NEEDS_CODE}"
-        raise ConfigError(
-            f"{folder}: transformers can't load this as a causal model: {reason}"
-        ) from error
-
-
-def load_in_fp32(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Loads a model on the CPU, in fp32.
-
-    Raises:
-        ConfigError: the folder has no values for some weights.
-    """
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
-    )
-    if missing := sorted(found["missing_keys"]):
-        raise ConfigError(
-            f"{folder}: has no weights for {', '.join(missing[:3])} ({len(missing)} are missing), "
-            f"which would be random; use a folder of a trained causal model."
-        )
-    return model
-
-
-def load_in_four_bits(
-    folder: Path, device: Device, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Loads linear layers as 4-bit normal floats, which compute in the device's precision."""
-    from bitsandbytes.nn import Linear4bit
-    from transformers import BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=device.autocast_dtype or torch.float32,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        trust_remote_code=trust_remote_code,
-        quantization_config=settings,
-        device_map={"": device.torch_device},
-    )
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # Otherwise a forward pass without gradient repacks the weight on some CPUs, into a form
-            # for inference only.
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def copy_frozen(policy: LanguageModel, in_fp32: bool) -> LanguageModel:

@@ -13,8 +13,8 @@ from grpo.device import open_device
 from grpo.models.adapter import load_adapter, merge_adapter
 from grpo.models.files import find_base_folder
 from grpo.models.hub import holds_adapter
-from grpo.models.load import load_in_four_bits, load_in_fp32, loading_errors
 from grpo.models.remote_code import check_remote_code
+from grpo.models.weights import load_in_four_bits, load_in_fp32, loading_errors
 
 
 def write_merged(model: Path, folder: Path, trust_remote_code: bool = False) -> None:

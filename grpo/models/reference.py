@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.models.adapter import (
     REFERENCE_ADAPTER,
@@ -31,14 +31,19 @@ class Reference:
         self,
         model: LanguageModel,
         activated: Callable[[], AbstractContextManager[object]],
-        weight_pairs: WeightPairs,
+        pair_weights: Callable[[], WeightPairs],
     ) -> None:
         """
         Args:
             activated: returns a context in which the model computes as the reference.
-            weight_pairs: each movable weight of the reference, with the policy's weight.
+            pair_weights: returns each movable weight of the reference with the policy's weight.
         """
-        self.model, self.activated, self.weight_pairs = model, activated, weight_pairs
+        self.model, self.activated, self.pair_weights = model, activated, pair_weights
+
+    @property
+    def weight_pairs(self) -> WeightPairs:
+        """Each movable weight of the reference, with the policy's weight."""
+        return self.pair_weights()
 
     @torch.no_grad()
     def compute_features(self, batch: Completions) -> Features:
@@ -60,7 +65,8 @@ class Reference:
     def load_state(self, state: Sequence[Tensor]) -> None:
         """Copies the weights that `state` returned."""
         for (reference_weight, _), saved_weight in zip(self.weight_pairs, state, strict=True):
-            reference_weight.copy_(saved_weight)
+            if saved_weight is not reference_weight:  # a divided one is read in place
+                reference_weight.copy_(saved_weight)
 
 
 def make_reference(policy: LanguageModel, moves: bool) -> Reference:
@@ -75,11 +81,14 @@ def make_reference(policy: LanguageModel, moves: bool) -> Reference:
     if not has_adapter(policy.model):
         in_fp32 = moves or policy.device.autocast_dtype is None
         copied = copy_frozen(policy, in_fp32)
-        copied_weights, weights = copied.model.parameters(), policy.model.parameters()
-        pairs = list(zip(copied_weights, weights, strict=True)) if in_fp32 else []
+        pairs = partial(pair_all_weights, copied.model, policy.model) if in_fp32 else list
         return Reference(copied, nullcontext, pairs)
     if not moves:
-        return Reference(policy, partial(adapters_off, policy.model), [])
+        return Reference(policy, partial(adapters_off, policy.model), list)
     add_reference_adapter(policy.model)
     activated = partial(adapter_active, policy.model, REFERENCE_ADAPTER)
-    return Reference(policy, activated, pair_adapter_weights(policy.model))
+    return Reference(policy, activated, partial(pair_adapter_weights, policy.model))
+
+
+def pair_all_weights(reference: nn.Module, policy: nn.Module) -> WeightPairs:
+    return list(zip(reference.parameters(), policy.parameters(), strict=True))

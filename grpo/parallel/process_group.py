@@ -79,6 +79,8 @@ class ProcessGroup(Ranks):
             failure = error
         finally:
             self.is_working = False
+        if failure is not None and failure is self.announced:
+            raise failure
         answers = self._exchange(own, failure)
         errors = [answer for answer in answers if isinstance(answer, RemoteError)]
         if failure is not None or errors:
@@ -88,6 +90,19 @@ class ProcessGroup(Ranks):
     def compute_on_first(self, work: Callable[[], T]) -> T:
         results: list[T | None] = self.gather(lambda: work() if self.is_first else None)
         return results[0]  # type: ignore[return-value]
+
+    def compute_together(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and is_connection_error(error):
+                raise self._find_loss(error) from error
+            if error is not self.announced:
+                # The others wait for this rank's part of a sum, not for a message.
+                self.watch.report_failure(RemoteError.describe(error, self.index).message)
+                self.is_broken = True
+                self._end_with(error)
+            raise
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         trained = list(parameters)
@@ -143,7 +158,12 @@ class ProcessGroup(Ranks):
         try:
             yield
         except RuntimeError as error:
-            raise self._end_with(RunError(self.watch.explain_loss(error))) from error
+            raise self._find_loss(error) from error
+
+    def _find_loss(self, error: RuntimeError) -> RunError:
+        """Returns an error that names the rank that was lost, when a connection has broken."""
+        self.is_broken = True
+        return self._end_with(RunError(self.watch.explain_loss(error)))
 
     def _end_with(self, error: E) -> E:
         """Remembers the error that ends all ranks, and returns it.
@@ -153,6 +173,11 @@ class ProcessGroup(Ranks):
         self.announced = error
         self.watch.stop()
         return error
+
+
+def is_connection_error(error: RuntimeError) -> bool:
+    """Returns whether gloo, NCCL or the store says that a connection has broken."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Ranks:
     results to all ranks. A mean or a quantile therefore needs no second, distributed form.
     """
 
+    is_broken = False  # another rank is lost, or waits for what this one won't compute
     index = 0  # this process's number
     size = 1
     local_index = 0  # among those on this machine
@@ -39,6 +40,14 @@ class Ranks:
 
     def compute_on_first(self, work: Callable[[], T]) -> T:
         """Calls `work` on the first rank alone, and returns its result on every rank."""
+        return work()
+
+    def compute_together(self, work: Callable[[], T]) -> T:
+        """Returns work(), within which the ranks wait for each other; an error ends all of them.
+
+        Raises:
+            RunError: another rank failed. Where `work` raised itself, that error is raised.
+        """
         return work()
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:

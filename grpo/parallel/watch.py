@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import Store
 BEAT_SECONDS = 2.0  # between two signs of life
 LOST_SECONDS = 30.0  # without a sign of life
 BROKEN_SECONDS = 8.0  # without one, once a connection has broken
+FAILURE = "failure"  # the store's key for what a rank has reported
 GRACE_SECONDS = 10.0  # in which a rank may end by itself after another one is lost
 
 
@@ -56,6 +57,14 @@ class Watch:
         """Ends the watch, at the end of the run."""
         self.ended.set()
 
+    def report_failure(self, message: str) -> None:
+        """Tells the other ranks why this one ends, where they don't wait for a message."""
+        self.store.set(FAILURE, message)
+
+    def read_failure(self) -> str:
+        """Returns what a rank has reported; "" if none has."""
+        return self.store.get(FAILURE).decode() if self.store.check([FAILURE]) else ""
+
     def explain_loss(self, error: BaseException) -> str:
         """Returns which rank was lost, when a connection has broken with an error."""
         self.patience = BROKEN_SECONDS
@@ -72,7 +81,7 @@ class Watch:
             if not self.lost and silence > self.patience:
                 self.lost = f"rank 0 gave no answer for {self.patience:g} s"
             if not self.lost:
-                self.lost = self.find_dead()
+                self.lost = (dead := self.find_dead()) and (self.read_failure() or dead)
             if self.lost and not lost_at:
                 lost_at = time.monotonic()
                 self.end_others()
@@ -94,6 +103,7 @@ class Watch:
             self.last_answer = time.monotonic()
 
     def _read_signs(self) -> None:
+        self.lost = self.lost or self.read_failure()
         others = [n for n in range(self.size) if n != self.index]
         known = [n for n in others if self.store.check([f"alive/{n}"])]
         signs = self.store.multi_get([f"alive/{n}" for n in known]) if known else []

@@ -12,27 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grpo.errors import ConfigError
 from grpo.memory.budget import Budget
+from grpo.models.fsdp import gather_weights
 from grpo.models.load import LanguageModel
+from grpo.parallel import ONE_RANK, Ranks
 from grpo.runs.folder import list_checkpoints
 from grpo.runs.progress import Progress
+from grpo.training.divided_state import load_divided, save_divided, separate_divided
 from grpo.training.kl_penalty import NoKL
 from grpo.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
+DIVIDED = "divided"  # the folder of tensors that are divided among processes
 
 
 class Checkpoints:
     """A run's `checkpoints/` folder, which keeps the newest `keep` checkpoints, named step_N."""
 
     def __init__(
-        self, run: Path, keep: int, config: Mapping[str, Any], *, writes: bool = True
+        self, run: Path, keep: int, config: Mapping[str, Any], ranks: Ranks = ONE_RANK
     ) -> None:
-        """writes: false on all ranks but the first, which have the same state."""
+        """ranks: the first writes, since all have the same state; all write what is divided."""
         self.run, self.folder = run, run / "checkpoints"
-        self.keep, self.config, self.writes = keep, config, writes
+        self.keep, self.config, self.ranks = keep, config, ranks
 
     def save(
         self,
@@ -44,25 +49,52 @@ class Checkpoints:
     ) -> Path:
         """Writes step_N under another name and renames it; keeps an intact step_N that exists."""
         target = self.folder / f"step_{progress.step}"
-        if not self.writes or (target.exists() and find_damage(target) is None):
-            return target
-        for leftover in self.folder.glob(".*"):
-            shutil.rmtree(leftover)
         partial = self.folder / f".step_{progress.step}.partial"
-        partial.mkdir(parents=True)
-        policy.save(partial / "model")
         state = {
             "optimizer": optimizer.state(),
             "pull": kl_penalty.state(),
             "budget": budget.state(),
             **vars(progress),
         }
+        if not policy.is_sharded:
+            if self.ranks.is_first and self._begin(target, partial):
+                self._write(policy, None, state, target, partial)
+        elif self.ranks.compute_on_first(lambda: self._begin(target, partial)):
+            weights = gather_weights(policy.model)
+            rest, divided = separate_divided(state)
+            self.ranks.compute_together(lambda: save_divided(divided, partial / DIVIDED))
+            self.ranks.compute_on_first(lambda: self._write(policy, weights, rest, target, partial))
+        return target
+
+    def _begin(self, target: Path, partial: Path) -> bool:
+        """Makes the folder to write into; returns False if the checkpoint exists already."""
+        if target.exists() and find_damage(target) is None:
+            return False
+        for leftover in self.folder.glob(".*"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        return True
+
+    def _write(
+        self,
+        policy: LanguageModel,
+        weights: dict[str, Tensor] | None,
+        state: dict[str, Any],
+        target: Path,
+        partial: Path,
+    ) -> None:
+        """Writes model and state, and renames the folder when it is complete.
+
+        Args:
+            weights: of a sharded model.
+        """
+        policy.save(partial / "model", weights)
         torch.save(state, partial / "trainer.pt")
         (partial / "config.json").write_text(json.dumps(self.config, indent=1))
         (partial / "manifest.json").write_text(json.dumps(hash_files(partial), indent=1))
         flush_to_disk(partial)
         if target.exists():
-            target.rename(self.folder / f".step_{progress.step}.broken")
+            target.rename(self.folder / f".{target.name}.broken")
         partial.rename(target)
         link = self.run / ".latest"
         link.unlink(missing_ok=True)
@@ -71,7 +103,6 @@ class Checkpoints:
         sync_path(self.folder)
         for old in list_checkpoints(self.run)[: -self.keep]:
             shutil.rmtree(old)
-        return target
 
     def load(
         self, policy: LanguageModel, optimizer: Optimizer, kl_penalty: NoKL, budget: Budget
@@ -87,6 +118,11 @@ class Checkpoints:
                 continue
             state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
             policy.restore(path / "model")
+            if policy.is_sharded or (path / DIVIDED).is_dir():
+                reference = getattr(kl_penalty, "reference", None)
+                moved = [] if reference is None else reference.state()
+                current = {"optimizer": optimizer.state(), "pull": {"reference": list(moved)}}
+                state = load_divided(state, current, path / DIVIDED)
             optimizer.load_state(state.pop("optimizer"))
             kl_penalty.load_state(state.pop("pull"))
             budget.load_state(state.pop("budget", budget.state()))  # older checkpoints have none

@@ -87,7 +87,12 @@ def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
 
     def save_if_between_steps() -> None:
         updates = run.optimizer.steps_done - recorded_updates
-        if updates:  # a run resumed from these weights would repeat this step's updates
+        if run.policy.is_sharded and run.ranks.is_broken:
+            log.warning(
+                "step %d is not saved, since the weights are divided among processes, of which one "
+                "is lost; resume continues from the newest checkpoint.", state.progress.step,
+            )  # fmt: skip
+        elif updates:  # a run resumed from these weights would repeat this step's updates
             log.warning(
                 "step %d ended after %d of %d updates, so it is not saved; resume continues from "
                 "the newest checkpoint.",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.errors import ConfigError
+from grpo.models.sharded import find_first_row, gather_whole, get_local_part, sum_over_parts
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,10 @@ class WeightSample:
         found = [p for p in parameters if p.dim() >= 2] or list(parameters)
         count = min(SAMPLED_MATRICES, len(found))
         chosen = [found[n * len(found) // count] for n in range(count)]
-        self.sampled_places = [(p, sample_indices(p, SAMPLED_WEIGHTS // count)) for p in chosen]
+        self.sampled_places = [
+            (p, select_local_indices(sample_indices(p, SAMPLED_WEIGHTS // count), p))
+            for p in chosen
+        ]
         self.weights_T = self.has_gradient_T = torch.empty(0)
 
     @torch.no_grad()
@@ -68,7 +72,7 @@ class WeightSample:
         all_false = [torch.zeros_like(at, dtype=torch.bool) for _, at in self.sampled_places]
         self.has_gradient_T = torch.cat(
             [
-                false if p.grad is None else torch.take(p.grad, at) != 0
+                false if p.grad is None else torch.take(get_local_part(p.grad), at) != 0
                 for (p, at), false in zip(self.sampled_places, all_false, strict=True)
             ]
         )
@@ -77,11 +81,12 @@ class WeightSample:
     def changed_share(self) -> float:
         """Returns the share of weights with a gradient that changed since `record`; 0 if none."""
         changed_T = (self._read_weights() != self.weights_T) & self.has_gradient_T
-        changed, graded = torch.stack([changed_T.sum(), self.has_gradient_T.sum()]).tolist()
+        counts = torch.stack([changed_T.sum(), self.has_gradient_T.sum()])
+        changed, graded = sum_over_parts(counts, self.sampled_places[0][0]).tolist()
         return float(changed / graded) if graded else 0.0
 
     def _read_weights(self) -> Tensor:
-        return torch.cat([torch.take(p, at) for p, at in self.sampled_places])
+        return torch.cat([torch.take(get_local_part(p), at) for p, at in self.sampled_places])
 
 
 def sample_indices(matrix: Tensor, count: int) -> Tensor:
@@ -90,6 +95,12 @@ def sample_indices(matrix: Tensor, count: int) -> Tensor:
     drawn = torch.randint(matrix.numel(), (count,), generator=generator)
     different: Tensor = drawn.unique()
     return different.to(matrix.device)
+
+
+def select_local_indices(indices_T: Tensor, matrix: Tensor) -> Tensor:
+    """Returns those of a matrix's flat indices that lie in this process's part, counted in it."""
+    local_T = indices_T - find_first_row(matrix) * (matrix.numel() // max(1, matrix.shape[0]))
+    return local_T[(local_T >= 0) & (local_T < get_local_part(matrix).numel())]
 
 
 class Optimizer:
@@ -184,7 +195,9 @@ class Optimizer:
         A gradient that is not finite is dropped and counted; the weights then stay as they are.
         """
         rate = self.next_learning_rate()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        norm = float(
+            gather_whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        )
         skipped, moved = not math.isfinite(norm), 0.0
         if not skipped:
             for group in self.adamw.param_groups:

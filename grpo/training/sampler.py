@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from grpo.parallel import ONE_RANK, Ranks
@@ -30,6 +31,8 @@ class Sampler:
     engine: Engine
     rewards: Mapping[str, WeightedReward]
     ranks: Ranks = ONE_RANK
+    # A context in which the engine has the policy's weights.
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def sample(
         self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
@@ -39,6 +42,12 @@ class Sampler:
         Raises:
             RunError: the engine or a reward failed, on any rank.
         """
+        with self.gathered():
+            return self._sample(prompts, num_generation, sampling, seed)
+
+    def _sample(
+        self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
+    ) -> ScoredRollout:
         if self.ranks.size == 1:
             clock = Clock()
             rollout = self.engine.generate(prompts, num_generation, sampling, seed)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from grpo.memory.budget import TokenLimit
 from grpo.memory.microbatch import (
     compute_reference_features,
+    compute_within_limit,
     divide_prompts,
+    plan_passes,
+    release_features,
     score_rollout,
     select_completions,
     split_head_chunks,
@@ -89,11 +92,23 @@ def update_policy(
     ):
         minibatch = replace(whole, prompts=divide_prompts(rollout, whole.prompts, ranks))
         work = partial(
-            add_gradients, policy, reference, objective, rollout, update_inputs, minibatch, limit
+            add_gradients,
+            policy,
+            reference,
+            objective,
+            rollout,
+            update_inputs,
+            minibatch,
+            limit,
+            ranks,
         )
-        for part in ranks.gather(partial(limit.retry_smaller, work, optimizer.clear_gradients)):
+        compute = partial(
+            compute_within_limit, policy, limit, work, ranks, optimizer.clear_gradients
+        )
+        for part in ranks.gather(compute):
             totals.merge(part)
-        ranks.sum_gradients(optimizer.parameters)
+        if not policy.is_sharded:  # its gradients are summed as they are computed
+            ranks.sum_gradients(optimizer.parameters)
         totals.optimizer_metrics.append(optimizer.step())
     return totals.compute_result()
 
@@ -106,19 +121,27 @@ def add_gradients(
     update_inputs: UpdateInputs,
     minibatch: Minibatch,
     limit: TokenLimit,
+    ranks: Ranks = ONE_RANK,
 ) -> UpdateTotals:
     """Adds a minibatch's gradients to those of the weights; returns the sums for its metrics."""
     totals = UpdateTotals(objective, rollout)
     kept = None if update_inputs.old_policy is None else update_inputs.old_policy.kept
-    for batch in split_into_micro_batches(rollout, limit, minibatch.prompts):
+    batches = list(split_into_micro_batches(rollout, limit, minibatch.prompts))
+    needed = [has_gradient(objective, update_inputs, minibatch, batch.rows) for batch in batches]
+    for one in plan_passes(batches, needed, policy, ranks):
+        batch, needs_gradient = one.batch, one.with_gradient
         limit.record_start(batch.tokens)
         inputs = select_completions(rollout, batch, policy, kept)
         reference_features = compute_reference_features(reference, objective.readout, inputs)
-        needs_gradient = has_gradient(objective, update_inputs, minibatch, batch.rows)
-        if needs_gradient:
+        if needs_gradient and not policy.is_sharded:
             allocate_gradients(policy.model)
         with torch.set_grad_enabled(needs_gradient):
             features = policy.compute_features(inputs)
+            if not one.counts:
+                if needs_gradient:
+                    features.values_TX.backward(torch.zeros_like(features.values_TX))
+                release_features(policy, reference)
+                continue
             gradient_TX = []
             # The head runs forward and backward chunk by chunk, so a chunk's logits serve both.
             for rows, tokens in split_head_chunks(inputs, features.chunk_size):
@@ -144,6 +167,7 @@ def add_gradients(
                 totals.add(batch.rows[rows], loss, chunk_inputs.mask_NC, scored)
             if needs_gradient:
                 features.values_TX.backward(torch.cat(gradient_TX))
+        release_features(policy, reference)
     return totals
 
 

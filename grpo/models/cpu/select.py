@@ -7,7 +7,7 @@ gives the same numbers in a trial; all others compute as usual.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +31,7 @@ from grpo.models.cpu.modules import (
     make_norm_forwards,
 )
 from grpo.models.cpu.tree_attention import attend_split
+from grpo.models.sharded import is_sharded
 from grpo.models.tree import Tree
 
 LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -134,6 +135,8 @@ def find_scoring(module: Any) -> AttentionScoring | None:
 
 def fast_forward_pass(model: nn.Module) -> AbstractContextManager[None]:
     """Within it, supported modules use fast products and keep less for the backward pass."""
+    if is_sharded(model):  # its weights are other tensors while they are computed with
+        return nullcontext()
     rotations = RotationCache()
     layer_forwards = {
         x.module: dispatch_on_plan(x.module, TrainingForward(x, rotations))
