@@ -14,9 +14,15 @@ from grpo.build.data import (
     build_prompts,
     build_rewards,
 )
-from grpo.build.model import build_budget, build_device, build_engine, fit_to_lengths, load_model
+from grpo.build.model import (
+    bind_engine,
+    build_budget,
+    build_device,
+    build_engine,
+    fit_to_lengths,
+    load_model,
+)
 from grpo.build.tracking import bind_sinks, build_evaluation_info
-from grpo.config.binding import bind
 from grpo.locate import RunInputs
 from grpo.runs.files import FINISHED
 from grpo.runs.jsonl import encode_line, replace_nonfinite
@@ -41,8 +47,7 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> flo
     model, longest = fit_to_lengths(cfg, model, prompts)
     model.model.requires_grad_(False)
     budget = build_budget(cfg, model, longest, with_reference=False)
-    make_engine = bind(cfg.rollout, "rollout")
-    engine = build_engine(make_engine, model, cfg.max_new_tokens, budget)
+    engine = build_engine(bind_engine(cfg), model, cfg.max_new_tokens, budget)
     evaluation = build_evaluation(cfg, Sampler(engine, rewards), prompts)
     info = build_evaluation_info(cfg, folder)
     tracker = Tracker([make(info=info) for make in bind_sinks(cfg)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,12 +20,14 @@ from grpo.build.data import (
     build_rewards,
 )
 from grpo.build.model import (
+    bind_engine,
     build_budget,
     build_device,
     build_engine,
     build_policy,
     build_sharding,
     fit_to_lengths,
+    is_exact,
 )
 from grpo.build.objective import (
     build_advantage,
@@ -38,7 +41,7 @@ from grpo.build.objective import (
 )
 from grpo.build.resume import resume_or_start
 from grpo.build.tracking import bind_sinks, build_run_info
-from grpo.config.binding import bind, resolve_node
+from grpo.config.binding import resolve_node
 from grpo.config.schema import DoctorConfig
 from grpo.config.secrets import resolve_without_secrets
 from grpo.config.unused_keys import Facts, explain_unused_keys
@@ -52,13 +55,13 @@ from grpo.models.remote_code import has_remote_code
 from grpo.parallel import ONE_RANK, Ranks
 from grpo.parallel.agreement import check_same
 from grpo.report.run.page import write_run_page
-from grpo.rollout import HFEngine, NativeEngine
 from grpo.runs.files import RUNNING
 from grpo.runs.interrupt import Interrupt
 from grpo.runs.stop import is_stop_requested, is_sweep_job, request_stop
 from grpo.runs.summary import Summary, make_relative
 from grpo.sweep.pruning import make_prune_check, never_prune
 from grpo.tracking import Console, JsonlFiles, Tracker
+from grpo.training.ahead import AheadCollector, DelayedPolicy
 from grpo.training.checkpoint import Checkpoints
 from grpo.training.collect import Collector
 from grpo.training.difficulty import measure_difficulty
@@ -155,7 +158,7 @@ def build_training(
     objective, advantage = build_objective(cfg), build_advantage(cfg)
     hydra = HydraConfig.get()
     warn_unused_kl(cfg, hydra.overrides.task, hydra.runtime.choices["kl"])
-    make_engine = bind(cfg.rollout, "rollout")
+    make_engine = bind_engine(cfg)
     make_sinks = bind_sinks(cfg) if ranks.is_first else []
     formats = [build_prompt_format(part.options, part.key) for part in found.sets]
     ranks.compute_on_first(found.model)  # so that only one rank downloads it
@@ -186,7 +189,8 @@ def build_training(
     steps = count_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
     saved = resolve_without_secrets(cfg)
-    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, saved, ranks)
+    delayed = DelayedPolicy(policy) if cfg.rollout.get("ahead") else None
+    checkpoints = Checkpoints(folder, cfg.checkpoint.keep, saved, ranks, delayed)
     start = resume_or_start(cfg, checkpoints, policy, optimizer, kl_penalty, budget, steps, base)
     info = build_run_info(cfg, folder, start, steps)
     # The sinks that may refuse come first: JsonlFiles puts the run on disk.
@@ -201,7 +205,7 @@ def build_training(
         len(train_prompts), hydra.runtime.choices["algorithm"], format_kl(describe_kl(cfg)),
         device.describe(),
     )  # fmt: skip
-    exact = isinstance(engine, NativeEngine | HFEngine) and device.autocast_dtype is None
+    exact = is_exact(cfg, device)
     facts = Facts(exact, steps * count_updates_per_step(cfg), has_remote_code(found.model()))
     for line in explain_unused_keys(cfg, hydra.overrides.task, facts):
         log.warning("%s", line)
@@ -218,10 +222,15 @@ def build_training(
         resample=cfg.algorithm.resample,
         seed=cfg.seed,
     )
+    ahead = None
+    if delayed is not None:
+        engine = build_engine(make_engine, delayed.model, cfg.max_new_tokens, budget)
+        of_delayed = replace(collector, sampler=replace(sampler, engine=engine))
+        ahead = AheadCollector(of_delayed, delayed, steps)
     prunes = ranks.is_first and is_sweep_job()
     run = Training(
         policy=policy,
-        collector=collector,
+        collector=ahead or collector,
         kl_penalty=kl_penalty,
         optimizer=optimizer,
         objective=objective,

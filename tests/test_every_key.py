@@ -115,6 +115,7 @@ CHANGED: dict[str, tuple[str, tuple[str, ...]]] = {
     "device.kind": ("cuda", ()),
     "device.precision": ("bf16", ()),
     "device.memory_gb": ("0.001", ()),
+    "rollout.ahead": ("1", ()),
 }  # fmt: skip
 # What leaves no trace in such a run, and the test that shows what it does.
 ELSEWHERE = {

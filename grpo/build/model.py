@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from grpo.config.binding import resolve_node
+from grpo.config.binding import bind, resolve_node
 from grpo.data.prompts import (
     LazyPrompts,
 )
@@ -137,6 +137,7 @@ def build_budget(
         reference_moves=cfg.kl.sync_every > 0,
         shards=ranks.size if divides_weights(cfg, ranks) else 1,
         offload=cfg.parallel is not None and cfg.parallel.offload,
+        ahead=bool(cfg.rollout.get("ahead")),
     )
     options, device = cfg.device, policy.device.torch_device
     held = estimate_memory(policy, work)
@@ -148,11 +149,24 @@ def build_budget(
         held,
         longest,
         processes=1 if device.type == "cuda" else ranks.local_size,
+        overlaps=work.ahead,
     )
 
 
 def build_adapter(cfg: DictConfig) -> Adapter | None:
     return None if cfg.adapter is None else Adapter(**resolve_node(cfg.adapter))
+
+
+def bind_engine(cfg: DictConfig) -> functools.partial[Any]:
+    """Returns the sampler's class with its own keys bound; `ahead` is the run's."""
+    node = {key: value for key, value in resolve_node(cfg.rollout).items() if key != "ahead"}
+    return bind(node, "rollout", ["ahead"])
+
+
+def is_exact(cfg: DictConfig, device: Device) -> bool:
+    """Returns whether sampler and policy will give the same probabilities, but for rounding."""
+    in_torch = str(cfg.rollout.get("_target_")).rpartition(".")[2] in ("NativeEngine", "HFEngine")
+    return in_torch and device.autocast_dtype is None and not cfg.rollout.get("ahead")
 
 
 def build_engine(

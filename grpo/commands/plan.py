@@ -47,6 +47,8 @@ def plan_run(config: DictConfig) -> dict[str, Any]:
     from grpo.data.order import count_steps
 
     steps = count_steps(rows, cfg.batch_size, cfg.num_epochs, cfg.max_steps)
+    from grpo.build.model import is_exact
+
     parameters = count_parameters(model_folder) if model_folder else None
     facts = Facts(
         exact_sampler=is_exact(cfg, device),
@@ -113,6 +115,7 @@ def build_cheap_parts(
         is not on this machine; the updates in a step; the reason why a given KL is ignored.
     """
     from grpo.build.data import build_curriculum, build_prompt_format, build_prompts, build_rewards
+    from grpo.build.model import bind_engine
     from grpo.build.objective import (
         build_advantage,
         build_objective,
@@ -120,7 +123,6 @@ def build_cheap_parts(
         explain_unused_kl,
     )
     from grpo.build.tracking import bind_sinks
-    from grpo.config.binding import bind
     from grpo.device import open_device
 
     device = open_device(cfg.device.kind, cfg.device.precision)
@@ -129,7 +131,7 @@ def build_cheap_parts(
     build_objective(cfg)
     build_advantage(cfg)
     build_curriculum(cfg)
-    bind(cfg.rollout, "rollout")
+    bind_engine(cfg)
     bind_sinks(cfg)
     formats = [build_prompt_format(part.options, part.key) for part in found.sets]
     counts = None
@@ -146,12 +148,6 @@ def build_cheap_parts(
         counts = len(prompts.train), len(prompts.evaluation)
     unused = explain_unused_kl(cfg, config.hydra.overrides.task, config.hydra.runtime.choices["kl"])
     return device, counts, count_updates_per_step(cfg), [unused] if unused else []
-
-
-def is_exact(cfg: DictConfig, device: Device) -> bool:
-    """Returns whether sampler and policy will give the same probabilities, but for rounding."""
-    in_torch = str(cfg.rollout.get("_target_")).rpartition(".")[2] in ("NativeEngine", "HFEngine")
-    return in_torch and device.autocast_dtype is None
 
 
 def count_parameters(model: Path) -> int | None:

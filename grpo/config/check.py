@@ -64,6 +64,12 @@ def check_config(cfg: DictConfig) -> None:
     check_choice(cfg, "device.precision", ("auto", "bf16", "fp32"))
     check_choice(cfg, "optim.schedule", ("constant", "linear", "cosine"))
     check_choice(cfg, "optim.name", ("adamw", "adamw_8bit"))
+    if cfg.rollout.get("ahead", 0) not in (0, 1):
+        raise ConfigError(
+            f"rollout.ahead={cfg.rollout.ahead}: use 0 or 1.",
+            key="rollout.ahead",
+            value=cfg.rollout.ahead,
+        )
     if "wandb" in cfg.tracking:
         check_wandb(cfg)
     check_model(cfg.model)

@@ -13,6 +13,13 @@ def check_parallel(cfg: DictConfig) -> None:
         return
     check_choice(cfg, "parallel.strategy", ("ddp", "fsdp"))
     check_at_least(cfg, "parallel.processes", 1, optional=True)
+    if cfg.rollout.get("ahead"):
+        raise ConfigError(
+            f"rollout.ahead={cfg.rollout.ahead}: parallel={cfg.parallel.strategy} samples with all "
+            f"ranks, which also compute the update; leave one of them out.",
+            key="rollout.ahead",
+            value=cfg.rollout.ahead,
+        )
     if cfg.parallel.processes is not None:
         check_enough_prompts(cfg, cfg.parallel.processes)
     if cfg.device.kind == "mps":

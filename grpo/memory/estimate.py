@@ -48,6 +48,7 @@ class Workload:
     reference_moves: bool  # then the copy is in fp32
     shards: int = 1  # processes among which the weights are divided
     offload: bool = False  # each process keeps its part in the CPU's memory
+    ahead: bool = False  # the next rollout is sampled from a copy, during the update
 
     @property
     def longest(self) -> int:
@@ -73,6 +74,8 @@ def estimate_memory(policy: LanguageModel, work: Workload) -> MemoryNeeds:
     held = weights + trained * OPTIMIZER_BYTES[work.optimizer]
     if work.reference:
         held += weights if work.reference_moves else count_frozen_bytes(model, dtype)
+    if work.ahead:
+        held += 4 * trained
     on_cpu = policy.device.torch_device.type == "cpu"
     fast_bf16 = policy.device.has_fast_bf16
     heap = HEAP_OVERHEAD_IN_BF16 if on_cpu and dtype is not None and not fast_bf16 else 1.0
@@ -213,6 +216,7 @@ def choose_budget(
     memory_needs: MemoryNeeds,
     longest: int,
     processes: int = 1,
+    overlaps: bool = False,
 ) -> Budget:
     """Chooses token limits that fit into memory, and are no larger than is efficient.
 
@@ -222,6 +226,7 @@ def choose_budget(
         cache_positions: the limit of a rollout's cache; None derives it from memory.
         longest: tokens of the longest prompt and completion together.
         processes: that share this memory evenly.
+        overlaps: update and rollout run at the same time, and share what the weights leave.
 
     Raises:
         ConfigError: not even one completion fits, and `tokens` is None.
@@ -241,8 +246,11 @@ def choose_budget(
             key="device.memory_gb",
             value=value,
         )
-    most = tokens or int((usable - base) * 1e9 / max(memory_needs.token_bytes, 1.0))
     room = usable - LIBRARIES_GB[device.type] - memory_needs.sampling_gb
+    if overlaps:
+        room = (usable - max(base, LIBRARIES_GB[device.type] + memory_needs.sampling_gb)) / 2
+        usable -= room
+    most = tokens or int((usable - base) * 1e9 / max(memory_needs.token_bytes, 1.0))
     positions = min(
         EFFICIENT_POSITIONS[device.type], int(max(0.0, room) * 1e9 / memory_needs.position_bytes)
     )

@@ -21,6 +21,7 @@ from grpo.models.load import LanguageModel
 from grpo.parallel import ONE_RANK, Ranks
 from grpo.runs.folder import list_checkpoints
 from grpo.runs.progress import Progress
+from grpo.training.ahead import DelayedPolicy
 from grpo.training.divided_state import load_divided, save_divided, separate_divided
 from grpo.training.kl_penalty import NoKL
 from grpo.training.optimizer import Optimizer
@@ -33,9 +34,19 @@ class Checkpoints:
     """A run's `checkpoints/` folder, which keeps the newest `keep` checkpoints, named step_N."""
 
     def __init__(
-        self, run: Path, keep: int, config: Mapping[str, Any], ranks: Ranks = ONE_RANK
+        self,
+        run: Path,
+        keep: int,
+        config: Mapping[str, Any],
+        ranks: Ranks = ONE_RANK,
+        delayed: DelayedPolicy | None = None,
     ) -> None:
-        """ranks: the first writes, since all have the same state; all write what is divided."""
+        """
+        Args:
+            ranks: the first writes, since all have the same state; all write what is divided.
+            delayed: the copy of the policy that the next step's completions are sampled from.
+        """
+        self.delayed = delayed
         self.run, self.folder = run, run / "checkpoints"
         self.keep, self.config, self.ranks = keep, config, ranks
 
@@ -54,6 +65,7 @@ class Checkpoints:
             "optimizer": optimizer.state(),
             "pull": kl_penalty.state(),
             "budget": budget.state(),
+            "delayed": None if self.delayed is None else self.delayed.state(),
             **vars(progress),
         }
         if not policy.is_sharded:
@@ -126,6 +138,9 @@ class Checkpoints:
             optimizer.load_state(state.pop("optimizer"))
             kl_penalty.load_state(state.pop("pull"))
             budget.load_state(state.pop("budget", budget.state()))  # older checkpoints have none
+            delayed = state.pop("delayed", None)
+            if self.delayed is not None:
+                self.delayed.load_state(delayed)
             log.info("resuming from %s", path)
             return Progress(**state)
         raise ConfigError(

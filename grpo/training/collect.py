@@ -104,6 +104,9 @@ class Collector:
             sampled_completions=len(sampled.texts),
         )
 
+    def finish(self) -> None:
+        """Ends what is still being collected, at the end of a run: nothing."""
+
     def replace_long_prompts(
         self, step: int, attempt: int, rows: list[int], already_drawn: set[int]
     ) -> list[int]:

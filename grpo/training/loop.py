@@ -18,6 +18,7 @@ from grpo.runs.progress import Progress
 from grpo.seeds import derive_seed
 from grpo.tracking.tokens import add_token_fields
 from grpo.tracking.tracker import Tracker, make_answer_rows, make_completion_rows
+from grpo.training.ahead import AheadCollector
 from grpo.training.checkpoint import Checkpoints
 from grpo.training.clock import Clock
 from grpo.training.collect import Collector
@@ -35,7 +36,7 @@ class Training:
     """Everything that the loop needs, built and checked."""
 
     policy: LanguageModel
-    collector: Collector
+    collector: Collector | AheadCollector
     kl_penalty: NoKL
     optimizer: Optimizer
     objective: Objective
@@ -126,6 +127,8 @@ def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
     except RunError as error:
         save_if_between_steps()
         raise RunError(f"step {step}: {error}") from error
+    finally:
+        run.collector.finish()
     return "finished"  # no steps were left
 
 

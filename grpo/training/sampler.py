@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from grpo.parallel import ONE_RANK, Ranks
 from grpo.rewards import WeightedReward, compute_scores
@@ -33,6 +35,8 @@ class Sampler:
     ranks: Ranks = ONE_RANK
     # A context in which the engine has the policy's weights.
     gathered: Callable[[], AbstractContextManager[None]] = nullcontext
+    # Rewards are called by one thread at a time: a user's own need not be prepared for more.
+    scoring: AbstractContextManager[Any] = field(default_factory=threading.Lock)
 
     def sample(
         self, prompts: Sequence[Prompt], num_generation: int, sampling: Sampling, seed: int
@@ -51,10 +55,7 @@ class Sampler:
         if self.ranks.size == 1:
             clock = Clock()
             rollout = self.engine.generate(prompts, num_generation, sampling, seed)
-            seconds = clock.lap()
-            return ScoredRollout(
-                rollout, compute_scores(rollout, self.rewards), seconds, clock.lap()
-            )
+            return self._score(rollout, clock)
         shares = self.ranks.divide([len(prompt.token_ids) for prompt in prompts])
 
         def sample_share() -> ScoredRollout | None:
@@ -62,10 +63,9 @@ class Sampler:
             if not share:
                 return None
             rollout = self.engine.generate(prompts, num_generation, sampling, seed, share)
-            seconds = clock.lap()
-            scores = compute_scores(rollout, self.rewards)
+            scored = self._score(rollout, clock)
             # Without prompts: each rank has them, and an own verifier may not be sent.
-            return ScoredRollout(replace(rollout, prompts=()), scores, seconds, clock.lap())
+            return replace(scored, rollout=replace(rollout, prompts=()))
 
         parts: list[ScoredRollout] = []
         places: dict[int, Group] = {}
@@ -81,3 +81,10 @@ class Sampler:
             max(part.rollout_seconds for part in parts),
             max(part.reward_seconds for part in parts),
         )
+
+    def _score(self, rollout: Rollout, clock: Clock) -> ScoredRollout:
+        """clock: started when the rollout was."""
+        rollout_seconds = clock.lap()
+        with self.scoring:
+            scores = compute_scores(rollout, self.rewards)
+        return ScoredRollout(rollout, scores, rollout_seconds, clock.lap())
