@@ -24,6 +24,8 @@ from grpo.build.model import (
 )
 from grpo.build.tracking import bind_sinks, build_evaluation_info
 from grpo.locate import RunInputs
+from grpo.parallel import ONE_RANK, Ranks
+from grpo.parallel.agreement import check_same
 from grpo.runs.files import FINISHED
 from grpo.runs.jsonl import encode_line, replace_nonfinite
 from grpo.tracking import Tracker
@@ -33,24 +35,31 @@ from grpo.training.evaluation import evaluation_metrics, summarize_evaluation
 from grpo.training.sampler import Sampler
 
 
-def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> float | None:
-    """Evaluates a model on the evaluation rows; writes and prints the figures.
+def evaluate_from_config(
+    cfg: DictConfig, folder: Path, found: RunInputs, ranks: Ranks = ONE_RANK
+) -> float | None:
+    """Evaluates a model on the evaluation rows; the first rank writes and prints the figures.
 
     Returns:
-        The objective; None if it was not measured.
+        The objective; None if it was not measured, and on the other ranks.
     """
-    device = build_device(cfg)
+    device = build_device(cfg, ranks=ranks)
     rewards = build_rewards(cfg, found)
     formats = [build_prompt_format(part.options, part.key) for part in found.sets]
+    ranks.compute_on_first(found.model)  # so that only one rank downloads it
     model = load_model(cfg, found.model(), device, frozen=True)
-    prompts = build_prompts(found, formats, model.tokenizer).evaluation
+    every = build_prompts(found, formats, model.tokenizer)
+    check_same(
+        ranks, lambda: {"checkpoint": model.fingerprint, "dataset": every.compute_fingerprint()}
+    )
+    prompts = every.evaluation
     model, longest = fit_to_lengths(cfg, model, prompts)
     model.model.requires_grad_(False)
-    budget = build_budget(cfg, model, longest, with_reference=False)
+    budget = build_budget(cfg, model, longest, with_reference=False, ranks=ranks)
     engine = build_engine(bind_engine(cfg), model, cfg.max_new_tokens, budget)
-    evaluation = build_evaluation(cfg, Sampler(engine, rewards), prompts)
+    evaluation = build_evaluation(cfg, Sampler(engine, rewards, ranks), prompts)
     info = build_evaluation_info(cfg, folder)
-    tracker = Tracker([make(info=info) for make in bind_sinks(cfg)])
+    tracker = Tracker([make(info=info) for make in (bind_sinks(cfg) if ranks.is_first else [])])
     try:
         greedy, sampled = evaluation.evaluate()
     except BaseException:
@@ -59,6 +68,8 @@ def evaluate_from_config(cfg: DictConfig, folder: Path, found: RunInputs) -> flo
     finally:
         for reward in rewards.values():
             reward.close()
+    if not ranks.is_first:
+        return None
     metrics = evaluation_metrics(greedy, sampled)
     scored = [answers for answers in (greedy, sampled) if answers]
     tracker.log_completions(

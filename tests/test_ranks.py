@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -283,6 +284,35 @@ def test_the_jobs_of_a_sweep_have_ranks_of_their_own(tmp_path: Path) -> None:
     assert first[-1]["loss/total"] != second[-1]["loss/total"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["grpo", "torchrun"])
+def test_an_evaluation_has_the_same_figures(launcher: str, whole_run: Path, tmp_path: Path) -> None:
+    overrides = (f"checkpoint={whole_run}", "device=cpu", "device.precision=fp32",
+                 "dataset.eval_slice=:20", "eval.samples=4")  # fmt: skip
+    done = run_grpo("eval", *overrides, "hydra.run.dir=one", cwd=tmp_path)  # by one process
+    assert done.returncode == 0, done.stderr
+    several = (*overrides, "parallel=ddp", "hydra.run.dir=several")
+    environment = {"OMP_NUM_THREADS": "1"}
+    if launcher == "grpo":
+        done = run_grpo("eval", *several, "parallel.processes=2", cwd=tmp_path, env=environment)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "grpo",
+             "eval", *several],
+            cwd=tmp_path, env=copy_environment(environment), capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "several/completions.jsonl").read_text() == (
+        tmp_path / "one/completions.jsonl"
+    ).read_text()
+    one, found = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "several")
+    )
+    assert found == one
+    assert count_rank_processes(tmp_path) == 0
+
+
 class TwoNodes:
     """Two network namespaces with an address each, joined by a cable that can be pulled."""
 
@@ -381,8 +411,8 @@ def test_what_does_not_fit_is_refused(
     [
         (("max_steps=1",), "parallel=none: torchrun has started 2 processes"),
         (("parallel=ddp", "parallel.processes=4"), "torchrun has started 2; leave it out"),
-        (("-m", "seed=0,1"), "torchrun: it can start a single training run"),
-        (("eval", "checkpoint=run"), "torchrun: it can start a single training run"),
+        (("-m", "seed=0,1"), "torchrun: it can start a single run or grpo eval"),
+        (("check",), "torchrun: it can start a single run or grpo eval"),
     ],
 )
 def test_what_torchrun_can_not_start_is_refused(

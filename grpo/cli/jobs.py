@@ -15,10 +15,11 @@ from grpo.cli.exits import fail, refuse
 from grpo.cli.processes import count_processes, describe_job
 from grpo.config import schema
 from grpo.config.check import check_config, check_training
+from grpo.config.check_parallel import check_enough_prompts
 from grpo.config.overrides import parse_key
 from grpo.config.secrets import redact_logs, remember_secrets
 from grpo.errors import ConfigError, RunError
-from grpo.parallel.start import join_ranks
+from grpo.parallel.start import count_launched, join_ranks
 from grpo.runs.files import note_failure
 from grpo.runs.folder import check_run_folder, remove_unstarted
 from grpo.runs.lock import RunLocked, locked
@@ -45,13 +46,15 @@ def train_job(cfg: DictConfig) -> float | None:
         check_config(cfg)
         check_training(cfg)
         processes = count_processes(cfg)
+        check_enough_prompts(cfg, processes or count_launched())
         check_run_folder(folder, cfg.resume, cfg.model, cfg.adapter)
         found = find_for_training(cfg)
 
         with join_ranks(processes) as ranks:
             from grpo.run import train_from_config
 
-            ranks.compute_on_first(lambda: describe_job(cfg, folder))  # the others wait for it
+            # The others wait for it.
+            ranks.compute_on_first(lambda: describe_job("train", cfg, folder))
             return train_from_config(cfg, folder, found, ranks)
     return None  # stopped before it began
 
@@ -63,11 +66,15 @@ def eval_job(cfg: DictConfig) -> float | None:
 
         remember_secrets(cfg)
         check_config(cfg)
+        processes = count_processes(cfg)
         found = find_for_evaluation(cfg)
 
-        from grpo.evaluate import evaluate_from_config
+        with join_ranks(processes) as ranks:
+            from grpo.evaluate import evaluate_from_config
 
-        return evaluate_from_config(cfg, folder, found)
+            ranks.compute_on_first(lambda: describe_job("eval", cfg, folder))
+            return evaluate_from_config(cfg, folder, found, ranks)
+    return None  # never: an error has ended the process
 
 
 @contextmanager

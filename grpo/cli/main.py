@@ -94,10 +94,10 @@ def run_command(*, as_json: bool = False) -> None:
         trusted = "--trust" in overrides
         overrides = [override for override in overrides if override != "--trust"]
         overrides = add_past_overrides("eval" if job == "eval" else "train", overrides, trusted)
-        if is_launched() and (job != "train" or {"-m", "--multirun"} & set(overrides)):
+        if is_launched() and (job == "check" or {"-m", "--multirun"} & set(overrides)):
             raise ConfigError(
-                "torchrun: it can start a single training run; a sweep's jobs and all other "
-                "commands start their own processes, with parallel.processes=N."
+                "torchrun: it can start a single run or grpo eval; a sweep's jobs start their own "
+                "processes, with parallel.processes=N."
             )
         if job == "train" and {"-m", "--multirun"} & set(overrides):
             CURRENT.command = "sweep"

@@ -56,7 +56,9 @@ def add_past_overrides(job: str, arguments: Sequence[str], trusted: bool = False
         run = find_run(Path(checkpoint).expanduser()) if checkpoint else None
         if run is None:
             return list(arguments)
-        past = [o for o in read_past_overrides(run) if not parse_key(o).startswith("checkpoint.")]
+        # Where it is evaluated, there may be other hardware.
+        dropped = ("checkpoint.", "parallel.")
+        past = [o for o in read_past_overrides(run) if not f"{parse_key(o)}.".startswith(dropped)]
         return add_overrides_of(run, past, given, flags, trusted)
     resume = find_value("resume", given)
     if resume in (None, "null", "") or several:

@@ -11,16 +11,16 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from grpo.config.check_parallel import check_enough_prompts
 from grpo.errors import ConfigError
-from grpo.parallel.start import is_launched
+from grpo.parallel.start import count_launched, is_launched
 from grpo.sweep.gpus import list_gpus
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run's config, and what else a process needs to take part in it."""
+    """A run's or an evaluation's config, and what else a process needs to take part in it."""
 
+    command: str  # train or eval
     config: DictConfig
     hydra: HydraConf
     folder: Path
@@ -28,10 +28,10 @@ class Job:
     import_path: list[str]
 
 
-def describe_job(cfg: DictConfig, folder: Path) -> Job:
+def describe_job(command: str, cfg: DictConfig, folder: Path) -> Job:
     hydra = HydraConfig.instance().cfg
     assert hydra is not None
-    return Job(cfg, hydra, folder.absolute(), os.getcwd(), list(sys.path))
+    return Job(command, cfg, hydra, folder.absolute(), os.getcwd(), list(sys.path))
 
 
 def count_processes(cfg: DictConfig) -> int | None:
@@ -40,7 +40,7 @@ def count_processes(cfg: DictConfig) -> int | None:
     Raises:
         ConfigError: the number can't be had, or is not that of torchrun.
     """
-    launched = int(os.environ["WORLD_SIZE"]) if is_launched() else None
+    launched = count_launched() if is_launched() else None
     parallel = cfg.parallel
     if parallel is None:
         if launched is not None and launched > 1:
@@ -59,7 +59,6 @@ def count_processes(cfg: DictConfig) -> int | None:
             value=wanted,
         )
     processes = launched or wanted or count_gpus(cfg.device.kind)
-    check_enough_prompts(cfg, processes)
     if launched is None and cfg.device.kind == "cuda" and processes > len(list_gpus()):
         raise ConfigError(
             f"parallel.processes={processes}: this machine has {len(list_gpus())} GPUs, and each "

@@ -48,11 +48,16 @@ def follow(ranks: Ranks) -> None:
     remember_secrets(job.config)
     set_up_logging(ranks)
 
+    if job.command == "eval":
+        from grpo.evaluate import evaluate_from_config
+        from grpo.locate import find_for_evaluation
+
+        evaluate_from_config(job.config, job.folder, find_for_evaluation(job.config), ranks)
+        return
     from grpo.locate import find_for_training
     from grpo.run import follow_training
 
-    found = find_for_training(job.config)
-    follow_training(job.config, job.folder, found, ranks)
+    follow_training(job.config, job.folder, find_for_training(job.config), ranks)
 
 
 def wait_for_first() -> object:

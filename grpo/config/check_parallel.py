@@ -20,8 +20,6 @@ def check_parallel(cfg: DictConfig) -> None:
             key="rollout.ahead",
             value=cfg.rollout.ahead,
         )
-    if cfg.parallel.processes is not None:
-        check_enough_prompts(cfg, cfg.parallel.processes)
     if cfg.device.kind == "mps":
         raise ConfigError(
             f"parallel={cfg.parallel.strategy}: device=mps is one GPU, and runs one process; leave "

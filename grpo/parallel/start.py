@@ -42,6 +42,11 @@ def get_launched_index() -> int:
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
+def count_launched() -> int:
+    """Returns how many processes torchrun has started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+
+
 @contextmanager
 def join_ranks(processes: int | None) -> Iterator[Ranks]:
     """Yields the ranks of a run as its first; at the end, all have ended.
