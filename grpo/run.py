@@ -247,5 +247,6 @@ def build_training(
         log_prompts=cfg.log_prompts,
         should_prune=make_prune_check(folder) if prunes else never_prune,
         ranks=ranks,
+        delayed=delayed,
     )
     return run, TrainingState(start)

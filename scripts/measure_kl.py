@@ -111,7 +111,7 @@ def measure(run: Path, batches: int) -> dict[str, Any]:
     device, inputs = open_device("cpu", "fp32"), find_for_training(cfg)
     policy = load_language_model(find_checkpoint_model(str(run)), device)
     base = load_language_model(inputs.model(), device)
-    bench = Bench(cfg, policy, Reference(base, nullcontext, []))
+    bench = Bench(cfg, policy, Reference(base, nullcontext, list))
     sampling = build_objective(cfg).sampling
     engine = NativeEngine(policy, cfg.max_new_tokens, BUDGET)
     formats = [

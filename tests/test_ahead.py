@@ -151,6 +151,38 @@ def test_a_reward_that_fails_ahead_ends_its_own_step(calls: int, tmp_path: Path)
     assert read_own_metrics(failed / "run") == read_own_metrics(whole)
 
 
+OWN_RATIO = """
+import os
+from grpo.errors import RunError
+from grpo.objective.ratios import token_ratio
+
+calls = 0
+
+def fail_once(*inputs):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("FAIL_AT", 0)):
+        raise RunError("no memory at all")
+    return token_ratio(*inputs)
+"""
+
+
+@pytest.mark.slow
+def test_an_update_that_fails_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
+    own = (AHEAD, "checkpoint.every=1", "algorithm.ratio=own_ratio.fail_once")
+    for name in ("whole", "failed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own_ratio.py").write_text(OWN_RATIO)
+    whole, failed = train(tmp_path / "whole", *own), tmp_path / "failed"
+    done = run_grpo(*SHORT, *own, cwd=failed, env={"FAIL_AT": "3"})
+    assert done.returncode == 1, done.stderr
+    assert "grpo: step 3: no memory at all" in done.stderr
+    assert "step 2 is not saved: its next completions" in done.stderr
+    done = run_grpo("resume=run", "--trust", cwd=failed)
+    assert done.returncode == 0, done.stderr
+    assert read_own_metrics(failed / "run") == read_own_metrics(whole)
+
+
 @pytest.mark.slow
 def test_without_it_a_run_goes_on_from_the_newest_weights(tmp_path: Path) -> None:
     train(tmp_path, AHEAD, "max_steps=2")

@@ -173,6 +173,12 @@ def test_what_can_not_be_divided_is_refused(overrides: tuple[str, ...], said: st
     assert f"grpo: {said}" in printed
 
 
+def test_only_what_is_divided_can_be_offloaded(grpo) -> None:
+    code, printed = grpo("parallel=ddp", "parallel.processes=2", "+parallel.offload=true")
+    assert code == 2
+    assert "grpo: parallel.offload=True: parallel=ddp keeps all on its device" in printed
+
+
 class Divided:
     """A tensor's rows of one process, with what `sharded` reads of torch's DTensor."""
 

@@ -29,6 +29,13 @@ def check_parallel(cfg: DictConfig) -> None:
         )
     if cfg.parallel.strategy == "fsdp":
         check_divisible_weights(cfg)
+    elif cfg.parallel.offload:
+        raise ConfigError(
+            f"parallel.offload=True: parallel={cfg.parallel.strategy} keeps all on its device; "
+            f"use parallel=fsdp.",
+            key="parallel.offload",
+            value=True,
+        )
 
 
 def check_divisible_weights(cfg: DictConfig) -> None:

@@ -40,6 +40,8 @@ class DelayedPolicy:
                 own.data = present.data
         self.model = replace(policy, model=copied.requires_grad_(False), head=Head(copied))
         self.is_behind = False  # the policy has other weights now
+        # The step whose completions come from these weights; None before the first.
+        self.next_step: int | None = None
 
     @torch.no_grad()
     def follow_policy(self) -> None:
@@ -47,6 +49,10 @@ class DelayedPolicy:
         for own, present in self.weights.values():
             own.copy_(present)
         self.is_behind = False
+
+    def belongs_after(self, step: int) -> bool:
+        """Returns whether a run that is resumed after this step would need these weights."""
+        return self.next_step in (None, step + 1)
 
     def state(self) -> dict[str, Tensor]:
         """Returns the copied weights, for a checkpoint."""
@@ -93,6 +99,7 @@ class AheadCollector:
         if self.delayed.is_behind:
             batch = replace(batch, rollout=replace(batch.rollout, exact_logprobs=False))
         self.delayed.follow_policy()
+        self.delayed.next_step = step + 1
         if step < self.last_step:
             self._start(step + 1)
         self.delayed.is_behind = True  # once this step has updated the policy
