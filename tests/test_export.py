@@ -58,7 +58,7 @@ def test_its_card_says_what_it_is(run: Path, grpo: Grpo, tmp_path: Path) -> None
     assert grpo("export", "run", "mine")[0] == 0
     card = (tmp_path / "mine/README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["license"] == "unknown"  # the packaged model has no card of its own
+    assert front["license"] == "mit"  # as the packaged model says
     assert "grpo" in front["tags"]
     summary = json.loads((run / "summary.json").read_text())
     first, last = (summary[key]["eval/accuracy"] for key in ("first_evaluation", "last_evaluation"))

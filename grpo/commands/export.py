@@ -15,6 +15,7 @@ from grpo.commands.arguments import CommandParser
 from grpo.config.schema import flatten_config
 from grpo.config.secrets import find_texts
 from grpo.errors import ConfigError, RunError
+from grpo.models.files import PACKAGE_FOLDER
 from grpo.models.hub import find_cached_model
 from grpo.report.run.page import describe_end, format_config_value
 from grpo.report.run.read import Run, diagnose_run, diff_configs, load_default_config, read_run
@@ -184,7 +185,7 @@ def format_front_matter(run: Run) -> str:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["grpo", "grpo-bench", "reinforcement-learning"],
-        "license": read_licence(model.get("path") or find_cached_folder(model)) or "unknown",
+        "license": read_licence(model.get("path") or find_own_folder(model)) or "unknown",
     }
     if model.get("id"):
         content["base_model"] = model["id"]
@@ -200,8 +201,10 @@ def list_sets(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list((data.get("sets") or {"": data}).values())
 
 
-def find_cached_folder(model: Mapping[str, Any]) -> str | None:
-    """Returns the folder of a hub model at its revision, if it is in the cache."""
+def find_own_folder(model: Mapping[str, Any]) -> str | None:
+    """Returns the folder of a packaged model, or of a hub model at its revision in the cache."""
+    if model.get("packaged"):
+        return str(PACKAGE_FOLDER / model["packaged"])
     if not model.get("id"):
         return None
     found = find_cached_model(model["id"], model.get("revision"))

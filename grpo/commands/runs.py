@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.commands.describe import summarize_evaluation, summarize_run, summarize_sweep
+from grpo.config.overrides import parse_key
 from grpo.dashboard.outputs import find_outputs
 from grpo.errors import ConfigError
 
@@ -80,7 +81,8 @@ def format_evaluation(evaluation: Mapping[str, Any]) -> str:
 
 
 def format_overrides(run: Mapping[str, Any]) -> list[str]:
-    return [f"  {' '.join(run['overrides'])}"] if run["overrides"] else []
+    shown = [override for override in run["overrides"] if parse_key(override) != "resume"]
+    return [f"  {' '.join(shown)}"] if shown else []
 
 
 def format_next(described: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from grpo.memory.allocator import give_back_freed_memory
 from grpo.models.adapter import copy_model
@@ -31,14 +32,17 @@ class Sharding:
                 is being computed is on the GPU.
         """
         self.policy, self.offload = policy, offload
-        whole = copy_model(policy.model).requires_grad_(False)
         # On a CPU the sampler rounds them itself, when it packs them.
         dtype = policy.device.autocast_dtype if policy.device.torch_device.type != "cpu" else None
-        in_layers = {id(p) for layer in find_decoder_layers(whole) for p in layer.parameters()}
-        for weight in whole.parameters():
-            # A storage of its own, which can be freed.
+        layers = find_decoder_layers(policy.model)
+        in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
+
+        def copy_weight(weight: nn.Parameter) -> nn.Parameter:
+            """Gives the copy a storage of its own, which can be freed."""
             stored = dtype if dtype is not None and id(weight) in in_layers else weight.dtype
-            weight.data = weight.data.to(stored, copy=True)
+            return nn.Parameter(weight.detach().to(stored, copy=True), requires_grad=False)
+
+        whole = copy_model(policy.model, copy_weight)
         self.whole = replace(policy, model=whole, head=Head(whole))
 
     def apply(self, reference: Reference | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,14 +270,20 @@ def merge_layer(layer: Any) -> nn.Module:
     return plain
 
 
-def copy_model(model: PreTrainedModel) -> PreTrainedModel:
+def copy_model(
+    model: PreTrainedModel, copy_weight: Callable[[nn.Parameter], nn.Parameter] | None = None
+) -> PreTrainedModel:
     """Returns a deep copy; detaches what modules keep of their last forward pass, in both models.
 
     RecurrentGemma's modules keep their last state, which torch can't copy while it has a gradient.
+
+    Args:
+        copy_weight: returns the copy's weight in place of the model's; None copies each as it is.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 setattr(module, name, value.detach())
-    copied: PreTrainedModel = copy.deepcopy(model)
+    weights = {} if copy_weight is None else {id(w): copy_weight(w) for w in model.parameters()}
+    copied: PreTrainedModel = copy.deepcopy(model, weights)
     return copied

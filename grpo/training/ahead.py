@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.models.adapter import copy_model
 from grpo.models.head import Head
@@ -29,16 +29,14 @@ class DelayedPolicy:
     """A copy of the policy's weights of one step ago; frozen weights are shared with it."""
 
     def __init__(self, policy: LanguageModel) -> None:
-        copied = copy_model(policy.model)
-        self.weights: dict[str, tuple[Tensor, Tensor]] = {}  # the copy's, the policy's
-        for (name, own), present in zip(
-            copied.named_parameters(), policy.model.parameters(), strict=True
-        ):
-            if present.requires_grad:
-                self.weights[name] = own, present
-            else:
-                own.data = present.data
-        self.model = replace(policy, model=copied.requires_grad_(False), head=Head(copied))
+        copied = copy_model(policy.model, copy_trained)
+        own = dict(copied.named_parameters())
+        self.weights = {  # the copy's, the policy's
+            name: (own[name], present)
+            for name, present in policy.model.named_parameters()
+            if present.requires_grad
+        }
+        self.model = replace(policy, model=copied, head=Head(copied))
         self.is_behind = False  # the policy has other weights now
         # The step whose completions come from these weights; None before the first.
         self.next_step: int | None = None
@@ -67,6 +65,13 @@ class DelayedPolicy:
         for name, (own, _) in self.weights.items():
             own.copy_(state[name])
         self.is_behind = True
+
+
+def copy_trained(weight: nn.Parameter) -> nn.Parameter:
+    """Returns a copy of a trained weight; a frozen one itself."""
+    if not weight.requires_grad:
+        return weight
+    return nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 class AheadCollector:
