@@ -198,6 +198,7 @@ def test_without_it_a_run_goes_on_from_the_newest_weights(tmp_path: Path) -> Non
         (("rollout.ahead=2",), "rollout.ahead=2: use 0 or 1."),
         ((AHEAD, "parallel=ddp", "parallel.processes=2"), "rollout.ahead=1: parallel=ddp samples"),
         ((AHEAD, "rollout=vllm"), "rollout.ahead"),
+        ((AHEAD, "rollout=hf"), "rollout.ahead"),
     ],
 )
 def test_what_can_not_be_sampled_ahead_is_refused(

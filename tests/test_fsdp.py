@@ -34,7 +34,7 @@ MORE_CASES = [
     ("kl_weight=0.1", "kl=full", "algorithm.minibatches=2", "algorithm.num_iterations=2"),
     ("kl_weight=0.1", "kl.sync_every=2", "kl.sync_share=0.5"),
     ("kl_weight=0.1", "device.gradient_checkpointing=true"),
-    ("algorithm.minibatches=2", "sampling.top_k=20", "sampling.top_p=0.9"),
+    ("algorithm.minibatches=2", "sampling.top_k=20", "device.token_budget=60"),
     ("curriculum.samples=2", "curriculum.order=hard_first", "dataset.slice=:12"),
     ("algorithm.entropy_weight=0.01", "algorithm.resample=2", "learning_rate=1e-4"),
 ]
@@ -174,7 +174,7 @@ def test_what_can_not_be_divided_is_refused(overrides: tuple[str, ...], said: st
 
 
 def test_only_what_is_divided_can_be_offloaded(grpo) -> None:
-    code, printed = grpo("parallel=ddp", "parallel.processes=2", "+parallel.offload=true")
+    code, printed = grpo("parallel=ddp", "parallel.processes=2", "parallel.offload=true")
     assert code == 2
     assert "grpo: parallel.offload=True: parallel=ddp keeps all on its device" in printed
 

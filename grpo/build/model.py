@@ -28,6 +28,7 @@ from grpo.memory.estimate import Workload, choose_budget, estimate_memory
 from grpo.memory.sharding import Sharding
 from grpo.models.adapter import Adapter, add_adapter
 from grpo.models.files import is_quantized
+from grpo.models.forward import forward_shared_prompt
 from grpo.models.hub import is_in_hub_cache, read_commit
 from grpo.models.load import LanguageModel, load_language_model
 from grpo.models.long_context import prepare_for_lengths
@@ -95,8 +96,29 @@ def build_policy(cfg: DictConfig, found: RunInputs, device: Device) -> tuple[Lan
 
 
 def build_sharding(cfg: DictConfig, policy: LanguageModel, ranks: Ranks) -> Sharding | None:
-    """Prepares to divide the weights among the ranks; None if each has all of them."""
-    return Sharding(policy, cfg.parallel.offload) if divides_weights(cfg, ranks) else None
+    """Prepares to divide the weights among the ranks; None if each has all of them.
+
+    Raises:
+        ConfigError: the model can't be divided, or there is nothing to offload from.
+    """
+    if not divides_weights(cfg, ranks):
+        return None
+    if policy.forward is not forward_shared_prompt:
+        raise ConfigError(
+            f"parallel=fsdp: {type(policy.model).__name__} can't share a prompt among completions, "
+            f"and its usual forward pass has another number of calls on each rank; use "
+            f"parallel=ddp.",
+            key="parallel",
+            value="fsdp",
+        )
+    if cfg.parallel.offload and policy.device.torch_device.type == "cpu":
+        raise ConfigError(
+            "parallel.offload=True: the device is the CPU, which has nothing to offload from; "
+            "leave it out.",
+            key="parallel.offload",
+            value=True,
+        )
+    return Sharding(policy, cfg.parallel.offload)
 
 
 def divides_weights(cfg: DictConfig, ranks: Ranks) -> bool:
@@ -136,7 +158,7 @@ def build_budget(
         reference=with_reference,
         reference_moves=cfg.kl.sync_every > 0,
         shards=ranks.size if divides_weights(cfg, ranks) else 1,
-        offload=cfg.parallel is not None and cfg.parallel.offload,
+        offload=divides_weights(cfg, ranks) and cfg.parallel.offload,
         ahead=bool(cfg.rollout.get("ahead")),
     )
     options, device = cfg.device, policy.device.torch_device

@@ -57,7 +57,7 @@ def add_past_overrides(job: str, arguments: Sequence[str], trusted: bool = False
         if run is None:
             return list(arguments)
         # Where it is evaluated, there may be other hardware.
-        dropped = ("checkpoint.", "parallel.")
+        dropped = ("checkpoint.", "parallel.", "rollout.ahead.")
         past = [o for o in read_past_overrides(run) if not f"{parse_key(o)}.".startswith(dropped)]
         return add_overrides_of(run, past, given, flags, trusted)
     resume = find_value("resume", given)

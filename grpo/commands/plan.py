@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from grpo.config.check import check_config, check_training
+from grpo.config.check_parallel import check_enough_prompts
 from grpo.config.schema import remove_hydra
 from grpo.config.unused_keys import Facts, explain_unused_keys
 from grpo.errors import ConfigError
@@ -35,6 +36,8 @@ def plan_run(config: DictConfig) -> dict[str, Any]:
     hydra = config.hydra
     check_config(cfg)
     check_training(cfg)
+    if cfg.parallel is not None and cfg.parallel.processes is not None:
+        check_enough_prompts(cfg, cfg.parallel.processes)
     folder = Path(str(hydra.run.dir))
     resumed = find_newest_checkpoint(folder) if cfg.resume else None
     check_run_folder(folder, cfg.resume, cfg.model, cfg.adapter)
@@ -172,14 +175,15 @@ def estimate_least_gb(
     A run measures the rest, which depends on lengths, after it has loaded the model.
 
     Returns:
-        Both, or None if the number of weights isn't known or not all are trained.
+        Both, or None if the number of weights isn't known, or a process doesn't train all of them.
 
     Raises:
         ConfigError: they take more than may be used.
     """
     from grpo.memory.estimate import LIBRARIES_GB, OPTIMIZER_BYTES, get_usable_memory
 
-    if parameters is None or cfg.adapter is not None:
+    divided = cfg.parallel is not None and cfg.parallel.strategy == "fsdp"
+    if parameters is None or cfg.adapter is not None or divided:
         return None
     kind = device.torch_device.type
     rounded = device.autocast_dtype is not None and not cfg.kl.sync_every

@@ -248,7 +248,7 @@ def choose_budget(
         )
     room = usable - LIBRARIES_GB[device.type] - memory_needs.sampling_gb
     if overlaps:
-        room = (usable - max(base, LIBRARIES_GB[device.type] + memory_needs.sampling_gb)) / 2
+        room = max(0.0, min(room, usable - base)) / 2
         usable -= room
     most = tokens or int((usable - base) * 1e9 / max(memory_needs.token_bytes, 1.0))
     positions = min(

@@ -94,7 +94,7 @@ def plan_passes(
     if not model.is_sharded:
         return own
     planned = ranks.gather(lambda: list(with_gradient))
-    spare = MicroBatch([0], torch.tensor([0]), 1)
+    spare = MicroBatch([0], torch.tensor([0]), 1)  # a row of any rank's
     passes = []
     for n in range(max(map(len, planned))):
         gradient = any(flags[n] for flags in planned if n < len(flags))
@@ -220,7 +220,8 @@ def score_rollout(
         for one in plan_passes(batches, [False] * len(batches), model, ranks):
             batch = one.batch
             limit.record_start(batch.tokens)
-            inputs = select_completions(rollout, batch, model, kept_tokens)
+            kept = kept_tokens if one.counts else None  # no rank may store another's rows
+            inputs = select_completions(rollout, batch, model, kept)
             reference_features = compute_reference_features(reference, readout, inputs)
             rows, width = batch.rows.to(rollout.tokens_NC.device), inputs.tokens_NC.shape[1]
             part = model.score_batch(inputs, readout, reference_features)

@@ -64,7 +64,7 @@ class DelayedPolicy:
             return
         for name, (own, _) in self.weights.items():
             own.copy_(state[name])
-        self.is_behind = True
+        self.is_behind = any(not torch.equal(own, now) for own, now in self.weights.values())
 
 
 def copy_trained(weight: nn.Parameter) -> nn.Parameter:

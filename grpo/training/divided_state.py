@@ -9,13 +9,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from grpo.errors import ConfigError, RunError
 from grpo.models.sharded import get_local_part, is_divided, select_local_part
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 
 def separate_divided(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -32,12 +36,26 @@ def separate_divided(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]
 
 
 def save_divided(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes each process's part of the tensors. All processes call it together."""
+    """Writes each process's part of the tensors. All processes call it together.
+
+    Raises:
+        RunError: they could not be written, on any process.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save(dict(tensors), checkpoint_id=str(folder))
+        try:
+            save(dict(tensors), checkpoint_id=str(folder))
+        except CheckpointException as error:  # no Exception, so nothing else would catch it
+            raise RunError(f"{folder}: can't be written: {explain(error)}") from error
+
+
+def explain(error: CheckpointException) -> str:
+    """Returns what the first process that failed says."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def load_divided(saved: Any, current: Any, folder: Path) -> Any:
@@ -47,9 +65,13 @@ def load_divided(saved: Any, current: Any, folder: Path) -> Any:
         saved: as `separate_divided` returned it.
         current: a state of the same structure, whose divided tensors are overwritten.
         folder: of `save_divided`; it need not exist.
+
+    Raises:
+        ConfigError: it can't be read, on any process.
     """
     tensors = dict(list_tensors(current))
     if folder.is_dir():
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -57,7 +79,10 @@ def load_divided(saved: Any, current: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wanted = {name: tensors[name] for name in stored if name in tensors}
-            load(wanted, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+            try:
+                load(wanted, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+            except CheckpointException as error:
+                raise ConfigError(f"{folder}: can't be read: {explain(error)}") from error
     return fill(saved, tensors)
 
 
