@@ -185,7 +185,7 @@ def build_training(
     # The reference is the model as it was loaded, so it is copied before a checkpoint is.
     kl_penalty = build_kl_penalty(cfg, policy, objective, budget, ranks)
     if sharding is not None:
-        sharding.apply(kl_penalty.reference)
+        sharding.divide_weights(kl_penalty.reference)
     steps = count_steps(len(train_prompts), cfg.batch_size, cfg.num_epochs, cfg.max_steps)
     optimizer = build_optimizer(cfg, policy, steps)
     saved = resolve_without_secrets(cfg)
@@ -247,6 +247,5 @@ def build_training(
         log_prompts=cfg.log_prompts,
         should_prune=make_prune_check(folder) if prunes else never_prune,
         ranks=ranks,
-        delayed=delayed,
     )
     return run, TrainingState(start)

@@ -12,7 +12,7 @@ from torch import nn
 
 from grpo.models.sharded import find_first_row, get_local_part, select_local_part
 from grpo.parallel.process_group import ProcessGroup
-from grpo.training.divided_state import fill, list_tensors, separate_divided
+from grpo.training.divided_state import fill_divided, list_tensors, separate_divided
 from grpo.training.optimizer import sample_indices, select_local_indices
 from tests.conftest import read_metrics, read_summary, run_grpo
 from tests.test_ranks import (
@@ -221,4 +221,4 @@ def test_a_state_without_divided_tensors_stays_as_it_is() -> None:
     assert rest["a"][0] is layer.weight
     tensors = dict(list_tensors(state))
     assert list(tensors) == ["/a/0"]
-    assert fill({"a": [None, {"b": 1}], "c": None}, tensors)["a"][0] is layer.weight
+    assert fill_divided({"a": [None, {"b": 1}], "c": None}, tensors)["a"][0] is layer.weight

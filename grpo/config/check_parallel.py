@@ -43,16 +43,19 @@ def check_divisible_weights(cfg: DictConfig) -> None:
     refused = {
         "adapter.quantized": OmegaConf.select(cfg, "adapter.quantized") or False,
         "optim.name": cfg.optim.name == "adamw_8bit",
-        "parallel.offload": cfg.parallel.offload and cfg.device.kind == "cpu",
     }
     for key in [key for key, is_refused in refused.items() if is_refused]:
         value = OmegaConf.select(cfg, key)
         raise ConfigError(
-            f"{key}={value}: parallel=fsdp can't divide it among processes; use parallel=ddp."
-            if key != "parallel.offload"
-            else f"{key}={value}: device=cpu has nothing to offload from; leave it out.",
+            f"{key}={value}: parallel=fsdp can't divide it among processes; use parallel=ddp.",
             key=key,
             value=value,
+        )
+    if cfg.parallel.offload and cfg.device.kind == "cpu":
+        raise ConfigError(
+            "parallel.offload=True: device=cpu has nothing to offload from; leave it out.",
+            key="parallel.offload",
+            value=True,
         )
 
 

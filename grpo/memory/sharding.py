@@ -45,7 +45,7 @@ class Sharding:
         whole = copy_model(policy.model, copy_weight)
         self.whole = replace(policy, model=whole, head=Head(whole))
 
-    def apply(self, reference: Reference | None) -> None:
+    def divide_weights(self, reference: Reference | None) -> None:
         """Divides the weights of the policy and of its reference; the copy's are freed."""
         shard_model(self.policy.model, self.policy.device, self.offload)
         if reference is not None and reference.model.model is not self.policy.model:
@@ -57,7 +57,7 @@ class Sharding:
     def gathered(self) -> Iterator[None]:
         """Within it, the copy has the policy's weights. All processes enter and leave it together.
 
-        Before `apply`, it has them anyway.
+        Before `divide_weights`, it has them anyway.
         """
         if is_sharded(self.policy.model):
             parts = dict(self.policy.model.named_parameters())

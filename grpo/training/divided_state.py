@@ -49,10 +49,10 @@ def save_divided(tensors: Mapping[str, Tensor], folder: Path) -> None:
         try:
             save(dict(tensors), checkpoint_id=str(folder))
         except CheckpointException as error:  # no Exception, so nothing else would catch it
-            raise RunError(f"{folder}: can't be written: {explain(error)}") from error
+            raise RunError(f"{folder}: can't be written: {explain_failure(error)}") from error
 
 
-def explain(error: CheckpointException) -> str:
+def explain_failure(error: CheckpointException) -> str:
     """Returns what the first process that failed says."""
     rank, (cause, _) = next(iter(error.failures.items()))
     return f"rank {rank}: {type(cause).__name__}: {cause}"
@@ -82,8 +82,8 @@ def load_divided(saved: Any, current: Any, folder: Path) -> Any:
             try:
                 load(wanted, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
             except CheckpointException as error:
-                raise ConfigError(f"{folder}: can't be read: {explain(error)}") from error
-    return fill(saved, tensors)
+                raise ConfigError(f"{folder}: can't be read: {explain_failure(error)}") from error
+    return fill_divided(saved, tensors)
 
 
 def list_tensors(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -96,7 +96,7 @@ def list_tensors(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def fill(saved: Any, tensors: Mapping[str, Tensor], path: str = "") -> Any:
+def fill_divided(saved: Any, tensors: Mapping[str, Tensor], path: str = "") -> Any:
     """Returns a saved state in which present tensors take the places of divided ones."""
     present = tensors.get(path)
     if saved is None and present is not None:
@@ -105,7 +105,7 @@ def fill(saved: Any, tensors: Mapping[str, Tensor], path: str = "") -> Any:
         get_local_part(present).copy_(select_local_part(saved, present))
         return present
     if isinstance(saved, dict):
-        return {key: fill(value, tensors, f"{path}/{key}") for key, value in saved.items()}
+        return {key: fill_divided(value, tensors, f"{path}/{key}") for key, value in saved.items()}
     if isinstance(saved, list):
-        return [fill(value, tensors, f"{path}/{n}") for n, value in enumerate(saved)]
+        return [fill_divided(value, tensors, f"{path}/{n}") for n, value in enumerate(saved)]
     return saved

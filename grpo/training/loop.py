@@ -18,7 +18,7 @@ from grpo.runs.progress import Progress
 from grpo.seeds import derive_seed
 from grpo.tracking.tokens import add_token_fields
 from grpo.tracking.tracker import Tracker, make_answer_rows, make_completion_rows
-from grpo.training.ahead import AheadCollector, DelayedPolicy
+from grpo.training.ahead import AheadCollector
 from grpo.training.checkpoint import Checkpoints
 from grpo.training.clock import Clock
 from grpo.training.collect import Collector
@@ -53,7 +53,6 @@ class Training:
     log_prompts: int
     should_prune: Callable[[int, dict[str, float]], bool]  # takes a step and its metrics
     ranks: Ranks = ONE_RANK
-    delayed: DelayedPolicy | None = None  # of rollout.ahead
 
 
 @dataclass
@@ -89,12 +88,13 @@ def train(run: Training, state: TrainingState, interrupt: Interrupt) -> str:
 
     def save_if_between_steps() -> None:
         updates = run.optimizer.steps_done - recorded_updates
+        delayed = run.checkpoints.delayed
         if run.policy.is_sharded and run.ranks.is_broken:
             log.warning(
                 "step %d is not saved, since the weights are divided among processes, of which one "
                 "is lost; resume continues from the newest checkpoint.", state.progress.step,
             )  # fmt: skip
-        elif run.delayed is not None and not run.delayed.belongs_after(state.progress.step):
+        elif delayed is not None and not delayed.belongs_after(state.progress.step):
             log.warning(
                 "step %d is not saved: its next completions came from the weights before it; "
                 "resume continues from the newest checkpoint.", state.progress.step,
